@@ -1,0 +1,532 @@
+"""A run is a value: `Run` is one frozen tree of typed settings, and every setting there is lives here.
+
+A recipe (`jobs/phase2.py`) is a complete `Run(...)`; the command line and a sweep only replace leaves of it (`ftlib.tree`).
+Each field says its meaning and unit below it; `--help` shows the same text. Values out of bounds and combinations that cannot
+work fail while the tree is being built, with the remedy in the message. This file imports no torch, so `--help` answers at once.
+
+It is longer than most files here because it is the one map of all settings, meant to be read in one sitting.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal, Union
+
+from ftlib.tree import Between, ConfigError, Settings
+
+Fraction = Annotated[float, Between(0, 1)]
+"""0 to 1."""
+Positive = Annotated[float, Between(0, float("inf"), open_low=True)]
+"""Above 0."""
+NotNegative = Annotated[float, Between(0, float("inf"))]
+"""0 or above."""
+Count = Annotated[int, Between(0, 2**31)]
+"""A whole number, 0 or above."""
+AtLeastOne = Annotated[int, Between(1, 2**31)]
+"""A whole number, 1 or above."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True)
+class Data(Settings):
+    section: ClassVar[str] = "data"
+
+    path: str = ""
+    """The prepared data set (made by jobs/prepare.py): a folder, an s3:// or gs:// address, or a bare name below $FTLIB_HOME/data."""
+    subset: Annotated[float, Between(0, 1, open_low=True)] = 1.0
+    """Fraction of the training images to use, stratified by class. Smaller subsets of one seed lie within larger ones."""
+    subset_seed: int = 42
+    """Seed that chooses the subset."""
+    tuning_fraction: Annotated[float, Between(0, 0.5)] = 0.0
+    """Fraction of the training images (after `subset`), stratified, that is kept out of training and scored in place of the
+    validation set. Sweeps set it, so that the validation set is never used to choose. 0 scores the validation set."""
+    loader_workers: Annotated[int, Between(-1, 256)] = -1
+    """Loader processes per training worker; 0 loads in a thread of the training process; -1 chooses from the CPUs reserved for
+    the worker (a process for each but one)."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Per-channel mean (red, green, blue; pixels scaled to 0..1) subtracted on the device."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Per-channel standard deviation (pixels scaled to 0..1) divided by on the device."""
+
+    def check(self) -> None:
+        if min(self.std) <= 0:
+            self.refuse("std", "every channel's standard deviation must be above 0")
+
+
+@dataclass(frozen=True)
+class Augment(Settings):
+    section: ClassVar[str] = "augment"
+
+    size: Annotated[int, Between(8, 2048)] = 224
+    """Side of the square training input, in pixels."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest share of the picture's area that RandomResizedCrop takes."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest aspect ratio (width / height) of that crop."""
+    flip: Fraction = 0.5
+    """Probability of a horizontal flip."""
+    color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
+    """Strength of the jitter of brightness, contrast, saturation (relative) and hue (turns)."""
+    color_jitter_p: Fraction = 0.2
+    """Probability that the colour jitter acts on an image."""
+    randaugment_n: Annotated[int, Between(0, 3)] = 0
+    """How many of the three groups (geometric, noise, colour) an image may go through. 0 switches RandAugment off."""
+    randaugment_m: Annotated[float, Between(0, 10)] = 0.0
+    """Magnitude of every RandAugment op, 0 (identity) to 10 (strongest); fractions are allowed."""
+    randaugment_p: Fraction = 0.3
+    """Probability with which each chosen group acts on an image."""
+    randaugment_ops: tuple[str, ...] = ()
+    """Names of the ops to choose from (see docs/recipes.md); empty means all of them."""
+    trivialaugment: bool = False
+    """One random op at one random strength per image (TrivialAugment, Mueller and Hutter 2021), in place of RandAugment."""
+    erasing_p: Fraction = 0.0
+    """Probability of RandomErasing (Zhong et al. 2017) on an image."""
+    erasing_scale: tuple[float, float] = (0.02, 0.33)
+    """Smallest and largest share of the area that RandomErasing erases."""
+
+    def check(self) -> None:
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            self.refuse("crop_scale", "needs 0 < smallest <= largest <= 1")
+        low, high = self.crop_ratio
+        if not 0 < low <= high:
+            self.refuse("crop_ratio", "needs 0 < smallest <= largest")
+        low, high = self.erasing_scale
+        if not 0 < low <= high < 1:
+            self.refuse("erasing_scale", "needs 0 < smallest <= largest < 1")
+        if min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5:
+            self.refuse("color_jitter", "strengths must not be negative, and hue is at most 0.5 turns")
+        if self.randaugment_n == 0 and self.randaugment_m > 0:
+            self.refuse("randaugment_m", "it would do nothing because augment.randaugment_n is 0. Set augment.randaugment_n to 1, 2 or 3, or the magnitude to 0")
+        if self.trivialaugment and self.randaugment_n > 0:
+            self.refuse("trivialaugment", "it takes the place of RandAugment. Set augment.randaugment_n and augment.randaugment_m to 0")
+        if self.randaugment_ops and self.randaugment_n == 0 and not self.trivialaugment:
+            self.refuse("randaugment_ops", "it would do nothing because augment.randaugment_n is 0. Set it to 1, 2 or 3")
+
+
+@dataclass(frozen=True)
+class Mix(Settings):
+    section: ClassVar[str] = "mix"
+
+    mixup_alpha: Annotated[float, Between(0, 100)] = 0.0
+    """Mixup (Zhang et al. 2018): lambda is drawn from Beta(alpha, alpha). 0 switches it off."""
+    cutmix_alpha: Annotated[float, Between(0, 100)] = 0.0
+    """CutMix (Yun et al. 2019): lambda is drawn from Beta(alpha, alpha). 0 switches it off."""
+    cutmix_share: Fraction = 0.5
+    """Where both are on: the share of mixed microbatches that get CutMix; the others get Mixup. A microbatch never gets both."""
+    p: Fraction = 1.0
+    """Share of microbatches that are mixed at all."""
+    off_epochs: Count = 0
+    """No mixing in this many last epochs."""
+
+
+@dataclass(frozen=True)
+class Model(Settings):
+    section: ClassVar[str] = "model"
+
+    arch: str = "resnet50"
+    """A torchvision classifier by its torchvision name, such as resnet18, resnet50, convnext_tiny, efficientnet_b0, vit_b_16."""
+    dropout: Annotated[float, Between(0, 1, open_high=True)] = 0.0
+    """Dropout probability. In ResNets it acts in the blocks (spatial: whole channels) and before the classifier; in other models
+    where torchvision has built dropout in. A model in which it cannot act is refused."""
+    dropout_in: Literal["both", "blocks", "head"] = "both"
+    """Where `dropout` acts in a ResNet: in the residual blocks, before the classifier, or both."""
+    drop_path: Annotated[float, Between(0, 1, open_high=True)] = 0.0
+    """Stochastic depth (Huang et al. 2016): probability of skipping the last residual block; earlier ones proportionally less."""
+    init_from: str = "scratch"
+    """Where the weights come from: `scratch`; `imagenet` (torchvision's, needs a network once); `phase1` or another stage's name
+    (its best finished run on the same data set, found by itself); `run:NAME`; `mlflow:RUN_ID`; `models:/NAME@ALIAS`; or
+    `file:PATH` (a checkpoint folder or a .safetensors file)."""
+    reset_head: bool = False
+    """Start with a new classifier. Needed when the starting weights were trained for other classes."""
+    freeze_epochs: Annotated[int, Between(-1, 2**31)] = 0
+    """Train only the classifier for this many first epochs, the backbone frozen (its BatchNorm too). -1: for the whole run."""
+
+    def check(self) -> None:
+        if self.reset_head and self.init_from == "scratch":
+            self.refuse("reset_head", "it would do nothing because model.init_from is scratch. Leave it out, or name the weights to start from")
+        if self.dropout_in != "both" and self.dropout == 0:
+            self.refuse("dropout_in", "it would do nothing because model.dropout is 0. Set model.dropout above 0")
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Settings):
+    """Cross-entropy of softmax(logits) against soft targets."""
+
+    section: ClassVar[str] = "loss"
+    label_smoothing: Annotated[float, Between(0, 1, open_high=True)] = 0.1
+    """Share of the target spread evenly over all classes (Szegedy et al. 2016)."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced` weighs each class by the inverse of its share of the training images (mean weight 1)."""
+
+
+@dataclass(frozen=True)
+class NLL(Settings):
+    """Negative log-likelihood of log_softmax(logits): cross-entropy written as torch's NLLLoss, on soft targets."""
+
+    section: ClassVar[str] = "loss"
+    label_smoothing: Annotated[float, Between(0, 1, open_high=True)] = 0.0
+    """Share of the target spread evenly over all classes."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced` weighs each class by the inverse of its share of the training images (mean weight 1)."""
+
+
+@dataclass(frozen=True)
+class BCE(Settings):
+    """Binary cross-entropy with logits, one against all, summed over classes (Wightman et al. 2021, ResNet strikes back)."""
+
+    section: ClassVar[str] = "loss"
+    label_smoothing: Annotated[float, Between(0, 1, open_high=True)] = 0.1
+    """Share of the target spread evenly over all classes."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced` weighs each class by the inverse of its share of the training images (mean weight 1)."""
+
+
+@dataclass(frozen=True)
+class Focal(Settings):
+    """Focal loss (Lin et al. 2017, eq. 5) of softmax(logits), on soft targets."""
+
+    section: ClassVar[str] = "loss"
+    gamma: NotNegative = 2.0
+    """Focusing exponent; 0 is cross-entropy."""
+    alpha: Positive = 1.0
+    """Constant factor of the loss (the paper's alpha, the same for every class; use class_weights for one per class)."""
+    label_smoothing: Annotated[float, Between(0, 1, open_high=True)] = 0.0
+    """Share of the target spread evenly over all classes."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced` weighs each class by the inverse of its share of the training images (mean weight 1)."""
+
+
+@dataclass(frozen=True)
+class AdamW(Settings):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+
+    section: ClassVar[str] = "optimizer"
+    lr: Positive = 1e-4
+    """Base learning rate; the schedule multiplies it."""
+    weight_decay: NotNegative = 1e-4
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the running averages of the gradient and of its square."""
+    eps: Positive = 1e-8
+    """Added to the denominator."""
+    decay_norm_and_bias: bool = False
+    """Also decay biases and the weights of norm layers."""
+
+
+@dataclass(frozen=True)
+class Adam(Settings):
+    """Adam (Kingma and Ba 2015)."""
+
+    section: ClassVar[str] = "optimizer"
+    lr: Positive = 1e-3
+    """Base learning rate; the schedule multiplies it."""
+    weight_decay: NotNegative = 0.0
+    """L2 penalty, added to the gradient."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the running averages of the gradient and of its square."""
+    eps: Positive = 1e-8
+    """Added to the denominator."""
+    decay_norm_and_bias: bool = False
+    """Also decay biases and the weights of norm layers."""
+
+
+@dataclass(frozen=True)
+class SGD(Settings):
+    """Stochastic gradient descent with momentum."""
+
+    section: ClassVar[str] = "optimizer"
+    lr: Positive = 0.1
+    """Base learning rate; the schedule multiplies it."""
+    momentum: Annotated[float, Between(0, 1, open_high=True)] = 0.9
+    """Momentum."""
+    nesterov: bool = True
+    """Nesterov's form of momentum."""
+    weight_decay: NotNegative = 5e-5
+    """L2 penalty, added to the gradient."""
+    decay_norm_and_bias: bool = False
+    """Also decay biases and the weights of norm layers."""
+
+    def check(self) -> None:
+        if self.nesterov and self.momentum == 0:
+            self.refuse("nesterov", "it needs momentum. Set optimizer.momentum above 0, or nesterov to false")
+
+
+@dataclass(frozen=True)
+class RMSprop(Settings):
+    """RMSprop (Hinton 2012), as in torch."""
+
+    section: ClassVar[str] = "optimizer"
+    lr: Positive = 1e-3
+    """Base learning rate; the schedule multiplies it."""
+    alpha: Fraction = 0.9
+    """Decay rate of the running average of the squared gradient."""
+    momentum: Annotated[float, Between(0, 1, open_high=True)] = 0.9
+    """Momentum."""
+    eps: Positive = 1e-8
+    """Added to the denominator."""
+    weight_decay: NotNegative = 1e-5
+    """L2 penalty, added to the gradient."""
+    decay_norm_and_bias: bool = False
+    """Also decay biases and the weights of norm layers."""
+
+
+@dataclass(frozen=True)
+class Cosine(Settings):
+    """Half a cosine from the base rate down to `min_lr` (Loshchilov and Hutter 2017), after an optional linear warm-up."""
+
+    section: ClassVar[str] = "schedule"
+    min_lr: NotNegative = 1e-6
+    """Learning rate at the end."""
+    warmup_epochs: NotNegative = 0.0
+    """Epochs of linear warm-up from 0."""
+
+
+@dataclass(frozen=True)
+class OneCycle(Settings):
+    """One cycle (Smith and Topin 2018), cosine-shaped as in torch: lr*peak/div up to lr*peak, then down to lr*peak/div/final_div."""
+
+    section: ClassVar[str] = "schedule"
+    peak: Positive = 3.0
+    """Highest learning rate, as a multiple of optimizer.lr."""
+    up: Annotated[float, Between(0, 1, open_low=True, open_high=True)] = 0.3
+    """Share of the steps spent going up."""
+    div: Positive = 5.0
+    """The peak divided by the first learning rate."""
+    final_div: Positive = 1000.0
+    """The first learning rate divided by the last."""
+
+
+@dataclass(frozen=True)
+class Step(Settings):
+    """The rate is multiplied by `gamma` every `every_epochs` epochs."""
+
+    section: ClassVar[str] = "schedule"
+    every_epochs: AtLeastOne = 30
+    """Epochs between two drops."""
+    gamma: Positive = 0.1
+    """Factor of each drop."""
+    warmup_epochs: NotNegative = 0.0
+    """Epochs of linear warm-up from 0."""
+
+
+@dataclass(frozen=True)
+class Plateau(Settings):
+    """The rate is multiplied by `factor` when the monitored score has not risen for `patience` epochs."""
+
+    section: ClassVar[str] = "schedule"
+    factor: Annotated[float, Between(0, 1, open_low=True, open_high=True)] = 0.1
+    """Factor of each drop."""
+    patience: Count = 5
+    """Epochs without a rise that are waited out before a drop."""
+    min_lr: NotNegative = 1e-6
+    """The rate never falls below this."""
+
+
+@dataclass(frozen=True)
+class Constant(Settings):
+    """The base rate throughout."""
+
+    section: ClassVar[str] = "schedule"
+    warmup_epochs: NotNegative = 0.0
+    """Epochs of linear warm-up from 0."""
+
+
+Loss = Union[CrossEntropy, NLL, BCE, Focal]
+Optimizer = Union[AdamW, Adam, SGD, RMSprop]
+Schedule = Union[Cosine, OneCycle, Step, Plateau, Constant]
+
+
+@dataclass(frozen=True)
+class Train(Settings):
+    section: ClassVar[str] = "train"
+
+    epochs: AtLeastOne = 50
+    """Passes over the training images."""
+    batch_size: AtLeastOne = 128
+    """Images per optimizer step, over all workers: the global batch."""
+    microbatch_size: AtLeastOne = 32
+    """Images that go through the model at once, and over which BatchNorm takes its statistics. batch_size must be a multiple; the
+    microbatches are shared out among the workers and accumulated, so the result does not depend on how many workers there are."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Autocast type of the forward pass. `auto`: bf16 on a GPU that has it and on CPUs with bf16 matrix units from 128 px on, else fp32."""
+    clip_norm: NotNegative = 1.0
+    """Largest global L2 norm of the gradient; 0 switches clipping off."""
+    channels_last: bool = True
+    """Keep images and weights in channels-last memory order."""
+    compile: bool = False
+    """torch.compile the model: minutes of warm-up, faster steps on a GPU."""
+    ema_decay: Annotated[float, Between(0, 1, open_high=True)] = 0.0
+    """Decay per step of the exponential moving average of the weights, which is then what is evaluated and kept as best. 0: off."""
+    early_stopping: Count = 0
+    """Stop after this many epochs without a new best score. 0: never."""
+    max_nonfinite: Count = 10
+    """Steps with a NaN or infinite loss or gradient that are skipped before the run is stopped."""
+    log_every: AtLeastOne = 50
+    """Optimizer steps between two progress points. Only there the loop waits for the device."""
+
+    def check(self) -> None:
+        if self.batch_size % self.microbatch_size:
+            near = max(self.microbatch_size, round(self.batch_size / self.microbatch_size) * self.microbatch_size)
+            self.refuse("batch_size", f"it is not a multiple of train.microbatch_size ({self.microbatch_size}). Set it to {near}, or set train.microbatch_size to a divisor")
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches in a full global batch."""
+        return self.batch_size // self.microbatch_size
+
+
+@dataclass(frozen=True)
+class Evaluate(Settings):
+    section: ClassVar[str] = "evaluate"
+
+    size: Annotated[int, Between(0, 2048)] = 0
+    """Side of the square input at evaluation, in pixels; 0 means augment.size."""
+    crop: Annotated[float, Between(0, 1, open_low=True)] = 0.875
+    """The shorter side is resized to size / crop, then the centre is cut out: the aspect ratio is kept."""
+    batch_size: AtLeastOne = 128
+    """Images per forward pass at evaluation, per worker."""
+    every_epochs: AtLeastOne = 1
+    """Epochs between two evaluations; the last epoch is always evaluated."""
+
+
+@dataclass(frozen=True)
+class Checkpoint(Settings):
+    section: ClassVar[str] = "checkpoint"
+
+    storage: str = ""
+    """Where runs are kept: a folder or an s3:// or gs:// address that every node reaches. Empty: $FTLIB_HOME/runs."""
+    every_steps: Count = 0
+    """Optimizer steps between two checkpoints within an epoch; 0: no limit in steps. There is one at each epoch's end anyway."""
+    every_seconds: NotNegative = 60.0
+    """Seconds between two checkpoints within an epoch; 0: no limit in seconds."""
+    keep_last: Annotated[int, Between(2, 2**31)] = 2
+    """Newest checkpoints kept for resuming; two at least, so that a damaged one leaves another."""
+    keep_best: AtLeastOne = 1
+    """Best-scoring models kept (weights only)."""
+
+
+@dataclass(frozen=True)
+class Cluster(Settings):
+    section: ClassVar[str] = "cluster"
+
+    workers: str = "1"
+    """Training workers: a number, or LOW:HIGH for as many as the cluster can place right now."""
+    gpus_per_worker: Annotated[float, Between(-1, 1024)] = -1
+    """GPUs per worker; 0 trains on CPUs; -1 takes one if the cluster has GPUs, else none."""
+    cpus_per_worker: Annotated[int, Between(0, 1024)] = 0
+    """CPUs reserved per worker, its loader processes included; 0 shares the node's CPUs out evenly."""
+    max_failures: Count = 3
+    """Crashed or lost workers that are survived by a restart from the newest checkpoint."""
+    strict_elastic: bool = False
+    """Sum gradients in a fixed order, so that weights are bit-identical for every number of workers. Costs more traffic."""
+    allow_open: bool = False
+    """Launch on a cluster that others on the network can reach although Ray's token authentication is off."""
+
+    def check(self) -> None:
+        if not re.fullmatch(r"[1-9]\d{0,4}(:[1-9]\d{0,4})?", self.workers):
+            self.refuse("workers", "needs a number such as 4, or a range such as 1:4")
+        if self.low > self.high:
+            self.refuse("workers", f"the range is upside down. Write {self.high}:{self.low}")
+
+    @property
+    def low(self) -> int:
+        """Fewest workers."""
+        return int(self.workers.split(":")[0])
+
+    @property
+    def high(self) -> int:
+        """Most workers."""
+        return int(self.workers.split(":")[-1])
+
+
+@dataclass(frozen=True)
+class Track(Settings):
+    section: ClassVar[str] = "track"
+
+    uri: str = ""
+    """MLflow tracking URI. Empty: $MLFLOW_TRACKING_URI, or else a SQLite database below $FTLIB_HOME."""
+    experiment: str = ""
+    """MLflow experiment. Empty: the data set's name."""
+    offline: bool = False
+    """Start although the tracking server cannot be reached: everything is journalled and delivered later."""
+    system_metrics: bool = True
+    """Record CPU, memory, disk and GPU use every 10 seconds."""
+    log_model: bool = True
+    """Log the best model as an MLflow model that predicts from JPEG bytes."""
+
+
+@dataclass(frozen=True)
+class Gates(Settings):
+    """What the run must reach. Checked at its end and written to MLflow; the next phase refuses a model that failed."""
+
+    section: ClassVar[str] = "gates"
+
+    val_top1: Annotated[float, Between(0, 100)] = 0.0
+    """Least validation top-1 of the best model, in percent."""
+    max_gap: Annotated[float, Between(0, 100)] = 100.0
+    """Largest train top-1 minus validation top-1 at the end, in points."""
+    gain: Annotated[float, Between(-100, 100)] = -100.0
+    """Least gain of validation top-1 over the run that the weights came from, in points."""
+    force: str = ""
+    """Start from a model that failed its gates all the same, for this reason (which is recorded)."""
+
+
+@dataclass(frozen=True)
+class Run(Settings):
+    """Everything that defines a training run."""
+
+    section: ClassVar[str] = ""
+
+    name: str = ""
+    """The run's identity: the same name and settings resume it. Empty: STAGE-DATASET-FINGERPRINT, so other settings are another run."""
+    stage: str = "run"
+    """What the run is in the whole, such as phase1; a later run finds its starting weights by it."""
+    seed: Annotated[int, Between(0, 2**63 - 1)] = 42
+    """Seed of everything random: order, augmentation, mixing, dropout, initial weights."""
+    promoted_from: str = ""
+    """The sweep or comparison this recipe was promoted from; written by jobs/promote.py."""
+    data: Data = field(default_factory=Data)
+    augment: Augment = field(default_factory=Augment)
+    mix: Mix = field(default_factory=Mix)
+    model: Model = field(default_factory=Model)
+    loss: Loss = field(default_factory=CrossEntropy)
+    optimizer: Optimizer = field(default_factory=AdamW)
+    schedule: Schedule = field(default_factory=Cosine)
+    train: Train = field(default_factory=Train)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    cluster: Cluster = field(default_factory=Cluster)
+    track: Track = field(default_factory=Track)
+    gates: Gates = field(default_factory=Gates)
+
+    def check(self) -> None:
+        if self.name and not NAME.fullmatch(self.name):
+            self.refuse("name", "use letters, digits, '.', '_' and '-', at most 128, the first a letter or digit")
+        if not NAME.fullmatch(self.stage):
+            self.refuse("stage", "use letters, digits, '.', '_' and '-', the first a letter or digit")
+        if self.cluster.high > self.train.microbatches:
+            raise ConfigError(
+                f"cluster.workers = {self.cluster.workers}: more workers than microbatches. A global batch of {self.train.batch_size} in microbatches of "
+                f"{self.train.microbatch_size} keeps at most {self.train.microbatches} workers busy. Lower cluster.workers or train.microbatch_size, or raise train.batch_size")
+        if self.mix.off_epochs > self.train.epochs:
+            raise ConfigError(f"mix.off_epochs = {self.mix.off_epochs}: the run has only {self.train.epochs} epochs (train.epochs)")
+        if self.mix.off_epochs and not (self.mix.mixup_alpha or self.mix.cutmix_alpha):
+            raise ConfigError(f"mix.off_epochs = {self.mix.off_epochs}: it would do nothing because mixing is off. Set mix.mixup_alpha or mix.cutmix_alpha above 0")
+        warmup = getattr(self.schedule, "warmup_epochs", 0)
+        if warmup and warmup >= self.train.epochs:
+            raise ConfigError(f"schedule.warmup_epochs = {warmup}: the run has only {self.train.epochs} epochs (train.epochs)")
+
+    @property
+    def eval_size(self) -> int:
+        """Side of the square evaluation input, in pixels."""
+        return self.evaluate.size or self.augment.size
+
+
+NOT_IN_FINGERPRINT = ("name", "cluster", "track", "checkpoint", "gates", "data.path", "data.loader_workers", "train.log_every", "train.compile")
+"""Settings that change how a run is carried out but not what it computes; a resumed run may change them. (The data set itself enters the
+fingerprint by its digest; `cluster.strict_elastic` is recorded apart.)"""
