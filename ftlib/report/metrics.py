@@ -1,0 +1,204 @@
+"""Scores of a classifier from its logits, each with a 95 % interval. Pure numpy; nothing here knows models or files.
+
+Shapes: `logits` float[n, C], `labels` int[n] in 0..C-1. Top-k scores are in percent, everything else in its natural unit
+(nats, 0..1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import inf
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating]
+Ints = NDArray[np.integer]
+
+BINS = 15
+"""Bins of the calibration error (Guo et al. 2017 use 15)."""
+RESAMPLES = 1000
+"""Bootstrap resamples per interval: the ends of a 95 % interval are then the 25th and the 975th of them."""
+
+
+class ScoreError(ValueError):
+    """Predictions that cannot be scored; the message says what is wrong with them."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A score and the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def show(self, digits: int = 2) -> str:
+        return f"{self.value:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+
+
+@dataclass(frozen=True)
+class PerClass:
+    """One entry per class, each 0..1 except `support`, the number of images of the class."""
+
+    precision: Floats
+    recall: Floats
+    f1: Floats
+    support: Ints
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Per bin of confidence: mean confidence, share of right predictions, images."""
+
+    confidence: Floats
+    accuracy: Floats
+    count: Ints
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: the mean over images of |accuracy - confidence| of their bin (Guo et al. 2017, eq. 3)."""
+        return float(np.sum(self.count * np.abs(self.accuracy - self.confidence)) / np.sum(self.count))
+
+
+def check(logits: Floats, labels: Ints) -> None:
+    """Raise `ScoreError` where the predictions could not be scored honestly."""
+    if logits.ndim != 2 or labels.shape != (len(logits),):
+        raise ScoreError(f"logits of shape {logits.shape} do not fit labels of shape {labels.shape}: one row of logits per label is needed")
+    if len(labels) == 0:
+        raise ScoreError("there are no predictions to score: the split is empty")
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise ScoreError(f"labels run from {labels.min()} to {labels.max()}, but the model knows {logits.shape[1]} classes (0 to {logits.shape[1] - 1})")
+    broken = int((~np.isfinite(logits)).any(axis=1).sum())
+    if broken:
+        raise ScoreError(f"{broken} of {len(logits)} predictions are NaN or infinite: the model's weights are damaged, or its precision overflowed (try fp32)")
+
+
+def log_softmax(logits: Floats) -> Floats:
+    """float64[n, C]."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def softmax(logits: Floats) -> Floats:
+    """float64[n, C], rows sum to 1."""
+    return np.exp(log_softmax(logits))
+
+
+def hits(logits: Floats, labels: Ints, k: int = 1) -> NDArray[np.bool_]:
+    """bool[n]: the label is among the k highest logits. Of equal logits the lower class comes first, as in argmax, so a model
+    that says the same for every class gets no credit for it."""
+    own = logits[np.arange(len(labels)), labels][:, None]
+    earlier = np.arange(logits.shape[1])[None, :] < labels[:, None]
+    before = (logits > own) | ((logits == own) & earlier)
+    return before.sum(axis=1) < k
+
+
+def nll(logits: Floats, labels: Ints) -> Floats:
+    """float64[n]: negative log-likelihood of the label, in nats."""
+    return -log_softmax(logits)[np.arange(len(labels)), labels]
+
+
+def bin_of(confidence: Floats, bins: int = BINS) -> Ints:
+    """int[n]: the equal-mass bin each confidence falls into. Edges are quantiles, so images of equal confidence share a bin and
+    the result does not depend on the images' order."""
+    edges = np.quantile(confidence, np.linspace(0, 1, bins + 1)[1:-1])
+    return np.searchsorted(edges, confidence)
+
+
+def reliability(confidence: Floats, right: NDArray[np.bool_], bins: int = BINS) -> Reliability:
+    """Accuracy against confidence in equal-mass bins (Nixon et al. 2019); empty bins are left out."""
+    where = bin_of(confidence, bins)
+    count = np.bincount(where, minlength=bins)
+    kept = count > 0
+    mean = lambda values: np.bincount(where, weights=values, minlength=bins)[kept] / count[kept]  # noqa: E731
+    return Reliability(mean(confidence), mean(right.astype(np.float64)), count[kept])
+
+
+def confusion(predicted: Ints, labels: Ints, classes: int) -> Ints:
+    """int64[C, C]: rows are true classes, columns predicted ones."""
+    return np.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+
+
+def per_class(matrix: Ints) -> PerClass:
+    """From a confusion matrix. A class that was never predicted (or has no image) gets 0 where the ratio would be 0/0."""
+    right, support, predicted = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
+    ratio = lambda a, b: np.divide(a, b, out=np.zeros(len(a)), where=b > 0)  # noqa: E731
+    return PerClass(ratio(right, predicted), ratio(right, support), ratio(2 * right, support + predicted), support)
+
+
+def confused_pairs(matrix: Ints, limit: int) -> list[tuple[int, int, int]]:
+    """(true class, predicted class, images) of the most frequent mistakes, most frequent first."""
+    wrong = matrix.copy()
+    np.fill_diagonal(wrong, 0)
+    order = np.argsort(-wrong, axis=None, kind="stable")[:limit]
+    rows, columns = np.unravel_index(order, wrong.shape)
+    return [(int(r), int(c), int(wrong[r, c])) for r, c in zip(rows, columns) if wrong[r, c] > 0]
+
+
+def most_confused_classes(matrix: Ints, limit: int) -> Ints:
+    """The `limit` classes with the most mistakes (made of them or into them), in class order."""
+    wrong = matrix - np.diag(np.diag(matrix))
+    order = np.argsort(-(wrong.sum(axis=0) + wrong.sum(axis=1)), kind="stable")[:limit]
+    return np.sort(order)
+
+
+# --- intervals --------------------------------------------------------------------------------------------------------------------
+
+def weights(n: int, seed: int = 0, resamples: int = RESAMPLES) -> Iterator[Floats]:
+    """Blocks float64[r, n] of bootstrap weights: how often each image was drawn in a resample of n images, divided by n."""
+    rng = np.random.default_rng(seed)
+    block = max(1, min(resamples, 4_000_000 // n))
+    for start in range(0, resamples, block):
+        rows = min(block, resamples - start)
+        drawn = rng.integers(0, n, (rows, n)) + np.arange(rows)[:, None] * n
+        yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n) / n
+
+
+def bootstrap(n: int, statistic: Callable[[Floats], Floats], seed: int = 0) -> Floats:
+    """The statistic of every resample; `statistic` maps weights[r, n] to float[r, q]. Returns float64[RESAMPLES, q]."""
+    return np.concatenate([statistic(block) for block in weights(n, seed)])
+
+
+def interval(value: float, resampled: Floats, low: float = 0.0, high: float = inf) -> Estimate:
+    """The central 95 % of the resampled values, moved by their bias (resampling noise always enlarges a calibration error, so
+    without that the interval may miss the value itself), within the possible range."""
+    bias = float(resampled.mean()) - value
+    ends = np.quantile(resampled, [0.025, 0.975]) - bias
+    return Estimate(value, float(np.clip(min(ends[0], value), low, high)), float(np.clip(max(ends[1], value), low, high)))
+
+
+def share(right: NDArray[np.bool_], resampled: Floats) -> Estimate:
+    """A percentage. Where all or none are right there is no spread to resample; there the open end is the exact binomial bound
+    (Clopper and Pearson 1934), not the value itself."""
+    n, value = len(right), float(right.mean()) * 100
+    found = interval(value, resampled * 100, 0, 100)
+    tail = 0.025 ** (1 / n)  # P(no success in n) = 2.5 %
+    if right.all():
+        return Estimate(value, 100 * tail, 100.0)
+    if not right.any():
+        return Estimate(value, 0.0, 100 * (1 - tail))
+    return found
+
+
+def scores(logits: Floats, labels: Ints, seed: int = 0) -> dict[str, Estimate]:
+    """top1 and top5 (percent; top5 with fewer than five classes is 100), nll (nats) and ece (0..1), with 95 % bootstrap
+    intervals over images. The bins of the ece stay those of the full set while resampling."""
+    check(logits, labels)
+    top1, top5 = hits(logits, labels, 1), hits(logits, labels, 5)
+    losses = nll(logits, labels)
+    confidence = softmax(logits).max(axis=1)
+    member = (bin_of(confidence)[:, None] == np.arange(BINS)).astype(np.float64) * (top1 - confidence)[:, None]
+    columns = np.stack([top1, top5, losses], axis=1).astype(np.float64)
+
+    def statistic(weight: Floats) -> Floats:
+        return np.concatenate([weight @ columns, np.abs(weight @ member).sum(axis=1, keepdims=True)], axis=1)
+
+    drawn = bootstrap(len(labels), statistic, seed)
+    return {
+        "top1": share(top1, drawn[:, 0]),
+        "top5": share(top5, drawn[:, 1]),
+        "nll": interval(float(losses.mean()), drawn[:, 2], 0),
+        "ece": interval(reliability(confidence, top1).error, drawn[:, 3], 0, 1),
+    }
