@@ -1,0 +1,42 @@
+"""Where things are kept: `$FTLIB_HOME` (default ~/ftlib) holds data/, runs/, mlflow.db and mlflow-artifacts/."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ftlib.config import Run
+from ftlib.tree import ConfigError
+
+
+def home() -> Path:
+    """`$FTLIB_HOME` as an absolute path, `~/ftlib` where it is not set. It need not exist yet."""
+    return Path(os.path.abspath(Path(os.environ.get("FTLIB_HOME") or "~/ftlib").expanduser()))
+
+
+def is_remote(path: str) -> bool:
+    """Whether `path` is an address such as s3://bucket/x rather than a folder on a (local or shared) file system."""
+    return "://" in path and not path.startswith("file://")
+
+
+def absolute(path: str) -> str:
+    """An address as it is; a folder as an absolute path. Ray's workers have another working folder than the user's shell."""
+    if is_remote(path):
+        return path.rstrip("/")
+    return os.path.abspath(Path(path.removeprefix("file://")).expanduser())
+
+
+def data_path(name_or_path: str) -> str:
+    """A prepared data set's place from what the user wrote: a bare name lies below $FTLIB_HOME/data, anything else is a path or address.
+
+    Raises ConfigError for an empty name.
+    """
+    if not name_or_path:
+        raise ConfigError("data.path is empty: name a prepared data set with --data.path. `python jobs/prepare.py --source FOLDER --out NAME` makes one")
+    bare = not is_remote(name_or_path) and os.sep not in name_or_path and not name_or_path.startswith((".", "~"))
+    return str(home() / "data" / name_or_path) if bare else absolute(name_or_path)
+
+
+def runs_root(run: Run) -> str:
+    """The folder or address that holds this run's folder: checkpoint.storage, or $FTLIB_HOME/runs."""
+    return absolute(run.checkpoint.storage) if run.checkpoint.storage else str(home() / "runs")
