@@ -1,0 +1,18 @@
+"""What all tests share: a home of their own, one thread per process, no way out to the user's files."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+os.environ["MLFLOW_TRACKING_URI"] = ""
+os.environ.pop("RAY_ADDRESS", None)
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory, monkeypatch):
+    """FTLIB_HOME below pytest's temporary folder."""
+    path = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("FTLIB_HOME", str(path))
+    return path
