@@ -1,0 +1,81 @@
+"""Randomness as an argument: every random thing in a run is drawn from a 64-bit key of what it belongs to.
+
+`key(AUGMENT, seed, epoch, image)` is the same number in every process, thread and order of loading, so nothing about a
+random state has to be saved or restored. The mixing is splitmix64's finaliser (Steele, Lea, Flood 2014), chained over the parts.
+"""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+
+ORDER, AUGMENT, MIX, DROPOUT, INIT, SUBSET, TUNING = range(1, 8)
+"""Domains: keys of one are unrelated to those of another."""
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _mix(x: int) -> int:
+    x = (x + _GOLDEN) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def key(domain: int, *parts: int) -> int:
+    """A uint64 from a domain and whole numbers (taken modulo 2**64), well mixed and dependent on their order and number."""
+    mixed = _mix(domain)
+    for part in parts:
+        mixed = _mix(mixed ^ _mix(int(part) & _MASK))
+    return mixed
+
+
+class _OnGenerator(random.Random):
+    """`random.Random` that draws from a numpy Generator, so that one rewind covers both."""
+
+    def __init__(self, generator: np.random.Generator) -> None:
+        super().__init__(0)
+        self._draw = generator.random
+        self._raw = generator.bit_generator.random_raw
+
+    def random(self) -> float:
+        return self._draw()
+
+    def getrandbits(self, k: int) -> int:
+        bits = 0
+        for have in range(0, k, 64):
+            bits |= int(self._raw()) << have
+        return bits & ((1 << k) - 1)
+
+
+class Randomness:
+    """One numpy generator and one `random.Random` on the same counter-based stream (Philox; Salmon et al. 2011).
+
+    `rewind(key)` puts both at the start of that key's own stream, in a few microseconds.
+    """
+
+    def __init__(self, start: int = 0) -> None:
+        self._philox = np.random.Philox(0)
+        self.generator = np.random.Generator(self._philox)
+        self.python = _OnGenerator(self.generator)
+        self._state = self._philox.state
+        self._state["state"]["counter"] = np.zeros(4, np.uint64)
+        self._state["buffer"] = np.zeros(4, np.uint64)
+        self._state["buffer_pos"] = 4  # the buffer is used up: the next draw starts at the counter
+        self._state["has_uint32"] = self._state["uinteger"] = 0
+        self.rewind(start)
+
+    def rewind(self, key: int) -> None:
+        self._state["state"]["key"] = np.array([key, 0], np.uint64)
+        self._philox.state = self._state
+        self.python.gauss_next = None  # the second half of a pair drawn before
+
+    def __reduce__(self) -> tuple[type[Randomness], tuple[()]]:
+        return Randomness, ()  # it has no state of its own worth keeping: it is rewound before each use
+
+
+def raw(key: int, n: int) -> np.ndarray:
+    """uint64[n] from the key's Philox stream. Unlike numpy's distributions, the raw stream never changes between versions."""
+    return np.random.Philox(key=key).random_raw(n)
