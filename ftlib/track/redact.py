@@ -1,0 +1,79 @@
+"""Secrets out of text, before it reaches a journal, MLflow or a log.
+
+What counts as one: the password in a URL, the value of a setting or variable whose name says so (token, password, secret, api key,
+credential), a bearer or basic authorization, a signature in a pre-signed URL, a private key, the well-known shapes of access
+tokens, and the literal values of this process's own secret environment variables.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+HIDDEN = "***"
+
+_SECRET_NAME = r"(?:pass(?:wd|word|phrase)?|pwd|secrets?|tokens?|api[_-]?keys?|access[_-]?keys?|account[_-]?keys?|private[_-]?keys?|credentials?|auth|signature|sig)"
+_SECRET_KEY = re.compile(rf"(?:^|[_\-.\s]){_SECRET_NAME}(?:$|[_\-.\s](?:id|key|value|access[_-]?key)$)", re.IGNORECASE)
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+
+_URL_PASSWORD = re.compile(r"(?P<head>\b[A-Za-z][A-Za-z0-9+.\-]*://[^\s/:@'\"<>?#]*:)(?P<secret>[^\s'\"<>]*)(?=@)")
+_URL_TOKEN_USER = re.compile(r"(?P<head>\bhttps?://)(?P<secret>[^\s/:@'\"<>?#]{16,})(?=@)")
+_PATTERNS = (
+    re.compile(r"(?P<head>-----BEGIN [A-Z ]*PRIVATE KEY-----)(?P<secret>.*?)(?=-----END|\Z)", re.DOTALL),
+    re.compile(r"(?P<head>\b(?:bearer|basic)\s+)(?P<secret>[A-Za-z0-9._~+/=\-]{6,})", re.IGNORECASE),
+    # name=value, name: value, "name": "value", --name value
+    re.compile(rf"(?P<head>(?<![A-Za-z0-9])(?:[A-Za-z0-9]+[_\-.])*{_SECRET_NAME}(?:[_\-.](?:id|key|value))?[\"']?\s*[=:]\s*[\"']?)(?P<secret>[^\s\"'&,;}}\]]+)", re.IGNORECASE),
+    re.compile(rf"(?P<head>--(?:[A-Za-z0-9]+[_\-.])*{_SECRET_NAME}\s+)(?P<secret>[^\s\"']+)", re.IGNORECASE),
+)
+_SHAPES = re.compile(
+    r"(?<![A-Za-z0-9])(?:"
+    r"(?:AKIA|ASIA)[0-9A-Z]{16}"  # AWS access key id
+    r"|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}"
+    r"|glpat-[A-Za-z0-9_\-]{16,}"
+    r"|hf_[A-Za-z0-9]{20,}"
+    r"|sk-[A-Za-z0-9_\-]{20,}"
+    r"|xox[abprs]-[A-Za-z0-9\-]{10,}"
+    r"|AIza[A-Za-z0-9_\-]{30,}"  # Google API key
+    r"|ya29\.[A-Za-z0-9_\-]{20,}"
+    r"|dapi[0-9a-f]{32}"  # Databricks
+    r"|eyJ[A-Za-z0-9_\-]{8,}\.[A-Za-z0-9_\-]{8,}\.[A-Za-z0-9_\-]*"  # JSON web token
+    r")"
+)
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a setting's, header's or variable's name says that its value is a secret."""
+    return bool(_SECRET_KEY.search(_CAMEL.sub("_", name)))
+
+
+def _environment_secrets() -> list[str]:
+    values = {v for k, v in os.environ.items() if len(v) >= 8 and is_secret_name(k) and not v.startswith(("/", "~"))}
+    return sorted(values, key=len, reverse=True)
+
+
+def redact(text: str) -> str:
+    """`text` with every secret in it replaced by `***`. Redacting twice changes nothing more."""
+    for value in _environment_secrets():
+        text = text.replace(value, HIDDEN)
+    text = _URL_PASSWORD.sub(lambda m: m["head"] + HIDDEN, text)
+    text = _URL_TOKEN_USER.sub(lambda m: m["head"] + HIDDEN, text)
+    for pattern in _PATTERNS:
+        text = pattern.sub(lambda m: m["head"] + HIDDEN, text)
+    return _SHAPES.sub(HIDDEN, text)
+
+
+def redact_value(name: str, value: Any) -> str:
+    """A named value as text: hidden whole if the name says that it is a secret."""
+    text = value if isinstance(value, str) else str(value)
+    return HIDDEN if text and is_secret_name(name) else redact(text)
+
+
+def redact_tree(value: Any, name: str = "") -> Any:
+    """The same for nested mappings and lists; numbers, booleans and None stay as they are."""
+    if isinstance(value, Mapping):
+        return {k: redact_tree(v, str(k)) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redact_tree(v, name) for v in value]
+    return redact_value(name, value) if isinstance(value, str) else value
