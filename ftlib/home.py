@@ -6,17 +6,13 @@ import os
 from pathlib import Path
 
 from ftlib.config import Run
+from ftlib.storage import is_remote
 from ftlib.tree import ConfigError
 
 
 def home() -> Path:
     """`$FTLIB_HOME` as an absolute path, `~/ftlib` where it is not set. It need not exist yet."""
     return Path(os.path.abspath(Path(os.environ.get("FTLIB_HOME") or "~/ftlib").expanduser()))
-
-
-def is_remote(path: str) -> bool:
-    """Whether `path` is an address such as s3://bucket/x rather than a folder on a (local or shared) file system."""
-    return "://" in path and not path.startswith("file://")
 
 
 def absolute(path: str) -> str:

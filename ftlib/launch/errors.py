@@ -1,0 +1,19 @@
+"""What stops a launch. Each message says what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+
+class LaunchError(ValueError):
+    """The run cannot start as asked; nothing was changed."""
+
+
+class RunFailed(RuntimeError):
+    """Training started and failed for good; the message carries the first worker's reason."""
+
+
+class Stopped(SystemExit):
+    """A signal stopped the run after a checkpoint was written. As the process's exit code: 128 + the signal's number."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(128 + signal_number)
+        self.message = message

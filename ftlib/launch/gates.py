@@ -1,0 +1,77 @@
+"""Success criteria of a run, checked at its end; a phase does not start from a model that failed its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ftlib.config import Gates, Run
+from ftlib.launch.errors import LaunchError
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One criterion and what came of it."""
+
+    name: str
+    """The setting's name, such as val_top1."""
+    wanted: float
+    """Percent or points."""
+    got: float | None
+    """None when it could not be measured, which fails the gate."""
+    passed: bool
+
+    def __str__(self) -> str:
+        words = {"val_top1": "best validation top-1 at least", "max_gap": "train minus validation top-1 at most", "gain": "gain over the starting model at least"}
+        got = "not measured" if self.got is None else f"{self.got:.2f}"
+        return f"{'passed' if self.passed else 'FAILED'}  {words[self.name]} {self.wanted:g}: {got}"
+
+
+def check(gates: Gates, metrics: Mapping[str, float], start_top1: float | None) -> list[Gate]:
+    """The gates that are set, against a finished run's metrics (percent).
+
+    metrics: best/val_top1 (or best/tuning_top1) and final/gap. start_top1: the validation score of the model the run started from; None
+    where there was none.
+    """
+    best = _first(metrics, "best/val_top1", "best/tuning_top1")
+    gap = _first(metrics, "final/gap")
+    gain = None if best is None or start_top1 is None else best - start_top1
+    off = Gates()
+    checked = []
+    if gates.val_top1 != off.val_top1:
+        checked.append(Gate("val_top1", gates.val_top1, best, best is not None and best >= gates.val_top1))
+    if gates.max_gap != off.max_gap:
+        checked.append(Gate("max_gap", gates.max_gap, gap, gap is not None and gap <= gates.max_gap))
+    if gates.gain != off.gain:
+        checked.append(Gate("gain", gates.gain, gain, gain is not None and gain >= gates.gain))
+    return checked
+
+
+def as_json(gates: list[Gate]) -> dict[str, Any]:
+    """{"passed": bool, "gates": [...]}, for result.json."""
+    return {"passed": all(g.passed for g in gates), "gates": [asdict(g) for g in gates]}
+
+
+def tags(gates: list[Gate]) -> dict[str, str]:
+    """MLflow tags: `gates` = passed, failed or none, and one per gate."""
+    overall = "none" if not gates else "passed" if all(g.passed for g in gates) else "failed"
+    return {"gates": overall, **{f"gate.{g.name}": "passed" if g.passed else "failed" for g in gates}}
+
+
+def refuse_failed(run: Run, source_name: str, result: Mapping[str, Any]) -> str:
+    """Refuse to start from a model whose run failed its gates, unless gates.force gives a reason. Returns what to record, or ''."""
+    outcome = result.get("gates") or {}
+    failed = [g for g in outcome.get("gates", []) if not g.get("passed")]
+    if not failed:
+        return ""
+    what = "; ".join(f"{g['name']} wanted {g['wanted']:g}, got {'nothing' if g['got'] is None else format(g['got'], '.2f')}" for g in failed)
+    if run.gates.force:
+        return f"started from {source_name}, which failed its gates ({what}), because: {run.gates.force}"
+    raise LaunchError(f"model.init_from = {run.model.init_from}: {source_name} failed its success criteria ({what}). Improve that phase, set its --gates to what you "
+                      'expect of your data, or start all the same with --gates.force "the reason"')
+
+
+def _first(metrics: Mapping[str, float], *names: str) -> float | None:
+    return next((float(metrics[n]) for n in names if n in metrics and math.isfinite(metrics[n])), None)

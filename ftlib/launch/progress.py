@@ -1,0 +1,82 @@
+"""What is seen of a run while it trains: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import timedelta
+from typing import Any, TextIO
+
+LINE_SECONDS = 10.0
+"""Plain lines within an epoch come at most this often."""
+
+
+class Screen:
+    """Shows progress points (`ftlib.learn.loop.Job.progress`); a context manager. A point of a step that was shown already ends its epoch."""
+
+    def __init__(self, title: str, out: TextIO | None = None) -> None:
+        self.title, self.out = title, out or sys.stderr
+        self._step, self._ended, self._line = -1, -1, 0.0
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> Screen:
+        if self.out.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+            self._bar = Progress(TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn(), TextColumn("{task.fields[numbers]}"), console=Console(file=self.out))
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, file=self.out, flush=True)
+
+    def show(self, values: dict[str, float]) -> None:
+        step, epoch = int(values["step"]), int(values["epoch"])
+        if step < self._step:  # the workers were restarted and repeat some steps
+            self.say(f"{self.title}  goes on from step {step}")
+            self._ended = min(self._ended, epoch - 1)
+        ends_epoch = step == self._step and epoch != self._ended
+        self._step = step
+        if self._bar is not None:
+            self._show_bar(values)
+        if ends_epoch:
+            self._ended = epoch
+            self.say(f"{self.title}  {sentence(values, ends_epoch=True)}")
+            self._line = time.monotonic()
+        elif self._bar is None and time.monotonic() - self._line > LINE_SECONDS:
+            self.say(f"{self.title}  {sentence(values)}")
+            self._line = time.monotonic()
+
+    def _show_bar(self, values: dict[str, float]) -> None:
+        if self._task is None:
+            self._task = self._bar.add_task(self.title, total=values["steps"], numbers="")
+        self._bar.update(self._task, completed=values["step"], numbers=sentence(values))
+
+
+def sentence(values: dict[str, float], ends_epoch: bool = False) -> str:
+    """One line of numbers: the epoch and its loss, scores in percent, speed, time left."""
+    words = [f"epoch {values['epoch']:.0f}/{values['epochs']:.0f}"]
+    if not ends_epoch:
+        words.append(f"step {values['step']:.0f}/{values['steps']:.0f}")
+    words += [f"loss {values['loss']:.3f}", f"top-1 {values['top1']:.1f} %"]
+    if "val_top1" in values:
+        words.append(f"val {values['val_top1']:.2f} % (best {values['best']:.2f})")
+    words.append(f"{values['images_per_s']:,.0f} images/s")
+    if values["step"] < values["steps"]:
+        words.append(f"{duration(values['seconds_left'])} left")
+    return "  ".join(words)
+
+
+def duration(seconds: float) -> str:
+    """Such as 0:03:20."""
+    return str(timedelta(seconds=round(min(max(seconds, 0), 1e9))))

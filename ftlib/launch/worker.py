@@ -1,0 +1,96 @@
+"""What runs in each Ray worker: rebuild the run from plain values and hand it to the training loop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import Checkpoint, UserCallback
+
+from ftlib import tree
+from ftlib.config import Run
+from ftlib.data.shards import Dataset
+from ftlib.launch.desk import Notices
+from ftlib.learn import loop
+from ftlib.learn.weights import Source
+from ftlib.storage import StorageError
+
+
+def train_loop(config: dict[str, Any]) -> dict[str, Any]:
+    """The `train_loop_per_worker`. config: run (JSON), data (path), run_dir, source, cpus, desk, writer, and on_report in local mode.
+
+    Returns the training's result; an interrupted one returns {"interrupted": message}. An error of ftlib's own, which a restart would only
+    repeat, is left on the desk before it is raised.
+    """
+    run = tree.from_dict(Run, config["run"])
+    logging.getLogger("ftlib").setLevel(logging.INFO)
+    desk = config["desk"]
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device() if torch.cuda.is_available() and config["gpus"] else torch.device("cpu")
+    if not config["local"]:
+        desk.tell("hello", ray.get_runtime_context().get_node_id())
+    notices = Notices(desk)
+    try:
+        return loop.train(loop.Job(
+            run=run, dataset=Dataset.open(config["data"]), run_dir=config["run_dir"], device=device,
+            rank=context.get_world_rank(), world=context.get_world_size(),
+            source=Source.from_dict(config["source"]) if config["source"] else None,
+            loader_workers=loader_workers(run.data.loader_workers, config["cpus"]),
+            tracking=config["writer"], report=reporter(config.get("on_report"), config["local"]),
+            progress=lambda values: desk.tell("show", values), notice=notices))
+    except loop.Interrupted as error:
+        return {"interrupted": str(error)}
+    except Exception as error:
+        if final(error):
+            desk.ask("fail", type(error).__name__, str(error))
+        raise
+    finally:
+        notices.close()
+
+
+def loader_workers(asked: int, cpus: int) -> int:
+    """Loader processes of one worker: as asked, or one per reserved CPU but the one that trains."""
+    return asked if asked >= 0 else max(cpus - 1, 0)
+
+
+def reporter(on_report: Any, local: bool) -> Any:
+    """The loop's `report`: plain finite floats to Ray, with a tiny checkpoint that only names ours; then the caller's own hook."""
+    def report(metrics: dict[str, float], checkpoint: str | None) -> None:
+        if local:
+            ray.train.report(metrics)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                # On every rank: Ray matches the calls up and keeps rank 0's numbers.
+                Path(folder, "pointer.json").write_text(json.dumps({"checkpoint": checkpoint}))
+                ray.train.report(metrics, Checkpoint.from_directory(folder) if ray.train.get_context().get_world_rank() == 0 else None)
+        if on_report is not None:
+            on_report(metrics)
+
+    return report
+
+
+def final(error: BaseException) -> bool:
+    """Whether a restart would only meet the same error again: true of ftlib's own, save storage that is away or full for now."""
+    return type(error).__module__.split(".")[0] == "ftlib" and not isinstance(error, StorageError)
+
+
+class EndOnFinalError(UserCallback):
+    """Ends the run at an error that a restart would only repeat. Runs in Ray's controller, where an exception is not retried."""
+
+    def __init__(self, desk: Any) -> None:
+        self.desk = desk
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        try:
+            error = self.desk.ask("failed")
+        except Exception:
+            return
+        if error is not None:
+            raise RuntimeError(f"{error[0]}: {error[1]}")
+
