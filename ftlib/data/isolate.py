@@ -1,0 +1,115 @@
+"""Pictures are decoded in a process of their own, so that a decoder that crashes or never ends costs one file and not the job.
+
+`Examiner` starts `python -m ftlib.data.isolate` and sends it file names; the child reads and admits the file and sends back what it
+found. When the child dies or takes too long, that file is refused and the next one gets a new child.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import IO, Any
+
+from ftlib.data.admit_rules import Admitted, Refused, Rules
+
+SECONDS_PER_FILE = 120.0
+SECONDS_TO_START = 120.0
+
+
+class Examiner:
+    """`examine(path)` gives `Admitted`, or raises Refused (the picture) or OSError (the storage)."""
+
+    def __init__(self, rules: Rules, seconds_per_file: float = SECONDS_PER_FILE) -> None:
+        self._rules = rules
+        self._seconds = seconds_per_file
+        self._child: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+        self._log: IO[bytes] | None = None
+
+    def examine(self, path: str) -> Admitted:
+        if self._child is None:
+            self._start()
+        assert self._pipe is not None
+        try:
+            self._pipe.send(path)
+            if not self._pipe.poll(self._seconds):
+                self.close()
+                raise Refused("decoder_hung", f"decoding took over {self._seconds:g} seconds")
+            answer = self._pipe.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise Refused("decoder_crashed", f"the decoder died on it ({self._end()})") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """End the child, at once."""
+        if self._child is not None:
+            self._child.kill()
+            self._end()
+
+    def _start(self) -> None:
+        ours, theirs = Pipe()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by _end()
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]),
+                       "OMP_NUM_THREADS": "1"}
+        self._child = subprocess.Popen([sys.executable, "-m", "ftlib.data.isolate", str(theirs.fileno())], stdin=subprocess.DEVNULL, stdout=self._log,
+                                       stderr=self._log, pass_fds=[theirs.fileno()], env=environment)
+        theirs.close()
+        self._pipe = ours
+        try:
+            ours.send(self._rules)
+            if not ours.poll(SECONDS_TO_START):
+                raise EOFError
+            ours.recv()
+        except (EOFError, OSError):
+            log = self._log
+            self._log = None
+            self.close()
+            log.seek(0)
+            raise RuntimeError(f"the decoding process did not start: {log.read().decode(errors='replace')[-2000:]}") from None
+
+    def _end(self) -> str:
+        """Reap the child; how it ended, in words."""
+        assert self._child is not None and self._pipe is not None
+        self._pipe.close()
+        code = self._child.wait()
+        self._child, self._pipe = None, None
+        if self._log is not None:
+            self._log.close()
+        return signal.Signals(-code).name if code < 0 else f"exit status {code}"
+
+
+def _serve(pipe: Connection) -> None:
+    import cv2
+
+    from ftlib.data.admit import admit
+
+    cv2.setNumThreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    rules: Rules = pipe.recv()
+    pipe.send("ready")
+    while True:
+        try:
+            path = pipe.recv()
+        except EOFError:
+            return
+        answer: Any
+        try:
+            answer = admit(Path(path).read_bytes(), os.path.basename(path), rules)
+        except (Refused, OSError) as error:
+            answer = error
+        except MemoryError:
+            answer = Refused("out_of_memory", "there was not enough memory to decode it")
+        except Exception as error:
+            answer = Refused("decoder_failed", f"{type(error).__name__}: {error}")
+        pipe.send(answer)
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])))
