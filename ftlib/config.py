@@ -520,6 +520,9 @@ class Run(Settings):
         warmup = getattr(self.schedule, "warmup_epochs", 0)
         if warmup and warmup >= self.train.epochs:
             raise ConfigError(f"schedule.warmup_epochs = {warmup}: the run has only {self.train.epochs} epochs (train.epochs)")
+        floor = getattr(self.schedule, "min_lr", 0)
+        if floor > self.optimizer.lr:
+            raise ConfigError(f"schedule.min_lr = {floor:g}: it is above optimizer.lr ({self.optimizer.lr:g}). Lower it, or set it to 0")
 
     @property
     def eval_size(self) -> int:

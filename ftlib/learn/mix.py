@@ -91,9 +91,9 @@ def cutmix(images: Tensor, targets: Tensor, partner: Tensor, box: Box) -> tuple[
     """The partner's pixels within `box`, the image's own around it; targets in proportion to the areas."""
     x1, y1, x2, y2 = box
     mixed = images.clone()
-    mixed[..., y1:y2, x1:x2] = images[..., y1:y2, x1:x2].index_select(0, partner)
+    mixed[..., y1:y2, x1:x2] = images[partner, :, y1:y2, x1:x2]
     return mixed, _blend(targets, partner, cutmix_lam(box, images.shape[-2], images.shape[-1]))
 
 
 def _blend(x: Tensor, partner: Tensor, lam: float) -> Tensor:
-    return (x * lam).add_(x.index_select(0, partner), alpha=1.0 - lam)
+    return (x * lam).add_(x[partner], alpha=1.0 - lam)  # x[partner] keeps channels_last, index_select would not

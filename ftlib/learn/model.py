@@ -28,6 +28,8 @@ NO_DROPOUT = ("convnext", "regnet", "shufflenet")
 """Families that torchvision built without dropout."""
 DROP_PATH = ("convnext", "efficientnet", "maxvit", "swin")
 """Families that torchvision built with stochastic depth; ResNets get theirs here."""
+LEAST_SIZE = {"alexnet": 63, "convnext": 32, "densenet": 29, "googlenet": 15, "inception": 75, "squeezenet1_0": 21, "squeezenet1_1": 17, "vgg": 32}
+"""Smallest picture side in pixels that leaves something behind the last pooling; others take whatever augment.size can be."""
 FIXED_SIZE = ("vit_", "maxvit")
 """Families that work at one picture size only, which is fixed when the model is made."""
 
@@ -108,7 +110,7 @@ def _check_size(arch: str, size: int, setting: str) -> None:
         if size % 224:
             raise ConfigError(f"{setting} = {size}: {arch} needs a multiple of 224 pixels. Set it to {max(1, round(size / 224)) * 224}")
         return
-    least = get_model_weights(arch).DEFAULT.meta["min_size"][0]  # type: ignore[attr-defined]
+    least = next((n for family, n in LEAST_SIZE.items() if arch.startswith(family)), 1)
     if size < least:
         raise ConfigError(f"{setting} = {size}: {arch} needs at least {least} pixels. Set it to {least} or more, or choose a ResNet")
 

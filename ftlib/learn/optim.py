@@ -1,6 +1,4 @@
 """Optimizers: parameter groups, fused kernels, and a step that skips itself when the gradients are not finite.
-
-Build the optimizer when the model is on its device and in its memory format: state takes the parameters' layout.
 """
 
 from __future__ import annotations
@@ -38,26 +36,50 @@ def build(cfg: config.Optimizer, model: nn.Module, device: torch.device | str) -
     fused = torch.device(device).type in FUSED_DEVICES
     match cfg:
         case config.AdamW():
-            return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused)
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused)
         case config.Adam():
-            return torch.optim.Adam(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused)
+            optimizer = torch.optim.Adam(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused)
         case config.SGD():
             optimizer = torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=fused)
-            if fused and cfg.momentum > 0:
-                optimizer.register_step_pre_hook(_start_momentum)
-            return optimizer
         case config.RMSprop():
             return torch.optim.RMSprop(groups, lr=cfg.lr, alpha=cfg.alpha, momentum=cfg.momentum, eps=cfg.eps)
-    raise TypeError(f"no optimizer for {type(cfg).__name__}")
+        case _:
+            raise TypeError(f"no optimizer for {type(cfg).__name__}")
+    if fused:
+        optimizer.register_step_pre_hook(_before_fused_step)
+        optimizer.register_load_state_dict_post_hook(_match_layout)
+    return optimizer
 
 
-def _start_momentum(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    # torch makes fused SGD's momentum buffers with empty_like in the first step, whose kernel fills them. If that step is skipped
-    # they stay uninitialised memory, and the second step reads it. Zeros give the same first step: momentum * 0 + gradient.
+def _before_fused_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """What fused kernels of torch 2.14 leave to their caller."""
     for group in optimizer.param_groups:
         for p in group["params"]:
-            if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:
+            if p.grad is None:
+                continue
+            # They walk through memory: on a CPU, gradients in another memory order than their parameter (contiguous beside
+            # channels_last, say) would be added to the wrong weights without a word.
+            if p.grad.stride() != p.stride():
+                p.grad = _laid_out_like(p, p.grad)
+            # SGD makes its momentum with empty_like in the first step, for the kernel to fill. If just that step is skipped, the next one
+            # reads uninitialised memory; and a parameter that thaws later gets none at all. Zeros give the same first step.
+            if group.get("momentum") and optimizer.state[p].get("momentum_buffer") is None:
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+
+
+def _match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """State from a checkpoint in the memory order of the parameters here."""
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == p.shape:
+                state[name] = _laid_out_like(p, value)
+
+
+def _laid_out_like(p: Tensor, x: Tensor) -> Tensor:
+    """x itself, or a copy where its memory order differs from p's."""
+    if p.stride() == x.stride():
+        return x
+    return torch.empty_like(p, dtype=x.dtype, memory_format=torch.preserve_format).copy_(x)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
