@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ftlib.track import views
 from ftlib.track.journal import State, encode, first, read
 from ftlib.track.redact import redact
 from ftlib.track.store import ensure_experiment, patient
@@ -233,12 +234,22 @@ class Feed:
         data = MetaDataset(HTTPDatasetSource(record["source"]), name=record["name"], digest=record["digest"])
         mlflow.log_inputs(self.state.run_id, [DatasetInput(data._to_mlflow_entity(), [InputTag("mlflow.data.context", record["context"])])])
 
+    def _view(self, mlflow: MlflowClient, record: dict[str, Any]) -> None:
+        try:
+            if views.known(views.server_version(self.uri)):
+                views.save(mlflow, self.state.experiment_id, views.View(record["key"], record["name"], record["state"]))
+        except Exception as error:
+            if verdict(error) == "down":
+                raise
+            log.info("tracking: the view %s could not be saved (%s)", record["name"], error)
+
     def _model(self, mlflow: MlflowClient, record: dict[str, Any]) -> None:
         log_model(mlflow, self.state, record)
 
 
 _OPS: dict[str, Callable[[Feed, Any, dict[str, Any]], None]] = {
     "run": Feed._run, "open": Feed._open, "end": Feed._end, "text": Feed._text, "artifact": Feed._artifact, "dataset": Feed._dataset, "model": Feed._model,
+    "view": Feed._view,
 }
 
 

@@ -47,7 +47,7 @@ def lineage_tags() -> dict[str, str]:
     """Code, user, command and Ray job."""
     tags = {"mlflow.source.name": Path(sys.argv[0]).name or "python", "mlflow.source.type": "JOB", "command": command_line(), **git_state(Path(__file__).parent)}
     with contextlib.suppress(Exception):  # no such user, as in some containers
-        tags["mlflow.user"] = os.environ.get("FTLIB_USER") or getpass.getuser()
+        tags["mlflow.user"] = getpass.getuser()
     if job := os.environ.get("RAY_JOB_SUBMISSION_ID", ""):
         tags["ray.job_id"] = job
     return tags

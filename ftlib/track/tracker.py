@@ -30,7 +30,8 @@ from ftlib.track.deliver import Feed, belongs_to, verdict
 from ftlib.track.journal import State, encode, file_of, first, now_ms
 from ftlib.track.reap import HEARTBEAT_SECONDS, heartbeat_tags, reap
 from ftlib.track.redact import redact
-from ftlib.track.store import TrackingError, client, ensure_experiment, ensure_store, patient, reach, resolve_uri, run_link, sqlite_path
+from ftlib.track.store import TrackingError, client, ensure_experiment, ensure_store, experiment_link, patient, reach, resolve_uri, run_link, sqlite_path
+from ftlib.track.views import View
 from ftlib.track.writer import Place, Writer, clean_params, clean_tags, forget_journal, journal_at
 
 log = logging.getLogger("ftlib.track")
@@ -279,6 +280,15 @@ class TrackedRun:
         """For training code, in any process of the job."""
         place = self.tracking.place() if self.tracking is not None else self.place
         return Writer(place, self.path.name, self.tracking.delivery.wake if self.tracking is not None else None)
+
+    def save_view(self, view: View) -> None:
+        """Put a saved view into the experiment's Views menu (best effort)."""
+        self.writer().put({"op": "view", "key": view.key, "name": view.name, "state": dict(view.state)})
+
+    def view_link(self, view: View) -> str:
+        """Address of the experiment's page with that view; empty while the experiment's id is unknown."""
+        experiment = self.experiment_id
+        return experiment_link(self.uri, experiment, view.key) if experiment else ""
 
     def log_model(self, model: Path | str | Callable[[Path], Any], *, name: str = "model", registered_name: str | None = None, alias: str | None = None,
                   step: int = 0, tags: Mapping[str, Any] | None = None) -> None:
