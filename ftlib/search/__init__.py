@@ -1,0 +1,1 @@
+"""Search: sweeps over spaces of settings, confirmation of winners over seeds, comparison of runs."""
