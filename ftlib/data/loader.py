@@ -9,6 +9,7 @@ would break. The server has imported this module already, so a process starts in
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -231,10 +232,8 @@ class _Thread(Iterator[Any]):
     def close(self) -> None:
         self._stop.set()
         while self._thread.is_alive():
-            try:
+            with contextlib.suppress(queue.Empty):
                 self._ready.get(timeout=0.05)  # makes room, should it be waiting to put one
-            except queue.Empty:
-                pass
 
 
 def _processes(source: Any, plan: Iterable[Microbatch], workers: int, pin: bool) -> Iterator[Any]:

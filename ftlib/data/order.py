@@ -6,9 +6,10 @@ k with k mod W == r. So a run goes on with other workers on the same images.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Sequence, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
