@@ -3,8 +3,9 @@
 Every loss takes logits [b, C] and targets [b, C] (each row sums to 1) and gives one value per image [b]; the training loop sums
 them and divides by the number of images in the step. Values are computed in float32 whatever the autocast type (float64 stays).
 
-Focal loss and BCE are not linear in the target, so "lambda * loss(a) + (1 - lambda) * loss(b)" is another quantity than the
-loss of the mixed target; here it is always the latter.
+Every one is affine in the target as defined here, so the loss of a mixed target is the same mix of the two targets' losses. That is not
+so of variants elsewhere: BCE with a target threshold (timm), or focal loss whose focusing factor sees the mixed target (torchvision's
+sigmoid_focal_loss).
 
 Class weights w [C] weigh the terms of the sum over classes, as in torch.nn.CrossEntropyLoss on probabilities. Note that torch's
 reduction="mean" with class indices also divides by the sum of the weights in the batch; here nothing is divided, since an

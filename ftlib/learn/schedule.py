@@ -95,6 +95,4 @@ def one_cycle(max_lr: float, step: int, steps: int, up: float, div: float, final
     first, top = max_lr / div, up * steps - 1
     if step <= top and top > 0:
         return cosine(first, max_lr, step, top)
-    top = max(top, 0.0)
-    last = steps - 1
-    return max_lr if last <= top else cosine(max_lr, first / final_div, step - top, last - top)
+    return cosine(max_lr, first / final_div, step - top, steps - 1 - top)
