@@ -35,8 +35,10 @@ with warnings.catch_warnings():  # mlflow.pyfunc warns about its own type hints 
     import mlflow.models
     import mlflow.pyfunc
 
+    from ftlib.track import image_classifier
+
 BAR = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
-CODE = Path(__file__).with_name("image_classifier.py")
+CODE = Path(image_classifier.__file__)
 REQUIREMENTS = ("torch", "numpy", "pillow", "pandas", "mlflow")
 """What a package needs, pinned to the versions it was made with."""
 
@@ -56,7 +58,7 @@ class Program(nn.Module):
 
 def evaluation_size(run: Run) -> tuple[int, int]:
     """(side of the model's input, length the shorter side of a picture is resized to), in pixels."""
-    size = run.evaluate.size or run.augment.size
+    size = run.eval_size
     return size, max(size, round(size / run.evaluate.crop))
 
 
