@@ -22,6 +22,7 @@ class Desk:
         self.drains = 0
         self.error: tuple[str, str] | None = None
         self.nodes: set[str] = set()
+        self.leaving: set[str] = set()
 
     def show(self, values: dict[str, float]) -> None:
         """From rank 0: a progress point."""
@@ -48,9 +49,10 @@ class Desk:
         self.stop = True
 
     def drain(self, nodes: list[str]) -> None:
-        """From the driver: these nodes are about to go."""
-        if self.nodes & set(nodes):
-            self.drains += 1
+        """From the driver, repeatedly: these nodes are about to go. Each is passed on once."""
+        new = (self.nodes & set(nodes)) - self.leaving
+        self.leaving |= new
+        self.drains += len(new)
 
     def take(self) -> tuple[list[dict[str, float]], tuple[str, str] | None]:
         """For the driver: new progress points, and the error if there is one."""

@@ -44,7 +44,7 @@ def fingerprint(run: Run, data_digest: str, init_sha256: str | None) -> str:
 def default_name(run: Run, data_name: str, print_: str) -> str:
     """STAGE-DATASET-FINGERPRINT, the data set's name cut down to what a name may hold."""
     data = re.sub(r"[^A-Za-z0-9._-]+", "-", data_name).strip("-.") or "data"
-    return f"{run.stage}-{data[:40]}-{print_[:8]}"
+    return f"{run.stage}-{data[:40]}-{print_[:6]}"
 
 
 @dataclass

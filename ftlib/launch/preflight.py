@@ -14,7 +14,6 @@ from ftlib import storage
 from ftlib.config import Run
 from ftlib.data import augment, order
 from ftlib.data.shards import Dataset
-from ftlib.home import absolute
 from ftlib.launch.errors import LaunchError
 from ftlib.storage import StorageError, is_remote, join
 from ftlib.tree import ConfigError
@@ -133,8 +132,3 @@ def check_shared(run_dir: str, data: str) -> None:
 def _sees(probe: str | None, data: str | None) -> tuple[bool, bool]:
     return probe is None or os.path.exists(probe), data is None or os.path.exists(data)
 
-
-def refuse_local_state(run_dir: str) -> None:
-    """A run folder inside the data set or the other way round is a mistake that would destroy one of them."""
-    if not is_remote(run_dir) and os.path.exists(join(os.path.dirname(absolute(run_dir)), storage.MANIFEST)):
-        raise LaunchError(f"checkpoint.storage: {os.path.dirname(run_dir)} is a prepared data set. Choose another folder for the runs")

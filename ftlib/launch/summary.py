@@ -1,0 +1,87 @@
+"""What a launch says: where it starts, how it ended, what to do next; and the note on the run's page in MLflow."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ftlib.config import Run
+from ftlib.home import home
+from ftlib.launch.cluster import Placement
+from ftlib.launch.progress import duration
+from ftlib.learn.weights import Source
+
+
+def starting(run: Run, run_dir: str, url: str, placement: Placement, resumed: bool) -> str:
+    each = ", ".join(f"{v:g} {k}" for k, v in placement.resources.items())
+    workers = f"{placement.low}" if placement.low == placement.high else f"{placement.low} to {placement.high}"
+    lines = [f"{run.name}: {'going on' if resumed else 'training'} with {workers} worker{'s' if workers != '1' else ''} ({each} each)", f"  kept in  {run_dir}"]
+    if run.train.microbatches > 1:
+        lines.append(f"  a batch of {run.train.batch_size} = {run.train.microbatches} microbatches of {run.train.microbatch_size}, shared out among the workers")
+    if url:
+        lines.append(f"  MLflow   {url}")
+    return "\n".join(lines)
+
+
+def finished(run: Run, outcome: Any) -> str:
+    """The lines at a run's end."""
+    lines = [f"{outcome.name}: finished in {duration(outcome.seconds)}.  {scores(outcome)}"]
+    lines += [f"  {gate}" for gate in outcome.gates]
+    if not outcome.passed:
+        lines.append("  This run failed its success criteria; the next phase will not start from it without --gates.force \"reason\".")
+    lines += _places(outcome)
+    return "\n".join(lines)
+
+
+def already_finished(outcome: Any) -> str:
+    """For a command that was given again."""
+    return "\n".join([f"{outcome.name}: this run is finished already.  {scores(outcome)}", *(f"  {gate}" for gate in outcome.gates), *_places(outcome),
+                      "  Change a setting to make another run, or give it another --name to repeat this one."])
+
+
+def scores(outcome: Any) -> str:
+    """Such as: best val top-1 97.22 % (epoch 9), top-5 99.9 %, 3.1 points above the model it started from."""
+    metrics = outcome.metrics
+    split = "tuning" if "best/tuning_top1" in metrics else "val"
+    if f"best/{split}_top1" not in metrics:
+        return "It was never scored."
+    text = f"Best {split} top-1 {metrics[f'best/{split}_top1']:.2f} % (epoch {metrics.get('best/epoch', 0):.0f}), top-5 {metrics.get(f'best/{split}_top5', float('nan')):.2f} %"
+    if outcome.start_top1 is not None:
+        gain = metrics[f"best/{split}_top1"] - outcome.start_top1
+        text += f", {abs(gain):.2f} points {'above' if gain >= 0 else 'below'} the model it started from"
+    return text + "."
+
+
+def _places(outcome: Any) -> list[str]:
+    lines = [f"  best model  {outcome.best_dir}"]
+    if outcome.figures:
+        lines.append(f"  figures     {outcome.figures[0].rsplit('/', 1)[0]}")
+    if outcome.mlflow_url:
+        lines.append(f"  MLflow      {outcome.mlflow_url}")
+    return lines
+
+
+def note(run: Run, outcome: Any, source: Source | None) -> str:
+    """Markdown for the run's page: the result first, then where it comes from and where it is."""
+    lines = [f"**{scores(outcome)}**", ""]
+    lines += [f"- {gate}" for gate in outcome.gates]
+    if source is not None:
+        lines.append(f"- started from {source.run_name or source.uri}")
+    lines += [f"- best model: `{outcome.best_dir}`", f"- run folder: `{outcome.run_dir}`", f"- took {duration(outcome.seconds)} in this launch"]
+    return "\n".join(lines)
+
+
+def sample(phase1: Any, phase2: Any, tracking_uri: str, commands: list[tuple[str, str]], seconds: float) -> str:
+    """The end of `make run`."""
+    one, two = phase1.metrics["best/val_top1"], phase2.metrics["best/val_top1"]
+    rows = [("Phase 1", f"{one:6.2f} % top-1", phase1), ("Phase 2", f"{two:6.2f} % top-1   ({two - one:+.2f} points)", phase2)]
+    lines = ["", f"Done in {duration(seconds)}: scikit-learn's digits, held-out images", ""]
+    lines += [f"  {name}  {text}" for name, text, _ in rows]
+    lines += ["", "Where it is", f"  home         {home()}"]
+    for name, _, outcome in rows:
+        lines += [f"  {name}      {outcome.run_dir}/", f"    best model {os.path.relpath(outcome.best_dir, outcome.run_dir)}", "    to resume  checkpoints/",
+                  *([f"    figures    {os.path.relpath(f, outcome.run_dir)}" for f in outcome.figures])]
+    lines += [f"  MLflow       {tracking_uri}", "", "What next"]
+    lines += [f"  {what:<28} {command}" for what, command in commands]
+    return "\n".join(lines)
+
