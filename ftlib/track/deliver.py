@@ -1,347 +1,261 @@
-"""From the journals to MLflow: at least once, in order, from one thread, for as long as it takes.
-
-A `Feed` delivers one run's journal. Everything it does may be repeated without effect: metrics carry their recorded time, parameters and
-tags their value, the run is looked up by its key before it is made, a model by its own. A server that fails is asked again later; a record
-that it will never take is put aside in `<name>.rejected.jsonl` and the rest goes on.
-"""
+"""Delivering journals: the thread that does it while a driver runs, and what does it afterwards for drivers that died."""
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import shutil
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ftlib.track import views
-from ftlib.track.journal import State, encode, first, read
+from ftlib.track import journal as journals
+from ftlib.track.feed import Feed, put_back, verdict
+from ftlib.track.journal import State, encode, first, now_ms, read
+from ftlib.track.reap import HEARTBEAT_SECONDS, heartbeat_tags, reap
 from ftlib.track.redact import redact
-from ftlib.track.store import ensure_experiment, patient
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
+from ftlib.track.store import client, ensure_store, patient
+from ftlib.track.writer import forget_journal, journal_at
 
 log = logging.getLogger("ftlib.track")
 
-STATUS = {"completed": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
-"""MLflow's status for each outcome; a trial that the search stopped early is no failure."""
-BATCH = {"metrics": 900, "params": 90, "tags": 90}
-"""Items in one request; MLflow takes at most 1000, 100 and 100."""
-UPLOAD_SECONDS = 300
-TRIES = 4
-"""Times that a file is tried while the server itself answers, before it is put aside."""
+COLLECT_SECONDS = 0.4
+"""Time in which lines gather before they are sent together."""
+LOOK_SECONDS = 1.0
+"""Longest time until lines of other processes are noticed."""
+LONGEST_PAUSE = 30.0
+SLOW_SECONDS = 1.5
+"""A request that takes longer makes a server slow."""
+NOT_JOURNALS = ("checkpoints", "best", "report", "files", "models", "mlflow-artifacts", "data")
+"""Folders below a home or a run in which no journals are looked for."""
 
 
-class Gone(Exception):
-    """The run has been deleted in MLflow."""
+class Delivery(threading.Thread):
+    """The one thread that talks to MLflow."""
 
+    def __init__(self, uri: str, folder: Path, experiment: str, leftovers: Iterable[Path] = ()) -> None:
+        super().__init__(name="ftlib-track", daemon=True)
+        self.uri, self.folder, self.experiment = uri, Path(folder), experiment
+        self.leftovers = list(leftovers)
+        self.wake = threading.Event()
+        self.failures = 0
+        self.slow = False
+        self.last_error: Exception | None = None
+        self._feeds: dict[Path, Feed] = {}
+        self._client: Any = None
+        self._halt = threading.Event()
+        self._urgent = threading.Event()
+        self._changed = threading.Condition()
+        self._beat = 0.0
+        self._reaped = False
 
-def verdict(error: Exception) -> str:
-    """What a failure means: `down` (ask again later), `gone` (the run has been deleted), `reject` (this record will never be taken) or
-    `retry` (this record may be taken another time)."""
-    import requests
+    # --- for other threads ---
 
-    code = getattr(error, "error_code", "")
-    status = getattr(error, "get_http_status_code", lambda: 0)()
-    text = str(error)
-    if code == "RESOURCE_DOES_NOT_EXIST" or "must be in the 'active' state" in text or "must be in 'active' lifecycle" in text:
-        return "gone"
-    if isinstance(error, requests.RequestException | ConnectionError | TimeoutError) or status in (401, 403, 408, 429, 502, 503, 504) or status >= 500:
-        return "down"
-    if status in (400, 404, 413) and code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS"):
-        return "reject"
-    return "retry"
+    def feed(self, path: Path) -> Feed:
+        with self._changed:
+            if path not in self._feeds:
+                self._feeds[path] = Feed(path, self.uri)
+            return self._feeds[path]
 
+    def forget(self, path: Path) -> None:
+        with self._changed:
+            self._feeds.pop(path, None)
 
-@dataclass
-class Batch:
-    """Consecutive records that go into one request, and the offset behind them."""
+    def hurry(self) -> None:
+        self._urgent.set()
+        self.wake.set()
 
-    end: int = 0
-    metrics: list[Any] = field(default_factory=list)
-    params: list[Any] = field(default_factory=list)
-    tags: list[Any] = field(default_factory=list)
+    def wait(self, condition: Callable[[], bool], deadline: Callable[[], float]) -> bool:
+        """Until `condition()` holds, or time.monotonic() passes `deadline()`."""
+        hurried = float("-inf")
+        while not condition():
+            if time.monotonic() >= deadline() or not self.is_alive():
+                return condition()
+            if time.monotonic() >= hurried + 1:
+                hurried = time.monotonic()
+                self.hurry()
+            with self._changed:
+                self._changed.wait(0.05)
+        return True
 
-    def fits(self, record: dict[str, Any]) -> bool:
-        return len(getattr(self, record["op"])) + len(record["values"]) <= BATCH[record["op"]]
+    def stop(self, seconds: float) -> None:
+        self._halt.set()
+        self.hurry()
+        self.join(seconds)
 
-    def add(self, record: dict[str, Any]) -> None:
-        from mlflow.entities import Metric, Param, RunTag
+    # --- the thread ---
 
-        if record["op"] == "metrics":
-            self.metrics += [Metric(k, float(v), record["t"], record["step"]) for k, v in record["values"].items()]
-        elif record["op"] == "params":
-            self.params += [Param(k, v) for k, v in record["values"].items()]
-        else:
-            self.tags += [RunTag(k, v) for k, v in record["values"].items()]
+    def run(self) -> None:
+        while True:
+            self.wake.wait(LOOK_SECONDS)
+            self.wake.clear()
+            if not self._halt.is_set() and not self._urgent.is_set():
+                self._urgent.wait(COLLECT_SECONDS)
+            if self._halt.is_set() and not self._urgent.is_set():
+                return
+            self._urgent.clear()
+            try:
+                self._round()
+                if self.failures:
+                    log.warning("tracking: %s answers again; the journal is being delivered", redact(self.uri))
+                self.failures, self.last_error = 0, None
+            except Exception as error:
+                self._failed(error)
+            with self._changed:
+                self._changed.notify_all()
+            if self._halt.is_set():
+                return
+            if self.failures:
+                self._urgent.clear()
+                self._urgent.wait(min(LONGEST_PAUSE, 0.5 * 2 ** min(self.failures, 10)))
 
-    def items(self) -> list[tuple[str, Any]]:
-        return [("metrics", m) for m in self.metrics] + [("params", p) for p in self.params] + [("tags", t) for t in self.tags]
+    def _failed(self, error: Exception) -> None:
+        self.failures += 1
+        self.last_error = error
+        if self.failures == 1:
+            why = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0][:200]
+            log.warning("tracking: %s does not take what it is sent (%s). Training goes on; everything stays in %s and is sent again", redact(self.uri), why, self.folder)
 
+    def _connected(self) -> Any:
+        if self._client is None:
+            ensure_store(self.uri)
+            self._client = client(self.uri)
+        return self._client
 
-class Feed:
-    """One run's journal on its way to MLflow."""
+    def _round(self) -> None:
+        """Whatever waits, run by run. What fails for one run only (a file that cannot be stored) does not hold up the others."""
+        for path in journals.journals(self.folder, leave_out=self._feeds):
+            self.feed(path)
+        problem: Exception | None = None
+        for feed in list(self._feeds.values()):
+            try:
+                while feed.pending:
+                    self._timed(feed)
+            except Exception as error:
+                if verdict(error) == "down":
+                    raise
+                problem = error
+        self._heartbeat()
+        if problem is not None:
+            raise problem
+        self._tidy()
 
-    def __init__(self, path: Path, uri: str) -> None:
-        self.path, self.uri = path, uri
-        self.state = State.load(path)
-        self.gone = False
-        self._tries = 0
+    def _timed(self, feed: Feed) -> None:
+        appender = journal_at(feed.path)
+        appender.retry()
+        appender.sync()
+        started = time.monotonic()
 
-    @property
-    def pending(self) -> bool:
-        """Whether the journal holds complete lines that have not been delivered."""
-        with contextlib.suppress(OSError):
-            return not self.gone and self.path.stat().st_size > self.state.offset and any(True for _ in read(self.path, self.state.offset, 1 << 12))
-        return False
+        def done() -> None:
+            nonlocal started
+            self.slow = time.monotonic() - started > SLOW_SECONDS
+            started = time.monotonic()
+            with self._changed:
+                self._changed.notify_all()
 
-    def deliver(self, mlflow: MlflowClient, done: Callable[[], None] = lambda: None) -> None:
-        """Deliver about 1 MB of what waits. Raises what the server raised; what was delivered before that stays delivered."""
-        batch = Batch()
-        try:
-            for record, end in read(self.path, self.state.offset):
-                if record is None:
-                    log.warning("tracking: %s holds a torn line, which is skipped", self.path)
-                    batch.end = end
-                elif record["op"] in BATCH:
-                    for part in _parts(record):
-                        if not batch.fits(part):
-                            self._send(mlflow, batch)
-                            batch = Batch(self.state.offset)
-                        batch.add(part)
-                    batch.end = end
-                else:
-                    self._send(mlflow, batch)
-                    batch = Batch(end)
-                    self._carry_out(mlflow, record)
-                    self._advance(end)
-                    done()
-            self._send(mlflow, batch)
-            done()
-        except Gone:
-            self.gone = True
-            log.warning("tracking: the MLflow run %s has been deleted; what comes for it stays in %s", self.state.run_id, self.path)
+        # A server that is slow rather than dead gets more time with every try.
+        with patient(min(120.0, 8.0 * 2 ** min(self.failures, 4))):
+            feed.deliver(self._connected(), done)
 
-    def _advance(self, end: int) -> None:
-        if end > self.state.offset:
-            self.state.offset = end
-            self._tries = 0
-            self.state.save(self.path)
-
-    def _send(self, mlflow: MlflowClient, batch: Batch) -> None:
-        items = batch.items()
-        if items:
-            self._send_items(mlflow, items)
-        self._advance(batch.end)
-
-    def _send_items(self, mlflow: MlflowClient, items: list[tuple[str, Any]]) -> None:
-        """All in one request; if it is refused, halves of it, so that only the culprits are put aside."""
-        try:
-            mlflow.log_batch(self.state.run_id, **{kind: [i for k, i in items if k == kind] for kind in BATCH}, synchronous=True)
-        except Exception as error:
-            what = verdict(error)
-            if what == "gone":
-                raise Gone from error
-            if what != "reject":
-                raise
-            if len(items) > 1:
-                self._send_items(mlflow, items[: len(items) // 2])
-                self._send_items(mlflow, items[len(items) // 2:])
-            else:
-                kind, item = items[0]
-                self._reject({"op": kind, **dict(item)}, error)
-
-    def _reject(self, record: dict[str, Any], error: Exception) -> None:
-        why = redact(str(error)).splitlines()[0][:300] if str(error) else type(error).__name__
-        log.warning("tracking: MLflow does not take %s (%s); it is kept in %s", record.get("key") or record.get("file") or record.get("name") or record["op"], why, rejected_file(self.path))
-        with open(rejected_file(self.path), "ab") as file:
-            file.write(encode({**record, "why": why}))
-        self.state.rejected += 1
-        self.state.save(self.path)
-
-    def _carry_out(self, mlflow: MlflowClient, record: dict[str, Any]) -> None:
-        try:
-            with patient(UPLOAD_SECONDS) if record["op"] in ("artifact", "text", "model") else contextlib.nullcontext():
-                _OPS[record["op"]](self, mlflow, record)
-        except Exception as error:
-            what = verdict(error)
-            if what == "gone" and record["op"] != "run":
-                raise Gone from error
-            if what == "down" or record["op"] in ("run", "open", "end"):
-                raise
-            self._tries += 1
-            if what != "reject" and self._tries < TRIES and not isinstance(error, FileNotFoundError):
-                raise
-            self._reject(record, error)
-
-    # --- one method per kind of record ---
-
-    def _run(self, mlflow: MlflowClient, record: dict[str, Any]) -> None:
-        """Find the run, or make it. Its id, its key, then its name's absence decide, so that repeating this makes no second run."""
-        experiment = ensure_experiment(mlflow, record["experiment"], self.uri)
-        run = _active(mlflow, self.state.run_id) or _active(mlflow, record.get("run_id", "")) or find(mlflow, [experiment], record["key"])
-        if run is None:
-            parent = record.get("parent") or ""
-            if parent.startswith("key:"):
-                above = find(mlflow, [experiment], parent[4:])
-                parent = above.info.run_id if above else ""
-            tags = {**record["tags"], "ftlib.key": record["key"], **({"mlflow.parentRunId": parent} if parent else {})}
-            run = mlflow.create_run(experiment, start_time=record["t"], run_name=record["name"], tags=tags)
-        elif run.info.status != "RUNNING":
-            mlflow.update_run(run.info.run_id, status="RUNNING")
-        self.state.run_id, self.state.experiment_id, self.state.ended = run.info.run_id, str(run.info.experiment_id), False
-        self.state.save(self.path)
-        if record["params"]:
-            batch = Batch()
-            for part in _parts({"op": "params", "values": record["params"]}):
-                batch.add(part)
-            self._send_items(mlflow, batch.items())
-
-    def _open(self, mlflow: MlflowClient, record: dict[str, Any]) -> None:
-        mlflow.update_run(self.state.run_id, status="RUNNING")
-        with contextlib.suppress(Exception):  # it has no such tag
-            mlflow.delete_tag(self.state.run_id, "outcome")
-        self.state.ended = False
-
-    def _end(self, mlflow: MlflowClient, record: dict[str, Any]) -> None:
+    def _heartbeat(self) -> None:
         from mlflow.entities import RunTag
 
-        mlflow.log_batch(self.state.run_id, tags=[RunTag(k, v) for k, v in {"outcome": record["outcome"], **record.get("tags", {})}.items()], synchronous=True)
-        mlflow.set_terminated(self.state.run_id, STATUS[record["outcome"]], end_time=record["t"])
-        self.state.ended = True
+        if time.monotonic() - self._beat < HEARTBEAT_SECONDS:
+            return
+        self._beat = time.monotonic()
+        for feed in list(self._feeds.values()):
+            if feed.state.run_id and not feed.state.ended and not feed.gone:
+                self._connected().log_batch(feed.state.run_id, tags=[RunTag(k, v) for k, v in heartbeat_tags().items()], synchronous=True)
+                if self.failures:  # another driver may have taken this one for dead in the meantime
+                    self._connected().update_run(feed.state.run_id, status="RUNNING")
 
-    def _text(self, mlflow: MlflowClient, record: dict[str, Any]) -> None:
-        mlflow.log_text(self.state.run_id, record["text"], record["file"])
-
-    def _artifact(self, mlflow: MlflowClient, record: dict[str, Any]) -> None:
-        path, folder = Path(record["path"]), record["folder"] or None
-        if path.is_dir():
-            mlflow.log_artifacts(self.state.run_id, str(path), folder)
-        else:
-            mlflow.log_artifact(self.state.run_id, str(path), folder)
-        if path.parent.parent == self.path.parent / "files":
-            shutil.rmtree(path.parent, ignore_errors=True)
-
-    def _dataset(self, mlflow: MlflowClient, record: dict[str, Any]) -> None:
-        from mlflow.data.http_dataset_source import HTTPDatasetSource
-        from mlflow.data.meta_dataset import MetaDataset
-        from mlflow.entities import DatasetInput, InputTag
-
-        data = MetaDataset(HTTPDatasetSource(record["source"]), name=record["name"], digest=record["digest"])
-        mlflow.log_inputs(self.state.run_id, [DatasetInput(data._to_mlflow_entity(), [InputTag("mlflow.data.context", record["context"])])])
-
-    def _view(self, mlflow: MlflowClient, record: dict[str, Any]) -> None:
+    def _tidy(self) -> None:
+        """When the server is known to answer and nothing else waits: what earlier, dead drivers have left, a folder at a time."""
         try:
-            if views.known(views.server_version(self.uri)):
-                views.save(mlflow, self.state.experiment_id, views.View(record["key"], record["name"], record["state"]))
+            if self.leftovers and not self._halt.is_set():
+                folder = self.leftovers.pop(0)
+                if folder.resolve() != self.folder.resolve():
+                    deliver_folder(folder, self.uri, self._connected(), interrupted=self._urgent.is_set)
+            elif not self._reaped:
+                self._reaped = True
+                experiment = self._connected().get_experiment_by_name(self.experiment)
+                if experiment is not None:
+                    reap(self._connected(), [experiment.experiment_id])
         except Exception as error:
-            if verdict(error) == "down":
-                raise
-            log.info("tracking: the view %s could not be saved (%s)", record["name"], error)
-
-    def _model(self, mlflow: MlflowClient, record: dict[str, Any]) -> None:
-        log_model(mlflow, self.state, record)
+            log.info("tracking: leftovers of earlier runs wait for the next start (%s)", error)
 
 
-_OPS: dict[str, Callable[[Feed, Any, dict[str, Any]], None]] = {
-    "run": Feed._run, "open": Feed._open, "end": Feed._end, "text": Feed._text, "artifact": Feed._artifact, "dataset": Feed._dataset, "model": Feed._model,
-    "view": Feed._view,
-}
+def deliver_folder(folder: Path, uri: str, mlflow: Any, *, any_uri: bool = False, interrupted: Callable[[], bool] = lambda: False) -> list[str] | None:
+    """Deliver what a dead driver left in a journal folder, and end its runs as killed.
 
+    Args:
+        any_uri: also journals that were written for another tracking URI.
+        interrupted: asked between two requests; True leaves the rest for later.
 
-def _parts(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """A record with more items than one request takes, as several."""
-    items, size = list(record["values"].items()), BATCH[record["op"]]
-    return [record] if len(items) <= size else [{**record, "values": dict(items[i:i + size])} for i in range(0, len(items), size)]
-
-
-def _active(mlflow: MlflowClient, run_id: str) -> Any:
-    """The run with this id, or None if there is none or it has been deleted."""
-    if not run_id:
+    Returns:
+        The names of the runs delivered, or None where a living driver has the folder.
+    """
+    waiting = journals.undelivered(folder)
+    if not waiting:
+        return []
+    if not journals.own(folder):
         return None
+    names = []
     try:
-        run = mlflow.get_run(run_id)
-    except Exception as error:
-        if verdict(error) == "gone":
-            return None
-        raise
-    return run if run.info.lifecycle_stage == "active" else None
+        for path in waiting:
+            opening = first(path)
+            if opening is None or not (any_uri or opening.get("uri") == redact(uri)):
+                continue
+            feed = Feed(path, uri)
+            while feed.pending and not interrupted():
+                feed.deliver(mlflow)
+            if feed.pending or feed.gone:
+                continue
+            if not feed.state.ended and opening.get("machine") == journals.machine():
+                journal_at(path).append(encode({"op": "end", "outcome": "killed", "tags": {"reason": "the driver process died"}, "t": _last_time(path)}))
+                feed.deliver(mlflow)
+            forget_journal(path)
+            names.append(opening["name"])
+    finally:
+        journals.disown(folder)
+    return names
 
 
-def rejected_file(journal: Path) -> Path:
-    return journal.with_suffix(".rejected.jsonl")
+def _last_time(path: Path) -> int:
+    times = [record["t"] for record, _ in journals.read(path, 0, 1 << 30) if record and "t" in record]
+    return max(times, default=now_ms())
 
 
-def find(mlflow: MlflowClient, experiments: list[str], key: str) -> Any:
-    """The run with this key, or None."""
-    found = mlflow.search_runs(experiments, filter_string=f"tags.`ftlib.key` = '{key}'", max_results=1)
-    return found[0] if found else None
+@dataclass(frozen=True)
+class Leftover:
+    """What a journal holds, for people."""
+
+    name: str
+    uri: str
+    run_id: str
+    ended: bool
+    waiting: int
+    """Records that MLflow has not got."""
+    rejected: int
+    """Records that MLflow did not take."""
 
 
-def log_model(mlflow: MlflowClient, state: State, record: dict[str, Any]) -> None:
-    """A ready MLflow model folder as a logged model of the run, with the run's metrics at `step`; registered if a name is given."""
-    from mlflow.entities import LoggedModelOutput, Metric
-    from mlflow.exceptions import MlflowException
-    from mlflow.models import Model
-
-    folder = Path(record["path"])
-    description = Model.load(str(folder))
-    same = mlflow.search_logged_models([state.experiment_id], filter_string=f"tags.`ftlib.key` = '{record['key']}'", max_results=1)
-    run = mlflow.get_run(state.run_id)
-    model = same[0] if same else mlflow.create_logged_model(
-        state.experiment_id, name=record["name"], source_run_id=state.run_id, model_type=record.get("model_type") or "image classifier",
-        params=run.data.params, tags={**record.get("tags", {}), "ftlib.key": record["key"]})
-    if str(model.status) != "READY":
-        mlflow.log_outputs(state.run_id, [LoggedModelOutput(model.model_id, step=record["step"])])
-        points = [m for key in run.data.metrics if not key.startswith(("system/", "step/"))
-                  for m in mlflow.get_metric_history(state.run_id, key) if m.step == record["step"] or (m.step == 0 and key.startswith("best/"))]
-        for start in range(0, len(points), BATCH["metrics"]):
-            mlflow.log_batch(state.run_id, metrics=[Metric(p.key, p.value, p.timestamp, p.step, model_id=model.model_id, run_id=state.run_id) for p in points[start:start + BATCH["metrics"]]])
-        with tempfile.TemporaryDirectory(prefix="ftlib-model-") as temporary:
-            copy = Path(temporary) / "model"
-            shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("__pycache__"))
-            description.run_id, description.model_id, description.model_uuid, description.artifact_path = state.run_id, model.model_id, model.model_id, model.artifact_location
-            description.save(str(copy / "MLmodel"))
-            mlflow.log_model_artifacts(model.model_id, str(copy))
-        mlflow.finalize_logged_model(model.model_id, "READY")
-    name = record.get("registered_name")
-    if name:
-        try:
-            mlflow.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        versions = [v for v in mlflow.search_model_versions(f"name = '{name}'") if v.run_id == state.run_id and (v.tags or {}).get("ftlib.key") == record["key"]]
-        version = versions[0] if versions else mlflow.create_model_version(
-            name, source=f"models:/{model.model_id}", run_id=state.run_id, model_id=model.model_id, tags={**record.get("tags", {}), "ftlib.key": record["key"]})
-        if record.get("alias"):
-            mlflow.set_registered_model_alias(name, record["alias"], version.version)
-
-
-def put_back(journal: Path) -> int:
-    """Give rejected records of a journal another try, by appending them to it. Returns how many."""
-    path = rejected_file(journal)
-    lines = [record for record, _ in read(path, 0, 1 << 30) if record and record["op"] in _OPS]
-    if lines:
-        with open(journal, "ab") as file:
-            file.writelines(encode({k: v for k, v in r.items() if k != "why"}) for r in lines)
-        path.unlink()
-    return len(lines)
-
-
-def belongs_to(journal: Path, uri: str) -> bool:
-    """Whether a journal was written for this tracking URI (compared without passwords)."""
-    opening = first(journal)
-    return opening is not None and opening.get("uri") == redact(uri)
-
-
-def describe(journal: Path) -> dict[str, Any]:
-    """For people: what a journal is about and how much of it waits."""
+def describe(journal: Path) -> Leftover:
     opening, state = first(journal) or {}, State.load(journal)
     waiting = sum(1 for _ in read(journal, state.offset, 1 << 30))
-    return {"name": opening.get("name", journal.stem), "uri": opening.get("uri", ""), "run_id": state.run_id, "ended": state.ended, "waiting": waiting,
-            "rejected": state.rejected, "size": json.dumps(None) if not journal.exists() else journal.stat().st_size}
+    return Leftover(opening.get("name", journal.stem), opening.get("uri", ""), state.run_id, state.ended, waiting, state.rejected)
+
+
+def journal_folders(root: Path) -> Iterator[Path]:
+    """The folders at or below `root` that hold journals."""
+    for where, folders, files in os.walk(root):
+        folders[:] = sorted(f for f in folders if f not in NOT_JOURNALS and not f.startswith("."))
+        if any(f.endswith(".jsonl") for f in files) and journals.journals(Path(where)):
+            yield Path(where)
+
+
+def again(folder: Path) -> int:
+    """Put what MLflow did not take back into the journals of a folder, to be tried once more. Returns the number of records."""
+    return sum(put_back(path) for path in journals.journals(folder)) if journals.own(folder) and not journals.disown(folder) else 0

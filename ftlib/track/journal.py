@@ -23,7 +23,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -135,11 +135,10 @@ def read(path: Path, offset: int = 0, limit: int = 1 << 20) -> Iterator[tuple[di
                 data += file.readline()  # a line longer than the limit
     except FileNotFoundError:
         return
-    for line in data.splitlines(keepends=True):
-        if not line.endswith(b"\n"):
-            return
-        offset += len(line)
-        if not line.strip(b"\0\n\r "):
+    *lines, _unfinished = data.split(b"\n")
+    for line in lines:
+        offset += len(line) + 1
+        if not line.strip(b"\0\r "):
             continue
         try:
             record = json.loads(line)
@@ -182,12 +181,25 @@ def state_file(journal: Path) -> Path:
     return journal.with_suffix(".state.json")
 
 
-def journals(folder: Path) -> list[Path]:
-    """The journals in a folder, oldest first: a parent's comes before its children's."""
-    found = []
+def journals(folder: Path, leave_out: Container[Path] = ()) -> list[Path]:
+    """The journals in a folder that hold a run, oldest first: a parent's comes before its children's."""
+    found: list[tuple[int, Path]] = []
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        found = [Path(e.path) for e in entries if e.name.endswith(".jsonl") and not e.name.endswith(".rejected.jsonl")]
-    return sorted(found, key=lambda p: ((first(p) or {}).get("t", 0), p.name))
+        paths = [Path(e.path) for e in entries if e.name.endswith(".jsonl") and not e.name.endswith(".rejected.jsonl")]
+        found = [(opening.get("t", 0), path) for path in paths if path not in leave_out and (opening := first(path)) is not None]
+    return [path for _, path in sorted(found)]
+
+
+def is_open(path: Path) -> bool:
+    """Whether the last word in a journal is not the run's end."""
+    last = ""
+    offset = 0
+    while True:
+        block = list(read(path, offset))
+        if not block:
+            return last in ("run", "open")
+        last = next((r["op"] for r, _ in reversed(block) if r and r["op"] in ("run", "open", "end")), last)
+        offset = block[-1][1]
 
 
 def undelivered(folder: Path) -> list[Path]:

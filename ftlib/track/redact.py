@@ -23,10 +23,10 @@ _URL_TOKEN_USER = re.compile(r"(?P<head>\bhttps?://)(?P<secret>[^\s/:@'\"<>?#]{1
 _PATTERNS = (
     re.compile(r"(?P<head>-----BEGIN [A-Z ]*PRIVATE KEY-----)(?P<secret>.*?)(?=-----END|\Z)", re.DOTALL),
     re.compile(r"(?P<head>\b(?:bearer|basic)\s+)(?P<secret>[A-Za-z0-9._~+/=\-]{6,})", re.IGNORECASE),
-    # name=value, name: value, "name": "value", --name value
-    re.compile(rf"(?P<head>(?<![A-Za-z0-9])(?:[A-Za-z0-9]+[_\-.])*{_SECRET_NAME}(?:[_\-.](?:id|key|value))?[\"']?\s*[=:]\s*[\"']?)(?P<secret>[^\s\"'&,;}}\]]+)", re.IGNORECASE),
-    re.compile(rf"(?P<head>--(?:[A-Za-z0-9]+[_\-.])*{_SECRET_NAME}\s+)(?P<secret>[^\s\"']+)", re.IGNORECASE),
 )
+_NAMED = re.compile(r"(?P<flag>--)?(?P<name>[A-Za-z0-9][A-Za-z0-9_.\-]*)(?P<gap>[\"']?\s*[=:]\s*[\"']?|\s+)")
+"""A name before a value: name=value, name: value, "name": "value", --name value."""
+_VALUE = re.compile(r"[^\s\"'&,;}\]]+")
 _SHAPES = re.compile(
     r"(?<![A-Za-z0-9])(?:"
     r"(?:AKIA|ASIA)[0-9A-Z]{16}"  # AWS access key id
@@ -53,6 +53,18 @@ def _environment_secrets() -> list[str]:
     return sorted(values, key=len, reverse=True)
 
 
+def _redact_named(text: str) -> str:
+    out, done = [], 0
+    for match in _NAMED.finditer(text):
+        if match.start() < done or (match["gap"].isspace() and not match["flag"]) or not is_secret_name(match["name"]):
+            continue
+        value = _VALUE.match(text, match.end())
+        if value:
+            out += [text[done:value.start()], HIDDEN]
+            done = value.end()
+    return "".join([*out, text[done:]])
+
+
 def redact(text: str) -> str:
     """`text` with every secret in it replaced by `***`. Redacting twice changes nothing more."""
     for value in _environment_secrets():
@@ -61,7 +73,7 @@ def redact(text: str) -> str:
     text = _URL_TOKEN_USER.sub(lambda m: m["head"] + HIDDEN, text)
     for pattern in _PATTERNS:
         text = pattern.sub(lambda m: m["head"] + HIDDEN, text)
-    return _SHAPES.sub(HIDDEN, text)
+    return _SHAPES.sub(HIDDEN, _redact_named(text))
 
 
 def redact_value(name: str, value: Any) -> str:

@@ -202,14 +202,18 @@ def reach(uri: str, seconds: float = REACH_SECONDS) -> None:
     Raises:
         TrackingError: it cannot be reached, refuses, or answers nothing within `seconds`.
     """
-    started = time.monotonic()
-    parts = urlsplit(uri)
     try:
+        mlflow = client(uri)  # importing MLflow takes seconds of its own, which are not the server's
+        if sqlite_path(uri) is not None:
+            mlflow.search_experiments(max_results=1)
+            return
+        started = time.monotonic()
+        parts = urlsplit(uri)
         port = parts.port or {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306}.get(parts.scheme.split("+")[0])
         if parts.hostname and port:
             socket.create_connection((parts.hostname, port), timeout=min(5.0, seconds)).close()
         left = max(1.0, seconds - (time.monotonic() - started))
-        within(left, lambda: client(uri).search_experiments(max_results=1))
+        within(left, lambda: mlflow.search_experiments(max_results=1))
     except Exception as error:
         raise TrackingError(_why_unreachable(uri, error)) from None
 
