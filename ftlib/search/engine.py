@@ -82,6 +82,9 @@ class _FromLedger(Searcher):
         super().__init__(metric="score", mode="max")
         self.next_trial, self.config_of, self.watch = next_trial, config, watch
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles its parts for a restore that is never done
+
     def suggest(self, trial_id: str) -> Any:
         if self.watch.again:
             return self.config_of(self.watch.again.pop(0))
@@ -110,6 +113,9 @@ class _Watch(tune.Callback):
         self.error: BaseException | None = None
         self.failed: set[str] = set()
         """Tune's ids of the trials whose failure has been dealt with."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
 
     @contextlib.contextmanager
     def _kept(self) -> Iterator[None]:
