@@ -61,10 +61,18 @@ class Batch:
     images: torch.Tensor
     """uint8[b, S, S, 3]"""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Between processes only the images go through shared memory, which costs a handshake per tensor.
+        return _batch, (self.step, self.epoch, self.k, self.images_in_step, self.rows.numpy(), self.labels.numpy(), self.images)
+
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader: the same with tensors in page-locked memory."""
         tensors = (t.pin_memory() for t in (self.rows, self.labels, self.images))
         return Batch(self.step, self.epoch, self.k, self.images_in_step, *tensors)
+
+
+def _batch(step: int, epoch: int, k: int, images_in_step: int, rows: np.ndarray, labels: np.ndarray, images: torch.Tensor) -> Batch:
+    return Batch(step, epoch, k, images_in_step, torch.from_numpy(rows), torch.from_numpy(labels), images)
 
 
 def train_batches(dataset: Dataset, rows: np.ndarray, run: config.Run, rank: int, world: int, start_step: int, stop_step: int, workers: int) -> Batches:
@@ -170,13 +178,15 @@ class Batches(Iterator[Batch]):
         except StopIteration:
             self.close()
             raise
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:
+            # A torn connection is noticed before the process's end is; torch itself reports an end as RuntimeError.
+            died = not isinstance(error, RuntimeError) or (not isinstance(self._items, _Thread) and any(not w.is_alive() for w in self._items._workers))
             self.close()
-            if "exited unexpectedly" in str(error) or "killed by signal" in str(error):
-                raise LoadError(
-                    f"a loader process died ({error}). Most often memory ran out: lower data.loader_workers, or give the container more memory "
-                    "(and more /dev/shm)") from None
-            raise
+            if not died:
+                raise
+            raise LoadError(
+                "a loader process died. Most often memory ran out: lower data.loader_workers, or give the machine or container more memory (and more "
+                f"/dev/shm). What it left: {type(error).__name__}: {error}") from None
         if isinstance(item, _Failure):
             self.close()
             raise LoadError(item.message)
