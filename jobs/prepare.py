@@ -36,7 +36,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--max-bad-fraction", type=float, default=0.01, metavar="F", help="stop if a larger share of the files is refused (default: %(default)g)")
     parser.add_argument("--accept-warnings", action="store_true", help="take JPEGs that decode only with a warning; some of them are visibly damaged")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="shards made at a time (default: all CPUs)")
-    parser.add_argument("--engine", choices=("auto", "here", "ray"), default="auto", help="Ray tasks, or processes of this machine; auto takes Ray above 2,000 files or 200 MB (default: %(default)s)")
+    parser.add_argument("--engine", choices=("auto", "here", "ray"), default="auto", help="Ray tasks, or processes of this machine; auto takes Ray above 10,000 files or 1 GB (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace a set at --out that was made from other files or with other options")
     return parser
 

@@ -114,12 +114,16 @@ def _check_size(width: int, height: int, rules: Rules) -> None:
 
 def _read_jpeg(data: bytes, rules: Rules) -> tuple[np.ndarray, str, list[str]]:
     """(uint8[H, W, 3], chroma subsampling to encode with, repairs)."""
+    changes: list[str] = []
     try:
         height, width, colorspace, subsampling = simplejpeg.decode_jpeg_header(data, strict=False)
     except ValueError as error:
         raise Refused("damaged", f"JPEG header: {error}") from None
+    except KeyError:  # a chroma subsampling that simplejpeg has no name for: mostly damage, now and then an old camera
+        width, height = _size_by_pil(data)
+        colorspace = subsampling = ""
+        changes.append("subsampling")
     _check_size(width, height, rules)
-    changes: list[str] = []
     try:
         pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True)
     except ValueError as error:
@@ -141,6 +145,13 @@ def _read_jpeg(data: bytes, rules: Rules) -> tuple[np.ndarray, str, list[str]]:
         pixels = upright(pixels, turn)
         changes.append("orientation")
     return pixels, subsampling if subsampling in ("444", "422", "420", "440", "411") else REPAIR_SUBSAMPLING, changes
+
+
+def _size_by_pil(data: bytes) -> tuple[int, int]:
+    try:
+        return Image.open(io.BytesIO(data), formats=["JPEG"]).size
+    except Exception as error:
+        raise Refused("damaged", f"JPEG header: {error}") from None
 
 
 def _orientation(data: bytes) -> int:

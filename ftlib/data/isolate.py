@@ -19,6 +19,8 @@ from ftlib.data.admit_rules import Admitted, Refused, Rules
 
 SECONDS_PER_FILE = 120.0
 SECONDS_TO_START = 120.0
+MAX_BYTES = 1 << 30
+"""Larger files are refused unread."""
 
 
 class Examiner:
@@ -68,11 +70,12 @@ class Examiner:
                 raise EOFError
             ours.recv()
         except (EOFError, OSError):
-            log = self._log
-            self._log = None
-            self.close()
-            log.seek(0)
-            raise RuntimeError(f"the decoding process did not start: {log.read().decode(errors='replace')[-2000:]}") from None
+            self._child.kill()
+            self._child.wait()
+            self._log.seek(0)
+            said = self._log.read().decode(errors="replace")[-2000:]
+            self._end()
+            raise RuntimeError(f"the decoding process did not start: {said}") from None
 
     def _end(self) -> str:
         """Reap the child; how it ended, in words."""
@@ -101,6 +104,8 @@ def _serve(pipe: Connection) -> None:
             return
         answer: Any
         try:
+            if (size := os.path.getsize(path)) > MAX_BYTES:
+                raise Refused("too_large", f"a file of {size:,} bytes; the limit is {MAX_BYTES:,}")
             answer = admit(Path(path).read_bytes(), os.path.basename(path), rules)
         except (Refused, OSError) as error:
             answer = error

@@ -29,7 +29,7 @@ from ftlib.data import prepare_engine, sources
 from ftlib.data.admit_rules import Rules
 from ftlib.data.prepare_report import Progress, Report
 from ftlib.data.prepare_shard import PART, ShardTask, cannot_write, part_index, plan
-from ftlib.data.shards import FORMAT, INDEX, MANIFEST, PARTS, SCHEMA, SPLITS, DataError, Dataset, canonical, checksum, read_manifest
+from ftlib.data.shards import FORMAT, INDEX, MANIFEST, PARTS, SCHEMA, SPLITS, DataError, Dataset, canonical, checksum
 
 MAX_BAD_FRACTION = 0.01
 ROOM = 1.05
@@ -75,7 +75,7 @@ def prepare(
         kind = prepare_engine.choose(tasks, engine)
         with Progress(len(found.entries), f"preparing {name}", progress) as bar:
             records = prepare_engine.run(tasks, kind, workers, bar.advance)
-        made = {"source": name, "rules": rules.to_dict(), "val_fraction": val_fraction, "seed": seed if val_fraction else None,
+        made = {"source": name, "folder": found.root, "rules": rules.to_dict(), "val_fraction": val_fraction, "seed": seed if val_fraction else None,
                 "at": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": {p: version(p) for p in ("pyarrow", "simplejpeg", "pillow", "numpy")}}
         dataset, report = _finish(out, found, tasks, records, inputs, made, max_bad_fraction)
     return Prepared(out, dataset, report.summary, False, time.monotonic() - started)
@@ -190,7 +190,6 @@ def _finish(out: str, found: sources.Found, tasks: list[ShardTask], records: lis
     except (OSError, storage.StorageError) as error:
         raise cannot_write(out, error) from error
     _tidy(out, manifest)
-    read_manifest(out)
     return Dataset.open(out), report
 
 

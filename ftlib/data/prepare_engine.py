@@ -5,20 +5,26 @@ Ray takes seconds to start and pays off over many shards or many machines; for `
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from functools import lru_cache
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
+from ftlib.data.admit_rules import Rules
+from ftlib.data.isolate import Examiner
 from ftlib.data.prepare_shard import ShardTask, build
 from ftlib.data.shards import DataError
 
-SMALL_FILES = 2000
-SMALL_BYTES = 200 << 20
-"""Up to both, a set is done here before Ray would have started (5 to 10 s)."""
+SMALL_FILES = 10_000
+SMALL_BYTES = 1_000_000_000
+"""Up to both, a set is done here (at about 1,000 small files or 25 MB a second and core) before Ray, which takes about 9 s to start,
+run and stop, would have caught up."""
 
 Tick = Callable[[int], None]
 
@@ -43,8 +49,21 @@ def _here(tasks: list[ShardTask], workers: int, tick: Tick) -> list[dict[str, An
         with lock:
             tick(n)
 
-    with ThreadPoolExecutor(max(1, min(len(tasks), workers or os.cpu_count() or 1))) as pool:
-        futures = [pool.submit(build, task, counted, stop.is_set) for task in tasks]
+    at_once = max(1, min(len(tasks), workers or os.cpu_count() or 1))
+    with contextlib.ExitStack() as stack:
+        examiners: SimpleQueue[Examiner] = SimpleQueue()
+        for _ in range(at_once):
+            examiners.put(stack.enter_context(contextlib.closing(Examiner(tasks[0].rules))))
+
+        def make(task: ShardTask) -> dict[str, Any]:
+            examiner = examiners.get()
+            try:
+                return build(task, examiner, counted, stop.is_set)
+            finally:
+                examiners.put(examiner)
+
+        pool = stack.enter_context(ThreadPoolExecutor(at_once))
+        futures = [pool.submit(make, task) for task in tasks]
         try:
             waiting = set(futures)
             while waiting:
@@ -56,7 +75,7 @@ def _here(tasks: list[ShardTask], workers: int, tick: Tick) -> list[dict[str, An
             for future in futures:
                 future.cancel()
             raise
-    return [future.result() for future in futures]
+        return [future.result() for future in futures]
 
 
 def _on_ray(tasks: list[ShardTask], workers: int, tick: Tick) -> list[dict[str, Any]]:
@@ -114,9 +133,15 @@ def _task(task: ShardTask, counter: Any) -> dict[str, Any]:
     if not os.path.isdir(task.root):
         raise DataError(f"{task.root} is not there on node {os.uname().nodename}. On several machines the pictures must lie on storage that all of them share")
     tell = _Batched(lambda n: counter.add.remote(n))
-    record = build(task, tell)
+    record = build(task, _examiner(task.rules), tell)
     tell.flush()
     return record
+
+
+@lru_cache(maxsize=1)
+def _examiner(rules: Rules) -> Examiner:
+    """One per Ray worker; its child ends with the worker."""
+    return Examiner(rules)
 
 
 class _Counter:

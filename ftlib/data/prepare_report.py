@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 import sys
 import time
 from collections import Counter
@@ -28,10 +29,16 @@ MEANING = {
     "alpha": "transparent pixels laid over the background colour",
     "palette": "palette converted to RGB",
     "16_bit": "16 bits scaled to 8",
+    "subsampling": "uncommon chroma subsampling, encoded again as 4:4:4",
     "decoder_warning": "decoded with a warning and encoded again (--accept-warnings)",
     "reduced": "made smaller (--max-side)",
     "reencoded": "encoded again (--quality)",
 }
+
+
+def meaning(repair: str) -> str:
+    """A repair's name in words."""
+    return MEANING.get(repair) or f"was a {repair.removeprefix('from_').upper()}, encoded as JPEG"
 
 
 class Report:
@@ -70,7 +77,7 @@ class Report:
         rows = csv.writer(table)
         rows.writerow(("action", "file", "split", "class", "why", "detail"))
         rows.writerows(("refused", *row) for row in self.refused)
-        rows.writerows(("repaired", *row, "") for row in self.repaired)
+        rows.writerows(("repaired", *row, "; ".join(map(meaning, row[3].split()))) for row in self.repaired)
         storage.write_file(storage.join(self.out, "report.csv"), table.getvalue().encode())
 
     def check(self, train: list[int], val: list[int]) -> None:
@@ -117,9 +124,10 @@ def text(path: str, dataset: Dataset, report: dict[str, Any], seconds: float, al
     train, val = len(dataset.split("train")), len(dataset.split("val"))
     size = sum(shard["bytes"] for split in dataset.manifest["splits"].values() for shard in split["shards"])
     counts, spread = dataset.manifest["splits"]["train"]["per_class"], dataset.manifest["statistics"]
+    each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
     lines = [
         f"{'Already prepared, nothing to do' if already_done else 'Prepared'}: {dataset.name} ({dataset.digest[:12]}) at {path}" + ("" if already_done else f" in {seconds:.1f} s"),
-        f"  {train:,} training and {val:,} validation pictures of {len(dataset.classes)} classes ({min(counts):,} to {max(counts):,} each in train), {_size(size)}",
+        f"  {train:,} training and {val:,} validation pictures of {len(dataset.classes)} classes ({each} each in train), {_size(size)}",
         f"  median picture {spread['width']['median']} x {spread['height']['median']} pixels, {_size(spread['bytes']['median'])}; mean {_floats(spread['mean'])}, std {_floats(spread['std'])}",
     ]
     for title, total, kinds in (("refused", report["refused"], report["refused_by_reason"]), ("repaired", report["repaired"], report["repaired_by_kind"])):
@@ -130,7 +138,7 @@ def text(path: str, dataset: Dataset, report: dict[str, Any], seconds: float, al
         lines.append(f"    ... and {report['refused'] - 5:,} more")
     lines += [f"  warning: {warning}" for warning in report["warnings"]]
     lines.append(f"  report: {storage.join(path, 'report.csv')} (and report.json)")
-    lines.append(f"Next: python jobs/phase1.py --data.path {path}")
+    lines.append(f"Next: python jobs/phase1.py --data.path {shlex.quote(path)}")
     return "\n".join(lines)
 
 

@@ -88,9 +88,10 @@ def finished(task: ShardTask) -> dict[str, Any] | None:
     return record if path.is_file() and path.stat().st_size == record["bytes"] and file_sha256(path) == record["sha256"] else None
 
 
-def build(task: ShardTask, tick: Callable[[int], None], stopped: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+def build(task: ShardTask, examiner: Examiner, tick: Callable[[int], None], stopped: Callable[[], bool] = lambda: False) -> dict[str, Any]:
     """Make the shard, or find that it is made; returns its record. `tick(n)` is told of every n files done.
 
+    The examiner's rules are the task's; it stays with the caller, who uses it for the next shard.
     Raises DataError when a file cannot be read or the shard cannot be written: storage trouble is not a bad picture.
     """
     if (record := finished(task)) is not None:
@@ -100,7 +101,7 @@ def build(task: ShardTask, tick: Callable[[int], None], stopped: Callable[[], bo
     folder = Path(tempfile.mkdtemp(prefix="ftlib-")) if remote else Path(task.out.removeprefix("file://"))
     temporary = folder / f".tmp-{task.name}-{uuid.uuid4().hex[:8]}"
     try:
-        return _build(task, temporary, tick, stopped)
+        return _build(task, temporary, examiner, tick, stopped)
     except (OSError, storage.StorageError) as error:
         raise cannot_write(task.out, error) from error
     finally:
@@ -109,11 +110,11 @@ def build(task: ShardTask, tick: Callable[[int], None], stopped: Callable[[], bo
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _build(task: ShardTask, temporary: Path, tick: Callable[[int], None], stopped: Callable[[], bool]) -> dict[str, Any]:
+def _build(task: ShardTask, temporary: Path, examiner: Examiner, tick: Callable[[int], None], stopped: Callable[[], bool]) -> dict[str, Any]:
     refused: list[list[str]] = []
     repaired: list[list[str]] = []
     moments = np.zeros(6)
-    writer, examiner = ShardWriter(temporary), Examiner(task.rules)
+    writer = ShardWriter(temporary)
     try:
         for entry in task.entries:
             if stopped():
@@ -134,7 +135,6 @@ def _build(task: ShardTask, temporary: Path, tick: Callable[[int], None], stoppe
             tick(1)
         written = writer.finish()
     finally:
-        examiner.close()
         writer.abandon()
     index = np.zeros(written.rows, PART)
     for field in INDEX.names or ():
@@ -181,6 +181,8 @@ def publish(local: Path, uri: str) -> None:
 
 
 def cannot_write(out: str, error: Exception) -> DataError:
+    if isinstance(error, storage.StorageError) and isinstance(error.__cause__, OSError):
+        error = error.__cause__
     remedy = {
         errno.ENOSPC: "the disk is full. Free some space, or choose another --out",
         errno.EDQUOT: "the quota is used up. Free some space, or choose another --out",

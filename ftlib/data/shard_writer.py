@@ -114,6 +114,7 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Close without finishing, after an error."""
+        self._writer.is_open = False  # or it would write a footer into the closed file when it is collected
         self._sink.close()
 
     def _write_group(self) -> None:

@@ -66,17 +66,16 @@ def read_manifest(path: str) -> dict[str, Any]:
         raise DataError(f"{path} cannot be read ({error}). Check the address, the credentials and the network") from error
     if data is None:
         raise DataError(_why_no_manifest(path))
-    again = "Restore the file, or delete the set and prepare it again with jobs/prepare.py"
     try:
         manifest = json.loads(data)
     except ValueError:
-        raise DataError(f"{path}/{MANIFEST} is damaged: it is not valid JSON. {again}") from None
+        raise DataError(f"{path}/{MANIFEST} is damaged: it is not valid JSON. {_REMEDY}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DataError(f"{path}/{MANIFEST} does not belong to a prepared data set. Name a folder that jobs/prepare.py wrote")
     if not isinstance(manifest.get("schema"), int) or manifest["schema"] > SCHEMA:
         raise DataError(f"{path} was prepared by a newer ftlib (schema {manifest.get('schema')}, this one reads up to {SCHEMA}). Update ftlib, or prepare the set again")
     if manifest.get("checksum") != checksum(manifest):
-        raise DataError(f"{path}/{MANIFEST} is damaged or was edited: its checksum does not fit. {again}")
+        raise DataError(f"{path}/{MANIFEST} is damaged or was edited: its checksum does not fit. {_REMEDY}")
     return manifest
 
 
@@ -205,6 +204,9 @@ class Split:
         self._maps: list[memoryview | None] = [None] * len(self.shards)
         self._checked = bytearray(self.rows)
         self._paths = lru_cache(maxsize=8)(self._read_paths)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Dataset.split, (self.dataset, self.name)  # another process maps the files itself
 
     def __len__(self) -> int:
         return self.rows

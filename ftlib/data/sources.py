@@ -6,6 +6,7 @@ folder first, so that they go the same way as the user's own pictures.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 from collections import Counter
@@ -80,7 +81,7 @@ def scan(root: str | Path, val_fraction: float | None = None, seed: int = 42) ->
             raise DataError(f"{root} has train/ but no val/. Add --val-fraction 0.1 to split it off train, stratified.{also}")
         train = walk.classes("train")
         val = walk.classes(val_dirs[0]) if val_dirs else {}
-        others = sorted(e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith(".") and e.name not in ("train", *val_dirs))
+        others = sorted(e.name for e in _items(root) if e.is_dir() and not e.name.startswith(".") and e.name not in ("train", *val_dirs))
         if others:
             warnings.append(f"not used: {', '.join(others[:5])}{' ...' if len(others) > 5 else ''} beside train/")
     else:
@@ -129,6 +130,11 @@ def _split_off(root: str, name: str, files: list[str], fraction: float, seed: in
     return set(ordered[: min(len(files) - 1, max(1, round(len(files) * fraction)))])
 
 
+def _items(folder: str) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as items:
+        return list(items)
+
+
 class _Walk:
     """Lists files below a root without leaving it."""
 
@@ -143,7 +149,7 @@ class _Walk:
         folder = os.path.join(self.root, split)
         self._stay(folder)
         found = {}
-        for item in os.scandir(folder):
+        for item in _items(folder):
             if item.is_dir() and not item.name.startswith("."):
                 found[item.name] = sorted(self._files(item.path, split or "train", item.name, ()), key=lambda e: e.file)
         return found
@@ -152,7 +158,7 @@ class _Walk:
         real = self._stay(folder)
         if real in above:  # a link to a folder it lies in
             return
-        for item in os.scandir(folder):
+        for item in _items(folder):
             if item.name.startswith(".") or item.name.lower() in ("thumbs.db", "desktop.ini"):
                 continue
             file = os.path.relpath(item.path, self.root).replace(os.sep, "/")
@@ -195,16 +201,18 @@ def make_folders(name: str, root: str | Path) -> Path:
     if name not in names():
         raise DataError(f"--source {name}: neither a folder nor a built-in set.{nearest(name, list(names()))} Built-in sets: {', '.join(names())}")
     done = root / ".complete"
-    if not done.exists():
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            if name == "digits":
-                _write_digits(root)
-            else:
-                _write_torchvision(name, root)
-            done.touch()
-        except OSError as error:
-            raise DataError(f"{root} cannot be written ({error.strerror or error}). Free some space, or set FTLIB_HOME to another place") from error
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with open(root / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # who comes second waits, and finds it done
+            if not done.exists():
+                if name == "digits":
+                    _write_digits(root)
+                else:
+                    _write_torchvision(name, root)
+                done.touch()
+    except OSError as error:
+        raise DataError(f"{root} cannot be written ({error.strerror or error}). Free some space, or set FTLIB_HOME to another place") from error
     return root
 
 
