@@ -79,7 +79,7 @@ def slices(space: Space, names: Mapping[str, str], trials: Sequence[Trial], best
 
 def importances(found: Importance, names: Mapping[str, str]) -> Figure:
     with matplotlib.rc_context(SETTINGS):
-        figure, ((axes,),) = _figure(6, 0.6 + 0.42 * max(len(found.shares), 2))
+        figure, ((axes,),) = _figure(6, 0.9 + 0.42 * max(len(found.shares), 2))
         if not found.shares:
             axes.text(0.5, 0.5, found.remark, ha="center", va="center", wrap=True, transform=axes.transAxes)
             axes.set_axis_off()
@@ -88,7 +88,7 @@ def importances(found: Importance, names: Mapping[str, str]) -> Figure:
         share, low, high = (np.array([v[i] for v in found.shares.values()])[::-1] for i in range(3))
         axes.barh(labels, 100 * share, color=REST, height=0.6)
         axes.errorbar(100 * share, labels, xerr=100 * np.vstack([np.maximum(share - low, 0), np.maximum(high - share, 0)]), fmt="none", ecolor=OWN, capsize=3, lw=1)
-        axes.set(xlabel=f"share of the effect on the score after epoch {found.at_epoch}, % (bars: 90 % of resamples of {found.trials} trials)", xlim=(0, None))
+        axes.set(xlabel=f"share of the effect on the score after epoch {found.at_epoch}, %\n(lines: 90 % of resamples of {found.trials} trials)", xlim=(0, None))
         axes.grid(axis="y", visible=False)
         return figure
 

@@ -34,7 +34,7 @@ class Trial:
     values: dict[str, Any]
     """Dotted path -> value, of the searched settings."""
     origin: str
-    """recipe, point, tpe, random or grid; a confirmation run: candidate."""
+    """recipe, point, tpe, random or grid; of a confirmation run: recipe, or the name of the trial it confirms."""
     outcome: str = ""
     """Empty until it is over: completed, pruned (stopped early because others do better) or failed."""
     reason: str = ""
@@ -49,6 +49,11 @@ class Trial:
     @property
     def name(self) -> str:
         return f"t{self.number:02d}"
+
+    @property
+    def label(self) -> str:
+        """What it is called in tables: t03; of a confirmation run `t18 s42`."""
+        return self.name if self.seed is None else f"{self.origin} s{self.seed}"
 
     @property
     def score(self) -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,20 +115,20 @@ def sweep(plan: Sweep, *, check: Callable[[Run], training.Basis] = training.chec
     with ledger.lock():
         resumed = ledger.open(plan.identity(basis), {
             "kind": "sweep", "recipe": to_dict(plan.recipe), "recipe_name": plan.recipe_name, "base": to_dict(base), "space_name": plan.space.name, "space": plan.space.describe(),
-            "axes": [a.path for a in plan.space.axes], "split": "tuning", "data": {"name": basis.data_name, "digest": basis.data_digest},
+            "axes": [a.path for a in plan.space.axes], "constants": dict(plan.space.constants), "split": "tuning", "data": {"name": basis.data_name, "digest": basis.data_digest},
             "init": {"uri": basis.init_uri, "sha256": basis.init_sha256}, "seed": plan.seed, "search": plan.search})
         basis = replace(basis, init_uri=ledger.about["init"]["uri"] or basis.init_uri)
         total = int(min(plan.trials, propose.size(plan.space, base, plan.search, plan.grid_points)))
-        place = _connect(base, max(total - len(ledger.done()), 1), plan.parallel)
+        place = connect(base, max(total - len(ledger.done()), 1), plan.parallel)
         names = spaces.short_names(plan.space)
         table = Table(ledger.trials, names, total, base.train.epochs, place.slots, "tuning", out)
         tracking, parent = _open(plan, ledger, base, basis, tracking_for)
         with tracking:
-            table.say(f"sweep {plan.name}: {'goes on with' if resumed else ''} {total} trials of {base.train.epochs} epochs over {', '.join(names.values())}; {_words(place)}; "
+            table.say(f"sweep {plan.name}: {'goes on with' if resumed else ''} {total} trials of {base.train.epochs} epochs over {', '.join(names.values())}; {words(place)}; "
                       f"scored on {base.data.tuning_fraction:.0%} of the training images".replace(":  ", ": "))
             if parent.url:
                 table.say(f"MLflow: {parent.url}")
-            keeper = Keeper(ledger, table, tracking, parent.reference, plan, base, place.local)
+            keeper = Keeper(ledger, table, tracking, parent.reference, base, plan.space.constants, {"sweep": plan.name, "space": plan.space.name}, "trial", place.local)
             finished = True
             if len(ledger.done()) < total:
                 finished = _run(plan, base, basis, ledger, total, place, tracking, parent, keeper, table, train)
@@ -159,15 +159,10 @@ def _run(plan: Sweep, base: Run, basis: training.Basis, ledger: Ledger, total: i
             ledger.add(trial)
         return trial
 
-    def config(trial: Trial) -> dict[str, Any]:
-        run = keeper.run_of(trial)
-        run = training.variant(run, ledger.trials_root(), basis, place.each, name=trial.name)
-        return {"number": trial.number, "name": trial.name, "run": to_dict(run), "title": keeper.title(trial), "params": keeper.params(trial)}
-
     shared = training.Shared("tuning", place.local, "trial", keeper.tags, parent.reference, tracking.handle())
     groups = engine.placement_groups()
     with table:
-        finished = engine.execute(next_trial, config, functools.partial(train, shared), keeper, resources=place.resources, slots=place.slots, halving=halving, reuse=place.local)
+        finished = engine.execute(next_trial, lambda trial: keeper.config(trial, basis, place), functools.partial(train, shared), keeper, resources=place.resources, slots=place.slots, halving=halving, reuse=place.local)
     engine.remove_placement_groups(groups)
     return finished
 
@@ -175,26 +170,32 @@ def _run(plan: Sweep, base: Run, basis: training.Basis, ledger: Ledger, total: i
 class Keeper:
     """Listens to the engine: writes the ledger, feeds the table, and sees to it that no trial's MLflow run stays open."""
 
-    def __init__(self, ledger: Ledger, table: Table, tracking: Any, parent: str, plan: Sweep, base: Run, local: bool) -> None:
-        self.ledger, self.table, self.tracking, self.parent, self.plan, self.base, self.local = ledger, table, tracking, parent, plan, base, local
-        self.tags = {"sweep": plan.name, "space": plan.space.name}
+    def __init__(self, ledger: Ledger, table: Table, tracking: Any, parent: str, base: Run, constants: Mapping[str, Any], tags: Mapping[str, str], kind: str, local: bool) -> None:
+        self.ledger, self.table, self.tracking, self.parent, self.base, self.constants, self.tags, self.kind, self.local = ledger, table, tracking, parent, base, constants, tags, kind, local
         self.mlflow = ThreadPoolExecutor(1, thread_name_prefix="sweep-mlflow")
         self.ended_here: list[tuple[Trial, str]] = []
 
     # --- what a trial is called and shown as ---
 
     def run_of(self, trial: Trial) -> Run:
-        """The recipe with the trial's values. Trial 0 is the recipe itself, without the space's constants."""
-        return self.base if trial.origin == "recipe" else spaces.apply(self.base, {**self.plan.space.constants, **trial.values})
+        """The recipe with the trial's values and seed. The recipe's own trial is the recipe itself, without the space's constants."""
+        run = with_values(self.base, trial, self.constants)
+        return run if trial.seed is None else replace(run, seed=trial.seed)
 
     def title(self, trial: Trial) -> str:
+        if trial.seed is not None:
+            return trial.label
         return f"{trial.name} recipe" if trial.origin == "recipe" else training.title(trial.name, trial.values)
 
     def params(self, trial: Trial) -> dict[str, Any]:
         """The searched settings as MLflow parameters, under the names that the tracking package gives to those it always logs."""
-        from ftlib.track.params import short_name
+        return {param(p): v for p, v in trial.values.items()}
 
-        return {_param(short_name(p)): v for p, v in trial.values.items()}
+    def config(self, trial: Trial, basis: training.Basis, place: Room) -> dict[str, Any]:
+        """What goes to the trial's process."""
+        run = training.variant(self.run_of(trial), self.ledger.trials_root(), basis, place.each, name=trial.name)
+        tags = {} if trial.seed is None else {"config_id": trial.origin}
+        return {"number": trial.number, "name": trial.label, "run": to_dict(run), "title": self.title(trial), "params": self.params(trial), "tags": tags}
 
     # --- the engine's listener ---
 
@@ -223,7 +224,7 @@ class Keeper:
 
     def _failed(self, trial: Trial) -> None:
         """Its run in MLflow, made here if it failed before it had one, says why."""
-        run = self.tracking.start_run(self.title(trial), tags={"kind": "trial", "trial": trial.name, **self.tags}, params=self.params(trial), parent=self.parent)
+        run = self.tracking.start_run(self.title(trial), tags={"kind": self.kind, "trial": trial.label, **self.tags}, params=self.params(trial), parent=self.parent)
         if trace := trial.result.get("traceback"):
             run.writer().text(trace, "errors/traceback.txt")
         run.finish("failed", trial.reason)
@@ -236,12 +237,19 @@ class Keeper:
                 self.tracking.end_orphan(self.title(trial), "pruned" if outcome == "pruned" else "killed", trial.reason or "the sweep was stopped")
 
 
-def _param(name: str) -> str:
-    """MLflow allows no brackets in names: crop_scale[0] is crop_scale_0."""
-    return name.replace("[", "_").replace("]", "")
+def param(path: str) -> str:
+    """The name of a setting in MLflow, which allows no brackets: augment.crop_scale[0] is crop_scale_0."""
+    from ftlib.track.params import short_name
+
+    return short_name(path).replace("[", "_").replace("]", "")
 
 
-def _connect(run: Run, trials: int, parallel: int) -> Room:
+def with_values(recipe: Run, trial: Trial, constants: Mapping[str, Any]) -> Run:
+    """The whole recipe with a trial's values."""
+    return recipe if trial.origin == "recipe" else spaces.apply(recipe, {**constants, **trial.values})
+
+
+def connect(run: Run, trials: int, parallel: int) -> Room:
     from ftlib.launch import cluster
 
     cluster.connect(dashboard=run.cluster.high > 1)
@@ -249,7 +257,7 @@ def _connect(run: Run, trials: int, parallel: int) -> Room:
     return room(run, cluster.capacity(), trials, parallel)
 
 
-def _words(place: Room) -> str:
+def words(place: Room) -> str:
     each = " and ".join(f"{v:g} {k}{'s' if v != 1 else ''}" for k, v in place.each.items())
     return f"{place.slots} at once with {each}{'' if place.local else ' per worker'}"
 
@@ -270,18 +278,12 @@ def _open(plan: Sweep, ledger: Ledger, base: Run, basis: training.Basis, trackin
     tracking = tracking_for(base.track, experiment=basis.data_name, journal_dir=journal_dir(ledger), resuming=bool(known))
     tags = run_tags(base, kind="sweep", dataset=(basis.data_name, basis.data_digest), sweep=plan.name, extra={"space": plan.space.name, "recipe": plan.recipe_name, "search": plan.search})
     parent = tracking.start_run(f"sweep {plan.name}", tags=tags, params=params_of(base), run_id=known or None)
-    params = [_param(_short(p)) for p in ledger.about["axes"]]
+    params = [param(p) for p in ledger.about["axes"]]
     for view in (sweep_view(plan.name, params, "tuning"), sweep_view(plan.name, params, "tuning", finished_only=False)):
         parent.save_view(view)
     if parent.run_id and parent.run_id != known:
         ledger.save_about(mlflow_run_id=parent.run_id)
     return tracking, parent
-
-
-def _short(path: str) -> str:
-    from ftlib.track.params import short_name
-
-    return short_name(path)
 
 
 def _conclude(plan: Sweep, ledger: Ledger, total: int, tracking: Any, parent: Any, keeper: Keeper, finished: bool, seconds: float) -> Result:
@@ -298,8 +300,8 @@ def _conclude(plan: Sweep, ledger: Ledger, total: int, tracking: Any, parent: An
     best, folder = best_trial(ledger), ""
     if best is not None:
         local = journal_dir(ledger).parent / "report"
-        recipe = replace(keeper_recipe(plan, best), promoted_from="", name="")
-        ledger_url = parent.view_link(sweep_view(plan.name, [_param(_short(p)) for p in ledger.about["axes"]], "tuning"))
+        recipe = replace(with_values(plan.recipe, best, plan.space.constants), name="")
+        ledger_url = parent.view_link(sweep_view(plan.name, [param(p) for p in ledger.about["axes"]], "tuning"))
         files = write_report(ledger, plan.space, local)
         best_file = local / "best.json"
         best_file.write_text(to_json(recipe))
@@ -319,11 +321,6 @@ def _conclude(plan: Sweep, ledger: Ledger, total: int, tracking: Any, parent: An
     else:
         parent.finish("failed", "no trial finished: " + next((t.reason for t in ledger.trials.values() if t.reason), "unknown"))
     return Result(ledger, True, best, folder, parent.url, seconds)
-
-
-def keeper_recipe(plan: Sweep, trial: Trial) -> Run:
-    """The whole recipe with a trial's values, at the recipe's own length and on all of its training images."""
-    return plan.recipe if trial.origin == "recipe" else spaces.apply(plan.recipe, {**plan.space.constants, **trial.values})
 
 
 def sentence(plan: Sweep, result: Result, total: int) -> str:

@@ -49,11 +49,11 @@ class Table:
     def started(self, trial: Trial) -> None:
         self.running[trial.number] = time.monotonic()
         if self.live is None:
-            self.say(f"{trial.name}  starts  {self.values(trial)}" if not trial.history else f"{trial.name}  goes on after epoch {trial.epoch}")
+            self.say(f"{trial.label}  starts  {self.values(trial)}" if not trial.history else f"{trial.label}  goes on after epoch {trial.epoch}")
 
     def progressed(self, trial: Trial) -> None:
         if self.live is None:
-            self.say(f"{trial.name}  epoch {trial.epoch}/{self.epochs}  top-1 {trial.history[-1]['score']:.2f} %  {self.best_words()}  {self.left_words()}")
+            self.say(f"{trial.label}  epoch {trial.epoch}/{self.epochs}  top-1 {trial.history[-1]['score']:.2f} %  {self.best_words()}  {self.left_words()}")
 
     def ended(self, trial: Trial, outcome: str) -> None:
         since = self.running.pop(trial.number, None)
@@ -61,14 +61,14 @@ class Table:
             self.spent.append(time.monotonic() - since)
         if self.live is None or outcome == "failed":
             score = f"top-1 {trial.score:.2f} %" if trial.score is not None else ""
-            self.say(f"{trial.name}  {outcome}  {score}  {trial.reason}".rstrip())
+            self.say(f"{trial.label}  {outcome}  {score}  {trial.reason}".rstrip())
 
     # --- words ---
 
     def values(self, trial: Trial) -> str:
         from ftlib.search.propose import describe
 
-        return ("the recipe: " if trial.number == 0 else "") + describe(trial.values, self.names)
+        return ("the recipe: " if trial.origin == "recipe" else "") + describe(trial.values, self.names)
 
     @property
     def done(self) -> int:
@@ -80,7 +80,7 @@ class Table:
 
     def best_words(self) -> str:
         best = self.best()
-        return "" if best is None else f"best {best.score:.2f} % ({best.name})"
+        return "" if best is None else f"best {best.score:.2f} % ({best.label})"
 
     def seconds_left(self) -> float | None:
         """From the mean time of the trials that are over, those running counted as half done; None before the first."""
@@ -110,7 +110,7 @@ class Table:
             shown = [_short(trial.values.get(p, "-")) for p in self.names]
             state = "running" if trial.number in self.running else trial.outcome
             style = "bold green" if trial is best else "" if trial.number in self.running else "dim" if trial.outcome != "completed" else ""
-            grid.add_row(trial.name + (" recipe" if trial.number == 0 else ""), *shown, f"{trial.epoch}/{self.epochs}", f"{trial.history[-1]['score']:.2f}" if trial.history else "",
+            grid.add_row(trial.label + (" recipe" if trial.origin == "recipe" and trial.seed is None else ""), *shown, f"{trial.epoch}/{self.epochs}", f"{trial.history[-1]['score']:.2f}" if trial.history else "",
                          f"{trial.score:.2f}" if trial.score is not None else "", state, style=style)
         if len(running) + len(over) > ROWS:
             grid.add_row("...", *[""] * (len(self.names) + 3), f"{len(running) + len(over) - ROWS} more")

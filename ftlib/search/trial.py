@@ -44,7 +44,7 @@ def run_trial(config: dict[str, Any], train: Train) -> None:
         try:
             tune.report(point)
         except SystemExit:  # Tune's way to end this thread at its next report
-            raise Stopped from None
+            raise Stopped("stopped early: others do better after the same number of epochs, or the sweep is ending") from None
 
     try:
         final = {"outcome": "completed", "result": train(config, report)}
