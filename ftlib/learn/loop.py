@@ -257,15 +257,12 @@ class Training:
         if top1 > state.best:
             state.best, state.best_epoch, state.best_step = top1, epoch, state.step
             if self.writer is not None:
-                assert self.buffer is not None
-                self.buffer.sync(state.step)
+                state.settle()
                 self.writer.save_best(state.step, state.scored_model.state_dict(), self.about(epoch, scores))
 
     def save(self, wait: bool) -> None:
-        assert self.buffer is not None
         self.last_save = time.monotonic()
         if self.writer is not None:
-            self.buffer.sync(self.state.step)
             self.writer.save(self.state.step, self.state.state_dict())
             if wait:
                 self.writer.wait()

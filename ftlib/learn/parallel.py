@@ -48,7 +48,6 @@ class StepBuffer:
             module._buffers[name] = view
             start += old.numel()
         self.base = self.stats.clone()
-        self.counters = [b for b in model.buffers() if not b.is_floating_point()]
         self._kept: dict[int, Tensor] = {}
         self._works: list[dist.Work] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -146,9 +145,3 @@ class StepBuffer:
         """Let BatchNorm's statistics move, unless the step was not finite. `finite`: bool scalar on the device."""
         self.base.copy_(torch.where(finite, self.base + self.stat_moves, self.base))
         self.stats.copy_(self.base)
-
-    def sync(self, step: int) -> None:
-        """After loading state or before saving it: views agree, and the counters of batches seen do not depend on the workers."""
-        self.base.copy_(self.stats)
-        for counter in self.counters:
-            counter.fill_(step)

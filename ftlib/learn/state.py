@@ -74,8 +74,16 @@ class TrainState:
             ema=Ema(model, run.train.ema_decay) if run.train.ema_decay else None,
             scale=LossScale.create(fp16, device), sums=torch.zeros(3, dtype=torch.float64, device=device))
 
+    def settle(self) -> None:
+        """Set BatchNorm's counters of batches seen to the step: what they hold must not depend on workers or restarts."""
+        for module in (self.model, self.ema.module) if self.ema is not None else (self.model,):
+            for buffer in module.buffers():
+                if not buffer.is_floating_point():
+                    buffer.fill_(self.step)
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain types only, so that it loads with weights_only=True."""
+        self.settle()
         return {
             "step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None, "scale": [self.scale.scale, self.scale.good_steps], "sums": self.sums,
