@@ -1,7 +1,7 @@
-"""Learning-rate schedules as pure functions of the step, and the two rules that count epochs without a better score.
+"""Learning-rate schedules as pure functions of the step.
 
-Nothing of a schedule is saved but the step, and a resumed run cannot drift from an undisturbed one. Plateau and early stopping
-depend on scores, so their few numbers are small values that live in the training state.
+Nothing of a schedule is saved but the step, and a resumed run cannot drift from an undisturbed one. Plateau depends on scores too, so
+its three numbers are a small value that lives in the training state.
 
 Values agree with torch.optim.lr_scheduler stepped once per optimizer step (tests/learn/test_schedule.py).
 """
@@ -33,25 +33,6 @@ def plateau_update(cfg: config.Plateau, state: PlateauState, score: float) -> Pl
     if state.bad_epochs + 1 > cfg.patience:
         return replace(state, bad_epochs=0, factor=state.factor * cfg.factor)
     return replace(state, bad_epochs=state.bad_epochs + 1)
-
-
-@dataclass(frozen=True)
-class Patience:
-    """Early stopping: `exhausted` once `limit` epochs in a row brought no new best score. 0 never stops."""
-
-    limit: int
-    best: float | None = None
-    bad_epochs: int = 0
-
-    def update(self, score: float) -> Patience:
-        """After an epoch with this score (higher is better; NaN counts as no new best)."""
-        if score > (-math.inf if self.best is None else self.best):
-            return replace(self, best=float(score), bad_epochs=0)
-        return replace(self, bad_epochs=self.bad_epochs + 1)
-
-    @property
-    def exhausted(self) -> bool:
-        return 0 < self.limit <= self.bad_epochs
 
 
 def learning_rate(cfg: config.Schedule, base_lr: float, step: int, total_steps: int, steps_per_epoch: int, plateau: PlateauState | None = None) -> float:

@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 
 from ftlib import config
 from ftlib.learn import schedule
-from ftlib.learn.schedule import Patience, PlateauState, learning_rate, plateau_update
+from ftlib.learn.schedule import PlateauState, learning_rate, plateau_update
 from ftlib.tree import ConfigError
 
 LR = 3e-3
@@ -113,7 +113,6 @@ def test_plateau_is_torchs_over_any_course_of_scores(scores, patience, factor):
 def test_a_score_that_is_not_a_number_is_no_rise():
     state = plateau_update(config.Plateau(), PlateauState(), math.nan)
     assert state == PlateauState(bad_epochs=1) and plateau_update(config.Plateau(), state, 3.0).best == 3.0
-    assert Patience(2).update(math.nan).best is None
 
 
 def test_without_a_state_plateau_is_the_base_rate():
@@ -128,24 +127,11 @@ def test_every_rate_of_every_run_is_finite_and_positive(cfg, per_epoch, epochs):
     assert all(0 < r <= top * (1 + 1e-12) for r in rates)
 
 
-def test_early_stopping_counts_epochs_without_a_new_best():
-    p, stopped = Patience(3), []
-    for score in [10, 20, 19, 20, 21, 5, 6, 7]:  # equal is not new
-        p = p.update(score)
-        stopped.append(p.exhausted)
-    assert stopped == [False] * 7 + [True] and p.best == 21 and p.bad_epochs == 3
-    never = Patience(0)
-    for _ in range(100):
-        never = never.update(0.0)
-    assert not never.exhausted
-
-
 def test_the_state_is_plain_numbers_that_weights_only_loads(tmp_path):
     state = plateau_update(config.Plateau(patience=0), plateau_update(config.Plateau(), PlateauState(), 61.25), 60.0)
-    patience = Patience(4).update(61.25).update(0.1)
-    torch.save({"plateau": vars(state), "patience": vars(patience)}, tmp_path / "s.pt")
+    torch.save({"plateau": vars(state)}, tmp_path / "s.pt")
     loaded = torch.load(tmp_path / "s.pt", weights_only=True)
-    assert PlateauState(**loaded["plateau"]) == state and Patience(**loaded["patience"]) == patience
+    assert PlateauState(**loaded["plateau"]) == state
 
 
 def test_a_floor_above_the_base_rate_is_refused_with_the_remedy():
