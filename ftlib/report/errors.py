@@ -1,0 +1,113 @@
+"""What a model gets wrong: which mistakes to look at, and the figures of a report. Figures are PNG bytes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ftlib.report.metrics import Floats, Ints, Reliability, most_confused_classes
+
+MANY = 50
+"""Classes that a confusion matrix shows; of more, the most confused ones."""
+BLUE, RED, GREY = "#2563a8", "#c2410c", "#8a94a3"
+
+
+def worst(probabilities: Floats, labels: Ints, limit: int) -> Ints:
+    """Positions of the most confident mistakes: wrong predictions, the least probability of the label first."""
+    own = probabilities[np.arange(len(labels)), labels]
+    wrong = np.flatnonzero(probabilities.argmax(axis=1) != labels)
+    return wrong[np.argsort(own[wrong], kind="stable")][:limit]
+
+
+def examples(predicted: Ints, labels: Ints, probabilities: Floats, true: int, said: int, limit: int) -> Ints:
+    """Positions of images of class `true` taken for `said`, the surest first."""
+    found = np.flatnonzero((labels == true) & (predicted == said))
+    return found[np.argsort(-probabilities[found, said], kind="stable")][:limit]
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def axes(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A white figure of `width` x `height` inches with quiet axes."""
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained", facecolor="white")
+    made = [figure.add_subplot(1, columns, i + 1) for i in range(columns)]
+    for one in made:
+        one.spines[["top", "right"]].set_visible(False)
+        one.tick_params(labelsize=8, color=GREY)
+    return figure, made
+
+
+def confusion_figure(matrix: Ints, classes: Sequence[str]) -> bytes:
+    """Rows are true classes (shares of the row as colour), columns predicted ones; counts are written where there is room."""
+    shown = most_confused_classes(matrix, MANY) if len(classes) > MANY else np.arange(len(classes))
+    part, names = matrix[np.ix_(shown, shown)], [_short(classes[i]) for i in shown]
+    shares = part / np.maximum(matrix.sum(axis=1)[shown], 1)[:, None]
+    side = max(4.2, min(13.0, 1.8 + 0.3 * len(shown)))
+    figure, (ax,) = axes(side + 0.8, side)
+    drawn = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    ax.set_xticks(range(len(shown)), names, rotation=90, fontsize=8 if len(shown) <= 30 else 6)
+    ax.set_yticks(range(len(shown)), names, fontsize=8 if len(shown) <= 30 else 6)
+    ax.set_xlabel("predicted", fontsize=9)
+    ax.set_ylabel("true", fontsize=9)
+    if len(shown) <= 30:
+        for i, j in zip(*np.nonzero(part)):
+            ax.text(j, i, str(part[i, j]), ha="center", va="center", fontsize=7, color="white" if shares[i, j] > 0.55 else "#1c2430")
+    figure.colorbar(drawn, ax=ax, fraction=0.04, pad=0.02).set_label("share of the true class", fontsize=8)
+    ax.spines[:].set_visible(False)
+    if len(classes) > MANY:
+        ax.set_title(f"the {MANY} most confused of {len(classes)} classes", fontsize=10)
+    return png(figure)
+
+
+def calibration_figure(before: Reliability, after: Reliability, confidence: Floats, right: np.ndarray) -> bytes:
+    """Left: accuracy against confidence per bin, before and after temperature scaling. Right: how sure the model was (after scaling),
+    where it was right and where it was wrong."""
+    figure, (left, hist) = axes(10, 4, columns=2)
+    left.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="perfect")
+    left.plot(before.confidence, before.accuracy, "o-", color=GREY, markersize=4, linewidth=1.2, label=f"as trained, ECE {before.error:.3f}")
+    left.plot(after.confidence, after.accuracy, "o-", color=BLUE, markersize=4, linewidth=1.6, label=f"calibrated, ECE {after.error:.3f}")
+    left.set(xlim=(0, 1.02), ylim=(0, 1.03), aspect="equal")
+    left.set_xlabel("confidence", fontsize=9)
+    left.set_ylabel("accuracy", fontsize=9)
+    left.set_title("Is it right as often as it is sure?", fontsize=10)
+    left.legend(fontsize=8, frameon=False, loc="upper left")
+    bins = np.linspace(0, 1, 26)
+    hist.hist([confidence[right], confidence[~right]], bins=bins, stacked=True, color=[BLUE, RED], label=[f"right ({right.sum():,})", f"wrong ({(~right).sum():,})"])
+    hist.set_xlabel("confidence (calibrated)", fontsize=9)
+    hist.set_ylabel("images", fontsize=9)
+    hist.set_yscale("symlog", linthresh=10)
+    hist.set_ylim(0, hist.get_ylim()[1] * 8)  # room for the legend
+    hist.set_title("How sure it was", fontsize=10)
+    hist.legend(fontsize=8, frameon=False, loc="upper left", ncols=2)
+    return png(figure)
+
+
+def sheet(tiles: Sequence[tuple[str, Sequence[np.ndarray]]], heads: Sequence[str]) -> bytes:
+    """A contact sheet: per tile a title over pictures uint8[S, S, 3] side by side; `heads` name the pictures."""
+    across = 2 if len(tiles) > 1 else 1
+    down = -(-len(tiles) // across)
+    figure = Figure(figsize=(across * len(heads) * 1.45, down * 1.95), dpi=110, facecolor="white")
+    cells = figure.subplots(down, across * len(heads), squeeze=False)
+    for cell in cells.ravel():
+        cell.axis("off")
+    for i, (title, pictures) in enumerate(tiles):
+        row, start = divmod(i, across)
+        for j, image in enumerate(pictures):
+            cell = cells[row, start * len(heads) + j]
+            cell.imshow(image, interpolation="nearest")
+            cell.set_title((title + "\n" if j == 0 else "\n") + heads[j], fontsize=7, loc="left")
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=1 - 0.42 / (down * 1.95), wspace=0.06, hspace=0.42)
+    return png(figure)
+
+
+def _short(name: str, limit: int = 22) -> str:
+    return name if len(name) <= limit else name[: limit - 1] + "…"

@@ -1,0 +1,143 @@
+"""Scoring a finished run's model: which weights, which pictures, at which size, with a temperature fitted on others."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ftlib.config import Run
+from ftlib.data import order
+from ftlib.data.loader import eval_batches
+from ftlib.data.shards import Dataset, Split
+from ftlib.learn import checkpoint
+from ftlib.learn.evaluate import predict
+from ftlib.learn.loop import precision
+from ftlib.learn.weights import LoadedModel, load_run_model
+from ftlib.report.calibration import Calibration, cross_fitted, held_out
+from ftlib.report.metrics import Estimate, Floats, Ints, scores
+from ftlib.storage import join
+
+Weights = Literal["best", "last", "raw"]
+
+
+class EvaluationError(ValueError):
+    """A run, data set or size that cannot be evaluated; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model's answers on some pictures and what they are worth."""
+
+    split: Split
+    rows: Ints
+    """int64[n]: rows of `split`."""
+    labels: Ints
+    """int64[n]"""
+    logits: Floats
+    """float32[n, C], as the model gave them."""
+    size: int
+    flip: bool
+    calibration: Calibration
+    before: dict[str, Estimate]
+    """top1, top5, nll, ece of the logits as they are."""
+    after: dict[str, Estimate]
+    """The same after temperature scaling; the temperature was fitted on other images."""
+
+    @property
+    def plain(self) -> dict[str, float]:
+        """Metric name -> value, for tracking: top1, top5, nll, ece, nll_calibrated, ece_calibrated, temperature."""
+        values = {name: round(e.value, 4) for name, e in self.before.items()}
+        return values | {f"{name}_calibrated": round(self.after[name].value, 4) for name in ("nll", "ece")} | {"temperature": round(self.calibration.temperature, 4)}
+
+
+def load(run_dir: str, weights: Weights = "best") -> LoadedModel:
+    """The run's model. `best`: the best-scoring weights (averaged ones where the run keeps an average); `last`: those of its newest
+    checkpoint, averaged where there is an average; `raw`: those of its newest checkpoint without averaging.
+    """
+    try:
+        loaded = load_run_model(run_dir)
+    except ValueError as error:
+        raise EvaluationError(str(error)) from None
+    if weights == "best":
+        return loaded
+    found = checkpoint.latest(join(run_dir, "checkpoints"))
+    if found is None:
+        raise EvaluationError(f"{run_dir} has no checkpoint left, so only its best weights can be scored. Leave out --weights {weights}")
+    step, state = found
+    averaged = weights == "last" and state["ema"] is not None
+    loaded.model.load_state_dict(state["ema"]["module"] if averaged else state["model"])
+    about = {**loaded.about, "step": step, "ema": averaged}
+    return LoadedModel(loaded.model.eval(), loaded.run, loaded.classes, about, join(run_dir, "checkpoints", checkpoint.step_name(step)))
+
+
+def rows_of(run: Run, dataset: Dataset, name: str) -> tuple[Split, Ints]:
+    """The pictures that `val`, `tuning` or `train` mean for this run: (split, int64[n] rows)."""
+    train = dataset.split("train")
+    if name == "val":
+        return dataset.split("val"), np.arange(len(dataset.split("val")), dtype=np.int64)
+    kept, tuning = order.tuning_split(train.labels, order.subset(train.labels, run.data.subset, run.data.subset_seed), run.data.tuning_fraction, run.data.subset_seed)
+    if name == "train":
+        return train, kept
+    if name != "tuning":
+        raise EvaluationError(f"--split {name}: needs to be val, tuning or train")
+    if not len(tuning):
+        raise EvaluationError("--split tuning: this run kept no tuning split (its data.tuning_fraction is 0). Use --split val")
+    return train, tuning
+
+
+def same_classes(loaded: LoadedModel, dataset: Dataset) -> None:
+    """EvaluationError, naming the first difference, where the data's classes are not the model's."""
+    if dataset.classes == loaded.classes:
+        return
+    missing, extra = sorted(set(loaded.classes) - set(dataset.classes)), sorted(set(dataset.classes) - set(loaded.classes))
+    what = f"the data have no {missing[0]!r}" if missing else f"the model does not know {extra[0]!r}" if extra else "they are in another order"
+    raise EvaluationError(f"{dataset.name} has {len(dataset.classes)} classes and the model {len(loaded.classes)}, and they differ: {what}. Evaluate on data with the model's classes")
+
+
+def thinned(rows: Ints, limit: int) -> Ints:
+    """At most `limit` of the rows, evenly spread (rows lie in class order, so every class keeps its share); 0 keeps all."""
+    return rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), limit)).round().astype(np.int64))] if limit and len(rows) else rows
+
+
+def score(loaded: LoadedModel, dataset: Dataset, split: str = "val", *, size: int = 0, flip: bool = False, limit: int = 0, workers: int = 0,
+          device: torch.device | None = None, calibration_data: Dataset | None = None) -> Scored:
+    """Predict and score.
+
+    size: side of the input in pixels, 0 for the run's own. flip: average the logits with those of the mirrored pictures. limit: score
+    at most so many pictures, evenly spread. calibration_data: where the run's tuning split lies, if `dataset` is another one.
+
+    The temperature comes from the tuning split where the run has one (and it is not itself what is scored), else from the other half
+    of the scored pictures.
+    """
+    same_classes(loaded, dataset)
+    run = loaded.run
+    size = size or run.eval_size
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen, rows = rows_of(run, dataset, split)
+    rows = thinned(rows, limit)
+    if not len(rows):
+        raise EvaluationError(f"{dataset.name} has no picture in its {split} split. Choose another with --split")
+
+    def answers(of: Split, which: Ints) -> tuple[Ints, Floats]:
+        with contextlib.closing(eval_batches(of, which, size, run.evaluate.crop, run.evaluate.batch_size, workers)) as batches:
+            try:
+                found = predict(loaded.model.to(device), batches, device, run.data.mean, run.data.std, precision(run, device), flip)
+            except (RuntimeError, AssertionError) as error:
+                if size == run.eval_size:
+                    raise
+                raise EvaluationError(f"--sizes {size}: a {run.model.arch} trained at {run.eval_size} px does not take it ({str(error).splitlines()[0]}). Choose another size") from None
+        return found.labels, found.logits
+
+    labels, logits = answers(chosen, rows)
+    home = calibration_data or dataset
+    if run.data.tuning_fraction and split != "tuning":
+        tuning_split, tuning_rows = rows_of(run, home, "tuning")
+        tuning_labels, tuning_logits = answers(tuning_split, thinned(tuning_rows, limit))
+        calibration = held_out(logits, labels, tuning_logits, tuning_labels)
+    else:
+        calibration = cross_fitted(logits, labels)
+    return Scored(chosen, rows, labels, logits, size, flip, calibration, scores(logits, labels), scores(calibration.scaled, labels))

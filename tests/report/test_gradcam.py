@@ -1,0 +1,85 @@
+"""Grad-CAM against the library called directly, and against its paper's formula; the layer's choice for every kind of model."""
+
+import numpy as np
+import pytest
+import torch
+from pytorch_grad_cam import GradCAM
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+from torchvision import models as tv
+
+from ftlib.report import gradcam
+
+
+def images(size, n=2):
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    torch.manual_seed(0)
+    return tv.resnet18(num_classes=5).eval()
+
+
+def test_agrees_with_the_library_called_directly(resnet):
+    x, classes = images(128), np.array([3, 1])
+    with GradCAM(model=resnet, target_layers=[resnet.layer4]) as cam:
+        theirs = cam(input_tensor=x, targets=[ClassifierOutputTarget(3), ClassifierOutputTarget(1)])
+    np.testing.assert_allclose(gradcam.grad_cam(resnet, x, classes), theirs, atol=1e-6)
+
+
+def test_agrees_with_the_papers_equations(resnet):
+    """Selvaraju et al. 2017, eq. 1 and 2: relu of the maps weighed by the mean gradient, here before the library's scaling to 0..1."""
+    x = images(128, 1)
+    kept = {}
+    hook = resnet.layer4.register_forward_hook(lambda m, i, o: kept.update(maps=o))
+    score = resnet(x)[0, 2]
+    hook.remove()
+    gradient = torch.autograd.grad(score, kept["maps"])[0]
+    cam = (gradient.mean(dim=(2, 3), keepdim=True) * kept["maps"]).sum(1).relu()[0].detach().numpy()
+    ours = gradcam.grad_cam(resnet, x, np.array([2]))[0]
+    cells = ours.reshape(4, 32, 4, 32).mean(axis=(1, 3))
+    assert np.corrcoef(cells.ravel(), cam.ravel())[0, 1] > 0.95
+    assert ours.min() >= 0 and ours.max() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(("size", "layer"), [(224, "layer4"), (128, "layer4"), (64, "layer3"), (32, "layer2")])
+def test_takes_the_deepest_layer_that_still_shows_places(resnet, size, layer):
+    assert gradcam.target_layer(resnet, images(size, 1)) is getattr(resnet, layer)
+
+
+@pytest.mark.parametrize(("arch", "size"), [("convnext_tiny", 64), ("swin_t", 128), ("vit_b_32", 128), ("mobilenet_v3_small", 128)])
+def test_works_for_other_families(arch, size):
+    torch.manual_seed(0)
+    extra = {"image_size": size} if arch.startswith("vit") else {}
+    model = tv.get_model(arch, weights=None, num_classes=4, **extra).eval()
+    if extra:
+        torch.nn.init.normal_(model.heads.head.weight)  # torchvision starts it at zero, where nothing speaks for anything
+    found = gradcam.grad_cam(model, images(size), np.array([0, 3]))
+    assert found.shape == (2, size, size) and np.isfinite(found).all() and found.min() >= 0 and found.max() <= 1 + 1e-6
+    assert found.std() > 0
+
+
+def test_a_frozen_model_is_left_as_it_was(resnet):
+    resnet.requires_grad_(False)
+    resnet.fc.requires_grad_(True)
+    try:
+        assert gradcam.grad_cam(resnet, images(64), np.array([0, 1])).max() > 0
+        assert [n for n, p in resnet.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
+        assert all(p.grad is None for p in resnet.parameters()) and not resnet._forward_hooks
+        assert not any(m._forward_hooks for m in resnet.modules())
+    finally:
+        resnet.requires_grad_(True)
+
+
+def test_a_model_without_maps_is_refused():
+    with pytest.raises(ValueError, match="nothing to show"):
+        gradcam.target_layer(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 2)), images(8, 1))
+
+
+def test_the_overlay_is_red_where_the_map_is_high_and_keeps_the_picture():
+    image = np.full((32, 32, 3), 128, np.uint8)
+    cam = np.zeros((32, 32), np.float32)
+    cam[:16] = 1
+    shown = gradcam.overlay(image, cam, 128).astype(int)
+    assert shown.shape == (128, 128, 3)
+    assert shown[10, 64, 0] > shown[10, 64, 2] and shown[120, 64, 2] > shown[120, 64, 0]
