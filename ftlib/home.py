@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from ftlib.config import Run
-from ftlib.storage import is_remote
-from ftlib.tree import ConfigError
+from ftlib.storage import folders, is_remote, join, read_file
+from ftlib.tree import ConfigError, nearest
 
 
 def home() -> Path:
@@ -36,3 +36,15 @@ def data_path(name_or_path: str) -> str:
 def runs_root(run: Run) -> str:
     """The folder or address that holds this run's folder: checkpoint.storage, or $FTLIB_HOME/runs."""
     return absolute(run.checkpoint.storage) if run.checkpoint.storage else str(home() / "runs")
+
+
+def run_folder(name_or_folder: str, storage: str = "") -> str:
+    """A run's folder or address from its name (below `storage`, or $FTLIB_HOME/runs) or from the folder itself.
+
+    Raises ConfigError with the nearest name when there is no such run.
+    """
+    root = absolute(storage) if storage else str(home() / "runs")
+    place = absolute(name_or_folder) if "/" in name_or_folder else join(root, name_or_folder)
+    if read_file(join(place, "run.json")) is None:
+        raise ConfigError(f"there is no run {name_or_folder}: {place} has no run.json.{nearest(name_or_folder, sorted(folders(root)))}")
+    return place

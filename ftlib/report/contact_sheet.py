@@ -76,9 +76,9 @@ def network_section(dataset: Dataset, run: Run, step: int) -> Section:
     """The first microbatches of a step exactly as training makes and mixes them, with their soft targets."""
     rows: list[Row] = []
     for batch, plan in seen_by_the_network(dataset, run, step):
-        images, targets = _mixed(batch, plan, run, len(dataset.classes))
+        images, targets = mixed(batch, plan, run, len(dataset.classes))
         what = "not mixed" if plan is None else f"{NAMES[plan.kind]}, λ {plan.lam:.2f}"
-        rows.append(Row(f"microbatch {batch.k}", what, [Tile(i, _targets(t, dataset.classes, run)) for i, t in zip(images[:COLUMNS], targets)]))
+        rows.append(Row(f"microbatch {batch.k}", what, [Tile(i, targets_text(t, dataset.classes, run)) for i, t in zip(images[:COLUMNS], targets)]))
         if len(rows) == 4:
             break
     return Section(f"What the network sees at step {step}", "the recipe's own pictures, crops, partners and targets (before normalisation)", rows)
@@ -123,9 +123,9 @@ def mixing_section(dataset: Dataset, run: Run) -> Section:
                                  "cutmix_alpha": (alpha or usual) if kind == "cutmix" else 0.0, "cutmix_share": share})
         plans = [mix.draw(cfg, key(MIX, run.seed, 0, k), len(examples), *images.shape[1:3]) for k in range(64)]
         plan = min((p for p in plans if p is not None), key=lambda p: abs(p.lam - 0.65) + 0.05 * int((p.partner == torch.arange(len(examples))).sum()))
-        mixed, targets = _mixed(batch, plan, run, len(dataset.classes))
+        images, targets = mixed(batch, plan, run, len(dataset.classes))
         note = f"α {alpha or usual:g}, here λ {plan.lam:.2f}" + ("" if alpha else "\noff in this recipe")
-        rows.append(Row(NAMES[kind], note, [Tile(i, _targets(t, dataset.classes, run)) for i, t in zip(mixed, targets)]))
+        rows.append(Row(NAMES[kind], note, [Tile(i, targets_text(t, dataset.classes, run)) for i, t in zip(images, targets)]))
     smoothing = run.loss.label_smoothing
     return Section("Mixing", f"soft targets below each picture{f', label smoothing {smoothing:g} included' if smoothing else ''}; λ drawn from Beta(α, α)", rows)
 
@@ -162,14 +162,14 @@ def _liveliness(image: np.ndarray) -> float:
     return float((r - g).std() + ((r + g) / 2 - b).std() + image.std())
 
 
-def _mixed(batch: Batch, plan: mix.Plan | None, run: Run, classes: int) -> tuple[np.ndarray, torch.Tensor]:
+def mixed(batch: Batch, plan: mix.Plan | None, run: Run, classes: int) -> tuple[np.ndarray, torch.Tensor]:
     """(uint8[b, S, S, 3], targets [b, classes])."""
     targets = losses.soft_targets(batch.labels, classes, run.loss.label_smoothing)
     images, targets = mix.apply(plan, batch.images.permute(0, 3, 1, 2), targets)
     return images.permute(0, 2, 3, 1).contiguous().numpy(), targets
 
 
-def _targets(target: torch.Tensor, classes: Sequence[str], run: Run) -> str:
+def targets_text(target: torch.Tensor, classes: Sequence[str], run: Run) -> str:
     """The two largest entries of a soft target, if they are above what label smoothing gives to all."""
     values, indices = target.topk(min(2, len(classes)))
     floor = run.loss.label_smoothing / len(classes) + 1e-6

@@ -1,0 +1,136 @@
+"""Any step of a run again: its images, augmentation, mixing and loss, exactly, from the recipe and the data alone.
+
+The pictures need nothing but the run's settings. The loss also needs the weights before the step: those of the newest checkpoint at or
+before it, trained on from there (the same steps give the same weights), without touching the run.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ftlib import storage
+from ftlib.config import Run
+from ftlib.data import keys
+from ftlib.data.loader import Batch
+from ftlib.data.shards import Dataset
+from ftlib.learn import checkpoint, loop
+from ftlib.learn.evaluate import autocast
+from ftlib.learn.parallel import StepBuffer
+from ftlib.learn.weights import Source
+from ftlib.report.contact_sheet import COLUMNS, NAMES, Row, Section, Tile, draw_sheet, mixed, seen_by_the_network, targets_text
+from ftlib.storage import join
+
+
+@dataclass
+class Replay:
+    """One step, done again."""
+
+    step: int
+    """From 0."""
+    rows: dict[int, list[int]] = field(default_factory=dict)
+    """Microbatch -> rows of the train split."""
+    losses: dict[int, list[float]] = field(default_factory=dict)
+    """Microbatch -> loss of each image; empty when only the pictures were asked for."""
+    start: int | None = None
+    """The checkpoint that training was taken up from; None for the run's beginning or when it was not asked for."""
+
+    @property
+    def loss(self) -> float:
+        """The step's mean loss, as the run logged it."""
+        values = [x for k in sorted(self.losses) for x in self.losses[k]]
+        return sum(values) / max(len(values), 1)
+
+
+def replay(run: Run, dataset: Dataset, run_dir: str, step: int, source: Source | None, with_loss: bool = True, device: torch.device | None = None) -> Replay:
+    """Do `step` (from 0) of the run again. Raises ValueError when the run has no such step."""
+    with tempfile.TemporaryDirectory() as scratch:
+        job = loop.Job(run, dataset, scratch, device=device or torch.device("cpu"), source=source)
+        training = _OneStep(job, step)
+        if not 0 <= step < training.total:
+            raise ValueError(f"--step {step}: the run has the steps 0 to {training.total - 1} ({training.steps_per_epoch} in each of its {run.train.epochs} epochs)")
+        found = Replay(step)
+        for batch, _ in seen_by_the_network(dataset, run, step):
+            found.rows[batch.k] = batch.rows.tolist()
+        if with_loss:
+            found.start = _bring_checkpoint(run_dir, scratch, step)
+            try:
+                training.go()
+            except _Done:
+                found.losses = training.seen
+        return found
+
+
+def _bring_checkpoint(run_dir: str, scratch: str, step: int) -> int | None:
+    """Copy the newest checkpoint at or before `step` that verifies; its step."""
+    uri = join(run_dir, "checkpoints")
+    for known in checkpoint.steps(uri):
+        if known <= step:
+            try:
+                files, _ = storage.read_folder(join(uri, checkpoint.step_name(known)))
+            except storage.Damaged:
+                continue
+            storage.write_folder(join(scratch, "checkpoints", checkpoint.step_name(known)), files, {"step": known})
+            return known
+    return None
+
+
+class _Done(Exception):
+    """The step has been seen."""
+
+
+class _OneStep(loop.Training):
+    """Trains up to the wanted step, keeps the loss of each of its images, and stops there."""
+
+    def __init__(self, job: loop.Job, wanted: int) -> None:
+        super().__init__(job)
+        self.wanted = wanted
+        self.seen: dict[int, list[float]] = {}
+
+    def microbatch(self, batch: Batch, buffer: StepBuffer) -> None:
+        if batch.step > self.wanted:
+            raise _Done
+        if batch.step == self.wanted:
+            self.keep(batch)
+            buffer.stats.copy_(buffer.base)
+        super().microbatch(batch, buffer)
+
+    def finish_epoch(self) -> None:
+        if self.state.step > self.wanted:
+            raise _Done
+        super().finish_epoch()
+
+    @torch.no_grad()
+    def keep(self, batch: Batch) -> None:
+        """The forward pass of training, with each image's own loss kept."""
+        run, device = self.run, self.job.device
+        loop.seed_device(keys.key(keys.DROPOUT, run.seed, batch.step, batch.k), device)
+        images, targets = self.inputs(batch)
+        with autocast(self.dtype, device):
+            logits = self.forward(images)
+        self.seen[batch.k] = self.criterion(logits, targets).tolist()
+
+
+def sheet(run: Run, dataset: Dataset, found: Replay, path: str | Path) -> Path:
+    """A contact sheet of the step at `path` (.png): every image as the network saw it, with its soft target and loss, worst loss framed."""
+    rows = []
+    split = dataset.split("train")
+    worst = max((x for values in found.losses.values() for x in values), default=None)
+    for batch, plan in seen_by_the_network(dataset, run, found.step):
+        images, targets = mixed(batch, plan, run, len(dataset.classes))
+        values = found.losses.get(batch.k, [])
+        tiles = [Tile(image, "\n".join(filter(None, [targets_text(target, dataset.classes, run), f"loss {values[i]:.2f}" if values else Path(split.path(int(batch.rows[i]))).name])),
+                      bool(values) and values[i] == worst) for i, (image, target) in enumerate(zip(images, targets))]
+        what = "not mixed" if plan is None else f"{NAMES[plan.kind]}, λ {plan.lam:.2f}"
+        mean = f"mean loss {sum(values) / len(values):.4f}" if values else ""
+        for start in range(0, len(tiles), COLUMNS):
+            rows.append(Row(f"microbatch {batch.k}" if not start else "", what + ("\n" + mean if mean else "") if not start else "", tiles[start:start + COLUMNS]))
+    lead = f"step {found.step}, epoch {batch.epoch + 1}" + (f" · loss {found.loss:.6f}" if found.losses else "")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_sheet(f"{run.name or run.stage} on {dataset.name}", lead, [Section("What the network saw", "images after augmentation and mixing, their targets and losses", rows)]).save(path)
+    return path
+
