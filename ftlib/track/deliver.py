@@ -16,7 +16,7 @@ from ftlib.track.feed import Feed, put_back, verdict
 from ftlib.track.journal import State, encode, first, now_ms, read
 from ftlib.track.reap import HEARTBEAT_SECONDS, heartbeat_tags, reap
 from ftlib.track.redact import redact
-from ftlib.track.store import client, ensure_store, patient
+from ftlib.track.store import client, ensure_store, patient, request_seconds
 from ftlib.track.writer import forget_journal, journal_at
 
 log = logging.getLogger("ftlib.track")
@@ -28,6 +28,8 @@ LOOK_SECONDS = 1.0
 LONGEST_PAUSE = 30.0
 SLOW_SECONDS = 1.5
 """A request that takes longer makes a server slow."""
+UPLOAD_SLOW_SECONDS = 120.0
+"""The same for a file or model."""
 NOT_JOURNALS = ("checkpoints", "best", "report", "files", "models", "mlflow-artifacts", "data")
 """Folders below a home or a run in which no journals are looked for."""
 
@@ -41,7 +43,6 @@ class Delivery(threading.Thread):
         self.leftovers = list(leftovers)
         self.wake = threading.Event()
         self.failures = 0
-        self.slow = False
         self.last_error: Exception | None = None
         self._feeds: dict[Path, Feed] = {}
         self._client: Any = None
@@ -49,6 +50,8 @@ class Delivery(threading.Thread):
         self._urgent = threading.Event()
         self._changed = threading.Condition()
         self._beat = 0.0
+        self._slow = False
+        self._busy: tuple[float, Feed] | None = None
         self._reaped = False
 
     # --- for other threads ---
@@ -79,6 +82,12 @@ class Delivery(threading.Thread):
             with self._changed:
                 self._changed.wait(0.05)
         return True
+
+    @property
+    def trouble(self) -> bool:
+        """Whether the server fails or is slow, the request that is on its way included."""
+        busy = self._busy
+        return self.failures > 0 or self._slow or (busy is not None and time.monotonic() - busy[0] > (UPLOAD_SLOW_SECONDS if busy[1].uploading else SLOW_SECONDS))
 
     def stop(self, seconds: float) -> None:
         self._halt.set()
@@ -146,18 +155,21 @@ class Delivery(threading.Thread):
         appender = journal_at(feed.path)
         appender.retry()
         appender.sync()
-        started = time.monotonic()
+        self._busy = (time.monotonic(), feed)
 
         def done() -> None:
-            nonlocal started
-            self.slow = time.monotonic() - started > SLOW_SECONDS
-            started = time.monotonic()
+            assert self._busy is not None
+            self._slow = not feed.uploading and time.monotonic() - self._busy[0] > SLOW_SECONDS
+            self._busy = (time.monotonic(), feed)
             with self._changed:
                 self._changed.notify_all()
 
-        # A server that is slow rather than dead gets more time with every try.
-        with patient(min(120.0, 8.0 * 2 ** min(self.failures, 4))):
-            feed.deliver(self._connected(), done)
+        try:
+            # A server that is slow rather than dead gets more time with every try.
+            with patient(min(120.0, request_seconds() * 2 ** min(self.failures, 4))):
+                feed.deliver(self._connected(), done)
+        finally:
+            self._busy = None
 
     def _heartbeat(self) -> None:
         from mlflow.entities import RunTag
@@ -174,10 +186,14 @@ class Delivery(threading.Thread):
     def _tidy(self) -> None:
         """When the server is known to answer and nothing else waits: what earlier, dead drivers have left, a folder at a time."""
         try:
-            if self.leftovers and not self._halt.is_set():
+            if self._urgent.is_set() or self._halt.is_set():
+                return
+            if self.leftovers:
                 folder = self.leftovers.pop(0)
                 if folder.resolve() != self.folder.resolve():
                     deliver_folder(folder, self.uri, self._connected(), interrupted=self._urgent.is_set)
+                    if self._urgent.is_set():
+                        self.leftovers.append(folder)
             elif not self._reaped:
                 self._reaped = True
                 experiment = self._connected().get_experiment_by_name(self.experiment)
@@ -257,5 +273,11 @@ def journal_folders(root: Path) -> Iterator[Path]:
 
 
 def again(folder: Path) -> int:
-    """Put what MLflow did not take back into the journals of a folder, to be tried once more. Returns the number of records."""
-    return sum(put_back(path) for path in journals.journals(folder)) if journals.own(folder) and not journals.disown(folder) else 0
+    """Put what MLflow did not take back into the journals of a folder, to be tried once more. Returns the number of records;
+    0 for a living driver's folder."""
+    if not journals.own(folder):
+        return 0
+    try:
+        return sum(put_back(path) for path in journals.journals(folder))
+    finally:
+        journals.disown(folder)

@@ -93,6 +93,8 @@ class Feed:
         self.path, self.uri = path, uri
         self.state = State.load(path)
         self.gone = False
+        self.uploading = False
+        """Whether a file or model is on its way, which may take a while on a healthy server too."""
         self._tries = 0
 
     @property
@@ -140,6 +142,7 @@ class Feed:
             self.state.save(self.path)
 
     def _send(self, mlflow: MlflowClient, batch: Batch) -> None:
+        self.uploading = False
         items = batch.items()
         if items:
             self._send_items(mlflow, items)
@@ -170,8 +173,9 @@ class Feed:
         self.state.save(self.path)
 
     def _carry_out(self, mlflow: MlflowClient, record: dict[str, Any]) -> None:
+        self.uploading = record["op"] in ("artifact", "text", "model")
         try:
-            with patient(UPLOAD_SECONDS) if record["op"] in ("artifact", "text", "model") else contextlib.nullcontext():
+            with patient(UPLOAD_SECONDS) if self.uploading else contextlib.nullcontext():
                 _OPS[record["op"]](self, mlflow, record)
         except StartOver:
             raise

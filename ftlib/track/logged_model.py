@@ -49,8 +49,10 @@ def log_model(mlflow: MlflowClient, run_id: str, experiment_id: str, record: dic
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
+        # A server resolves models:/ itself; without one MLflow would look the model up in the process's default store.
+        source = f"models:/{model.model_id}" if mlflow.tracking_uri.startswith("http") else model.artifact_location
         versions = [v for v in mlflow.search_model_versions(f"name = '{name}'") if v.run_id == run_id and (v.tags or {}).get("ftlib.key") == record["key"]]
         version = versions[0] if versions else mlflow.create_model_version(
-            name, source=f"models:/{model.model_id}", run_id=run_id, model_id=model.model_id, tags={**record.get("tags", {}), "ftlib.key": record["key"]})
+            name, source=source, run_id=run_id, model_id=model.model_id, tags={**record.get("tags", {}), "ftlib.key": record["key"]})
         if record.get("alias"):
             mlflow.set_registered_model_alias(name, record["alias"], version.version)

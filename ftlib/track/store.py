@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib
+import logging
 import os
 import re
 import shlex
@@ -17,6 +19,7 @@ import sys
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -90,18 +93,23 @@ def quiet_client_settings() -> None:
         os.environ.setdefault(name, value)
 
 
+def request_seconds() -> float:
+    """How long one request may take, as MLflow's client is set."""
+    return float(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT") or _QUIET["MLFLOW_HTTP_REQUEST_TIMEOUT"])
+
+
 @contextlib.contextmanager
 def patient(seconds: float) -> Iterator[None]:
     """Requests in this block may take longer (uploads, a server that is slow)."""
-    name, before = "MLFLOW_HTTP_REQUEST_TIMEOUT", os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", "8")
-    if float(before) >= seconds:
+    name, before = "MLFLOW_HTTP_REQUEST_TIMEOUT", request_seconds()
+    if before >= seconds:
         yield
         return
     os.environ[name] = str(int(seconds))
     try:
         yield
     finally:
-        os.environ[name] = before
+        os.environ[name] = str(int(before))
 
 
 def ensure_store(uri: str) -> None:
@@ -130,9 +138,7 @@ def artifacts_root(database: Path) -> Path:
 
 
 def _build(path: Path) -> None:
-    quiet_client_settings()
-    import logging
-
+    _import_mlflow(with_database=True)
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
@@ -169,10 +175,18 @@ def _check_file(path: Path) -> None:
 
 def client(uri: str) -> MlflowClient:
     """An MlflowClient for the URI. The fluent API and its globals are never used."""
-    quiet_client_settings()
+    _import_mlflow(with_database=urlsplit(uri).scheme not in SERVER_SCHEMES)
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _import_mlflow(with_database: bool) -> None:
+    """Import MLflow with its settings in place and without the deprecation warnings that its own imports cause."""
+    quiet_client_settings()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        importlib.import_module("mlflow.store.tracking.sqlalchemy_store" if with_database else "mlflow")
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:

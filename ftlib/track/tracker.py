@@ -112,11 +112,11 @@ class Tracking:
         started = time.monotonic()
 
         def deadline() -> float:
-            trouble = self.delivery.failures > 0 or self.delivery.slow or not any(f.state.run_id for f in wanted)
+            trouble = self.delivery.trouble or not any(f.state.run_id for f in wanted)
             return started + (self._finish_left if trouble else FINISH_HEALTHY_SECONDS)
 
         done = self.delivery.wait(lambda: not any(f.pending for f in wanted), deadline)
-        if self.delivery.failures or self.delivery.slow or not done:
+        if self.delivery.trouble or not done:
             self._finish_left = max(0.5, self._finish_left - (time.monotonic() - started))
         if not done:
             log.warning("tracking: %s has not taken everything yet. The rest is kept in %s; it goes out at the next start, or with: python jobs/track.py deliver",

@@ -106,12 +106,12 @@ def phases_view(split: str = "val") -> View:
         split: `val`, or `tuning` for runs scored on a tuning split.
     """
     score = f"best/{split}_top1"
-    columns = [metric(score), metric("best/epoch"), metric(f"{split}/top5"), metric("train/top1"), tag("stage"), tag("outcome"), param("arch"), param("size"), param("epochs"),
+    columns = [metric(score), metric("best/epoch"), metric(f"{split}/top5"), metric("train/top1"), metric("train/gap"), tag("stage"), tag("outcome"), param("arch"), param("size"), param("epochs"),
                param("subset"), param("lr"), param("optimizer"), param("dropout"), param("mixup_alpha"), param("cutmix_alpha"), param("randaugment_m"), param("init_from"),
                param("seed"), tag("dataset")]
     sections = [
         ("Result", 3, 260, [bar("", score), bar("", f"{split}/top5"), bar("", "best/epoch")]),
-        ("Learning curves", 3, 340, [line("", f"{split}/top1"), line("", "train/top1"), line("", "train/top1", f"{split}/top1", title=f"train/top1 and {split}/top1 (gap)"),
+        ("Learning curves", 3, 340, [line("", f"{split}/top1"), line("", "train/top1"), line("", "train/gap"),
                                      line("", f"{split}/loss"), line("", "train/loss"), line("", "train/lr", log_scale=True)]),
         ("What differs", 1, 480, [table("", "Settings and results")]),
         ("Speed", 3, 280, [line("", "train/images_per_s"), line("", "step/loss"), line("", "step/lr")]),

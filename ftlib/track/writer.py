@@ -122,8 +122,13 @@ class Writer:
             self.wake.set()
 
     @_never_raises
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Numbers at a step. NaN and infinities are kept; what is no number is left out with a warning."""
+    def metrics(self, values: Mapping[str, float], step: int, at: int | None = None) -> None:
+        """Numbers at a step. NaN and infinities are kept; what is no number is left out with a warning.
+
+        Args:
+            at: the point's time in milliseconds, now if left out. MLflow keeps a point that it is sent twice once if the times are the same,
+                so whoever may repeat an epoch after a crash should remember the time with the epoch.
+        """
         numbers_ = {}
         for key, value in values.items():
             if isinstance(value, numbers.Real) or hasattr(value, "__float__"):
@@ -132,7 +137,7 @@ class Writer:
                 warn_once(f"tracking: metric {key} is no number (%s) and is left out", type(value).__name__)
         if numbers_:
             finite = {k: v if math.isfinite(v) else str(v) for k, v in numbers_.items()}  # JSON has no NaN
-            self.put({"op": "metrics", "step": int(step), "values": finite})
+            self.put({"op": "metrics", "step": int(step), "values": finite, "t": int(at) if at else now_ms()})
 
     @_never_raises
     def tags(self, values: Mapping[str, Any]) -> None:
