@@ -57,9 +57,10 @@ ui: $(STAMP)  ## Open MLflow's UI on this machine's runs (PORT=5000)
 soak: $(DEV_STAMP)  ## Kill training at random moments and compare with an undisturbed run (KILLS=30 SEED=0)
 	$(BIN)/python tests/soak.py --kills $(KILLS) --seed $(SEED)
 
-lock: $(DEV_STAMP)  ## Write requirements.lock anew: every package with its hashes
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet pip-tools
-	$(BIN)/python -m piptools compile --quiet --generate-hashes --allow-unsafe --strip-extras --no-header --no-emit-index-url --no-emit-trusted-host --output-file requirements.lock requirements.txt
+lock: $(DEV_STAMP)  ## Write requirements.lock anew: every package with its hashes (Linux x86-64, Python 3.11)
+	{ echo '# Made by `make lock`: Linux x86-64, Python 3.11.'; \
+	  $(BIN)/python -m uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 --python-platform x86_64-manylinux_2_28 requirements.txt; } > requirements.lock.new
+	mv requirements.lock.new requirements.lock
 
 clean:  ## Remove .venv and the caches; data and runs stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
