@@ -40,7 +40,7 @@ def test_gradient_descent_on_a_parabola_breaks_at_two_over_its_curvature():
     reading = L.read(found)
     lowest = found.rates[int(found.losses.argmin())]
     assert 0.2 / c < lowest < 2.2 / c
-    assert found.rates[-1] < 4 / c, "the test goes on long after the loss has diverged"
+    assert 2 / c < found.rates[-1] < 20 / c, "it ends soon after the loss has diverged, and not before it can"
     assert reading.steepest < 1 / c and reading.suggestion <= reading.minimum / 3
     # The steepest place is where the product of (1 - rate * c)^2 so far falls fastest: computed here without the finder.
     shrink = np.cumprod(np.concatenate([[1], (1 - found.rates[:-1] * c) ** 2]))
