@@ -46,12 +46,13 @@ def test_a_worker_elsewhere_writes_through_the_actor(cluster, store, mlflow, tmp
         assert statistics.median(costs) < 0.003  # 1 ms on a quiet machine
         handle = dataclasses.replace(tracking.handle(), place=elsewhere.place)
         child = handle.start_run("child", tags={}, params={"lr": 1}, parent=run.reference, wait_seconds=20)
-        assert child.run_id
+        child_id = child.run_id
+        assert child_id
         child.finish("completed")
         assert run.finish("completed")
     assert [(m.step, m.value) for m in mlflow.get_metric_history(run.run_id, "m")] == [(s, s) for s in range(200)]
     assert [a.path for a in mlflow.list_artifacts(run.run_id, "figures")] == ["figures/figure.png"]
-    assert mlflow.get_run(child.run_id).info.status == "FINISHED"
+    assert mlflow.get_run(child_id).info.status == "FINISHED"
 
 
 def test_on_one_machine_there_is_no_actor(cluster, store, tmp_path):
