@@ -175,14 +175,9 @@ class Training:
     def microbatch(self, batch: Batch, buffer: StepBuffer) -> None:
         """Forward and backward of one microbatch; its share of the step's mean loss goes into the gradients."""
         run, device = self.run, self.job.device
-        key = keys.key(keys.DROPOUT, run.seed, batch.step, batch.k)
-        seed_device(key, device)
+        seed_device(keys.key(keys.DROPOUT, run.seed, batch.step, batch.k), device)
         labels = batch.labels.to(device, non_blocking=True)
-        images = normalise(batch.images.to(device, non_blocking=True), run.data.mean, run.data.std)
-        targets = losses.soft_targets(labels, self.classes, run.loss.label_smoothing)
-        if batch.epoch < run.train.epochs - run.mix.off_epochs:
-            plan = mix.draw(run.mix, keys.key(keys.MIX, run.seed, batch.step, batch.k), len(labels), images.shape[2], images.shape[3])
-            images, targets = mix.apply(plan, images, targets)
+        images, targets = self.inputs(batch)
         with autocast(self.dtype, device):
             logits = self.forward(images)
         loss = self.criterion(logits, targets).sum()
@@ -190,6 +185,16 @@ class Training:
         with torch.no_grad():
             hits = (logits.argmax(1) == labels).sum()
             buffer.tallies[:3] += torch.stack([loss.detach().float(), hits.float(), torch.full_like(loss, float(len(labels)), dtype=torch.float32)])
+
+    def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the network gets: float32 images [b, 3, S, S] and soft targets [b, C], mixed, on the device."""
+        run, device = self.run, self.job.device
+        images = normalise(batch.images.to(device, non_blocking=True), run.data.mean, run.data.std)
+        targets = losses.soft_targets(batch.labels.to(device, non_blocking=True), self.classes, run.loss.label_smoothing)
+        if batch.epoch >= run.train.epochs - run.mix.off_epochs:
+            return images, targets
+        plan = mix.draw(run.mix, keys.key(keys.MIX, run.seed, batch.step, batch.k), len(batch.labels), images.shape[2], images.shape[3])
+        return mix.apply(plan, images, targets)
 
     # --- once in a while ----------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ftlib import storage, tree
 from ftlib.config import Run
-from ftlib.learn import checkpoint, model as models
+from ftlib.learn import checkpoint
+from ftlib.learn import model as models
 from ftlib.storage import Damaged, join
 from ftlib.tree import ConfigError
 
@@ -137,25 +138,19 @@ def _fits(run: Run, source: Source, classes: tuple[str, ...]) -> None:
 
 def start(run: Run, classes: tuple[str, ...], source: Source | None) -> nn.Module:
     """The model with its first weights, on the CPU. Call with torch's generator seeded: new layers draw from it."""
-    model = models.build(run.model, len(classes), imagenet_weights=run.model.init_from == "imagenet")
+    model = models.build(run.model, len(classes), imagenet_weights=run.model.init_from == "imagenet", image_size=run.augment.size)
     if source is None:
         return model
-    weights = _weights(source.uri, source.sha256)
-    if run.model.reset_head:
-        heads = {f"{name}." for name, module in model.named_modules() if module in _head_modules(model)}
-        weights = {k: v for k, v in weights.items() if not any(k.startswith(h) for h in heads)}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    if run.model.reset_head:
-        missing = [m for m in missing if not any(m.startswith(h) for h in heads)]
-    shape_free = [m for m in (*missing, *unexpected) if not m.endswith("num_batches_tracked")]
-    if shape_free:
-        raise ConfigError(f"model.init_from = {run.model.init_from}: the weights in {source.uri} do not fit a {run.model.arch} (first difference: {shape_free[0]})")
+    state = models.fit_state(model, _weights(source.uri, source.sha256), new_head=run.model.reset_head)
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        odd = [key for key in (*missing, *unexpected) if not key.endswith("num_batches_tracked")]
+    except RuntimeError as error:  # shapes that differ
+        odd = [str(error).splitlines()[-1].strip()]
+    if odd:
+        raise ConfigError(f"model.init_from = {run.model.init_from}: the weights in {source.uri} do not fit a {run.model.arch} with {len(classes)} classes "
+                          f"({odd[0]}). If only the classifier differs, add --model.reset-head")
     return model
-
-
-def _head_modules(model: nn.Module) -> list[nn.Module]:
-    head = models.head(model)
-    return [head] if isinstance(head, nn.Module) else list(head)
 
 
 def _weights(uri: str, sha256: str) -> dict[str, Tensor]:
@@ -193,7 +188,7 @@ def load_run_model(run_dir: str) -> LoadedModel:
         files, _ = storage.read_folder(folder)
         info = json.loads(files["model.json"])
         with torch.random.fork_rng(devices=[]):
-            model = models.build(run.model, len(info["classes"]))
+            model = models.build(run.model, len(info["classes"]), image_size=run.augment.size)
         model.load_state_dict(safetensors_load(files["model.safetensors"]))
         return LoadedModel(model.eval(), run, tuple(info["classes"]), info, folder)
     raise ValueError(f"{run_dir} holds no best model yet: the run has not been evaluated once")

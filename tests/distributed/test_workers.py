@@ -18,7 +18,7 @@ from ftlib.learn import checkpoint
 
 # Workers are forked from a server that has imported torch once: seconds saved at each of many starts.
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["worker", "conftest", "ftlib.learn.loop"])
+FORK.set_forkserver_preload(["worker", "conftest", "ftlib.learn.loop", "sklearn.datasets", "pandas", "torch._dynamo"])
 
 
 class Workers:

@@ -14,7 +14,8 @@ from worker import BASE, digest, final
 from ftlib.config import Run
 from ftlib.data import keys, order
 from ftlib.data.augment import TrainTransform
-from ftlib.learn import evaluate, loop, losses, model as models, weights
+from ftlib.learn import evaluate, loop, losses, weights
+from ftlib.learn import model as models
 from ftlib.learn.loop import Diverged, Interrupted, Job, train
 from ftlib.learn.state import LossScale
 from ftlib.tree import override
