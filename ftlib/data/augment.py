@@ -18,6 +18,7 @@ from ftlib import config
 from ftlib.data import ops
 from ftlib.data.decode import decode, dimensions
 from ftlib.data.keys import AUGMENT, Randomness, key
+from ftlib.data.tiles import cut
 from ftlib.tree import ConfigError, nearest
 
 
@@ -137,20 +138,22 @@ def _dct(factor: float) -> int:
     return max(s for s in (1, 2, 4, 8) if s == 1 or s <= factor)
 
 
-def crop_and_resize(jpeg: bytes | memoryview | np.ndarray, box: Box, size: int) -> np.ndarray:
-    """uint8[size, size, 3]: the box (in pixels of the whole picture), resized. Shrinking to half or less happens in the decoder,
-    the rest by linear interpolation (by area where even an eighth leaves more than twice the size)."""
+def crop_and_resize(jpeg: bytes | bytearray | memoryview | np.ndarray, box: Box, size: int) -> np.ndarray:
+    """uint8[size, size, 3]: the box (in pixels of the whole picture), resized. Only the box is decoded where the file has tiles. Shrinking
+    to half or less happens in the decoder, the rest by linear interpolation (by area where even an eighth leaves more than twice the size)."""
     top, left, height, width = box
     shrink = _dct(min(height, width) / size)
+    if (part := cut(jpeg, *box, shrink)) is not None:
+        jpeg, top, left = part.jpeg, top - part.top, left - part.left
     image = decode(jpeg, shrink)
     if shrink > 1:
         bottom, right = -(-(top + height) // shrink), -(-(left + width) // shrink)
         top, left = top // shrink, left // shrink
         height, width = bottom - top, right - left
-    cut = image[top : top + height, left : left + width]
+    image = image[top : top + height, left : left + width]
     if (height, width) == (size, size):
-        return cut
-    return cv2.resize(cut, (size, size), interpolation=cv2.INTER_AREA if min(height, width) > 2 * size else cv2.INTER_LINEAR)
+        return image
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if min(height, width) > 2 * size else cv2.INTER_LINEAR)
 
 
 class ColorJitter:

@@ -1,0 +1,105 @@
+import io
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from ftlib.data import augment
+from ftlib.data.augment import crop_and_resize
+from ftlib.data.decode import DecodeError, decode
+from ftlib.data.tiles import cut, encode
+
+PHOTO = load_sample_image("flower.jpg")
+
+
+@st.composite
+def pictures_and_boxes(draw):
+    """Sizes that are and are not multiples of an MCU, and boxes anywhere, at the edges too."""
+    height, width = draw(st.integers(8, 400)), draw(st.integers(8, 600))
+    h, w = draw(st.integers(1, height)), draw(st.integers(1, width))
+    top, left = draw(st.integers(0, height - h)), draw(st.integers(0, width - w))
+    return height, width, (top, left, h, w)
+
+
+@given(pictures_and_boxes(), st.sampled_from(["444", "422", "420"]), st.sampled_from([60, 90, 98]), st.sampled_from([1, 2, 4, 8]))
+@settings(max_examples=150, deadline=None)
+def test_within_the_box_the_pixels_are_those_of_the_whole(shape, subsampling, quality, shrink):
+    height, width, box = shape
+    jpeg = encode(np.ascontiguousarray(PHOTO[:height, :width]), quality, subsampling)
+    part = cut(jpeg, *box, shrink)
+    if part is None:
+        return
+    top, left, h, w = box
+    whole, few = decode(jpeg, shrink), decode(part.jpeg, shrink)
+    assert part.top % 8 == part.left % 8 == 0
+    assert few.size < whole.size
+    y0, x0, y1, x1 = top // shrink, left // shrink, -(-(top + h) // shrink), -(-(left + w) // shrink)
+    dy, dx = part.top // shrink, part.left // shrink
+    assert np.array_equal(few[y0 - dy : y1 - dy, x0 - dx : x1 - dx], whole[y0:y1, x0:x1])
+
+
+@pytest.mark.parametrize("subsampling", ["444", "422", "420"])
+def test_the_pixels_are_those_of_an_ordinary_jpeg(subsampling):
+    out = io.BytesIO()
+    Image.fromarray(PHOTO).save(out, "JPEG", quality=90, subsampling=("444", "422", "420").index(subsampling))
+    tiled = encode(PHOTO, 90, subsampling)
+    assert np.array_equal(decode(tiled), decode(out.getvalue()))
+    assert len(tiled) < 1.05 * len(out.getvalue())
+
+
+def test_grey_pictures():
+    out = io.BytesIO()
+    Image.fromarray(PHOTO[..., 1]).save(out, "JPEG", quality=90, restart_marker_blocks=8)
+    part = cut(out.getvalue(), 100, 200, 90, 110)
+    assert part is not None
+    assert np.array_equal(decode(part.jpeg)[100 - part.top : 190 - part.top, 200 - part.left : 310 - part.left], decode(out.getvalue())[100:190, 200:310])
+
+
+def test_every_decoder_opens_them():
+    jpeg = encode(PHOTO, 90)
+    for data in (jpeg, bytes(cut(jpeg, 50, 60, 200, 220).jpeg)):
+        ours = decode(data)
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), ours)
+        assert np.array_equal(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1], ours)
+
+
+def test_a_small_box_takes_few_bytes():
+    jpeg = encode(PHOTO, 90)
+    assert len(cut(jpeg, 200, 300, 60, 60).jpeg) < 0.15 * len(jpeg)
+
+
+def jpeg_with(**options):
+    out = io.BytesIO()
+    Image.fromarray(PHOTO).save(out, "JPEG", quality=90, **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(("name", "jpeg"), [
+    ("no markers", jpeg_with()), ("progressive", jpeg_with(progressive=True, restart_marker_blocks=4)), ("interval beyond a row", jpeg_with(restart_marker_blocks=37)),
+    ("no JPEG", b"<html>"), ("nothing", b""), ("only a header", jpeg_with()[:200])])
+def test_others_are_left_whole(name, jpeg):
+    assert cut(jpeg, 10, 10, 50, 50) is None
+
+
+def test_a_box_of_nearly_all_is_left_whole():
+    assert cut(encode(PHOTO, 90), 0, 0, 427, 640) is None
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-3000], lambda b: b[:-2], lambda b: b[: len(b) // 2] + b"\xff\xd9"])
+def test_damaged_files_are_left_to_the_decoder(damage):
+    data = damage(encode(PHOTO, 90))
+    assert cut(data, 10, 10, 50, 50) is None
+    with pytest.raises(DecodeError):
+        crop_and_resize(data, (10, 10, 50, 50), 32)
+
+
+@pytest.mark.parametrize(("box", "size"), [((13, 57, 200, 301), 128), ((0, 0, 300, 500), 64), ((100, 300, 321, 310), 32), ((400, 600, 27, 40), 64)])
+def test_training_gets_the_same_from_tiles(monkeypatch, box, size):
+    jpeg = encode(PHOTO, 90)
+    ours = crop_and_resize(jpeg, box, size)
+    monkeypatch.setattr(augment, "cut", lambda *_: None)
+    assert np.array_equal(ours, crop_and_resize(jpeg, box, size))
