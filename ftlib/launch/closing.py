@@ -9,24 +9,22 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from ftlib.config import Run
-from ftlib.data.loader import eval_batches
 from ftlib.data.shards import Dataset
 from ftlib.home import home
 from ftlib.launch import gates
 from ftlib.learn import checkpoint
-from ftlib.learn.evaluate import predict
-from ftlib.learn.weights import LoadedModel, load_run_model
+from ftlib.learn.weights import load_run_model
 from ftlib.storage import is_remote, join
 from ftlib.tree import ConfigError, to_dict
 
 log = logging.getLogger("ftlib.launch")
 
-CALIBRATION_IMAGES = 2000
-"""Images on which the packaged model's temperature is fitted: one number needs no more, and the driver's node may have no GPU."""
+REPORT_IMAGES = 2000
+"""Images scored for the report at a run's end: enough for its figures and for the temperature, and the driver's node may have no GPU.
+`jobs/evaluate.py RUN` scores all of them."""
+EXPECTED = {"phase2": {10: (35.0, 30.0), 20: (52.0, 48.0), 30: (61.0, 57.0), 40: (66.0, 63.0), 50: (68.0, 67.0)}}
+"""Epoch -> (train, validation) top-1 in percent to be expected on a fifth of ImageNet."""
 
 
 def best_folder(run_dir: str) -> str:
@@ -57,21 +55,31 @@ def system_metrics(run: Run, writer: Any) -> Iterator[None]:
         yield
 
 
-def figures(run_dir: str, result: Mapping[str, Any], run: Run) -> list[str]:
-    """Draw the training curves into <run>/report. Returns the files; a figure that fails is no reason to lose a finished run."""
-    try:
-        from ftlib.report.curves import curves
-    except ImportError:
-        return []
+def figures(run_dir: str, result: Mapping[str, Any], run: Run, dataset: Dataset, source: Mapping[str, Any] | None) -> list[str]:
+    """Draw the training curves, beside those of the run it started from, into <run>/report. Returns the files."""
+    from ftlib.report.curves import compared, curves
+
     folder = local_folder(run_dir) / "report"
-    try:
+    drawn: list[str] = []
+    with _unharmed("the training curves could not be drawn"):
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "curves.png"
-        curves(result["history"], path)
-        return [str(path)]
+        imagenet = len(dataset.classes) == 1000 and "imagenet" in dataset.name
+        curves(result["history"], folder / "curves.png", title=run.name, expected=EXPECTED.get(run.stage) if imagenet else None)
+        drawn.append(str(folder / "curves.png"))
+        before = (source or {}).get("result", {}).get("history")
+        if before:
+            compared({(source or {}).get("about", {}).get("run", "before"): before, run.name: result["history"]}, folder / "phases.png")
+            drawn.append(str(folder / "phases.png"))
+    return drawn
+
+
+@contextlib.contextmanager
+def _unharmed(what: str) -> Iterator[None]:
+    """A finished run is not lost because something drawn or packaged from it fails: that is logged, and the rest goes on."""
+    try:
+        yield
     except Exception as error:
-        log.warning("the training curves could not be drawn (%s: %s)", type(error).__name__, error)
-        return []
+        log.warning("%s (%s: %s)", what, type(error).__name__, error)
 
 
 def local_folder(run_dir: str) -> Path:
@@ -79,8 +87,8 @@ def local_folder(run_dir: str) -> Path:
     return home() / "runs" / run_dir.rstrip("/").rsplit("/", 1)[-1] if is_remote(run_dir) else Path(run_dir)
 
 
-def close_run(tracked: Any, writer: Any, run: Run, dataset: Dataset, outcome: Any, metrics: Mapping[str, float], checked: list[gates.Gate]) -> None:
-    """Final scores at step 0, gates as tags and as a table, figures, and the packaged model."""
+def close_run(tracked: Any, writer: Any, run: Run, dataset: Dataset, outcome: Any, metrics: Mapping[str, float], checked: list[gates.Gate]) -> list[str]:
+    """Final scores at step 0, gates as tags and as a table, figures, the report of errors and the packaged model. Returns the report's files."""
     start = {} if outcome.start_top1 is None else {"start/top1": outcome.start_top1, "best/gain": metrics.get("best/val_top1", metrics.get("best/tuning_top1", 0.0)) - outcome.start_top1}
     writer.metrics({**metrics, **start}, step=0)
     writer.tags(gates.tags(checked))
@@ -88,36 +96,38 @@ def close_run(tracked: Any, writer: Any, run: Run, dataset: Dataset, outcome: An
         writer.json({"columns": ["gate", "wanted", "got", "passed"], "data": [[g.name, g.wanted, g.got, g.passed] for g in checked]}, "gates.json")
     for figure in outcome.figures:
         writer.artifact(figure, "figures")
-    if run.track.log_model and outcome.best_dir:
-        log_model(tracked, run, dataset, outcome, metrics)
+    if not (run.track.log_model and outcome.best_dir):
+        return []
+    written: list[str] = []
+    temperature, fitted_on = 1.0, "nothing: it could not be fitted"
+    with _unharmed("the report of errors could not be written"):
+        report = _report(run, dataset, outcome)
+        temperature, fitted_on = report.scored.calibration.temperature, report.scored.calibration.fitted_on
+        writer.metrics({f"test/{k}": v for k, v in report.scored.plain.items()}, step=0)
+        for file in report.files:
+            writer.artifact(file, "report")
+        written = [str(f) for f in report.files]
+    with _unharmed(f"the model could not be packaged; its weights are in {outcome.best_dir}"):
+        _log_model(tracked, run, dataset, outcome, metrics, temperature, fitted_on)
+    return written
 
 
-def log_model(tracked: Any, run: Run, dataset: Dataset, outcome: Any, metrics: Mapping[str, float]) -> None:
-    """Package the best model, with a temperature fitted on scored images, and attach it to the run."""
+def _report(run: Run, dataset: Dataset, outcome: Any) -> Any:
+    """Confusions, worst mistakes and calibration of the best model on the validation images (at most REPORT_IMAGES of them)."""
+    from ftlib.report.report import report_run
+
+    return report_run(outcome.run_dir, dataset, out=local_folder(outcome.run_dir) / "report", split="tuning" if run.data.tuning_fraction else "val", limit=REPORT_IMAGES)
+
+
+def _log_model(tracked: Any, run: Run, dataset: Dataset, outcome: Any, metrics: Mapping[str, float], temperature: float, fitted_on: str) -> None:
+    """Package the best model with its temperature and attach it to the run."""
     from ftlib.track.package import package
 
     out = local_folder(outcome.run_dir) / "model"
-    try:
-        loaded = load_run_model(outcome.run_dir)
-        temperature, on = fit_temperature(loaded, run, dataset)
-        shutil.rmtree(out, ignore_errors=True)
-        package(loaded.model, run, loaded.classes, metrics, temperature, out, {"name": dataset.name, "digest": dataset.digest}, on)
-        tracked.log_model(out)
-    except Exception as error:  # the model itself is safe in best/
-        log.warning("the model could not be packaged (%s: %s); its weights are in %s", type(error).__name__, error, outcome.best_dir)
-
-
-def fit_temperature(loaded: LoadedModel, run: Run, dataset: Dataset) -> tuple[float, str]:
-    """(temperature, what it was fitted on, in words)."""
-    from ftlib.report.calibration import cross_fitted
-
-    split = dataset.split("val") if len(dataset.split("val")) else dataset.split("train")
-    rows = np.unique(np.linspace(0, len(split) - 1, min(len(split), CALIBRATION_IMAGES)).round().astype(np.int64))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with contextlib.closing(eval_batches(split, rows, run.eval_size, run.evaluate.crop, run.evaluate.batch_size, 0)) as batches:
-        found = predict(loaded.model.to(device), batches, device, run.data.mean, run.data.std)
-    loaded.model.cpu()
-    return cross_fitted(found.logits, found.labels).temperature, f"{len(rows):,} images of the {split.name} split"
+    loaded = load_run_model(outcome.run_dir)
+    shutil.rmtree(out, ignore_errors=True)
+    package(loaded.model, run, loaded.classes, metrics, temperature, out, {"name": dataset.name, "digest": dataset.digest}, fitted_on)
+    tracked.log_model(out)
 
 
 def fetch(run: Run, root: str) -> Callable[[str], str]:

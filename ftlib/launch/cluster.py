@@ -56,7 +56,8 @@ def connect(*, dashboard: bool = False) -> bool:
         return False
     path = os.pathsep.join(dict.fromkeys([ROOT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
     environment = {"env_vars": {"PYTHONPATH": path, "NO_ALBUMENTATIONS_UPDATE": "1"}}
-    common: dict[str, Any] = {"logging_level": "WARNING", "runtime_env": environment}
+    # Workers' warnings come through the desk; what Ray's own processes print there is of no use to a user, and is in Ray's logs.
+    common: dict[str, Any] = {"logging_level": "WARNING", "log_to_driver": False, "runtime_env": environment}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         if not joining:
@@ -70,7 +71,7 @@ def connect(*, dashboard: bool = False) -> bool:
         except ValueError as error:
             if "env_vars" not in str(error) and "runtime_env" not in str(error):
                 raise
-            ray.init(logging_level="WARNING")  # the job's own runtime environment already says what the workers see
+            ray.init(logging_level="WARNING", log_to_driver=False)  # the job's own runtime environment already says what the workers see
     return True
 
 

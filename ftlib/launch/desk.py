@@ -5,6 +5,7 @@ An actor without a CPU share on the driver's node, owned by the driver. In local
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ class Desk:
     """All that is passed between a driver and its workers beside Ray Train's own reports."""
 
     def __init__(self) -> None:
-        self.shown: list[dict[str, float]] = []
+        self.shown: list[dict[str, float] | str] = []
         self.stop = False
         self.drains = 0
         self.error: tuple[str, str] | None = None
@@ -28,6 +29,10 @@ class Desk:
         """From rank 0: a progress point."""
         self.shown.append(values)
         del self.shown[:-1000]
+
+    def say(self, text: str) -> None:
+        """From a worker: a line for the user."""
+        self.shown.append(text)
 
     def hello(self, node: str) -> None:
         """From a worker: the node it runs on."""
@@ -54,10 +59,10 @@ class Desk:
         self.leaving |= new
         self.drains += len(new)
 
-    def take(self) -> tuple[list[dict[str, float]], tuple[str, str] | None]:
-        """For the driver: new progress points, and the error if there is one."""
+    def take(self) -> list[dict[str, float] | str]:
+        """For the driver: new progress points and lines."""
         shown, self.shown = self.shown, []
-        return shown, self.error
+        return shown
 
 
 class Here:
@@ -128,6 +133,17 @@ class Notices:
                 self._stop, self._drains = self._desk.ask("wanted")
             except Exception:  # the desk went with its driver, and this worker will follow
                 return
+
+
+class ToDesk(logging.Handler):
+    """Sends a worker's warnings to the driver."""
+
+    def __init__(self, desk: Here | Remote) -> None:
+        super().__init__(logging.WARNING)
+        self.desk = desk
+
+    def emit(self, record: logging.LogRecord) -> None:
+        quietly(lambda: self.desk.tell("say", f"{record.levelname.lower()}: {record.getMessage()}"))
 
 
 def quietly(call: Callable[[], Any]) -> Any:

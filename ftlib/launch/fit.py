@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import uuid
@@ -56,6 +57,8 @@ def here(fit: Fit, screen: Screen) -> dict[str, Any]:
 
     desk = _ShowingDesk(screen)
 
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would print every report
+
     def stop() -> None:
         desk.stop = True
 
@@ -84,8 +87,7 @@ def on_cluster(fit: Fit, screen: Screen) -> dict[str, Any]:
         asked, drained = 0.0, 0.0
         while thread.is_alive():
             thread.join(LOOK_SECONDS)
-            for values in (quietly(lambda: desk.ask("take")) or ((), None))[0]:
-                screen.show(values)
+            _show(desk, screen)
             if signals.count and not asked:
                 asked = time.monotonic()
                 screen.say(f"{signals.name}: stopping with a checkpoint (once more stops at once)")
@@ -95,8 +97,7 @@ def on_cluster(fit: Fit, screen: Screen) -> dict[str, Any]:
             if time.monotonic() - drained > DRAIN_SECONDS:
                 drained = time.monotonic()
                 _pass_on_drains(desk)
-    for values in (quietly(lambda: desk.ask("take")) or ((), None))[0]:
-        screen.show(values)
+    _show(desk, screen)
     outcome = done[0]
     last_words = quietly(lambda: desk.ask("failed"))
     quietly(lambda: _forget(desk))
@@ -140,6 +141,11 @@ def _explained(error: BaseException, last_words: tuple[str, str] | None) -> Exce
             return StorageError(str(first).strip().splitlines()[-1])
         return RunFailed(f"worker {rank} failed, and so did its restarts: {first}")
     return RunFailed(f"training could not be carried out: {error}")
+
+
+def _show(desk: Remote, screen: Screen) -> None:
+    for item in quietly(lambda: desk.ask("take")) or []:
+        screen.say(item) if isinstance(item, str) else screen.show(item)
 
 
 def _pass_on_drains(desk: Remote) -> None:

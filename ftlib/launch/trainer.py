@@ -48,6 +48,7 @@ class Outcome:
     start_top1: float | None = None
     """Validation top-1 of the model that the run started from."""
     figures: list[str] = field(default_factory=list)
+    """Files of the report: PNG, HTML, CSV."""
     seconds: float = 0.0
 
     @property
@@ -181,13 +182,14 @@ def _complete(ready: Prepared, tracked: Any, writer: Any, result: dict[str, Any]
     start = ready.source.top1 if ready.source else None
     checked = gates.check(ready.run.gates, metrics, start)
     best = closing.best_folder(ready.run_dir)
-    figures = closing.figures(ready.run_dir, result, ready.run)
+    figures = closing.figures(ready.run_dir, result, ready.run, ready.dataset, ready.source.to_dict() if ready.source else None)
     outcome = Outcome(ready.run.name, "completed", metrics, ready.run_dir, best, tracked.run_id, tracked.url, checked, start, figures, seconds)
     epochs = int(result["history"][-1]["epoch"]) if result["history"] else 0
     storage.write_file(join(ready.run_dir, "result.json"), json.dumps({
         "status": "completed", "epochs": epochs, "step": result["step"], "split": result["split"], "metrics": metrics, "best": best.removeprefix(ready.run_dir).strip("/"),
         "gates": gates.as_json(checked), "start_top1": start, "figures": figures, "history": result["history"]}, indent=2).encode())
-    closing.close_run(tracked, writer, ready.run, ready.dataset, outcome, metrics, checked)
+    report = closing.close_run(tracked, writer, ready.run, ready.dataset, outcome, metrics, checked)
+    outcome = dataclasses.replace(outcome, figures=figures + report)
     tracked.finish("completed", summary.note(ready.run, outcome, ready.source))
     with contextlib.suppress(OSError):
         storage.delete_folder(join(ready.run_dir, "ray"))

@@ -16,7 +16,7 @@ from ray.train import Checkpoint, UserCallback
 from ftlib import tree
 from ftlib.config import Run
 from ftlib.data.shards import Dataset
-from ftlib.launch.desk import Notices
+from ftlib.launch.desk import Notices, ToDesk
 from ftlib.learn import loop
 from ftlib.learn.weights import Source
 from ftlib.storage import StorageError
@@ -29,11 +29,12 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     repeat, is left on the desk before it is raised.
     """
     run = tree.from_dict(Run, config["run"])
-    logging.getLogger("ftlib").setLevel(logging.INFO)
     desk = config["desk"]
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would print every report
     context = ray.train.get_context()
     device = ray.train.torch.get_device() if torch.cuda.is_available() and config["gpus"] else torch.device("cpu")
     if not config["local"]:
+        logging.getLogger("ftlib").addHandler(ToDesk(desk))
         desk.tell("hello", ray.get_runtime_context().get_node_id())
     notices = Notices(desk)
     try:
