@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from ftlib.data.admit_rules import MAX_ASPECT, MIN_SIDE, Admitted, Refused, Rules
 from ftlib.data.jpeg_check import fault
+from ftlib.data.tiles import encode
 
 REPAIR_QUALITY = 95
 REPAIR_SUBSAMPLING = "444"
@@ -55,7 +56,7 @@ def admit(data: bytes, name: str, rules: Rules) -> Admitted:
     if rules.quality is not None:
         changes.append("reencoded")
         repairs.append("reencoded")
-    jpeg = data if not changes else simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=rules.quality or REPAIR_QUALITY, colorspace="RGB", colorsubsampling=subsampling)
+    jpeg = data if not changes else encode(pixels, rules.quality or REPAIR_QUALITY, subsampling)
     jpeg = finalise(jpeg)
     if jpeg is not data:
         stored = simplejpeg.decode_jpeg(jpeg, "RGB", strict=True)
