@@ -9,6 +9,7 @@ finds it better at the 5 % level; otherwise the answer is to keep the recipe. Th
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--storage", default="", help="where the sweep is kept (default $FTLIB_HOME/runs)")
     parser.add_argument("--parallel", type=int, default=0, metavar="N", help="runs at once (default: as many as the cluster holds; four on CPUs)")
     asked = parser.parse_args()
+    os.environ.setdefault("RAY_LOG_TO_DRIVER", "0")  # what trials print goes to Ray's log files, not through the table; must be set before ray is imported
 
     from ftlib.search.promote import open_sweep, promote
     from ftlib.storage import folders, join, read_file

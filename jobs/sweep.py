@@ -10,6 +10,7 @@ trial, and below $FTLIB_HOME/runs/SWEEP/report a page, its figures and best.json
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -34,15 +35,17 @@ def main() -> None:
     parser.add_argument("--reduction", type=float, default=3, metavar="X", help="at each rung one in X trials goes on (default 3)")
     parser.add_argument("--tuning-fraction", type=float, default=0.1, metavar="X", help="part of the training images that scores the trials (default 0.1)")
     parser.add_argument("--parallel", type=int, default=0, metavar="N", help="trials at once (default: as many as the cluster holds; four on CPUs)")
+    parser.add_argument("--retry-failed", action="store_true", help="run trials that failed in an earlier start again")
     parser.add_argument("--seed", type=int, default=0, help="seed of the search (default 0); the trials keep the recipe's seed")
     asked = parser.parse_args()
+    os.environ.setdefault("RAY_LOG_TO_DRIVER", "0")  # what trials print goes to Ray's log files, not through the table; must be set before ray is imported
 
     recipe = recipes.load(asked.recipe, asked.settings)
     from ftlib.search import spaces as space_files
     from ftlib.search.sweep import Sweep, sweep
 
     result = sweep(Sweep(recipe, asked.recipe, space_files.load(asked.space), asked.name, asked.trials, asked.search, asked.seed, asked.epochs, asked.tuning_fraction, not asked.no_early_stopping,
-                         asked.grace, asked.reduction, asked.grid_points, asked.parallel))
+                         asked.grace, asked.reduction, asked.grid_points, asked.parallel, asked.retry_failed))
     if not result.finished:
         raise SystemExit(130)
     if result.best is None:

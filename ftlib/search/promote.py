@@ -140,6 +140,9 @@ def _plan(ledger: Ledger, own: Trial, chosen: list[Trial], seeds: list[int]) -> 
             if trial is None:
                 trial = Trial(ledger.about["proposed"], dict(values), origin, seed=seed)
                 ledger.add(trial)
+            elif trial.outcome == "failed":  # a comparison needs every run: what failed is tried again
+                trial.outcome = trial.reason = ""
+                ledger.save(trial)
             wanted.append(trial)
     return wanted
 

@@ -79,7 +79,7 @@ def write_report(ledger: Ledger, space: Space, folder: Path) -> list[Path]:
         page.heading("Score against each setting"), page.paragraph("Star: best. Diamond: the recipe. Hollow: stopped early. Darker: later in the search.", "muted"), figures.svg(drawn["slices"], "slices"),
         page.heading("What mattered"), *([figures.svg(drawn["importance"], "importance")] if found.shares else []), *([page.paragraph(found.remark, "muted")] if found.remark else []),
         page.heading("Course of the search"), figures.svg(drawn["best_so_far"], "course"),
-        page.heading("Time"), page.paragraph(f"{duration(spent)} of training in {len(trials)} trials; stopping early saved about {duration(saved)}{share}."),
+        page.heading("Time"), page.paragraph(f"{duration(spent)} of training in {len(trials)} trials; stopping early saved about {duration(saved)}{share}.{_overhead(trials)}"),
         page.heading("Trials"), _trials(trials, best, names, split), *_failed(trials),
         page.heading("What was searched"), page.table(["setting", "values", "the recipe"], [[p, v, _shown(ledger.trials[0].values.get(p, "-")) if 0 in ledger.trials else "-"] for p, v in space.describe().items()], text_columns=(0, 1)),
         page.paragraph(f"Recipe {ledger.about['recipe_name']}, data {ledger.about['data']['name']}@{ledger.about['data']['digest'][:8]}, search {ledger.about['search']}, seed {ledger.about['seed']}, "
@@ -95,6 +95,12 @@ def _trials(trials: list[Trial], best: Trial | None, names: dict[str, str], spli
             for t in ranked]
     kinds = ["best" if t is best else "dim" if t.outcome != "completed" else "" for t in ranked]
     return page.table(["trial", *names.values(), "epochs", f"best top-1 ({split})", "outcome", "time"], rows, kinds)
+
+
+def _overhead(trials: list[Trial]) -> str:
+    """What a trial took beyond its epochs: opening data and model, checkpoints, figures."""
+    beyond = [t.result["wall_seconds"] - t.seconds for t in trials if t.outcome == "completed" and "wall_seconds" in t.result]
+    return f" Beyond its epochs a trial took {sorted(beyond)[len(beyond) // 2]:.1f} s (median)." if beyond else ""
 
 
 def _failed(trials: list[Trial]) -> list[str]:

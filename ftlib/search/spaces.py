@@ -85,7 +85,7 @@ class Axis:
             return value
         if self.step:
             value = self.low + round((value - self.low) / self.step) * self.step
-        return round(value) if self.kind == "int" else float(f"{value:.10g}")
+        return round(value) if self.kind == "int" else min(max(float(f"{value:.10g}"), self.low), self.high)
 
     def grid(self, points: int) -> list[Any]:
         """All choices, or at most `points` values evenly (in the logarithm, where `log`) between the ends, both included."""
@@ -259,8 +259,6 @@ def _axis(path: str, domain: Any, condition: When | None) -> Axis:
         step = None
     if log and step:
         raise ConfigError(f"{path}: a logarithmic range in steps is not supported. Use tune.choice for the values, or leave the steps out")
-    if step and (high - domain.lower) % step > 1e-9 * step and step - (high - domain.lower) % step > 1e-9 * step:
-        raise ConfigError(f"{path}: {domain.lower:g} to {high:g} is not a whole number of steps of {step:g}")
     return Axis(path, "int" if whole else "float", float(domain.lower), high, log, step, **extra)
 
 

@@ -29,7 +29,7 @@ TUNING_FRACTION = 0.1
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep is. Everything but `trials` and `parallel` is its identity: the same name with another identity is refused."""
+    """What a sweep is. Everything but `trials`, `parallel` and `retry_failed` is its identity: the same name with another identity is refused."""
 
     recipe: Run
     recipe_name: str
@@ -53,6 +53,8 @@ class Sweep:
     """Values per continuous setting in a grid."""
     parallel: int = 0
     """Trials at once; 0: as many as the cluster holds, four on CPUs."""
+    retry_failed: bool = False
+    """Run trials that failed in an earlier start again."""
 
     def __post_init__(self) -> None:
         if self.trials < 1:
@@ -117,6 +119,10 @@ def sweep(plan: Sweep, *, check: Callable[[Run], training.Basis] = training.chec
             "kind": "sweep", "recipe": to_dict(plan.recipe), "recipe_name": plan.recipe_name, "base": to_dict(base), "space_name": plan.space.name, "space": plan.space.describe(),
             "axes": [a.path for a in plan.space.axes], "constants": dict(plan.space.constants), "split": "tuning", "data": {"name": basis.data_name, "digest": basis.data_digest},
             "init": {"uri": basis.init_uri, "sha256": basis.init_sha256}, "seed": plan.seed, "search": plan.search})
+        if plan.retry_failed:
+            for trial in [t for t in ledger.done() if t.outcome == "failed"]:
+                trial.outcome = trial.reason = ""
+                ledger.save(trial)
         basis = replace(basis, init_uri=ledger.about["init"]["uri"] or basis.init_uri)
         total = int(min(plan.trials, propose.size(plan.space, base, plan.search, plan.grid_points)))
         place = connect(base, max(total - len(ledger.done()), 1), plan.parallel)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,9 +105,10 @@ def train_run(shared: Shared, config: dict[str, Any], report: Report) -> dict[st
         if f"{split}/top1" in metrics:
             report(int(metrics["epoch"]), point(metrics, split))
 
-    tracking = TitledTracking(shared.tracking, config["title"], config["params"])
-    outcome = launch(run, local=shared.local, kind=shared.kind, tags={**shared.tags, "trial": config["name"], **config.get("tags", {})}, parent_run_id=shared.parent,
-                     tracking=tracking, on_report=on_report if shared.local else None, callbacks=callbacks, quiet=True)  # type: ignore[arg-type]
+    tracking: Any = TitledTracking(shared.tracking, config["title"], config["params"])
+    with train_within_tune() if shared.local else contextlib.nullcontext():
+        outcome = launch(run, local=shared.local, kind=shared.kind, tags={**shared.tags, "trial": config["name"], **config.get("tags", {})}, parent_run_id=shared.parent,
+                         tracking=tracking, on_report=on_report if shared.local else None, callbacks=callbacks, quiet=True)
     stored = read_json(join(outcome.run_dir, "result.json")) or {}
     history = [{**point(row, split), "epoch": row["epoch"], "seconds": seconds(row, split)} for row in stored.get("history", []) if f"{split}/top1" in row]
     if shared.predictions:
@@ -114,6 +117,21 @@ def train_run(shared: Shared, config: dict[str, Any], report: Report) -> dict[st
         answers(outcome.run_dir)
     return {"score": outcome.metrics[f"best/{split}_top1"], "run_dir": outcome.run_dir, "best_dir": outcome.best_dir, "mlflow_run_id": outcome.mlflow_run_id,
             "metrics": dict(outcome.metrics), "history": history}
+
+
+@contextlib.contextmanager
+def train_within_tune() -> Iterator[None]:
+    """Let Ray Train's local mode work in a Tune function. Train refuses every call there, to catch code written for Ray 2.6's joint API; in local mode
+    both are meant: Train carries the training out in this process, and Tune gets its epochs from `report`."""
+    from ray.tune.trainable import trainable_fn_utils
+
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    known = trainable_fn_utils._in_tune_session
+    trainable_fn_utils._in_tune_session = lambda: False
+    try:
+        yield
+    finally:
+        trainable_fn_utils._in_tune_session = known
 
 
 def point(metrics: Mapping[str, float], split: str) -> dict[str, float]:

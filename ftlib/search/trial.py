@@ -35,7 +35,8 @@ def run_trial(config: dict[str, Any], train: Train) -> None:
     from ray import tune
 
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(UNWIND_SECONDS)
-    clock = [time.monotonic()]
+    began = time.monotonic()
+    clock = [began]
 
     def report(epoch: int, metrics: Mapping[str, float]) -> None:
         now = time.monotonic()
@@ -47,7 +48,7 @@ def run_trial(config: dict[str, Any], train: Train) -> None:
             raise Stopped("stopped early: others do better after the same number of epochs, or the sweep is ending") from None
 
     try:
-        final = {"outcome": "completed", "result": train(config, report)}
+        final = {"outcome": "completed", "result": {**train(config, report), "wall_seconds": time.monotonic() - began}}
     except Stopped:
         sys.exit(0)
     except Exception as error:
