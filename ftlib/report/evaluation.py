@@ -14,7 +14,8 @@ from ftlib.data import order
 from ftlib.data.loader import eval_batches
 from ftlib.data.shards import Dataset, Split
 from ftlib.learn import checkpoint
-from ftlib.learn.evaluate import predict
+from ftlib.learn import model as models
+from ftlib.learn.evaluate import normalise, predict
 from ftlib.learn.loop import precision
 from ftlib.learn.weights import LoadedModel, load_run_model
 from ftlib.report.calibration import Calibration, cross_fitted, held_out
@@ -141,3 +142,22 @@ def score(loaded: LoadedModel, dataset: Dataset, split: str = "val", *, size: in
     else:
         calibration = cross_fitted(logits, labels)
     return Scored(chosen, rows, labels, logits, size, flip, calibration, scores(logits, labels), scores(calibration.scaled, labels))
+
+
+@torch.no_grad()
+def features_of(loaded: LoadedModel, dataset: Dataset, workers: int = 0, device: torch.device | None = None) -> Floats:
+    """float32[n, F]: what the model's classifier sees of every picture, train first, then val. The classes need not be the model's."""
+    run = loaded.run
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = loaded.model.to(device)
+    kept: list[Floats] = []
+    hook = models.head(model).register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0].flatten(1).float().cpu().numpy()))
+    try:
+        for name in ("train", "val"):
+            split = dataset.split(name)
+            with contextlib.closing(eval_batches(split, np.arange(len(split)), run.eval_size, run.evaluate.crop, run.evaluate.batch_size, workers)) as batches:
+                for batch in batches:
+                    model(normalise(batch.images.to(device), run.data.mean, run.data.std))
+    finally:
+        hook.remove()
+    return np.concatenate(kept)

@@ -1,0 +1,214 @@
+"""The audit of a prepared data set, carried out and shown: counts, pictures of what was found, a list of all of it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ftlib.data.decode import decode
+from ftlib.data.shards import Dataset
+from ftlib.report import page
+from ftlib.report.audit import Fingerprint, Pair, Suspect, exact_pairs, near_pairs, odd_sizes, scan, suspects
+from ftlib.report.errors import BLUE, GREY, RED, axes, png
+
+SHOWN = 24
+"""Findings of a kind whose pictures are on the page; the CSV has all."""
+SIDE = 192
+"""Longer side of a shown picture, in pixels."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What was found. Positions count the training pictures first, then the validation pictures."""
+
+    dataset: Dataset
+    labels: np.ndarray
+    """int64[n]"""
+    train: int
+    """Training pictures."""
+    exact: list[Pair]
+    near: list[Pair]
+    flat: int
+    """Pictures too uniform to be compared by perception."""
+    odd: np.ndarray
+    suspects: list[Suspect]
+    looked: int
+    """Pictures whose labels were looked at."""
+    agreement: float
+    """Share of those on which the model that judges labels agrees with them, 0..1."""
+
+    def crosses(self, pair: Pair) -> bool:
+        """One picture is in train, the other in val."""
+        return pair.a < self.train <= pair.b
+
+    def disagrees(self, pair: Pair) -> bool:
+        """The two pictures have different labels."""
+        return bool(self.labels[pair.a] != self.labels[pair.b])
+
+    @property
+    def leaks(self) -> list[Pair]:
+        return [p for p in (*self.exact, *self.near) if self.crosses(p)]
+
+    @property
+    def conflicts(self) -> list[Pair]:
+        return [p for p in (*self.exact, *self.near) if self.disagrees(p)]
+
+    @property
+    def within(self) -> list[Pair]:
+        return [p for p in (*self.exact, *self.near) if not self.crosses(p)]
+
+    def where(self, position: int) -> tuple[str, int]:
+        return ("train", position) if position < self.train else ("val", position - self.train)
+
+    def file(self, position: int) -> str:
+        split, row = self.where(position)
+        return self.dataset.split(split).path(row)
+
+    def image(self, position: int) -> np.ndarray:
+        split, row = self.where(position)
+        return decode(self.dataset.split(split).image(row))
+
+
+def audit(dataset: Dataset, *, features: Callable[[Dataset], np.ndarray] | None = None, label_sample: int = 20_000, workers: int = 2, tick: Callable[[], None] = lambda: None) -> Audit:
+    """Look at every picture of both splits.
+
+    features: gives float32[n, F] for all pictures (train, then val), such as a trained model's; by default small descriptors are used.
+    label_sample: labels are looked at on at most so many pictures, evenly spread. tick: called once per picture.
+    """
+    train, val = dataset.split("train"), dataset.split("val")
+    labels = np.concatenate([train.labels, val.labels])
+    prints: list[Fingerprint] = [*scan(len(train), lambda i: decode(train.image(i)), tick, workers), *scan(len(val), lambda i: decode(val.image(i)), tick, workers)]
+    exact = exact_pairs([p.exact for p in prints])
+    lively = np.array([i for i, p in enumerate(prints) if not p.flat], dtype=np.int64)
+    gradient, frequency = (np.array([getattr(prints[i], name) for i in lively], dtype=np.uint64) for name in ("gradient", "frequency"))
+    place = {int(position): k for k, position in enumerate(lively)}
+    repeats = [Pair(place[p.a], place[p.b], 0) for p in exact if p.a in place and p.b in place]
+    same = {p.b for p in exact}
+    near = [Pair(int(lively[p.a]), int(lively[p.b]), p.distance) for p in near_pairs(gradient, frequency, skip=repeats)]
+    near = [p for p in near if p.a not in same and p.b not in same]  # the repeat of a picture is near to all that the picture is near to
+    described = features(dataset) if features else np.stack([p.features for p in prints])
+    chosen = np.unique(np.linspace(0, len(labels) - 1, min(len(labels), label_sample)).round().astype(np.int64))
+    doubtful, agreement = suspects(described[chosen], labels[chosen])
+    doubtful = [Suspect(int(chosen[s.position]), s.said, s.own, s.confidence) for s in doubtful]
+    sizes = np.concatenate([train.sizes, val.sizes])
+    return Audit(dataset, labels, len(train), exact, near, len(prints) - len(lively), odd_sizes(sizes, 10 * SHOWN), doubtful, len(chosen), agreement)
+
+
+def summary(found: Audit) -> list[tuple[str, int, str]]:
+    """(what, how many, what to do) for the screen and the page."""
+    across = found.leaks
+    return [
+        ("same picture in train and val", sum(p.distance == 0 for p in across), "the validation score counts them as known: delete one of each"),
+        ("nearly the same in train and val", sum(p.distance > 0 for p in across), "look at them: the same scene, or the same picture at another quality"),
+        ("same or nearly, but another label", len(found.conflicts), "one of the two labels is wrong"),
+        ("same picture twice in a split", sum(p.distance == 0 for p in found.within), "it weighs double: delete one"),
+        ("nearly the same twice in a split", sum(p.distance > 0 for p in found.within), "look at them"),
+        ("suspicious labels", len(found.suspects), f"of {found.looked:,} looked at; {_judge(found)}"),
+        ("odd sizes", len(found.odd), "far from the others in area or shape"),
+    ]
+
+
+def _judge(found: Audit) -> str:
+    """How much the judgement on labels is worth."""
+    return f"a model trained on the other pictures is sure of another class; it agrees with {found.agreement:.0%} of all labels" + (
+        ", so most of its doubts are its own mistakes: judge again with --run and a trained run" if found.agreement < 0.8 else "")
+
+
+def write(found: Audit, out: Path) -> list[Path]:
+    """audit.html, classes.png and findings.csv in `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    classes = found.dataset.classes
+    figure = classes_figure(found)
+    exact_within = [p for p in found.within if p.distance == 0]
+    near_within = [p for p in found.within if p.distance > 0]
+    sections = [
+        page.section("Findings", page.table(("what", "pictures or pairs", "what to do"), summary(found))),
+        _pairs(found, "In train and in val", found.leaks, "A model has seen these validation pictures, or nearly, while it was trained."),
+        _pairs(found, "One picture, two labels", found.conflicts, "The same picture, or nearly, under different classes."),
+        _suspects(found),
+        _pairs(found, "Twice in a split", exact_within, "Pixel for pixel the same."),
+        _pairs(found, "Nearly twice in a split", near_within, "Hashes of both kinds differ in a few bits of 64."),
+        _odd(found),
+        page.section("Classes", page.plot(figure, "pictures per class and split")),
+    ]
+    lead = page.paragraph(f"{found.train:,} training and {len(found.labels) - found.train:,} validation pictures of {len(classes)} classes"
+                          + (f"; {found.flat:,} are too uniform to be compared with others" if found.flat else ""), soft=True)
+    lead += page.facts([(f"{count:,}", what) for what, count, _ in summary(found)[:3]] + [(f"{len(found.suspects):,}", "suspicious labels")])
+    (out / "audit.html").write_text(page.document(f"Audit of {found.dataset.name}", lead, sections), "utf-8")
+    (out / "classes.png").write_bytes(figure)
+    with open(out / "findings.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("finding", "file", "class", "other file", "other class", "detail"))
+        for p in (*found.exact, *found.near):
+            kind = ("same" if p.distance == 0 else "near") + (" across splits" if found.crosses(p) else "") + (", labels differ" if found.disagrees(p) else "")
+            writer.writerow((kind, found.file(p.a), classes[found.labels[p.a]], found.file(p.b), classes[found.labels[p.b]], f"{max(p.distance - 1, 0)} bits"))
+        for s in found.suspects:
+            writer.writerow(("suspicious label", found.file(s.position), classes[found.labels[s.position]], "", classes[s.said], f"{s.confidence:.3f} against {s.own:.3f}"))
+        for i in found.odd:
+            height, width = found.image(int(i)).shape[:2]
+            writer.writerow(("odd size", found.file(int(i)), classes[found.labels[i]], "", "", f"{width} x {height}"))
+    return [out / "audit.html", out / "classes.png", out / "findings.csv"]
+
+
+def classes_figure(found: Audit) -> bytes:
+    """PNG: pictures per class, train and val; of more than 60 classes the 30 smallest and the 30 largest."""
+    count = len(found.dataset.classes)
+    train, val = np.bincount(found.labels[: found.train], minlength=count), np.bincount(found.labels[found.train :], minlength=count)
+    order = np.argsort(train, kind="stable")
+    shown = order if count <= 60 else np.concatenate([order[:30], order[-30:]])
+    figure, (ax,) = axes(9, max(2.2, 0.8 + 0.22 * len(shown)))
+    at = np.arange(len(shown))
+    ax.barh(at + 0.2, train[shown], 0.4, color=BLUE, label="train")
+    ax.barh(at - 0.2, val[shown], 0.4, color=RED, label="val")
+    ax.set_yticks(at, [found.dataset.classes[i][:28] for i in shown], fontsize=8, color=GREY)
+    ax.set_xlabel("pictures", fontsize=9)
+    ax.set_title(f"smallest class {train.min():,}, largest {train.max():,} training pictures" + ("" if count <= 60 else "; the 30 smallest and the 30 largest"), fontsize=10)
+    ax.legend(fontsize=8, frameon=False, loc="lower right")
+    return png(figure)
+
+
+def _picture(found: Audit, position: int, extra: str = "") -> str:
+    image = found.image(position)
+    step = max(image.shape[:2]) / SIDE
+    if step > 1:
+        import cv2
+
+        image = cv2.resize(image, (max(1, round(image.shape[1] / step)), max(1, round(image.shape[0] / step))), interpolation=cv2.INTER_AREA)
+    return page.picture(image, f"{found.file(position)}{extra}")
+
+
+def _pairs(found: Audit, title: str, pairs: Sequence[Pair], note: str) -> str:
+    if not pairs:
+        return ""
+    classes = found.dataset.classes
+    cards = []
+    for p in pairs[:SHOWN]:
+        a, b = classes[found.labels[p.a]], classes[found.labels[p.b]]
+        cards.append(page.card((a if a == b else f"{a} or {b}") + (", the same pixels" if p.distance == 0 else f", {p.distance - 1} bits apart"), [_picture(found, p.a), _picture(found, p.b)]))
+    return page.section(f"{title}: {len(pairs):,}", page.grid(cards), note=note + _more(len(pairs)))
+
+
+def _suspects(found: Audit) -> str:
+    if not found.suspects:
+        return ""
+    classes = found.dataset.classes
+    cards = [page.card(f"{classes[found.labels[s.position]]}? rather {classes[s.said]}", [_picture(found, s.position, f" ({s.confidence:.0%} against {s.own:.0%})")]) for s in found.suspects[:SHOWN]]
+    return page.section(f"Suspicious labels: {len(found.suspects):,}", page.grid(cards), note=f"{_judge(found).capitalize()}. The surest first." + _more(len(found.suspects)))
+
+
+def _odd(found: Audit) -> str:
+    if not len(found.odd):
+        return ""
+    cards = []
+    for i in found.odd[:SHOWN]:
+        height, width = found.image(int(i)).shape[:2]
+        cards.append(page.card(f"{width} x {height}", [_picture(found, int(i))]))
+    return page.section(f"Odd sizes: {len(found.odd):,}", page.grid(cards), note="Far from the others in area or shape." + _more(len(found.odd)))
+
+
+def _more(count: int) -> str:
+    return f" The first {SHOWN} are shown, all are in findings.csv." if count > SHOWN else ""
