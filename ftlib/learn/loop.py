@@ -36,6 +36,10 @@ class Diverged(RuntimeError):
     """Too many steps with a NaN or an infinity; the message names the step and its images."""
 
 
+class OutOfMemory(RuntimeError):
+    """The device cannot hold a microbatch; the message has the numbers and the setting to change."""
+
+
 class Interrupted(RuntimeError):
     """The run was asked to stop and has kept its state; the same command goes on."""
 
@@ -151,7 +155,10 @@ class Training:
             batch = next(batches)
             assert (batch.step, batch.k) == (expected.step, expected.k), "the loader is out of step with the plan"
             buffer.before(batch.k, last=i == len(own) - 1)
-            self.microbatch(batch, buffer)
+            try:
+                self.microbatch(batch, buffer)
+            except torch.OutOfMemoryError as error:
+                raise OutOfMemory(self.too_large(len(batch.rows))) from error
             buffer.after(batch.k)
         if ask:
             self.raise_requests(buffer)
@@ -342,6 +349,15 @@ class Training:
         names = [train.path(int(row)) for m in plan for row in m.rows[:2]][:8]
         return (f"the loss or its gradient was not finite in {self.state.nonfinite} steps (at most {self.run.train.max_nonfinite} are skipped), the latest being step "
                 f"{step} (epoch {step // self.steps_per_epoch + 1}) on images such as {', '.join(names)}. Lower optimizer.lr, set train.clip_norm, or use train.precision fp32")
+
+    def too_large(self, images: int) -> str:
+        run = self.run
+        used, size = (torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]) if self.job.device.type == "cuda" else (0, 0)
+        peak = f" (peak {used / 2**30:.1f} of {size / 2**30:.1f} GiB)" if size else ""
+        half = max(images // 2, 1)
+        return (f"out of memory at step {self.state.step} with a microbatch of {images} images of {run.augment.size} px in {str(self.dtype).removeprefix('torch.')}{peak}. "
+                f"Set --train.microbatch-size to {half} (the batch of {run.train.batch_size} stays; BatchNorm then sees {half} images, so it is another run), "
+                f"or use --train.precision bf16 or a smaller --augment.size")
 
     def point(self, values: dict[str, float], step: int) -> None:
         at = now_ms()

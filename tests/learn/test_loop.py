@@ -184,6 +184,15 @@ def test_too_many_of_them_stop_the_run_and_name_the_images(digits, tmp_path, mon
     assert "step 4 (epoch 1)" in str(error.value) and "picture-" in str(error.value) and "optimizer.lr" in str(error.value)
 
 
+def test_out_of_memory_says_what_to_change(digits, tmp_path, monkeypatch):
+    def too_much(self, batch, buffer):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(loop.Training, "microbatch", too_much)
+    with pytest.raises(loop.OutOfMemory, match=r"step 0 with a microbatch of 4 images of 32 px in float32.*--train.microbatch-size to 2"):
+        train(Job(recipe(), digits, str(tmp_path)))
+
+
 def test_the_loss_scale_moves_as_torchs():
     scaler = torch.amp.GradScaler("cpu", init_scale=65536.0, growth_interval=3)
     ours = LossScale.create(True, torch.device("cpu"))
