@@ -245,7 +245,7 @@ class Feed:
         from mlflow.data.meta_dataset import MetaDataset
         from mlflow.entities import DatasetInput, InputTag
 
-        data = MetaDataset(HTTPDatasetSource(record["source"]), name=record["name"], digest=record["digest"])
+        data = MetaDataset(HTTPDatasetSource(record["source"]), name=record["name"], digest=record["digest"])  # type: ignore[abstract]
         mlflow.log_inputs(self.state.run_id, [DatasetInput(data._to_mlflow_entity(), [InputTag("mlflow.data.context", record["context"])])])
 
     def _view(self, mlflow: MlflowClient, record: dict[str, Any]) -> None:

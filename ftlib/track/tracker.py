@@ -34,7 +34,7 @@ __all__ = ["Handle", "TrackedRun", "Tracking", "open_tracking"]
 
 log = logging.getLogger("ftlib.track")
 
-FINISH_SECONDS = 6.0
+FINISH_SECONDS = 5.0
 """What finishing waits for a server that fails or is slow, over all runs of a `Tracking`. What is left stays in the journal."""
 FINISH_HEALTHY_SECONDS = 600.0
 """What finishing waits for a server that keeps taking what it gets."""

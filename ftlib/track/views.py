@@ -39,7 +39,7 @@ class View:
 def known(version: str) -> bool:
     """Whether pages of this MLflow version read the views written here."""
     found = re.match(r"(\d+)\.(\d+)", version)
-    return bool(found) and OLDEST <= (int(found[1]), int(found[2])) <= NEWEST
+    return found is not None and OLDEST <= (int(found[1]), int(found[2])) <= NEWEST
 
 
 def metric(key: str) -> str:
