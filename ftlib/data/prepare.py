@@ -131,7 +131,7 @@ def _already_there(out: str, inputs: str, overwrite: bool) -> Dataset | None:
     """The set at `out` if it is whole and made of the same; None when there is work to do."""
     if storage.read_file(storage.join(out, MANIFEST)) is None:
         if not storage.is_remote(out):
-            strange = [e.name for e in os.scandir(out) if not OURS.fullmatch(e.name) and e.name not in (".lock", PARTS, "report.json", "report.csv")]
+            strange = [e.name for e in os.scandir(out) if not e.name.startswith(".") and not OURS.fullmatch(e.name) and e.name not in ("report.json", "report.csv")]
             if strange:
                 raise DataError(f"--out {out} is not empty and holds no prepared set ({', '.join(sorted(strange)[:3])}). Choose a new folder")
         return None

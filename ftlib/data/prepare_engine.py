@@ -85,10 +85,12 @@ def _on_ray(tasks: list[ShardTask], workers: int, tick: Tick) -> list[dict[str, 
     if ours:
         _connect(ray)
     try:
-        counter = ray.remote(num_cpus=0)(_Counter).remote()
+        counter: Any = ray.remote(num_cpus=0)(_Counter).remote()
         make = ray.remote(num_cpus=1, max_retries=3)(_task)  # a node may go; making a shard twice does no harm
         at_once = workers or len(tasks)
-        todo, running, records, told = list(enumerate(tasks)), {}, {}, 0
+        todo, told = list(enumerate(tasks)), 0
+        running: dict[Any, int] = {}
+        records: dict[int, dict[str, Any]] = {}
         while todo or running:
             while todo and len(running) < at_once:
                 number, task = todo.pop(0)
@@ -96,7 +98,7 @@ def _on_ray(tasks: list[ShardTask], workers: int, tick: Tick) -> list[dict[str, 
             done, _ = ray.wait(list(running), num_returns=1, timeout=0.5)
             for reference in done:
                 records[running.pop(reference)] = _result(ray, reference)
-            count = ray.get(counter.value.remote())
+            count: int = ray.get(counter.value.remote())
             tick(count - told)
             told = count
         tick(sum(len(t.entries) for t in tasks) - told)

@@ -105,12 +105,12 @@ class Report:
         across = pairs[held_out[pairs[:, 0]] != held_out[pairs[:, 1]]]
         contradictory = pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]]
         self.duplicates = {"pictures": len(pairs), "in_train_and_val": len(across), "under_two_labels": len(contradictory)}
-        for found, text in ((across, "pictures of val are also in train, byte for byte: scores will flatter"),
-                            (contradictory, "identical pictures lie in two classes: one of the labels is wrong")):
+        for found, text in ((across, "in val is also in train, byte for byte: scores will flatter"),
+                            (contradictory, "lies in two classes: one of the labels is wrong")):
             if len(found):
                 names = [[self._name(dataset, indexes, int(i)) for i in pair] for pair in found[:EXAMPLES]]
                 self.duplicates[f"examples_{'across' if found is across else 'labels'}"] = names
-                self.warnings.append(f"{len(found):,} {text} (first: {names[0][0]} = {names[0][1]})")
+                self.warnings.append(f"{names[0][0]} = {names[0][1]}: a picture {text}" + (f" ({len(found):,} such pairs, see report.json)" if len(found) > 1 else ""))
 
     @staticmethod
     def _name(dataset: Dataset | None, indexes: dict[str, np.ndarray], position: int) -> str:

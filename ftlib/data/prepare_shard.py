@@ -84,8 +84,8 @@ def finished(task: ShardTask) -> dict[str, Any] | None:
     if storage.is_remote(task.out):
         fs, path = storage.filesystem(target)
         return record if fs.get_file_info(path).size == record["bytes"] else None
-    path = Path(target.removeprefix("file://"))
-    return record if path.is_file() and path.stat().st_size == record["bytes"] and file_sha256(path) == record["sha256"] else None
+    local = Path(target.removeprefix("file://"))
+    return record if local.is_file() and local.stat().st_size == record["bytes"] and file_sha256(local) == record["sha256"] else None
 
 
 def build(task: ShardTask, examiner: Examiner, tick: Callable[[int], None], stopped: Callable[[], bool] = lambda: False) -> dict[str, Any]:

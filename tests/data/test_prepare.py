@@ -168,8 +168,8 @@ def test_val_pictures_that_are_also_in_train_are_noticed(pictures: Path, tmp_pat
     shutil.copy(pictures / "train" / "ant" / "06.jpg", pictures / "train" / "bee" / "wrong.jpg")
     done = prepare(pictures, tmp_path / "set", progress=False)
     assert done.report["identical"]["in_train_and_val"] == 1 and done.report["identical"]["under_two_labels"] == 1
-    assert any("1 pictures of val are also in train" in w and "train/ant/05.jpg = val/ant/leak.jpg" in w for w in done.report["warnings"])
-    assert any("identical pictures lie in two classes" in w and "train/ant/06.jpg = train/bee/wrong.jpg" in w for w in done.report["warnings"])
+    assert any("train/ant/05.jpg = val/ant/leak.jpg: a picture in val is also in train" in w for w in done.report["warnings"])
+    assert any("train/ant/06.jpg = train/bee/wrong.jpg: a picture lies in two classes" in w for w in done.report["warnings"])
 
 
 def test_a_set_without_val(pictures: Path, tmp_path: Path) -> None:
