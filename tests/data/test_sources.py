@@ -168,7 +168,7 @@ def test_unknown_built_in_names_the_nearest(tmp_path: Path) -> None:
 class FakeDataset:
     """What torchvision's classes look like: arrays as PIL pictures, or files with a name each."""
 
-    classes = ["T-shirt/top", "boot"]  # noqa: RUF012
+    classes = ["T-shirt/top", "boot"]
 
     def __init__(self, root: str, download: bool, **which: object) -> None:
         assert download
