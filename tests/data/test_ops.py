@@ -264,8 +264,9 @@ def test_albumentations_own_seeding_is_never_used():
         if "albumentations" not in text:
             continue
         for node in ast.walk(ast.parse(text)):
-            if (isinstance(node, ast.keyword) and node.arg == "seed") or (isinstance(node, ast.Attribute) and node.attr in ("set_random_seed", "Compose", "ReplayCompose")):
-                found.append(f"{path.name}:{node.lineno if hasattr(node, 'lineno') else ''}")
+            seeded = isinstance(node, ast.Call) and ast.unparse(node.func).startswith(("A.", "albumentations.")) and any(k.arg == "seed" for k in node.keywords)
+            if seeded or isinstance(node, ast.Attribute) and node.attr == "set_random_seed":
+                found.append(f"{path.name}:{node.lineno}")
     assert not found
 
 
