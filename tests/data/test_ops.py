@@ -265,7 +265,7 @@ def test_albumentations_own_seeding_is_never_used():
             continue
         for node in ast.walk(ast.parse(text)):
             seeded = isinstance(node, ast.Call) and ast.unparse(node.func).startswith(("A.", "albumentations.")) and any(k.arg == "seed" for k in node.keywords)
-            if seeded or isinstance(node, ast.Attribute) and node.attr == "set_random_seed":
+            if seeded or (isinstance(node, ast.Attribute) and node.attr == "set_random_seed"):
                 found.append(f"{path.name}:{node.lineno}")
     assert not found
 
