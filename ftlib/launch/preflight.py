@@ -54,7 +54,9 @@ def check_data(run: Run, dataset: Dataset) -> tuple[int, int]:
         empty = [dataset.classes[i] for i in np.flatnonzero(counts == 0)[:5]]
         raise ConfigError(f"data.path = {run.data.path}: no training images are left of {', '.join(empty)}. Raise data.subset, lower data.tuning_fraction, or prepare the set without these classes")
     if not scored:
-        raise ConfigError(f"data.path = {run.data.path}: there is nothing to score: no validation images and data.tuning_fraction = 0. "
+        if run.data.tuning_fraction:
+            raise ConfigError(f"data.tuning_fraction = {run.data.tuning_fraction}: of {len(rows)} images it leaves none to score. Raise it, or data.subset")
+        raise ConfigError(f"data.path = {run.data.path}: there is nothing to score: no validation images. "
                           "Prepare the set with --val-fraction 0.1, or set data.tuning_fraction")
     if order.steps_per_epoch(len(rows), run.train.batch_size) < 1:
         raise ConfigError(f"data.subset = {run.data.subset}: {len(rows)} training image is too few for one step. Raise it")
