@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import zipfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,7 @@ def stored_answers(run_dir: str) -> Answers | None:
         data = read_file(uri)
         if data is None:
             continue
-        with contextlib.suppress(ValueError, OSError, KeyError), np.load(io.BytesIO(data), allow_pickle=False) as file:
+        with contextlib.suppress(ValueError, OSError, KeyError, zipfile.BadZipFile), np.load(io.BytesIO(data), allow_pickle=False) as file:
             correct = file["correct"] if "correct" in file else file["top1"] if "top1" in file else file["logits"].argmax(1) == file["labels"]
             if (str(file["split"]) if "split" in file else own_split) == "val":
                 return _sorted(file["rows"], file["labels"], correct)

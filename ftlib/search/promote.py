@@ -20,6 +20,7 @@ from ftlib.search.compare import BUDGET, Finished, Group, differing, fair, same_
 from ftlib.search.ledger import Ledger, Trial
 from ftlib.search.predictions import ComparisonError
 from ftlib.search.propose import describe
+from ftlib.search.room import Room
 from ftlib.search.statistics import Difference, holm, paired_difference
 from ftlib.search.sweep import Keeper, connect, journal_dir, param, with_values, words
 from ftlib.search.table import Table
@@ -106,12 +107,13 @@ def promote(sweep: Ledger, *, top: int = 3, seeds: int = 5, name: str = "", reci
                     {"kind": "promotion", "axes": sweep.about["axes"], "split": "val", "base": sweep.about["recipe"]})
         wanted = _plan(ledger, sweep.trials[0], chosen, [recipe.seed + i for i in range(seeds)])
         basis = replace(basis, init_uri=sweep.about["init"]["uri"])
-        place = connect(recipe, max(sum(not t.outcome for t in wanted), 1), parallel)
+        left = sum(not t.outcome for t in wanted)
+        place = connect(recipe, left, parallel) if left else Room(1, {}, True)
         names = {p: p.split(".")[-1] for p in sweep.about["axes"]}
         table = Table({t.number: t for t in wanted}, names, len(wanted), recipe.train.epochs, place.slots, "val", out)
         tracking, parent = _open(sweep, ledger, recipe, basis, tracking_for)
         with tracking:
-            table.say(f"promotion of {sweep.name}: {', '.join(t.name for t in chosen)} and the recipe, {recipe.train.epochs} epochs each over {seeds} seeds: {len(wanted)} runs; {words(place)}")
+            table.say(f"promotion of {sweep.name}: {', '.join(t.name for t in chosen)} and the recipe, {recipe.train.epochs} epochs each over {seeds} seeds: {len(wanted)} runs; {words(place) if left else 'all done'}")
             keeper = Keeper(ledger, table, tracking, parent.reference, recipe, constants, {"sweep": sweep.name}, "confirmation", place.local)
             if not _run(wanted, basis, place, tracking, parent, keeper, table, train):
                 keeper.close()

@@ -125,18 +125,19 @@ def sweep(plan: Sweep, *, check: Callable[[Run], training.Basis] = training.chec
                 ledger.save(trial)
         basis = replace(basis, init_uri=ledger.about["init"]["uri"] or basis.init_uri)
         total = int(min(plan.trials, propose.size(plan.space, base, plan.search, plan.grid_points)))
-        place = connect(base, max(total - len(ledger.done()), 1), plan.parallel)
+        left = total - len(ledger.done())
+        place = connect(base, left, plan.parallel) if left > 0 else Room(1, {}, True)
         names = spaces.short_names(plan.space)
         table = Table(ledger.trials, names, total, base.train.epochs, place.slots, "tuning", out)
         tracking, parent = _open(plan, ledger, base, basis, tracking_for)
         with tracking:
-            table.say(f"sweep {plan.name}: {'goes on with' if resumed else ''} {total} trials of {base.train.epochs} epochs over {', '.join(names.values())}; {words(place)}; "
+            table.say(f"sweep {plan.name}: {'goes on with' if resumed else ''} {total} trials of {base.train.epochs} epochs over {', '.join(names.values())}; {words(place) if left > 0 else 'all done'}; "
                       f"scored on {base.data.tuning_fraction:.0%} of the training images".replace(":  ", ": "))
             if parent.url:
                 table.say(f"MLflow: {parent.url}")
             keeper = Keeper(ledger, table, tracking, parent.reference, base, plan.space.constants, {"sweep": plan.name, "space": plan.space.name}, "trial", place.local)
             finished = True
-            if len(ledger.done()) < total:
+            if left > 0:
                 finished = _run(plan, base, basis, ledger, total, place, tracking, parent, keeper, table, train)
             result = _conclude(plan, ledger, total, tracking, parent, keeper, finished, time.monotonic() - started)
         table.say(sentence(plan, result, total))
