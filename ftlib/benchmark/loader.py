@@ -1,0 +1,143 @@
+"""CPU per training image: ftlib's loader beside the peers', on the same pictures.
+
+Two kinds of work are compared: Phase 2's whole transform (crop, flip, colour jitter, two of three RandAugment groups) with the recipes of
+torchvision, timm and a full-size Albumentations chain, from the original files; and crop and flip alone with FFCV and DALI, on the pictures
+as ftlib re-encodes them. ftlib hands over bytes and normalises on the device; the peers' own recipes normalise in their loaders (timm
+excepted), and that is part of what they cost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from ftlib.benchmark import peers
+from ftlib.benchmark.measure import BenchmarkError, Case, Goal, Part, by_turns, stream_cost
+from ftlib.config import Augment, Run, Train
+from ftlib.data.admit_rules import Rules
+from ftlib.data.loader import AHEAD, train_batches
+from ftlib.data.prepare import prepare
+from ftlib.data.shards import Dataset
+
+QUALITY = 90
+PHASE2 = Augment(size=224, color_jitter_p=0.2, randaugment_n=2, randaugment_m=9, randaugment_p=0.3)
+"""What Phase 2 does to a picture (jobs/phase2.py)."""
+PLAIN = Augment(size=224, color_jitter_p=0.0)
+"""Crop and flip."""
+
+TORCHVISION = "torchvision reference + RandAugment(2, 9), originals"
+TIMM = "timm rand-m9-mstd0.5, originals"
+FULL_SIZE = "full-size Albumentations, three groups, float, originals"
+FFCV, DALI, TORCHVISION_PLAIN = "FFCV, crop and flip, re-encoded", "DALI on the CPU, crop and flip, re-encoded", "torchvision, crop and flip, re-encoded"
+ORIGINALS, REENCODED, OURS_PLAIN = "ftlib Phase 2, originals", "ftlib Phase 2, re-encoded", "ftlib crop and flip, re-encoded"
+
+GOALS = (
+    Goal(REENCODED, TORCHVISION, "cpu", 0.16), Goal(REENCODED, TIMM, "cpu", 0.15), Goal(REENCODED, FULL_SIZE, "cpu", 0.16),
+    Goal(ORIGINALS, TORCHVISION, "cpu", 0.25), Goal(ORIGINALS, TIMM, "cpu", 0.25), Goal(ORIGINALS, FULL_SIZE, "cpu", 0.25),
+    Goal(OURS_PLAIN, FFCV, "cpu", 0.40), Goal(OURS_PLAIN, DALI, "cpu", 0.40), Goal(OURS_PLAIN, TORCHVISION_PLAIN, "cpu", 0.40),
+)
+
+
+def photos(folder: Path, count: int, seed: int = 0) -> None:
+    """`count` JPEGs of about 375 x 500 pixels in two classes below `folder`: smooth random textures, whose files are about as long as a photo's."""
+    random = np.random.default_rng(seed)
+    for i in range(count):
+        height, width = (375, 500) if random.random() < 0.7 else (500, 375)
+        picture = np.full((height, width, 3), 128.0, np.float32)
+        for cells, strength in ((4, 60), (12, 35), (40, 18), (150, 12)):  # amplitude falls with frequency, as in photographs
+            field = random.normal(0, strength, (cells, cells, 3)).astype(np.float32)
+            picture += cv2.resize(field, (width, height), interpolation=cv2.INTER_CUBIC)
+        target = folder / f"class{i % 2}" / f"{i}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(target), picture.clip(0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 95])
+
+
+def benchmark(scratch: Path, source: Path | None, *, images: int, rounds: int, workers: int, max_side: int, size: int, only: str, say: Callable[[str], None]) -> Part:
+    """Every loader's CPU and wall time per image.
+
+    Args:
+        scratch: a folder for the prepared sets.
+        source: a folder of pictures; None generates some.
+        images: per case and round.
+        max_side: longer side, in pixels, of the re-encoded pictures.
+        only: measure only cases whose name contains this (any of several, separated by commas).
+    """
+    if source is None:
+        photos(scratch / "photos", max(8, min(images, 128)))
+    folder = source or scratch / "photos"
+    say(f"preparing {folder}")
+    kept = _prepared(folder, scratch / "originals", Rules())
+    reduced = _prepared(folder, scratch / "reencoded", Rules(max_side=max_side, quality=QUALITY))
+    files, small = _files(kept, scratch / "files"), _files(reduced, scratch / "small-files")
+    batch = min(32, len(files))
+    phase2, plain = _sized(PHASE2, size), _sized(PLAIN, size)
+
+    def torch_case(name: str, names: list[Path], transform: Callable[[int], Callable[[Path], object]]) -> Case:
+        opened = peers.dataloader(names, transform(size), batch, workers)
+        return Case(name, lambda: stream_cost(opened, images, peers.AHEAD * workers * batch))
+
+    def our_case(name: str, dataset: Dataset, augment: Augment) -> Case:
+        return Case(name, lambda: stream_cost(lambda: _ours(dataset, augment, batch, workers), images, (AHEAD * workers if workers else AHEAD + 1) * batch))
+
+    making: dict[str, Callable[[], Case]] = {
+        ORIGINALS: lambda: our_case(ORIGINALS, kept, phase2), REENCODED: lambda: our_case(REENCODED, reduced, phase2), OURS_PLAIN: lambda: our_case(OURS_PLAIN, reduced, plain),
+        TORCHVISION: lambda: torch_case(TORCHVISION, files, peers.torchvision_reference), FULL_SIZE: lambda: torch_case(FULL_SIZE, files, peers.full_size_albumentations),
+        TORCHVISION_PLAIN: lambda: torch_case(TORCHVISION_PLAIN, small, peers.torchvision_plain)}
+    notes = [f"{len(files)} pictures, {_kilobytes(files):.0f} kB each; re-encoded with longer side {max_side} at quality {QUALITY} {_kilobytes(small):.0f} kB",
+             f"{size} px, {workers} loader processes, batches of {batch}, {images} images per case and round"]
+    absent = []
+    for name, make in ((TIMM, lambda: peers.timm_reference(size, files, batch, workers)), (FFCV, lambda: peers.ffcv(small, scratch, size, batch, workers)),
+                       (DALI, lambda: peers.dali(small, size, batch, workers))):
+        try:
+            opened, ahead = make()
+        except ImportError:
+            absent.append(name.split()[0].strip(","))
+        else:
+            making[name] = lambda name=name, opened=opened, ahead=ahead: Case(name, lambda: stream_cost(opened, images, ahead))
+    if absent:
+        notes.append(f"not installed, so not measured: {', '.join(absent)}")
+    wanted = [name for name in making if not only or any(word.strip().lower() in name.lower() for word in only.split(","))]
+    if not wanted:
+        raise BenchmarkError(f"--only {only}: no loader's name contains it. There are: {'; '.join(making)}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what peers warn of is not the user's concern
+        cases = [making[name]() for name in wanted]
+        return by_turns("Input pipeline", "image", cases, GOALS, rounds, say, notes)
+
+
+def _sized(augment: Augment, size: int) -> Augment:
+    return Augment(**{**vars(augment), "size": size})
+
+
+@contextlib.contextmanager
+def _ours(dataset: Dataset, augment: Augment, batch: int, workers: int) -> Iterator[Iterator[int]]:
+    run = Run(augment=augment, train=Train(batch_size=batch, microbatch_size=batch))
+    n = len(dataset.split("train"))
+    rows = np.resize(np.arange(n), n * batch)  # a whole number of full batches
+    with train_batches(dataset, rows, run, 0, 1, 0, 2**31, workers) as batches:
+        yield (len(b.labels) for b in batches)
+
+
+def _prepared(folder: Path, out: Path, rules: Rules) -> Dataset:
+    split = (folder / "train").is_dir()
+    return prepare(folder, out, val_fraction=None if split else 0.0, rules=rules, engine="here", progress=False, max_bad_fraction=0.5).dataset
+
+
+def _files(dataset: Dataset, folder: Path) -> list[Path]:
+    """The prepared pictures as files: for peers, the very bytes that ftlib reads."""
+    split = dataset.split("train")
+    folder.mkdir(exist_ok=True)
+    files = [folder / f"{row}.jpg" for row in range(len(split))]
+    for row, file in enumerate(files):
+        file.write_bytes(bytes(split.image(row)))
+    return files
+
+
+def _kilobytes(files: list[Path]) -> float:
+    return sum(os.path.getsize(f) for f in files) / len(files) / 1000
