@@ -8,11 +8,9 @@ dropout from (seed, step, microbatch). Between log points nothing waits for a GP
 from __future__ import annotations
 
 import contextlib
-import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,64 +20,14 @@ from torch import Tensor
 from ftlib.config import Plateau, Run
 from ftlib.data import keys, order
 from ftlib.data.loader import Batch, eval_batches, train_batches
-from ftlib.data.shards import Dataset
 from ftlib.learn import checkpoint, losses, mix, optim, schedule, weights
 from ftlib.learn import model as models
 from ftlib.learn.evaluate import Counts, autocast, count, normalise, percent
+from ftlib.learn.job import Diverged, Interrupted, Job, OutOfMemory
 from ftlib.learn.parallel import StepBuffer
+from ftlib.learn.record import Record, now_ms
 from ftlib.learn.state import TrainState
 from ftlib.storage import join
-from ftlib.tree import to_dict
-
-
-class Diverged(RuntimeError):
-    """Too many steps with a NaN or an infinity; the message names the step and its images."""
-
-
-class OutOfMemory(RuntimeError):
-    """The device cannot hold a microbatch; the message has the numbers and the setting to change."""
-
-
-class Interrupted(RuntimeError):
-    """The run was asked to stop and has kept its state; the same command goes on."""
-
-
-class Tracking(Protocol):
-    """Where rank 0 sends its points; must neither raise nor wait."""
-
-    def metrics(self, values: dict[str, float], step: int, timestamp_ms: int | None = None) -> None: ...
-
-
-@dataclass
-class Job:
-    """One worker's part of a run."""
-
-    run: Run
-    dataset: Dataset
-    run_dir: str
-    """Folder or address of the run; checkpoints/ and best/ are written below it."""
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    rank: int = 0
-    world: int = 1
-    source: weights.Source | None = None
-    loader_workers: int = 0
-    tracking: Tracking | None = None
-    report: Callable[[dict[str, float], str | None], None] = lambda metrics, checkpoint: None
-    """Called on every worker after each epoch: finite floats, and the address of its checkpoint."""
-    progress: Callable[[dict[str, float]], None] = lambda values: None
-    """Called on rank 0 at log points: epoch, epochs, step, steps, loss, top1, lr, images_per_s, seconds_left, and val_top1, best once known."""
-    notice: Callable[[], str] = lambda: ""
-    """Asked by all workers at the same steps: 'checkpoint' (the node is about to go), 'stop', or ''."""
-
-    @property
-    def rows(self) -> tuple[np.ndarray, np.ndarray, str]:
-        """(training rows, rows to score, name of the scored split: val or tuning)."""
-        data, train = self.run.data, self.dataset.split("train")
-        rows = order.subset(train.labels, data.subset, data.subset_seed)
-        if data.tuning_fraction:
-            rows, held_out = order.tuning_split(train.labels, rows, data.tuning_fraction, data.subset_seed)
-            return rows, held_out, "tuning"
-        return rows, np.arange(len(self.dataset.split("val")), dtype=np.int64), "val"
 
 
 def train(job: Job) -> dict[str, Any]:
@@ -92,7 +40,8 @@ class Training:
 
     def __init__(self, job: Job) -> None:
         run = job.run
-        self.job, self.run, self.writer = job, run, None
+        self.job, self.run = job, run
+        self.writer: checkpoint.CheckpointWriter | None = None
         self.classes = len(job.dataset.classes)
         self.rows, self.scored_rows, self.split = job.rows
         self.steps_per_epoch = order.steps_per_epoch(len(self.rows), run.train.batch_size)
@@ -111,8 +60,8 @@ class Training:
         counts = torch.from_numpy(np.bincount(job.dataset.split("train").labels[self.rows], minlength=self.classes))
         balanced = losses.balanced_weights(counts).to(job.device) if run.loss.class_weights == "balanced" else None
         self.criterion = losses.build(run.loss, balanced)
-        self.last_save = self.mark = time.monotonic()
-        self.mark_step = 0
+        self.record = Record(job, self.state, self.rows, self.split, self.steps_per_epoch)
+        self.last_save = time.monotonic()
         self.finite: list[Tensor] = []
         self.reading = 1 if job.device.type == "cpu" else run.train.log_every
 
@@ -127,10 +76,10 @@ class Training:
             self.restore()
             if state.step == 0 and job.source is not None and not run.model.reset_head:
                 # What the starting weights are worth here, so that the gain can be told from the start.
-                self.point({f"start/{k}": v for k, v in self.score().metrics(self.split).items()}, step=0)
+                self.record.point({f"start/{k}": v for k, v in self.score().metrics(self.split).items()}, step=0)
             batches = stack.enter_context(contextlib.closing(train_batches(
                 job.dataset, self.rows, run, job.rank, job.world, state.step, self.total, job.loader_workers)))
-            self.mark, self.mark_step = time.monotonic(), state.step
+            self.record.start()
             while state.step < self.total and not self.exhausted():
                 self.freeze_for(state.step // self.steps_per_epoch)
                 read = (state.step + 1) % self.reading == 0 or (state.step + 1) % self.steps_per_epoch == 0
@@ -142,7 +91,7 @@ class Training:
                     self.finish_epoch()
             if self.writer is not None:
                 self.writer.wait()
-        return {"metrics": self.final_metrics(), "history": state.history, "split": self.split, "step": state.step}
+        return {"metrics": self.record.final_metrics(), "history": state.history, "split": self.split, "step": state.step}
 
     def train_step(self, batches: Iterator[Batch], ask: bool) -> None:
         """One optimizer step over this worker's microbatches of the global batch."""
@@ -158,7 +107,7 @@ class Training:
             try:
                 self.microbatch(batch, buffer)
             except torch.OutOfMemoryError as error:
-                raise OutOfMemory(self.too_large(len(batch.rows))) from error
+                raise OutOfMemory(self.record.too_large(len(batch.rows), self.dtype)) from error
             buffer.after(batch.k)
         if ask:
             self.raise_requests(buffer)
@@ -223,17 +172,17 @@ class Training:
         self.finite.clear()
         state.nonfinite += len(bad)
         if state.nonfinite > run.train.max_nonfinite:
-            raise Diverged(self.describe(bad))
+            raise Diverged(self.record.describe(bad))
         at_edge = state.step % self.steps_per_epoch == 0
         if state.step % run.train.log_every == 0 or at_edge:
-            rate = self.rate()
-            self.point({"step/loss": round(loss / max(images, 1), 6), "step/lr": self.learning_rate(state.step - 1), "step/images_per_s": rate}, state.step)
-            self.show(loss, correct, images, rate)
+            rate = self.record.rate()
+            self.record.point({"step/loss": round(loss / max(images, 1), 6), "step/lr": self.learning_rate(state.step - 1), "step/images_per_s": rate}, state.step)
+            self.record.show(loss, correct, images, rate, self.learning_rate(state.step - 1))
         every = run.checkpoint.every_steps
         if not at_edge and (wanted or stop or (every and state.step % every == 0)):
             self.save(wait=wanted > 1 or bool(stop))
         if stop:
-            self.job.report(self.latest_metrics(), self.checkpoint_uri())
+            self.job.report(self.record.latest_metrics(), self.checkpoint_uri())
             raise Interrupted(f"stopped at step {state.step} of {self.total} on request, with a checkpoint; the same command goes on from there")
 
     def finish_epoch(self) -> None:
@@ -241,9 +190,9 @@ class Training:
         state, run = self.state, self.run
         epoch = state.step // self.steps_per_epoch
         loss, correct, images = state.sums.tolist()
-        seconds = time.monotonic() - self.mark
+        seconds = time.monotonic() - self.record.mark
         row = {"epoch": float(epoch), "train/loss": round(loss / max(images, 1), 6), "train/top1": percent(correct, max(images, 1)),
-               "train/lr": self.learning_rate(state.step - 1), "train/images_per_s": self.rate(), "train/epoch_s": round(seconds, 3)}
+               "train/lr": self.learning_rate(state.step - 1), "train/images_per_s": self.record.rate(), "train/epoch_s": round(seconds, 3)}
         state.sums.zero_()
         if epoch % run.evaluate.every_epochs == 0 or epoch == run.train.epochs:
             started = time.monotonic()
@@ -254,11 +203,11 @@ class Training:
         state.history.append(row)
         self.save(wait=False)
         # After the checkpoint's tensors are taken: a restart from it sends this very point again, with this very time.
-        self.send(row, epoch)
+        self.record.send(row, epoch)
         state.points.clear()
-        self.show(loss, correct, images, row["train/images_per_s"])
-        self.job.report(self.latest_metrics(), self.checkpoint_uri())
-        self.mark, self.mark_step = time.monotonic(), state.step
+        self.record.show(loss, correct, images, row["train/images_per_s"], row["train/lr"])
+        self.job.report(self.record.latest_metrics(), self.checkpoint_uri())
+        self.record.start()
 
     def remember(self, epoch: int, scores: dict[str, float]) -> None:
         """Keep the weights if they are the best so far; let the plateau schedule see the score."""
@@ -270,7 +219,7 @@ class Training:
             state.best, state.best_epoch, state.best_step = top1, epoch, state.step
             if self.writer is not None:
                 state.settle()
-                self.writer.save_best(state.step, state.scored_model.state_dict(), self.about(epoch, scores))
+                self.writer.save_best(state.step, state.scored_model.state_dict(), self.record.about(epoch, scores))
 
     def save(self, wait: bool) -> None:
         self.last_save = time.monotonic()
@@ -295,10 +244,10 @@ class Training:
             return
         self.state.load_state_dict(found[1])
         for at, step, values in self.state.points:
-            self.track(values, step, at)
+            self.record.track(values, step, at)
         if self.state.history and self.state.step % self.steps_per_epoch == 0:
             row = self.state.history[-1]
-            self.send(row, int(row["epoch"]))
+            self.record.send(row, int(row["epoch"]))
             self.state.points.clear()
 
     def freeze_for(self, epoch: int) -> None:
@@ -336,78 +285,8 @@ class Training:
             models.freeze_backbone(self.model, self.frozen)  # evaluating switched the frozen BatchNorm back to training
         return counts
 
-    def rate(self) -> float:
-        """Images per second since the epoch or the restart began, over all workers."""
-        seconds = max(time.monotonic() - self.mark, 1e-9)
-        done = self.state.step - self.mark_step
-        return round(done * len(self.rows) / self.steps_per_epoch / seconds, 2)
-
-    def describe(self, bad: list[int]) -> str:
-        step = bad[0]
-        plan = order.step_plan(self.run.seed, step, self.rows, self.run.train.batch_size, self.run.train.microbatch_size)
-        train = self.job.dataset.split("train")
-        names = [train.path(int(row)) for m in plan for row in m.rows[:2]][:8]
-        return (f"the loss or its gradient was not finite in {self.state.nonfinite} steps (at most {self.run.train.max_nonfinite} are skipped), the latest being step "
-                f"{step} (epoch {step // self.steps_per_epoch + 1}) on images such as {', '.join(names)}. Lower optimizer.lr, set train.clip_norm, or use train.precision fp32")
-
-    def too_large(self, images: int) -> str:
-        run = self.run
-        used, size = (torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]) if self.job.device.type == "cuda" else (0, 0)
-        peak = f" (peak {used / 2**30:.1f} of {size / 2**30:.1f} GiB)" if size else ""
-        half = max(images // 2, 1)
-        return (f"out of memory at step {self.state.step} with a microbatch of {images} images of {run.augment.size} px in {str(self.dtype).removeprefix('torch.')}{peak}. "
-                f"Set --train.microbatch-size to {half} (the batch of {run.train.batch_size} stays; BatchNorm then sees {half} images, so it is another run), "
-                f"or use --train.precision bf16 or a smaller --augment.size")
-
-    def point(self, values: dict[str, float], step: int) -> None:
-        at = now_ms()
-        self.state.points.append([at, step, values])
-        self.track(values, step, at)
-
-    def send(self, row: dict[str, float], epoch: int) -> None:
-        self.track({k: v for k, v in row.items() if k not in ("epoch", "time_ms")}, epoch, int(row["time_ms"]))
-
-    def track(self, values: dict[str, float], step: int, at: int) -> None:
-        if self.job.rank == 0 and self.job.tracking is not None:
-            self.job.tracking.metrics({k: v for k, v in values.items() if math.isfinite(v)}, step, at)
-
-    def show(self, loss: float, correct: float, images: float, rate: float) -> None:
-        if self.job.rank:
-            return
-        left = (self.total - self.state.step) * len(self.rows) / self.steps_per_epoch / max(rate, 1e-9)
-        values = {"epoch": (self.state.step - 1) // self.steps_per_epoch + 1, "epochs": self.run.train.epochs, "step": self.state.step, "steps": self.total,
-                  "loss": loss / max(images, 1), "top1": 100 * correct / max(images, 1), "lr": self.learning_rate(self.state.step - 1),
-                  "images_per_s": rate, "seconds_left": left}
-        scored = [row for row in self.state.history if f"{self.split}/top1" in row]
-        if scored:
-            values |= {"val_top1": scored[-1][f"{self.split}/top1"], "best": self.state.best}
-        self.job.progress(values)
-
-    def latest_metrics(self) -> dict[str, float]:
-        """The newest epoch's row and the best score so far: finite floats only."""
-        row = self.state.history[-1] if self.state.history else {"epoch": 0.0}
-        best = {f"best/{self.split}_top1": self.state.best, "best/epoch": float(self.state.best_epoch)} if self.state.best_epoch else {}
-        return {k: float(v) for k, v in {**row, **best}.items() if math.isfinite(v)}
-
     def checkpoint_uri(self) -> str:
         return join(self.job.run_dir, "checkpoints", checkpoint.step_name(self.state.step))
-
-    def final_metrics(self) -> dict[str, float]:
-        """`best/*`: the scores of the epoch whose weights are kept; `final/*`: the last epoch's."""
-        state = self.state
-        if not state.history or not state.best_epoch:
-            return {}
-        best = next(row for row in state.history if row["epoch"] == state.best_epoch)
-        out = {f"best/{self.split}_{name}": best[f"{self.split}/{name}"] for name in ("top1", "top5", "loss")} | {"best/epoch": best["epoch"], "best/gap": best["train/gap"]}
-        return out | {"final/train_top1": state.history[-1]["train/top1"], "final/gap": state.history[-1].get("train/gap", best["train/gap"]), "final/epoch": state.history[-1]["epoch"]}
-
-    def about(self, epoch: int, scores: dict[str, float]) -> dict[str, Any]:
-        """model.json: what a reader of the best weights needs to know."""
-        run, data = self.run, self.job.dataset
-        return {"arch": run.model.arch, "model": to_dict(run.model), "classes": list(data.classes), "size": run.eval_size, "crop": run.evaluate.crop,
-                "mean": list(run.data.mean), "std": list(run.data.std), "epoch": epoch, "step": self.state.step, "scores": scores,
-                "data": {"name": data.name, "digest": data.digest}, "run": self.job.run_dir.rstrip("/").rsplit("/", 1)[-1], "stage": run.stage, "ema": self.state.ema is not None}
-
 
 def precision(run: Run, device: torch.device) -> torch.dtype:
     """The autocast type that train.precision means on `device`."""
@@ -423,7 +302,3 @@ def seed_device(key: int, device: torch.device) -> None:
     """Seed the generator dropout draws from. torch.manual_seed would do too, at 0.6 ms instead of 3 microseconds."""
     generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
     generator.manual_seed(key % 2**63)
-
-
-def now_ms() -> int:
-    return int(time.time() * 1000)
