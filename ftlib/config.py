@@ -80,7 +80,7 @@ class Augment(Settings):
     randaugment_p: Fraction = 0.3
     """Probability with which each chosen group acts on an image."""
     randaugment_ops: tuple[str, ...] = ()
-    """Names of the ops to choose from (see docs/recipes.md); empty means all of them."""
+    """Names of the ops to choose from (see docs/augmentation.md); empty means all of them."""
     trivialaugment: bool = False
     """One random op at one random strength per image (TrivialAugment, Mueller and Hutter 2021), in place of RandAugment."""
     erasing_p: Fraction = 0.0
