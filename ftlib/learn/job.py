@@ -30,7 +30,7 @@ class Interrupted(RuntimeError):
 class Tracking(Protocol):
     """Where rank 0 sends its points; must neither raise nor wait."""
 
-    def metrics(self, values: dict[str, float], step: int, timestamp_ms: int | None = None) -> None: ...
+    def metrics(self, values: dict[str, float], step: int, at: int | None = None) -> None: ...
 
 
 @dataclass
