@@ -126,7 +126,7 @@ def write(found: Audit, out: Path) -> list[Path]:
     exact_within = [p for p in found.within if p.distance == 0]
     near_within = [p for p in found.within if p.distance > 0]
     sections = [
-        page.section("Findings", page.table(("what", "pictures or pairs", "what to do"), summary(found))),
+        page.section("Findings", page.table(("what", "pictures or pairs", "what to do"), summary(found), words=(2,))),
         _pairs(found, "In train and in val", found.leaks, "A model has seen these validation pictures, or nearly, while it was trained."),
         _pairs(found, "One picture, two labels", found.conflicts, "The same picture, or nearly, under different classes."),
         _suspects(found),

@@ -21,7 +21,7 @@ main{max-width:1080px;margin:0 auto;padding:28px 20px 60px}h1{font-size:26px;mar
 p{margin:6px 0 12px;max-width:76ch}.soft{color:var(--soft)}code{background:var(--card);padding:1px 5px;border-radius:4px}
 .scroll{overflow-x:auto;max-height:560px;overflow-y:auto;border:1px solid var(--line);border-radius:8px}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}th,td{padding:6px 9px;font-size:13px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
-th{position:sticky;top:0;background:var(--card);font-weight:600;color:var(--soft)}td:first-child,th:first-child{text-align:left}tr:last-child td{border-bottom:0}
+th{position:sticky;top:0;background:var(--card);font-weight:600;color:var(--soft)}td:first-child,th:first-child{text-align:left}tr:last-child td{border-bottom:0}td.w,th.w{text-align:left;white-space:normal}
 figure{margin:0}.plot img{display:block;max-width:100%;height:auto;background:#fff;border-radius:8px;border:1px solid var(--line)}
 .grid{display:flex;flex-wrap:wrap;gap:14px}.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px;min-width:0}
 .row{display:flex;gap:8px;flex-wrap:wrap}.row figure{width:128px}.row img{width:128px;height:128px;object-fit:contain;border-radius:6px;display:block;image-rendering:auto;background:#0001}
@@ -51,10 +51,11 @@ def facts(values: Iterable[tuple[str, str]]) -> str:
     return '<div class="facts">' + "".join(f'<div class="fact"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for value, name in values) + "</div>"
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """The first column is text, the others are figures, aligned right."""
-    head = "".join(f"<th>{escape(str(h))}</th>" for h in heads)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+def table(heads: Sequence[str], rows: Iterable[Sequence[object]], words: tuple[int, ...] = ()) -> str:
+    """The first column is text, the others are figures, aligned right; the columns numbered in `words` are sentences, and wrap."""
+    kind = lambda i: ' class="w"' if i in words else ""  # noqa: E731
+    head = "".join(f"<th{kind(i)}>{escape(str(h))}</th>" for i, h in enumerate(heads))
+    body = "".join("<tr>" + "".join(f"<td{kind(i)}>{escape(str(cell))}</td>" for i, cell in enumerate(row)) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 

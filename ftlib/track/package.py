@@ -43,6 +43,10 @@ REQUIREMENTS = ("torch", "numpy", "pillow", "pandas", "mlflow")
 """What a package needs, pinned to the versions it was made with."""
 
 
+class PackageError(ValueError):
+    """A package that cannot be written or read; the message says why and what to do."""
+
+
 class Program(nn.Module):
     """A classifier from pixels: uint8[b, S, S, 3] -> logits float32[b, C], normalisation included."""
 
@@ -80,7 +84,7 @@ def package(model: nn.Module, run: Run, classes: Sequence[str], scores: Mapping[
     """
     out = Path(out)
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty. A package needs a folder of its own")
+        raise PackageError(f"{out} is not empty. A package needs a folder of its own")
     size, short = evaluation_size(run)
     meta = {"classes": list(classes), "size": size, "short": short, "temperature": temperature, "background": list(background),
             "mean": list(run.data.mean), "std": list(run.data.std), "arch": run.model.arch, "run": run.name, "data": dict(data or {}),
@@ -109,17 +113,31 @@ def example() -> bytes:
     return buffer.getvalue()
 
 
-def load(uri: str) -> Any:
-    """The packaged model at a folder, `models:/NAME@ALIAS`, `models:/m-...` or `runs:/...` (an mlflow PyFuncModel).
+def load(uri: str, tracking: str = "") -> Any:
+    """The packaged model at a folder, `models:/NAME@ALIAS`, `models:/m-...` or `runs:/...` (an mlflow PyFuncModel). `tracking` is the
+    MLflow tracking URI to ask for names.
 
-    Raises ValueError naming what is missing.
+    Raises PackageError naming what is missing.
     """
     try:
+        if tracking:
+            mlflow.set_tracking_uri(tracking)
         with _quiet():
             return mlflow.pyfunc.load_model(uri)
     except (mlflow.exceptions.MlflowException, OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{uri} cannot be loaded as a packaged model: {first}. Name a package's folder, or models:/NAME@ALIAS of the tracking server") from error
+        raise PackageError(f"{uri} cannot be loaded as a packaged model: {first}. Name a package's folder, or models:/NAME@ALIAS of the tracking server") from error
+
+
+def check(uri: str, tracking: str = "") -> None:
+    """PackageError unless there is a package at the address; reads its description only, not the weights."""
+    try:
+        if tracking:
+            mlflow.set_tracking_uri(tracking)
+        mlflow.models.get_model_info(uri)
+    except (mlflow.exceptions.MlflowException, OSError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PackageError(f"{uri} is no packaged model: {first}. Name a package's folder, or models:/NAME@ALIAS of the tracking server") from error
 
 
 def _release(name: str) -> str:

@@ -1,0 +1,72 @@
+"""Export a run's best model for other programs: torch.export, ONNX, or an MLflow package; each is checked against the model.
+
+    python jobs/export.py RUN --out exported                     # model.pt2, model.onnx and meta.json
+    python jobs/export.py RUN --out folder --formats mlflow      # a package: bytes in, probabilities out, no ftlib needed
+
+RUN is a name below $FTLIB_HOME/runs, or a run's folder. ONNX needs `pip install onnx onnxscript onnxruntime`. What it costs: some seconds
+per format, and one pass over at most 2,000 pictures to fit the temperature (none with --temperature).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ftlib.cli import job
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jobs/export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("run", metavar="RUN", help="a run's name or folder")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where to")
+    parser.add_argument("--formats", default="torch,onnx", metavar="A,B", help="torch, onnx, mlflow (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="what logits are divided by (default: fitted on validation pictures)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = options()
+    arguments = parser.parse_args(argv)
+    formats = [f for f in arguments.formats.split(",") if f]
+    if not formats or set(formats) - {"torch", "onnx", "mlflow"}:
+        parser.error(f"--formats {arguments.formats}: needs one or more of torch, onnx, mlflow")
+    if arguments.temperature is not None and not arguments.temperature > 0:
+        parser.error(f"--temperature {arguments.temperature:g}: must be above 0")
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if "onnx" in formats and not _there(name)]
+    if missing:
+        parser.error(f"--formats onnx needs {', '.join(missing)}: pip install onnx onnxscript onnxruntime")
+
+    from ftlib.data.shards import Dataset
+    from ftlib.home import absolute, data_path, home
+    from ftlib.report.evaluation import load, score
+    from ftlib.track import export, package
+
+    loaded = load(absolute(arguments.run if "/" in arguments.run else str(home() / "runs" / arguments.run)))
+    temperature, fitted_on = arguments.temperature or 1.0, "given by hand"
+    if arguments.temperature is None:
+        scored = score(loaded, Dataset.open(data_path(loaded.run.data.path)), limit=2000)
+        temperature, fitted_on = scored.calibration.temperature, scored.calibration.fitted_on
+        loaded.model.cpu()
+    out = Path(arguments.out)
+    plain = [f for f in formats if f != "mlflow"]
+    if plain:
+        for kind, away in export.write(loaded.model, loaded.run, loaded.classes, temperature, out, plain).items():
+            print(f"{out / {'torch': 'model.pt2', 'onnx': 'model.onnx'}[kind]}: logits differ from the model's by at most {away:.1e}")
+    if "mlflow" in formats:
+        place = out / "package" if plain else out
+        made = package.package(loaded.model, loaded.run, loaded.classes, loaded.about.get("scores", {}), temperature, place, loaded.about.get("data"), fitted_on)
+        print(f'{made}: mlflow.pyfunc.load_model("{made}").predict([jpeg_bytes])')
+    print(f"temperature {temperature:.4g}, {fitted_on}")
+
+
+def _there(name: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(name) is not None
+
+
+if __name__ == "__main__":
+    job(main)
