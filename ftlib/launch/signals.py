@@ -27,8 +27,8 @@ class Signals:
     Enter it after ray.init, which installs a handler of its own. `on_first` runs within the handler and must only set something.
     """
 
-    def __init__(self, on_first: Callable[[], None] = lambda: None, raise_second: bool = True) -> None:
-        self.on_first, self.raise_second = on_first, raise_second
+    def __init__(self, on_first: Callable[[], None] = lambda: None, raise_second: bool = True, at_once: bool = False) -> None:
+        self.on_first, self.raise_second, self.at_once = on_first, raise_second, at_once
         self.number: int | None = None
         self.count = 0
         self._before: dict[int, Any] = {}
@@ -49,6 +49,8 @@ class Signals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         self.count += 1
+        if self.at_once:  # nothing is being trained
+            raise Stopped(number, "stopped; the same command goes on")
         if self.count == 1:
             self.on_first()
         elif self.raise_second:

@@ -23,6 +23,7 @@ from ftlib.home import data_path, home, runs_root
 from ftlib.launch import closing, cluster, fit, gates, identity, preflight, summary
 from ftlib.launch.errors import Stopped
 from ftlib.launch.progress import Screen
+from ftlib.launch.signals import Signals
 from ftlib.learn import weights
 from ftlib.storage import is_remote, join
 from ftlib.track.lineage import run_tags
@@ -140,6 +141,7 @@ def launch(
         else:
             say(f"{run.name}: {ready.plan}")
             cluster.connect()
+            stack.enter_context(Signals(at_once=True))
             cluster.refuse_open(run.cluster.allow_open)
             capacity = cluster.capacity()
             placement = cluster.placement(run.cluster, capacity)

@@ -1,0 +1,328 @@
+"""What a run will take, from a few of its own steps: time, device-hours, cost, memory, and which of loader and device is the bound.
+
+The steps are the recipe's, carried out by the training loop itself in this process, on this machine. Of the run's own only its data and
+starting weights are read; what is written goes to a scratch folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import torch
+
+from ftlib.config import Run
+from ftlib.data import order
+from ftlib.data.loader import AHEAD, Batch, eval_batches, train_batches
+from ftlib.launch import cluster, pace, trainer
+from ftlib.launch.progress import duration
+from ftlib.launch.worker import loader_workers
+from ftlib.learn import checkpoint
+from ftlib.learn.evaluate import count
+from ftlib.learn.loop import Job, OutOfMemory, Training
+from ftlib.tree import ConfigError, nearest, override
+
+WARM_UP = 2
+"""Steps before the clock starts: memory is allocated, kernels are chosen, the loader's queue comes to its usual length."""
+LEAST_STEPS = 4
+SHARES = {"whole": 0.45, "device": 0.2, "loader": 0.2, "evaluation": 0.15}
+"""How the time for measuring is spent."""
+
+
+@dataclass(frozen=True)
+class Price:
+    """A machine to rent."""
+
+    usd_per_hour: float
+    gpus: int
+    what: str
+
+
+PRICES = {
+    "g4dn.xlarge": Price(0.526, 1, "AWS, 1 T4, 4 vCPU"), "g4dn.12xlarge": Price(3.912, 4, "AWS, 4 T4, 48 vCPU"),
+    "g5.xlarge": Price(1.006, 1, "AWS, 1 A10G, 4 vCPU"), "g5.2xlarge": Price(1.212, 1, "AWS, 1 A10G, 8 vCPU"), "g5.12xlarge": Price(5.672, 4, "AWS, 4 A10G, 48 vCPU"),
+    "g6.xlarge": Price(0.805, 1, "AWS, 1 L4, 4 vCPU"), "g6.2xlarge": Price(0.978, 1, "AWS, 1 L4, 8 vCPU"),
+    "p4d.24xlarge": Price(21.96, 8, "AWS, 8 A100, 96 vCPU"), "p5.48xlarge": Price(55.04, 8, "AWS, 8 H100, 192 vCPU"),
+    "c7i.4xlarge": Price(0.714, 0, "AWS, 16 vCPU, no GPU"),
+}
+"""On demand in us-east-1, in USD, as of 2025. They change: --price takes today's."""
+
+
+# --- the timing -------------------------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Estimate:
+    """What was measured, and what follows for the whole run. Seconds, bytes, images per second over all workers."""
+
+    steps_per_epoch: int
+    epochs: int
+    evaluations: int
+    workers: int
+    step_s: float
+    """A step of the whole: loading and training side by side."""
+    device_step_s: float
+    """A step without loading."""
+    loader_step_s: float
+    """Loading a step's images without training."""
+    checkpoint_s: float
+    """What a checkpoint takes from training."""
+    evaluation_s: float
+    images_per_step: float
+    steps_timed: int
+    spread: float
+    """Standard error of the mean of `step_s`, relative."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """Peak bytes: device (on a GPU), process, loaders."""
+    largest_microbatch: int | None = None
+
+    @property
+    def epoch_s(self) -> float:
+        """Training for an epoch, as the run's train/epoch_s."""
+        return self.steps_per_epoch * self.step_s + self.checkpoint_s
+
+    @property
+    def total_s(self) -> float:
+        """All epochs and evaluations, without start-up and the report at the end."""
+        return self.epochs * self.epoch_s + self.evaluations * (self.evaluation_s + self.checkpoint_s)
+
+    @property
+    def device_hours(self) -> float:
+        return self.workers * self.total_s / 3600
+
+    @property
+    def bound(self) -> Literal["loader", "device"]:
+        """Which of the two, alone, takes longer."""
+        return "loader" if self.loader_step_s > self.device_step_s else "device"
+
+    def rate(self, seconds: float) -> float:
+        """Images per second over all workers, from the seconds of a step."""
+        return self.images_per_step / max(seconds, 1e-9)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "epoch_s": self.epoch_s, "total_s": self.total_s, "device_hours": self.device_hours, "bound": self.bound,
+                "images_per_s": {"whole": self.rate(self.step_s), "device": self.rate(self.device_step_s), "loader": self.rate(self.loader_step_s)}}
+
+
+def measure(ready: trainer.Prepared, placement: cluster.Placement, seconds: float = 40.0, say: Callable[[str], None] = lambda text: None) -> Estimate:
+    """Time the run's own steps here for about `seconds`. A run of several workers is timed as one of them: its share of each batch,
+    without the traffic between them.
+
+    Raises OutOfMemory (with the setting to change) where a microbatch does not fit.
+    """
+    run, dataset = ready.run, ready.dataset
+    workers, train = placement.high, run.train
+    share = -(-train.microbatches // workers) * train.microbatch_size
+    # More epochs only so that the data suffice for timing; nothing that is timed depends on their number. Frozen epochs are timed as others.
+    mine = override(run, {"train.batch_size": share, "train.epochs": max(train.epochs, 100_000), "train.max_nonfinite": 2**31, "checkpoint.every_seconds": 0.0, "checkpoint.every_steps": 0,
+                          "model.freeze_epochs": min(run.model.freeze_epochs, 0), "cluster.workers": "1"})
+    device = torch.device("cuda" if placement.gpus and torch.cuda.is_available() else "cpu")
+    processes = loader_workers(run.data.loader_workers, placement.cpus)
+    with tempfile.TemporaryDirectory(prefix="ftlib-estimate-") as scratch, _threads(placement.cpus):
+        say("building the model")
+        training = Training(Job(mine, dataset, scratch, device, source=ready.source, loader_workers=processes))
+        training.freeze_for(0)
+        memory: dict[str, int] = {}
+        say("a few steps with everything")
+        whole, spread, timed_steps = _whole(training, processes, seconds * SHARES["whole"], memory)
+        say("steps without loading")
+        alone = pace.same_pixels(training, training.state.step)
+        device_step, _, _ = _paced(training, alone, seconds * SHARES["device"], warm_up=1)
+        say("loading without steps")
+        loader_step = _loading(training, processes, seconds * SHARES["loader"])
+        say("a checkpoint and an evaluation")
+        saving = _saving(training, scratch)
+        evaluation = _evaluation(training, workers, processes, seconds * SHARES["evaluation"])
+        memory |= _memory(device)
+        largest = _largest_microbatch(training) if device.type == "cuda" else None
+    every = run.evaluate.every_epochs
+    evaluations = sum(1 for epoch in range(1, train.epochs + 1) if epoch % every == 0 or epoch == train.epochs) + (ready.source is not None and not run.model.reset_head)
+    per_epoch = order.steps_per_epoch(len(training.rows), train.batch_size)
+    # The last step of an epoch may be a short one.
+    counted = len(training.rows) / train.batch_size
+    return Estimate(per_epoch, train.epochs, evaluations, workers, whole * counted / per_epoch, device_step * counted / per_epoch, loader_step * counted / per_epoch, saving, evaluation,
+                    len(training.rows) / per_epoch, timed_steps, spread, memory, largest)
+
+
+@contextlib.contextmanager
+def _threads(cpus: int) -> Iterator[None]:
+    """As many threads as Ray gives a worker with so many CPUs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(cpus, 1)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _paced(training: Training, batches: Iterator[Batch], seconds: float, warm_up: int) -> tuple[float, float, int]:
+    """(seconds per full step, relative standard error, steps timed)."""
+    full = training.run.train.batch_size
+    pace.steps(training, batches, warm_up)
+    times: list[float] = []
+    began = before = pace.settle(training.job.device)
+    while len(times) < LEAST_STEPS or before - began < seconds:
+        at_once = 1 if training.job.device.type == "cpu" else 10  # waiting for a GPU after every step would slow it down
+        images = pace.steps(training, batches, at_once)
+        now = pace.settle(training.job.device)
+        times.append((now - before) * full / images)
+        before = now
+    spread = float(np.std(times) / np.mean(times) / len(times) ** 0.5)
+    return float(np.mean(times)), spread, len(times)
+
+
+def _whole(training: Training, processes: int, seconds: float, memory: dict[str, int]) -> tuple[float, float, int]:
+    run, microbatches = training.run, training.run.train.microbatches
+    ahead = -(-AHEAD * max(processes, 1) // microbatches)  # steps whose images were loaded before the clock starts
+    with contextlib.closing(train_batches(training.job.dataset, training.rows, run, 0, 1, training.state.step, training.total, processes)) as batches:
+        found = _paced(training, batches, seconds, WARM_UP + ahead)
+        memory["loaders"] = _loaders_memory()
+    return found
+
+
+def _loading(training: Training, processes: int, seconds: float) -> float:
+    """Seconds to load a full step's images when nothing else is done."""
+    run = training.run
+    images, ahead = 0, AHEAD * max(processes, 1) + 1
+    with contextlib.closing(train_batches(training.job.dataset, training.rows, run, 0, 1, 0, training.total, processes)) as batches:
+        for _ in itertools.islice(batches, ahead):  # by then the processes are at work, and the queue is empty
+            pass
+        began = now = time.perf_counter()
+        while now - began < seconds or images < run.train.batch_size:
+            images += len(next(batches).labels)
+            now = time.perf_counter()
+    return (now - began) / images * run.train.batch_size
+
+
+def _saving(training: Training, scratch: str) -> float:
+    """Seconds that a checkpoint takes from training: the copy, and on a CPU, whose cores are all at work, the writing too."""
+    with contextlib.closing(checkpoint.CheckpointWriter(scratch, 2, 1)) as writer:
+        training.writer = writer
+        began = time.perf_counter()
+        training.save(wait=training.job.device.type == "cpu")
+        took = time.perf_counter() - began
+        writer.wait()
+        training.writer = None
+    return took
+
+
+def _evaluation(training: Training, workers: int, processes: int, seconds: float) -> float:
+    """Seconds to score one worker's part of the scored images, from a sample of them."""
+    job, run = training.job, training.run
+    mine = training.scored_rows[::workers]
+    split = job.dataset.split("train" if training.split == "tuning" else "val")
+
+    def score(rows: np.ndarray) -> float:
+        began = pace.settle(job.device)
+        with contextlib.closing(eval_batches(split, rows, run.eval_size, run.evaluate.crop, run.evaluate.batch_size, processes)) as batches:
+            count(training.state.scored_model, batches, training.classes, job.device, run.data.mean, run.data.std, training.dtype)
+        return pace.settle(job.device) - began
+
+    size = min(len(mine), run.evaluate.batch_size)
+    score(mine[:size])  # memory and kernels
+    took = score(mine[:size])
+    if size == len(mine):
+        return took
+    more = min(len(mine), max(2 * size, int(size * seconds / max(took, 1e-3))))
+    longer = score(mine[:more])
+    each = max(longer - took, 0.0) / (more - size)  # what starting the loader costs is in both
+    return longer + each * (len(mine) - more)
+
+
+def _memory(device: torch.device) -> dict[str, int]:
+    found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return found | ({"device": torch.cuda.max_memory_reserved(device)} if device.type == "cuda" else {})
+
+
+def _loaders_memory() -> int:
+    """Bytes that the loader processes have for themselves."""
+    total = 0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            total += process.memory_full_info().uss
+    return total
+
+
+def largest(fits: Callable[[int], bool], start: int, limit: int) -> int:
+    """The largest n up to `limit` that fits, to within a sixteenth; 0 where not even 1 does. `fits` must be monotone."""
+    good, n = 0, max(1, start)
+    while n <= limit and fits(n):
+        good, n = n, 2 * n
+    bad = min(n, limit + 1)
+    while bad - good > max(1, good // 16):
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return good
+
+
+def _largest_microbatch(training: Training, limit: int = 4096) -> int:
+    """By forward and backward passes of random pixels on the GPU, the optimizer's state in place."""
+    device, side = training.job.device, training.run.augment.size
+
+    def fits(n: int) -> bool:
+        try:
+            images = torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8)
+            labels = torch.zeros(n, dtype=torch.int64)
+            assert training.buffer is not None
+            training.buffer.begin()
+            training.microbatch(Batch(0, 0, 0, n, labels, labels, images), training.buffer)
+            torch.cuda.synchronize(device)
+        except (torch.cuda.OutOfMemoryError, OutOfMemory):
+            return False
+        finally:
+            torch.cuda.empty_cache()
+        return True
+
+    return largest(fits, training.run.train.microbatch_size, limit)
+
+
+# --- words ------------------------------------------------------------------------------------------------------------------------------
+
+def machines(placement: cluster.Placement, workers: int, price: Price) -> int:
+    """How many of a machine the run needs."""
+    return max(1, -(-int(np.ceil(workers * placement.gpus)) // price.gpus)) if price.gpus and placement.gpus else 1
+
+
+def price_of(name: str) -> Price:
+    """Raises ConfigError with the nearest name."""
+    if name not in PRICES:
+        raise ConfigError(f"--machine {name}: its price is not known.{nearest(name, list(PRICES))} There are {', '.join(PRICES)}; or give --price USD_PER_HOUR")
+    return PRICES[name]
+
+
+
+def text(found: Estimate, run: Run, placement: cluster.Placement, price: Price | None = None, machine: str = "") -> str:
+    """What was found, for a person."""
+    rates = {name: found.rate(seconds) for name, seconds in (("together", found.step_s), ("device alone", found.device_step_s), ("loader alone", found.loader_step_s))}
+    advice = {"loader": "reserve more CPUs (cluster.cpus_per_worker), or prepare the pictures smaller (jobs/prepare.py --max-side)", "device": "more CPUs would not help"}[found.bound]
+    lines = [
+        "",
+        f"time            {duration(found.total_s)} for {found.epochs} epochs: {duration_short(found.epoch_s)} an epoch and {duration_short(found.evaluation_s)} an evaluation ({found.evaluations} of them)",
+        f"device-hours    {found.device_hours:.3g} ({found.workers} worker{'s' if found.workers != 1 else ''})",
+        "images/s        " + ", ".join(f"{rate:,.0f} {name}" for name, rate in rates.items()),
+        f"bound           the {found.bound}: {advice}",
+        "peak memory     " + ", ".join(f"{size / 1e9:.2g} GB {where}" for where, size in (
+            ("on the GPU", found.memory.get("device", 0)), ("in the training process", found.memory.get("process", 0)), ("in the loader's processes", found.memory.get("loaders", 0))) if size)]
+    if found.largest_microbatch is not None:
+        lines.append(f"microbatch      {found.largest_microbatch} is the largest that fits (the recipe has {run.train.microbatch_size}; another one is another run)")
+    if price is not None:
+        count = machines(placement, found.workers, price)
+        lines.append(f"cost            {count * price.usd_per_hour * found.total_s / 3600:,.2f} USD: {count} x {machine or price.what} at {price.usd_per_hour:g} USD/h, if this machine is like it")
+    lines.append(f"                from {found.steps_timed} timed steps (standard error {100 * found.spread:.0f} %); start-up and the report at the end come on top")
+    if found.workers > 1:
+        lines.append("                timed as one of the workers, without the traffic between them")
+    return "\n".join(lines)
+
+
+def duration_short(seconds: float) -> str:
+    """Such as 3.2 s, or 0:03:20 from a minute on."""
+    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
