@@ -31,17 +31,27 @@ def train(shared, config, report):
         with open(LOG, "a") as f:
             f.write(f"{event} {number} {epoch} {os.getpid()}\n")
 
+    epochs = run["train"]["epochs"]
+
+    def score_at(epoch):
+        return 60 - 100 * abs(run["model"]["dropout"] - 0.04) - 5 * abs(run["mix"]["mixup_alpha"] - 0.5) - 8 / epoch
+
+    final = {"score": score_at(epochs), "run_dir": str(folder), "best_dir": "", "mlflow_run_id": "", "metrics": {},
+             "history": [{"epoch": e, "score": score_at(e), "seconds": PLAN.get("seconds", 0.0)} for e in range(1, epochs + 1)]}
+    if start == epochs:  # it had finished, but the driver died before it heard of it
+        log("found", start)
+        return final
     log("start", start)
     tracking = training.TitledTracking(shared.tracking, config["title"], config["params"])
     tracked = tracking.start_run(config["name"], tags={"kind": shared.kind, **shared.tags, "trial": config["name"]}, params={}, parent=shared.parent)
     try:
-        for epoch in range(start + 1, run["train"]["epochs"] + 1):
+        for epoch in range(start + 1, epochs + 1):
             time.sleep(PLAN.get("seconds", 0.0))
             if number == PLAN.get("fails"):
                 raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
             if number == PLAN.get("dies"):
                 os._exit(1)
-            score = 60 - 100 * abs(run["model"]["dropout"] - 0.04) - 5 * abs(run["mix"]["mixup_alpha"] - 0.5) - 8 / epoch
+            score = score_at(epoch)
             tracked.writer().metrics({"tuning/top1": score}, epoch)
             memory.write_text(str(epoch))
             log("epoch", epoch)
@@ -51,7 +61,7 @@ def train(shared, config, report):
         raise
     log("end", epoch)
     tracked.finish("completed")
-    return {"score": score, "run_dir": str(folder), "best_dir": "", "mlflow_run_id": "", "metrics": {}}
+    return final
 
 
 if __name__ == "__main__":
