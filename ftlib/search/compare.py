@@ -211,7 +211,7 @@ def write(comparison: Comparison, folder: Path, title: str = "Comparison") -> li
     names = [g.name for g in comparison.groups]
     parts = [*[page.paragraph(s, "lead" if i else "") for i, s in enumerate(comparison.sentences())], *[page.paragraph("Mind: " + c, "muted") for c in comparison.cautions],
              page.heading("Difference on the same validation images"), figures.svg(drawn["differences"], "d"), page.heading("Curves"), figures.svg(drawn["curves"], "c"),
-             page.heading("Settings that differ"), page.table(["setting", *names], [[p, *map(str, v)] for p, v in comparison.settings.items()], text_columns=(0,))]
+             page.heading("Settings that differ"), page.table(["setting", *names], [[p, *map(page.value, v)] for p, v in comparison.settings.items()], text_columns=(0,))]
     index = folder / "index.html"
     index.write_text(page.page(title, parts), encoding="utf-8")
     return [index, *files]
@@ -220,7 +220,7 @@ def write(comparison: Comparison, folder: Path, title: str = "Comparison") -> li
 def text(comparison: Comparison) -> str:
     """For the terminal."""
     names = [g.name for g in comparison.groups]
-    rows = [["setting", *names], *([p, *map(str, v)] for p, v in comparison.settings.items())]
+    rows = [["setting", *names], *([p, *map(page.value, v)] for p, v in comparison.settings.items())]
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows]
     return "\n".join([*lines, "", *comparison.sentences(), *(f"mind: {c}" for c in comparison.cautions)])

@@ -135,6 +135,7 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, float]]], metrics: Sequ
                 rows = [r for r in history if metric in r]
                 axes.plot([r["epoch"] for r in rows], [r[metric] for r in rows], color=matplotlib.colormaps["tab10"](index % 10), label=name, lw=1.6)
             axes.set(xlabel="epoch", title=metric)
+            axes.xaxis.get_major_locator().set_params(integer=True)
         next(iter(grid.flat)).legend(frameon=False, fontsize=8)
         return figure
 

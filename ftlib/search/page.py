@@ -34,6 +34,11 @@ def command(text: str) -> str:
     return f"<p><code>{escape(text)}</code></p>"
 
 
+def value(of: Any) -> str:
+    """A setting's value in a table."""
+    return "-" if of is None else f"{of:.4g}" if isinstance(of, float) else str(of)
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], kinds: Sequence[str] = (), text_columns: Sequence[int] = ()) -> str:
     """`kinds`: a CSS class per row (best, dim or nothing). Numbers come formatted."""
     def cells(tag: str, values: Sequence[Any]) -> str:

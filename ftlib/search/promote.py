@@ -252,7 +252,7 @@ def line(verdict: Verdict) -> str:
     return f"{verdict.candidate.name}  {verdict.top1:.2f} %  {d.points:+.2f} points (95 % interval {d.low:+.2f} to {d.high:+.2f})  p = {verdict.adjusted:.3g}  {describe(verdict.candidate.values)}"
 
 
-COLUMNS = ("configuration", "validation top-1, mean", "per seed", "points", "95 % low", "95 % high", "p (one-sided)", "p (Holm)", "promoted", "settings")
+COLUMNS = ("configuration", "top-1, mean", "per seed", "points", "95 % low", "95 % high", "p (Holm)", "promoted", "settings")
 
 
 def _rows(verdicts: Sequence[Verdict], own: Group, groups: Sequence[Group]) -> list[list[Any]]:
@@ -260,10 +260,10 @@ def _rows(verdicts: Sequence[Verdict], own: Group, groups: Sequence[Group]) -> l
         return " ".join(f"{r.answers.top1:.2f}" for r in g.runs)
 
     by_name = {g.name: g for g in groups}
-    rows: list[list[Any]] = [["recipe", f"{own.mean_top1:.2f}", per_seed(own), "", "", "", "", "", "", ""]]
+    rows: list[list[Any]] = [["recipe", f"{own.mean_top1:.2f}", per_seed(own), "", "", "", "", "", ""]]
     for v in verdicts:
         d = v.difference
-        rows.append([v.candidate.name, f"{v.top1:.2f}", per_seed(by_name[v.candidate.name]), f"{d.points:+.2f}", f"{d.low:+.2f}", f"{d.high:+.2f}", f"{d.p_better:.3g}", f"{v.adjusted:.3g}",
+        rows.append([v.candidate.name, f"{v.top1:.2f}", per_seed(by_name[v.candidate.name]), f"{d.points:+.2f}", f"{d.low:+.2f}", f"{d.high:+.2f}", f"{v.adjusted:.3g}",
                      "yes" if v.promoted else "no", describe(v.candidate.values)])
     return rows
 
@@ -282,12 +282,12 @@ def _write(sweep: Ledger, folder: Path, verdicts: Sequence[Verdict], own: Group,
     files[-1].write_text(json.dumps({"columns": list(COLUMNS), "data": rows}))
     images = verdicts[0].difference.images if verdicts else 0
     settings_that_differ = differing([own, *groups])
-    parts = [page.paragraph(sentence[0].upper() + sentence[1:] + ".", "lead"),
+    parts = [page.paragraph(sentence + ".", "lead"),
              page.paragraph(f"All numbers are top-1 of the validation split ({images:,} images), which the sweep never saw. Each configuration was trained {len(own.runs)} times at full length, "
-                            f"with seeds {', '.join(map(str, own.seeds))}; runs of the same seed are paired, and so are answers to the same image. p is one-sided, Holm-corrected for {len(verdicts)} candidates."),
-             *([figures.svg(drawn["differences"], "d")] if verdicts else []), page.table(COLUMNS, rows, ["", *("best" if v.promoted else "" for v in verdicts)], text_columns=(0, 9)),
+                            f"with seeds {', '.join(map(str, own.seeds))}; runs of the same seed are paired, and so are answers to the same image. p is one-sided, Holm-corrected for {len(verdicts)} candidate{'s' if len(verdicts) != 1 else ''}."),
+             *([figures.svg(drawn["differences"], "d")] if verdicts else []), page.table(COLUMNS[:-1], [r[:-1] for r in rows], ["", *("best" if v.promoted else "" for v in verdicts)]),
              *[page.paragraph("Left out: " + text, "muted") for text in left_out], page.heading("Learning curves of the first seed"), figures.svg(drawn["curves"], "c"),
-             page.heading("Settings that differ"), page.table(["setting", "recipe", *(g.name for g in groups)], [[p, *map(str, v)] for p, v in settings_that_differ.items()], text_columns=(0,))]
+             page.heading("Settings that differ"), page.table(["setting", "recipe", *(g.name for g in groups)], [[p, *map(page.value, v)] for p, v in settings_that_differ.items()], text_columns=(0,))]
     index = folder / "index.html"
     index.write_text(page.page(f"Promotion of sweep {sweep.name}", parts), encoding="utf-8")
     return [index, *files]
@@ -310,6 +310,6 @@ def _record(tracking: Any, parent: Any, keeper: Keeper, wanted: Sequence[Trial],
         for trial in wanted:
             if trial.origin == winner.candidate.name:
                 Writer(place, file_of(Path(place.folder), keeper.title(trial)).name).tags({"winner": "true"})
-    text = [f"**{sentence[0].upper()}{sentence[1:]}.**", "", "- Report: artifact `report/index.html`, table: `comparison.json`", *([f"- Recipe: `{recipe_file}`"] if recipe_file else []),
+    text = [f"**{sentence}.**", "", "- Report: artifact `report/index.html`, table: `comparison.json`", *([f"- Recipe: `{recipe_file}`"] if recipe_file else []),
             *(f"- {line(v)}" for v in verdicts), *(f"- left out: {t}" for t in left_out)]
     parent.finish("completed", "\n".join(text))

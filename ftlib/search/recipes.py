@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ SAMPLE = "sample-"
 
 def available() -> list[str]:
     jobs = sorted(p.stem for p in (ROOT / "jobs").glob("phase*.py"))
-    sample = [SAMPLE + name for name in jobs] if (ROOT / "jobs" / "sample.py").exists() else []
+    twin = ROOT / "jobs" / "sample.py"
+    defined = re.findall(r"^([A-Z0-9_]+) *=", twin.read_text(encoding="utf-8"), re.MULTILINE) if twin.exists() else []
+    sample = [SAMPLE + name for name in jobs if name.upper() in defined]
     return jobs + sample + sorted(p.stem for p in (ROOT / "recipes").glob("*.json"))
 
 

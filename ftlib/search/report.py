@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from ftlib.search import figures, page, spaces
 from ftlib.search.importance import importance
@@ -81,7 +80,7 @@ def write_report(ledger: Ledger, space: Space, folder: Path) -> list[Path]:
         page.heading("Course of the search"), figures.svg(drawn["best_so_far"], "course"),
         page.heading("Time"), page.paragraph(f"{duration(spent)} of training in {len(trials)} trials; stopping early saved about {duration(saved)}{share}.{_overhead(trials)}"),
         page.heading("Trials"), _trials(trials, best, names, split), *_failed(trials),
-        page.heading("What was searched"), page.table(["setting", "values", "the recipe"], [[p, v, _shown(ledger.trials[0].values.get(p, "-")) if 0 in ledger.trials else "-"] for p, v in space.describe().items()], text_columns=(0, 1)),
+        page.heading("What was searched"), page.table(["setting", "values", "the recipe"], [[p, v, page.value(ledger.trials[0].values.get(p, "-")) if 0 in ledger.trials else "-"] for p, v in space.describe().items()], text_columns=(0, 1)),
         page.paragraph(f"Recipe {ledger.about['recipe_name']}, data {ledger.about['data']['name']}@{ledger.about['data']['digest'][:8]}, search {ledger.about['search']}, seed {ledger.about['seed']}, "
                        f"{ledger.about['base']['train']['epochs']} epochs per trial, starting weights {ledger.about['init']['uri'] or ledger.about['base']['model']['init_from']}.", "muted")]
     index = folder / "index.html"
@@ -91,7 +90,7 @@ def write_report(ledger: Ledger, space: Space, folder: Path) -> list[Path]:
 
 def _trials(trials: list[Trial], best: Trial | None, names: dict[str, str], split: str) -> str:
     ranked = sorted(trials, key=lambda t: (t.outcome != "completed", -(t.score if t.score is not None else -1)))
-    rows = [[t.name + (" (recipe)" if t.number == 0 else ""), *[_shown(t.values.get(p, "-")) for p in names], t.epoch, f"{t.score:.2f}" if t.score is not None else "-", t.outcome or "open", duration(t.seconds)]
+    rows = [[t.name + (" (recipe)" if t.number == 0 else ""), *[page.value(t.values.get(p, "-")) for p in names], t.epoch, f"{t.score:.2f}" if t.score is not None else "-", t.outcome or "open", duration(t.seconds)]
             for t in ranked]
     kinds = ["best" if t is best else "dim" if t.outcome != "completed" else "" for t in ranked]
     return page.table(["trial", *names.values(), "epochs", f"best top-1 ({split})", "outcome", "time"], rows, kinds)
@@ -107,6 +106,3 @@ def _failed(trials: list[Trial]) -> list[str]:
     failed = [t for t in trials if t.outcome == "failed"]
     return [page.heading("Failed"), page.table(["trial", "why"], [[t.name, t.reason] for t in failed], text_columns=(1,))] if failed else []
 
-
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
