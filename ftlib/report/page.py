@@ -20,7 +20,7 @@ STYLE = """
 main{max-width:1080px;margin:0 auto;padding:28px 20px 60px}h1{font-size:26px;margin:0 0 4px}h2{font-size:19px;margin:38px 0 6px;border-top:1px solid var(--line);padding-top:22px}
 p{margin:6px 0 12px;max-width:76ch}.soft{color:var(--soft)}code{background:var(--card);padding:1px 5px;border-radius:4px}
 .scroll{overflow-x:auto;max-height:560px;overflow-y:auto;border:1px solid var(--line);border-radius:8px}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}th,td{padding:6px 9px;font-size:13px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}th,td{padding:6px 8px;font-size:12.5px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 th{position:sticky;top:0;background:var(--card);font-weight:600;color:var(--soft)}td:first-child,th:first-child{text-align:left}tr:last-child td{border-bottom:0}td.w,th.w{text-align:left;white-space:normal}
 figure{margin:0}.plot img{display:block;max-width:100%;height:auto;background:#fff;border-radius:8px;border:1px solid var(--line)}
 .grid{display:flex;flex-wrap:wrap;gap:14px}.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px;min-width:0}

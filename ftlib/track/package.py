@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ftlib.config import Run
 from ftlib.tree import to_dict
 
+logging.getLogger("mlflow.types.type_hints").setLevel(logging.ERROR)  # pictures of several forms are described by a union, on purpose
 with warnings.catch_warnings():  # mlflow.pyfunc warns about its own type hints while it is imported
     warnings.simplefilter("ignore")
     import mlflow.models

@@ -31,6 +31,7 @@ class Browser:
             page = next(t for t in json.load(reply) if t["type"] == "page")
         self.socket = self.stack.enter_context(connect(page["webSocketDebuggerUrl"], max_size=None, proxy=None))
         self.number = 0
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
 
     def _port(self, profile: Path) -> str:
         deadline = time.monotonic() + 60
