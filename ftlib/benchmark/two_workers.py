@@ -1,0 +1,45 @@
+"""What each of torchrun's two workers does: DistributedDataParallel and ftlib's loop by turns, in the same process group.
+
+    python -m torch.distributed.run --standalone --nproc-per-node 2 -m ftlib.benchmark.two_workers OUT.json SETTINGS_AS_JSON
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from ftlib.benchmark.training import Settings, loops, training, words
+
+
+def main(out: str, settings: Settings) -> None:
+    backend = "nccl" if torch.cuda.device_count() > 1 else "gloo"
+    dist.init_process_group(backend)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.set_num_threads(1)
+    ours = training(settings, rank=rank, world=world)
+    run_ours, run_plain = loops(settings, ours, lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True))
+    cases: dict[str, Callable[[int], int]] = {"ftlib, two workers": run_ours, "torchrun DDP, two workers": run_plain}
+    costs: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    for run in cases.values():
+        run(2)
+    for n in range(settings.rounds):
+        for name in cases if n % 2 == 0 else reversed(cases):
+            dist.barrier()
+            cpu, began = time.process_time(), time.perf_counter()
+            cases[name](settings.steps)
+            dist.barrier()
+            costs[name].append(((time.process_time() - cpu) / settings.steps, (time.perf_counter() - began) / settings.steps))
+    if rank == 0:
+        Path(out).write_text(json.dumps({"costs": costs, "words": words(settings, ours.dtype), "backend": backend}), "utf-8")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Settings(**json.loads(sys.argv[2])))
