@@ -7,6 +7,7 @@ fed with what the ledger still has open. (Tuner.restore reruns trials that finis
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import shutil
@@ -69,6 +70,13 @@ def execute(next_trial: Callable[[], Trial | None], config: Callable[[Trial], di
     if watch.error is not None:
         raise watch.error
     return not _interrupt.is_set()
+
+
+def preload() -> None:
+    """Import what Tune imports when it starts, before any other thread runs. Tune looks for MLflow's callback whether it is used or not; two threads that
+    import mlflow at once (the other one delivers the tracking journal) end in a deadlock of Python's import locks."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("ray.air.integrations.mlflow")
 
 
 def _name(trial: Any) -> str:

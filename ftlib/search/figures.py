@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from ftlib.search.importance import Importance
 from ftlib.search.ledger import Trial
@@ -69,6 +70,10 @@ def slices(space: Space, names: Mapping[str, str], trials: Sequence[Trial], best
                 axes.set_xticks(range(len(place)), [str(c) for c in place], rotation=20 if len(place) > 3 else 0)
             elif axis.log:
                 axes.set_xscale("log")
+                axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
+                axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                axes.xaxis.set_minor_formatter(NullFormatter())
+                axes.tick_params(axis="x", labelrotation=30)
             axes.set(xlabel=names[axis.path])
         for axes in list(grid.flat)[len(space.axes):]:
             axes.set_visible(False)

@@ -258,7 +258,9 @@ def with_values(recipe: Run, trial: Trial, constants: Mapping[str, Any]) -> Run:
 
 def connect(run: Run, trials: int, parallel: int) -> Room:
     from ftlib.launch import cluster
+    from ftlib.search import engine
 
+    engine.preload()
     cluster.connect(dashboard=run.cluster.high > 1)
     cluster.refuse_open(run.cluster.allow_open)
     return room(run, cluster.capacity(), trials, parallel)
@@ -285,6 +287,8 @@ def _open(plan: Sweep, ledger: Ledger, base: Run, basis: training.Basis, trackin
     tracking = tracking_for(base.track, experiment=basis.data_name, journal_dir=journal_dir(ledger), resuming=bool(known))
     tags = run_tags(base, kind="sweep", dataset=(basis.data_name, basis.data_digest), sweep=plan.name, extra={"space": plan.space.name, "recipe": plan.recipe_name, "search": plan.search})
     parent = tracking.start_run(f"sweep {plan.name}", tags=tags, params=params_of(base), run_id=known or None)
+    if known:
+        parent.writer().tags({"reason": ""})
     params = [param(p) for p in ledger.about["axes"]]
     for view in (sweep_view(plan.name, params, "tuning"), sweep_view(plan.name, params, "tuning", finished_only=False)):
         parent.save_view(view)

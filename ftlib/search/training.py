@@ -67,7 +67,8 @@ class TitledTracking:
     params: Mapping[str, Any]
 
     def start_run(self, name: str, *, tags: Mapping[str, Any], params: Mapping[str, Any], parent: str | None = None, run_id: str | None = None) -> Any:
-        return self.handle.start_run(self.title, tags=tags, params={**params, **self.params}, parent=parent, run_id=run_id)
+        # A run that goes on is no longer stopped for a reason.
+        return self.handle.start_run(self.title, tags={**tags, "reason": ""}, params={**params, **self.params}, parent=parent, run_id=run_id)
 
 
 @dataclass(frozen=True)
