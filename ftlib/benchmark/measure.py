@@ -51,14 +51,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Goal:
-    """What a ratio should reach."""
+    """Two cases to compare, and what their ratio should reach."""
 
     ours: str
     peer: str
     of: Quantity
-    at_most: float
-    """Largest ratio ours / peer."""
-    what: str = ""
+    at_most: float | None = None
+    """Largest ratio ours / peer; None compares without a goal."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,158 @@
+"""The benchmark runs in its smallest form and its report is whole. No time is asserted."""
+
+import importlib.util
+import io
+import json
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ftlib.benchmark import loader, measure, show, training
+from ftlib.benchmark.measure import BenchmarkError, Case, Cost, Goal, by_turns, ratios
+
+JOB = Path(__file__).parents[1] / "jobs" / "benchmark.py"
+
+
+@pytest.fixture(scope="module")
+def job():
+    spec = importlib.util.spec_from_file_location("benchmark_job", JOB)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def quiet(_):
+    pass
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------------------------
+
+def test_cases_take_turns_forwards_and_backwards():
+    order = []
+
+    def case(name):
+        return Case(name, lambda: order.append(name) or Cost(1.0, 1.0))
+
+    by_turns("x", "step", [case("a"), case("b")], [], 3, quiet)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+
+
+def test_ratios_are_formed_within_rounds():
+    # The machine is three times slower in the second round: the ratio does not see it.
+    costs = {"ours": [Cost(1, 1), Cost(3, 3)], "peer": [Cost(2, 4), Cost(6, 12)]}
+    cpu, wall = ratios(costs, [Goal("ours", "peer", "cpu", 0.4), Goal("ours", "peer", "wall", 0.4), Goal("ours", "absent", "cpu", 0.4)])
+    assert cpu.rounds == (0.5, 0.5) and cpu.met is False
+    assert wall.median == 0.25 and wall.met is True
+
+
+def _burn(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_cpu_of_other_processes_counts():
+    tree = measure.ProcessTree()
+    before = tree.cpu()
+    process = multiprocessing.get_context("fork").Process(target=_burn, args=(0.3,))
+    process.start()
+    process.join()
+    assert 0.28 < tree.cpu() - before < 0.3 + 0.5
+
+
+def test_stream_counts_what_was_made_not_what_was_there():
+    import contextlib
+
+    @contextlib.contextmanager
+    def opened():
+        yield iter([8] * 1000)
+
+    cost = measure.stream_cost(opened, images=64, ahead=32)
+    assert cost.wall >= 0 and cost.cpu >= 0
+
+
+# --- the loader ---------------------------------------------------------------------------------------------------------------------
+
+def test_generated_photos_are_like_photos(tmp_path):
+    loader.photos(tmp_path, 4)
+    files = sorted(tmp_path.rglob("*.jpg"))
+    assert len(files) == 4
+    for file in files:
+        with Image.open(file) as picture:
+            assert sorted(picture.size) == [375, 500]
+        assert 20_000 < file.stat().st_size < 250_000
+
+
+def test_the_job_in_its_smallest_form(job, tmp_path, capsys):
+    job.main(["--what", "loader,step", "--rounds", "2", "--images", "8", "--size", "32", "--workers", "0", "--only", "ftlib Phase 2, torchvision, full-size", "--max-side", "64",
+              "--step-size", "32", "--batch", "2", "--steps", "1", "--out", str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    assert "Input pipeline" in text and "Training step" in text and "cores" in text
+    found = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    assert found["machine"]["cores"] >= 1 and "--what loader,step" in found["command"]
+    pipeline, step = found["parts"]
+    names = [case["name"] for case in pipeline["cases"]]
+    assert {loader.ORIGINALS, loader.REENCODED, loader.TORCHVISION, loader.FULL_SIZE} <= set(names)
+    for part in found["parts"]:
+        assert part["ratios"]
+        for ratio in part["ratios"]:
+            assert len(ratio["rounds"]) == 2 and ratio["low"] <= ratio["median"] <= ratio["high"] and ratio["low"] > 0
+        for case in part["cases"]:
+            assert len(case["cpu_ms"]) == len(case["wall_ms"]) == 2
+    assert step["ratios"][0]["goal"] == 1.01
+    with Image.open(tmp_path / "out" / "benchmark.png") as picture:
+        assert picture.size[0] > 500
+
+
+def test_ftlibs_loader_processes_are_measured_and_ended(tmp_path):
+    import psutil
+
+    loader.photos(tmp_path / "photos", 8)
+    before = len(psutil.Process().children(recursive=True))
+    part = loader.benchmark(tmp_path, tmp_path / "photos", images=8, rounds=1, workers=1, max_side=64, size=32, only="ftlib Phase 2, re-encoded", say=quiet)
+    assert part.costs[loader.REENCODED][0].cpu > 0
+    assert len(psutil.Process().children(recursive=True)) <= before + 2  # the fork server and the resource tracker stay
+
+
+def test_checkpoints_in_their_smallest_form(tmp_path):
+    part = training.checkpoints(training.Settings(size=32, batch=2, steps=1, rounds=1), tmp_path, quiet)
+    assert part.ratios[0].goal == 1.01 and "a checkpoint" in part.notes[1]
+
+
+@pytest.mark.slow
+def test_two_workers_and_startup(tmp_path):
+    smallest = training.Settings(size=32, batch=2, steps=1, rounds=1)
+    found = training.scaling(smallest, tmp_path, quiet)
+    assert set(found.costs) == {"ftlib, two workers", "torchrun DDP, two workers"} and len(found.ratios[0].rounds) == 1
+    started = training.startup(smallest, tmp_path, quiet)
+    assert "ftlib --help" in started.costs and "goal" in started.notes[-1]
+
+
+# --- what is shown, what is refused -------------------------------------------------------------------------------------------------
+
+def test_a_missed_goal_is_said(tmp_path):
+    part = measure.Part("T", "image", {"a": [Cost(1, 1)], "b": [Cost(1, 1)]}, ratios({"a": [Cost(1, 1)], "b": [Cost(1, 1)]}, [Goal("a", "b", "cpu", 0.5)]), ["note"])
+    out = io.StringIO()
+    show.table(part, out)
+    assert "MISSED" in out.getvalue() and "1.000..1.000" in out.getvalue() and "note" in out.getvalue()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--what", "laoder"], "Did you mean loader"), (["--rounds", "0"], "--rounds 0"), (["--source", "/nowhere/pictures"], "no such folder"),
+    (["--what", "loader", "--only", "nobody", "--images", "4", "--max-side", "64"], "no loader's name"),
+])
+def test_wrong_input_is_refused_with_the_remedy(job, arguments, message):
+    with pytest.raises(BenchmarkError, match=message):
+        job.main(arguments)
+
+
+def test_help_imports_no_torch():
+    import subprocess
+
+    done = subprocess.run([sys.executable, "-X", "importtime", str(JOB), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--what" in done.stdout
+    assert not any(line.endswith((" torch", " ray", " mlflow")) for line in done.stderr.splitlines())
