@@ -8,6 +8,11 @@ os.environ["MLFLOW_TRACKING_URI"] = ""
 os.environ.pop("RAY_ADDRESS", None)
 
 import pytest
+from hypothesis import settings
+
+# A busy machine is not a bug: no test of ours asserts a time.
+settings.register_profile("ftlib", deadline=None)
+settings.load_profile("ftlib")
 
 
 @pytest.fixture(autouse=True)
