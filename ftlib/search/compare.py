@@ -48,7 +48,7 @@ class Finished:
             run = from_dict(Run, about["run"])
         except ConfigError as error:
             raise ComparisonError(f"{run_dir}: its recipe is of another version of ftlib ({error})") from None
-        return cls(name or run_dir.rstrip("/").rsplit("/", 1)[-1], run_dir, run, about["data"], about.get("init"), result)
+        return cls(name or run_dir.rstrip("/").rsplit("/", 1)[-1], run_dir, run, about["data"], about.get("init"), result or {})
 
     @cached_property
     def answers(self) -> Answers:

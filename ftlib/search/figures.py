@@ -19,7 +19,7 @@ from ftlib.search.spaces import Space
 from ftlib.search.statistics import Difference
 
 BEST, OWN, REST, STOPPED = "#c8102e", "#111111", "#3b6ea5", "#b9c3cf"
-SETTINGS = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True, "svg.fonttype": "none", "svg.hashsalt": "ftlib"}
+SETTINGS: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True, "svg.fonttype": "none", "svg.hashsalt": "ftlib"}
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
@@ -102,7 +102,7 @@ def best_so_far(trials: Sequence[Trial], split: str) -> Figure:
     with matplotlib.rc_context(SETTINGS):
         figure, ((axes,),) = _figure(7.2, 2.6)
         scored = sorted((t for t in trials if t.score is not None and t.outcome in ("completed", "pruned")), key=lambda t: t.number)
-        x, y = [t.number for t in scored], [t.score for t in scored]
+        x, y = [t.number for t in scored], [t.score or 0.0 for t in scored]
         for trial in scored:
             axes.plot(trial.number, trial.score, "o", ms=4, mec=REST, mfc="none" if trial.outcome == "pruned" else REST)
         if scored:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,11 +28,12 @@ class Halving(ASHAScheduler):
 
     def replay(self, trials: Iterable[Trial]) -> None:
         """Take in what earlier drivers saw, so that new trials are measured against the same rungs."""
+        nobody: Any = None  # ASHA does not use the controller
         for trial in sorted(trials, key=lambda t: t.number):
-            known = SimpleNamespace(trial_id=trial.name)
-            super().on_trial_add(None, known)
+            known: Any = SimpleNamespace(trial_id=trial.name)
+            super().on_trial_add(nobody, known)
             for point in trial.history:
-                super().on_trial_result(None, known, point)
+                super().on_trial_result(nobody, known, dict(point))
 
     def milestones(self) -> list[int]:
         return sorted(int(m) for m, _ in self._brackets[0]._rungs if m <= self.epochs)
@@ -40,7 +41,7 @@ class Halving(ASHAScheduler):
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, _known(trial))
 
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if "outcome" in result or "score" not in result:
             return TrialScheduler.CONTINUE
         decision = super().on_trial_result(tune_controller, _known(trial), result)
@@ -50,12 +51,12 @@ class Halving(ASHAScheduler):
         self.stopped[number] = int(result["epoch"])
         return decision
 
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> None:
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         self._trial_info.pop(_known(trial).trial_id, None)
 
     def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
         self._trial_info.pop(_known(trial).trial_id, None)
 
 
-def _known(trial: Any) -> SimpleNamespace:
+def _known(trial: Any) -> Any:
     return SimpleNamespace(trial_id=f"t{trial.config['number']:02d}")

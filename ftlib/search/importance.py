@@ -54,7 +54,10 @@ def importance(space: Space, trials: Sequence[Trial], seed: int = 0) -> Importan
             continue
         for path, share in _shares(always, [kept[i][0] for i in picked], values[picked]).items():
             draws[path].append(share)
-    shares = {p: (point[p], *(float(q) for q in np.quantile(draws[p] or [point[p]], [0.05, 0.95]))) for p in point}
+    shares: dict[str, tuple[float, float, float]] = {}
+    for path, share in point.items():
+        low, high = np.quantile(draws[path] or [share], [0.05, 0.95])
+        shares[path] = (share, float(low), float(high))
     return Importance(dict(sorted(shares.items(), key=lambda item: -item[1][0])), len(kept), at, remark)
 
 

@@ -167,12 +167,11 @@ def _run(wanted: list[Trial], basis: training.Basis, place: Any, tracking: Any, 
 def _open(sweep: Ledger, ledger: Ledger, recipe: Run, basis: training.Basis, tracking_for: Callable[..., Any] | None) -> tuple[Any, Any]:
     from ftlib.track.lineage import run_tags
     from ftlib.track.params import params_of
+    from ftlib.track.tracker import open_tracking
 
-    if tracking_for is None:
-        from ftlib.track.tracker import open_tracking as tracking_for
     folder = journal_dir(sweep).parent / "promotion" / "journal"
     known = ledger.about.get("mlflow_run_id", "")
-    tracking = tracking_for(recipe.track, experiment=basis.data_name, journal_dir=folder, resuming=bool(known))
+    tracking = (tracking_for or open_tracking)(recipe.track, experiment=basis.data_name, journal_dir=folder, resuming=bool(known))
     parent = tracking.start_run(f"promotion {sweep.name}", tags=run_tags(recipe, kind="comparison", dataset=(basis.data_name, basis.data_digest), sweep=sweep.name), params=params_of(recipe), run_id=known or None)
     if parent.run_id and parent.run_id != known:
         ledger.save_about(mlflow_run_id=parent.run_id)

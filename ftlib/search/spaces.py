@@ -16,6 +16,7 @@ Paths, types and bounds are checked when the file is loaded, values in combinati
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import math
@@ -298,10 +299,14 @@ def grid(space: Space, points: int) -> Iterator[dict[str, Any]]:
     seen = set()
     for combination in itertools.product(*(a.grid(points) for a in space.axes)):
         picked = dict(zip((a.path for a in space.axes), combination))
-        values = choose(space, lambda axis, picked=picked: picked[axis.path])
+        values = choose(space, functools.partial(_picked, picked))
         if (key := repr(sorted(values.items()))) not in seen:
             seen.add(key)
             yield values
+
+
+def _picked(values: Mapping[str, Any], axis: Axis) -> Any:
+    return values[axis.path]
 
 
 def apply(run: Run, values: Mapping[str, Any]) -> Run:

@@ -279,12 +279,11 @@ def _open(plan: Sweep, ledger: Ledger, base: Run, basis: training.Basis, trackin
     """Tracking and the sweep's parent run, with its saved views."""
     from ftlib.track.lineage import run_tags
     from ftlib.track.params import params_of
+    from ftlib.track.tracker import open_tracking
     from ftlib.track.views import sweep_view
 
-    if tracking_for is None:
-        from ftlib.track.tracker import open_tracking as tracking_for
     known = ledger.about.get("mlflow_run_id", "")
-    tracking = tracking_for(base.track, experiment=basis.data_name, journal_dir=journal_dir(ledger), resuming=bool(known))
+    tracking = (tracking_for or open_tracking)(base.track, experiment=basis.data_name, journal_dir=journal_dir(ledger), resuming=bool(known))
     tags = run_tags(base, kind="sweep", dataset=(basis.data_name, basis.data_digest), sweep=plan.name, extra={"space": plan.space.name, "recipe": plan.recipe_name, "search": plan.search})
     parent = tracking.start_run(f"sweep {plan.name}", tags=tags, params=params_of(base), run_id=known or None)
     if known:
