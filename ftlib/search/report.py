@@ -99,6 +99,7 @@ def _trials(trials: list[Trial], best: Trial | None, names: dict[str, str], spli
 def _overhead(trials: list[Trial]) -> str:
     """What a trial took beyond its epochs: opening data and model, checkpoints, figures."""
     beyond = [t.result["wall_seconds"] - t.seconds for t in trials if t.outcome == "completed" and "wall_seconds" in t.result]
+    beyond = [s for s in beyond if s > 0]  # one that went on after a crash spent some of its epochs in an earlier process
     return f" Beyond its epochs a trial took {sorted(beyond)[len(beyond) // 2]:.1f} s (median)." if beyond else ""
 
 
