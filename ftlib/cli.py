@@ -139,10 +139,10 @@ def _foreign(argv: list[str], recipe: Run) -> None:
         if not found:
             continue
         union, field = found[1], found[2].replace("-", "_")
-        chosen: Settings = getattr(recipe, union)
+        chosen: type[Settings] = type(getattr(recipe, union))
         others = [k.__name__ for k in get_args(hints(Run)[union]) if field in hints(k)]
-        if field not in hints(type(chosen)) and others:
-            raise ConfigError(f"{word.split('=')[0]}: {type(chosen).__name__} has no {field}; {' and '.join(others)} {'have' if len(others) > 1 else 'has'} it. "
+        if field not in hints(chosen) and others:  # type: ignore[arg-type]
+            raise ConfigError(f"{word.split('=')[0]}: {chosen.__name__} has no {field}; {' and '.join(others)} {'have' if len(others) > 1 else 'has'} it. "
                               f"Add --{union} {others[0].lower()}, or leave it out")
 
 

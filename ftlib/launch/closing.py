@@ -138,7 +138,8 @@ def fetch(run: Run, root: str) -> Callable[[str], str]:
         uri = resolve_uri(run.track.uri)
         ensure_store(uri)
         reach(uri)
-        mlflow = client(uri)
+        mlflow: Any = client(uri)
+        run_id: str | None
         try:
             if wanted.startswith("mlflow:"):
                 run_id = wanted.removeprefix("mlflow:")

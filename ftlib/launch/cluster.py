@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import logging
 import os
 import secrets
 import sys
@@ -46,10 +47,11 @@ def connect(*, dashboard: bool = False) -> bool:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         if "ray" in sys.modules:  # it has read its settings already
-            from ray._raylet import AuthenticationTokenLoader, Config
+            from ray import _raylet
 
-            Config.initialize("")
-            AuthenticationTokenLoader.instance().reset_cache()
+            raylet: Any = _raylet
+            raylet.Config.initialize("")
+            raylet.AuthenticationTokenLoader.instance().reset_cache()
     import ray
 
     if ray.is_initialized():
@@ -57,7 +59,7 @@ def connect(*, dashboard: bool = False) -> bool:
     path = os.pathsep.join(dict.fromkeys([ROOT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
     environment = {"env_vars": {"PYTHONPATH": path, "NO_ALBUMENTATIONS_UPDATE": "1"}}
     # Workers' warnings come through the desk; what Ray's own processes print there is of no use to a user, and is in Ray's logs.
-    common: dict[str, Any] = {"logging_level": "WARNING", "log_to_driver": False, "runtime_env": environment}
+    common: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False, "runtime_env": environment}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         if not joining:
@@ -71,7 +73,7 @@ def connect(*, dashboard: bool = False) -> bool:
         except ValueError as error:
             if "env_vars" not in str(error) and "runtime_env" not in str(error):
                 raise
-            ray.init(logging_level="WARNING", log_to_driver=False)  # the job's own runtime environment already says what the workers see
+            ray.init(logging_level=logging.WARNING, log_to_driver=False)  # the job's own runtime environment already says what the workers see
     return True
 
 
@@ -86,9 +88,10 @@ def _initialized() -> bool:
 def refuse_open(allow_open: bool) -> None:
     """Raise LaunchError on a cluster that others on the network reach although Ray's token authentication is off."""
     import ray
-    from ray._raylet import AuthenticationMode, get_authentication_mode
+    from ray import _raylet
 
-    if allow_open or get_authentication_mode() == AuthenticationMode.TOKEN:
+    raylet: Any = _raylet
+    if allow_open or raylet.get_authentication_mode() == raylet.AuthenticationMode.TOKEN:
         return
     addresses = sorted({str(n["NodeManagerAddress"]) for n in ray.nodes() if n["Alive"]})
     outside = [a for a in addresses if not _loopback(a)]

@@ -52,9 +52,7 @@ class Fit:
 
 def here(fit: Fit, screen: Screen) -> dict[str, Any]:
     """Train in this process. Raises what training raises, and Stopped after a signal."""
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
+    train, torch_train = _ray_train()
     desk = _ShowingDesk(screen)
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would print every report
@@ -63,7 +61,8 @@ def here(fit: Fit, screen: Screen) -> dict[str, Any]:
         desk.stop = True
 
     with Signals(stop) as signals:
-        trainer = TorchTrainer(worker.train_loop, train_loop_config=fit.config(Here(desk), local=True), scaling_config=ScalingConfig(num_workers=0), run_config=RunConfig(name=fit.run.name))
+        trainer = torch_train.TorchTrainer(worker.train_loop, train_loop_config=fit.config(Here(desk), local=True), scaling_config=train.ScalingConfig(num_workers=0),
+                                           run_config=train.RunConfig(name=fit.run.name))
         result = trainer.fit().return_value
     return _answer(result, signals)
 
@@ -107,21 +106,27 @@ def on_cluster(fit: Fit, screen: Screen) -> dict[str, Any]:
 
 
 def _trainer(fit: Fit, desk: Remote) -> Any:
-    from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
+    train, torch_train = _ray_train()
     place, run = fit.placement, fit.run
     # Ray's own folder is new at every launch: resuming is ours, so no state of Ray's can brick a run or resume another one.
     scratch = join(fit.run_dir, "ray")
     quietly(lambda: storage.delete_folder(scratch))
     limit = START_ATTEMPTS_GROWING if fit.can_grow else START_ATTEMPTS
-    return TorchTrainer(
-        worker.train_loop, train_loop_config=fit.config(desk, local=False), torch_config=TorchConfig(timeout_s=600),
-        scaling_config=ScalingConfig(num_workers=place.num_workers, use_gpu=bool(place.gpus), resources_per_worker=place.resources, elastic_resize_monitor_interval_s=15.0),
-        run_config=RunConfig(
+    return torch_train.TorchTrainer(
+        worker.train_loop, train_loop_config=fit.config(desk, local=False), torch_config=torch_train.TorchConfig(timeout_s=600),
+        scaling_config=train.ScalingConfig(num_workers=place.num_workers, use_gpu=bool(place.gpus), resources_per_worker=place.resources, elastic_resize_monitor_interval_s=15.0),
+        run_config=train.RunConfig(
             name=f"{run.name}-{uuid.uuid4().hex[:8]}", storage_path=scratch,
-            failure_config=FailureConfig(max_failures=run.cluster.max_failures, controller_failure_limit=limit),
-            checkpoint_config=CheckpointConfig(num_to_keep=1), callbacks=[worker.EndOnFinalError(desk), *fit.callbacks], logging_config=LoggingConfig(log_level="WARNING")))
+            failure_config=train.FailureConfig(max_failures=run.cluster.max_failures, controller_failure_limit=limit),
+            checkpoint_config=train.CheckpointConfig(num_to_keep=1), callbacks=[worker.EndOnFinalError(desk), *fit.callbacks], logging_config=train.LoggingConfig(log_level="WARNING")))
+
+
+def _ray_train() -> tuple[Any, Any]:
+    """(ray.train, ray.train.torch), which change their own names at import in ways that type checkers do not follow."""
+    import ray.train
+    import ray.train.torch
+
+    return ray.train, ray.train.torch
 
 
 def _answer(result: dict[str, Any], signals: Signals) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ftlib import storage, tree
 from ftlib.config import Run
@@ -158,7 +159,7 @@ def launch(
         hook = _Hook(on_report)
         job = fit.Fit(run, ready.dataset, ready.run_dir, ready.source.to_dict() if ready.source else None, writer, placement, capacity.can_grow, hook if on_report else None, callbacks)
         try:
-            with Screen(run.name, _Silent() if quiet else None) as screen, closing.system_metrics(run, writer):
+            with Screen(run.name, _nowhere(stack) if quiet else None) as screen, closing.system_metrics(run, writer):
                 result = fit.here(job, screen) if local else fit.on_cluster(job, screen)
         except Stopped as stop:
             tracked.finish("killed", stop.message)
@@ -228,26 +229,21 @@ class _Hook:
     """The caller's report hook; remembers what it raised."""
 
     def __init__(self, on_report: Callable[[dict[str, float]], None] | None) -> None:
-        self.on_report, self.raised = on_report, None
+        self.on_report = on_report
+        self.raised: BaseException | None = None
 
     def __call__(self, metrics: dict[str, float]) -> None:
         try:
             assert self.on_report is not None
             self.on_report(metrics)
         except BaseException as error:
-            self.raised: BaseException | None = error
+            self.raised = error
             raise
 
 
-class _Silent:
+def _nowhere(stack: contextlib.ExitStack) -> TextIO:
     """Where a quiet run's progress goes."""
-
-    def isatty(self) -> bool:
-        return False
-
-    def write(self, text: str) -> None: ...
-
-    def flush(self) -> None: ...
+    return stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
 
 
 def _say(text: str) -> None:
