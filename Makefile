@@ -25,7 +25,7 @@ install-dev: $(DEV_STAMP)
 $(STAMP):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.installed-*
-	if test -f requirements.lock && $(BIN)/python -m pip install --disable-pip-version-check --quiet --require-hashes --only-binary :all: -r requirements.lock 2>$(VENV)/lock.log; then \
+	if test -f requirements.lock && $(BIN)/python -m pip install --disable-pip-version-check --quiet --require-hashes --only-binary :all: --no-binary grad-cam -r requirements.lock 2>$(VENV)/lock.log; then \
 	  echo "installed from requirements.lock, every file checked against its hash"; \
 	else \
 	  test -f requirements.lock && echo "requirements.lock does not fit this platform or Python ($$(tail -n 1 $(VENV)/lock.log | cut -c1-120)); installing requirements.txt without hashes"; \
