@@ -226,12 +226,24 @@ class Keeper:
         self.table.ended(trial, outcome)
         if outcome == "failed":
             self.mlflow.submit(self._failed, trial)
+        elif outcome == "completed" and result.get("found"):
+            self.mlflow.submit(self._found, trial)
         elif outcome == "pruned" and not self.local:
             self.mlflow.submit(self.tracking.end_orphan, self.title(trial), "pruned", reason)
 
+    def _reopened(self, trial: Trial) -> Any:
+        tags = {"kind": self.kind, "trial": trial.label, **self.tags, "reason": ""}
+        return self.tracking.start_run(self.title(trial), tags=tags, params=self.params(trial), parent=self.parent)
+
+    def _found(self, trial: Trial) -> None:
+        """The driver died between the end of its training and that of its MLflow run, which is ended here."""
+        run = self._reopened(trial)
+        run.writer().metrics({k: v for k, v in trial.result.get("metrics", {}).items() if isinstance(v, float)}, step=0)
+        run.finish("completed")
+
     def _failed(self, trial: Trial) -> None:
         """Its run in MLflow, made here if it failed before it had one, says why."""
-        run = self.tracking.start_run(self.title(trial), tags={"kind": self.kind, "trial": trial.label, **self.tags}, params=self.params(trial), parent=self.parent)
+        run = self._reopened(trial)
         if trace := trial.result.get("traceback"):
             run.writer().text(trace, "errors/traceback.txt")
         run.finish("failed", trial.reason)

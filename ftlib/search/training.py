@@ -117,7 +117,7 @@ def train_run(shared: Shared, config: dict[str, Any], report: Report) -> dict[st
 
         answers(outcome.run_dir)
     return {"score": outcome.metrics[f"best/{split}_top1"], "run_dir": outcome.run_dir, "best_dir": outcome.best_dir, "mlflow_run_id": outcome.mlflow_run_id,
-            "metrics": dict(outcome.metrics), "history": history}
+            "metrics": dict(outcome.metrics), "history": history, "found": outcome.status == "finished"}
 
 
 @contextlib.contextmanager

@@ -40,7 +40,7 @@ def train(shared, config, report):
              "history": [{"epoch": e, "score": score_at(e), "seconds": PLAN.get("seconds", 0.0)} for e in range(1, epochs + 1)]}
     if start == epochs:  # it had finished, but the driver died before it heard of it
         log("found", start)
-        return final
+        return {**final, "found": True}
     log("start", start)
     tracking = training.TitledTracking(shared.tracking, config["title"], config["params"])
     tracked = tracking.start_run(config["name"], tags={"kind": shared.kind, **shared.tags, "trial": config["name"]}, params={}, parent=shared.parent)
