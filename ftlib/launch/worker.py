@@ -36,13 +36,17 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     if not config["local"]:
         logging.getLogger("ftlib").addHandler(ToDesk(desk))
         desk.tell("hello", ray.get_runtime_context().get_node_id())
+    loaders = loader_workers(run.data.loader_workers, config["cpus"])
+    if not config["local"]:
+        # The CPUs that do not load train; more threads than that spin against the loaders and each other, several times slower.
+        torch.set_num_threads(max(config["cpus"] - loaders, 1))
     notices = Notices(desk)
     try:
         return loop.train(loop.Job(
             run=run, dataset=Dataset.open(config["data"]), run_dir=config["run_dir"], device=device,
             rank=context.get_world_rank(), world=context.get_world_size(),
             source=Source.from_dict(config["source"]) if config["source"] else None,
-            loader_workers=loader_workers(run.data.loader_workers, config["cpus"]),
+            loader_workers=loaders,
             tracking=config["writer"], report=reporter(config.get("on_report"), config["local"]),
             progress=lambda values: desk.tell("show", values), notice=notices))
     except loop.Interrupted as error:
