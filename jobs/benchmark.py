@@ -36,7 +36,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--size", type=int, default=224, metavar="PIXELS", help="side of the loader's training input (default: %(default)s)")
     parser.add_argument("--max-side", type=int, default=352, metavar="PIXELS", help="longer side of the re-encoded pictures (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="loader processes (default: %(default)s)")
-    parser.add_argument("--only", default="", metavar="WORDS", help="only the loaders whose name contains one of these words (separated by commas)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORDS", help="only the loaders whose name contains one of these: --only timm 'ftlib Phase 2'")
     parser.add_argument("--arch", default="resnet18", metavar="NAME", help="model of the training steps (default: %(default)s)")
     parser.add_argument("--step-size", type=int, default=64, metavar="PIXELS", help="side of the pictures in the training steps (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="images per training step (default: %(default)s)")

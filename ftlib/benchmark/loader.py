@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -58,7 +58,7 @@ def photos(folder: Path, count: int, seed: int = 0) -> None:
         cv2.imwrite(str(target), picture.clip(0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 95])
 
 
-def benchmark(scratch: Path, source: Path | None, *, images: int, rounds: int, workers: int, max_side: int, size: int, only: str, say: Callable[[str], None]) -> Part:
+def benchmark(scratch: Path, source: Path | None, *, images: int, rounds: int, workers: int, max_side: int, size: int, only: Sequence[str] = (), say: Callable[[str], None]) -> Part:
     """Every loader's CPU and wall time per image.
 
     Args:
@@ -66,8 +66,9 @@ def benchmark(scratch: Path, source: Path | None, *, images: int, rounds: int, w
         source: a folder of pictures; None generates some.
         images: per case and round.
         max_side: longer side, in pixels, of the re-encoded pictures.
-        only: measure only cases whose name contains this (any of several, separated by commas).
+        only: measure only cases whose name contains one of these; all where there are none.
     """
+    cv2.setNumThreads(1)  # peers fork their processes, which must not inherit a thread pool whose threads are not there
     if source is None:
         photos(scratch / "photos", max(8, min(images, 128)))
     folder = source or scratch / "photos"
@@ -102,9 +103,9 @@ def benchmark(scratch: Path, source: Path | None, *, images: int, rounds: int, w
             making[name] = lambda name=name, opened=opened, ahead=ahead: Case(name, lambda: stream_cost(opened, images, ahead))
     if absent:
         notes.append(f"not installed, so not measured: {', '.join(absent)}")
-    wanted = [name for name in making if not only or any(word.strip().lower() in name.lower() for word in only.split(","))]
+    wanted = [name for name in making if not only or any(words.lower() in name.lower() for words in only)]
     if not wanted:
-        raise BenchmarkError(f"--only {only}: no loader's name contains it. There are: {'; '.join(making)}")
+        raise BenchmarkError(f"--only {' '.join(only)}: no loader's name contains it. There are: {'; '.join(making)}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what peers warn of is not the user's concern
         cases = [making[name]() for name in wanted]

@@ -55,7 +55,6 @@ class Endless(Sampler[int]):
 
 def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
-    cv2.setNumThreads(1)
 
 
 def dataloader(files: Sequence[Path], transform: Callable[[Path], Any], batch_size: int, workers: int, collate: Any = None) -> Opened:
