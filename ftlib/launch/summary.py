@@ -80,7 +80,7 @@ def sample(phase1: Any, phase2: Any, tracking_uri: str, commands: list[tuple[str
     lines += ["", "Where it is", f"  home         {home()}"]
     for name, _, outcome in rows:
         lines += [f"  {name}      {outcome.run_dir}/", f"    best model {os.path.relpath(outcome.best_dir, outcome.run_dir)}", "    to resume  checkpoints/",
-                  *([f"    figures    {os.path.relpath(f, outcome.run_dir)}" for f in outcome.figures])]
+                  f"    figures    {', '.join(os.path.relpath(f, outcome.run_dir) for f in outcome.figures if f.endswith(('.png', '.html')))}"]
     lines += [f"  MLflow       {tracking_uri}", "", "What next"]
     lines += [f"  {what:<28} {command}" for what, command in commands]
     return "\n".join(lines)
