@@ -12,6 +12,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -100,7 +101,7 @@ def benchmark(scratch: Path, source: Path | None, *, images: int, rounds: int, w
         except ImportError:
             absent.append(name.split()[0].strip(","))
         else:
-            making[name] = lambda name=name, opened=opened, ahead=ahead: Case(name, lambda: stream_cost(opened, images, ahead))
+            making[name] = partial(Case, name, partial(stream_cost, opened, images, ahead))
     if absent:
         notes.append(f"not installed, so not measured: {', '.join(absent)}")
     wanted = [name for name in making if not only or any(words.lower() in name.lower() for words in only)]

@@ -63,7 +63,7 @@ def dataloader(files: Sequence[Path], transform: Callable[[Path], Any], batch_si
     def opened() -> Iterator[Iterator[int]]:
         loader = DataLoader(Files(files, transform), batch_size, sampler=Endless(len(files)), num_workers=workers, prefetch_factor=AHEAD if workers else None,
                             worker_init_fn=_one_thread, collate_fn=collate)
-        batches = iter(loader)
+        batches: Any = iter(loader)
         try:
             yield (len(batch[1]) for batch in batches)
         finally:
@@ -76,6 +76,10 @@ def dataloader(files: Sequence[Path], transform: Callable[[Path], Any], batch_si
 def _pil(path: Path) -> Image.Image:
     with open(path, "rb") as file:
         return Image.open(file).convert("RGB")
+
+
+def _cv2(path: Path) -> Any:
+    return cv2.imread(str(path))
 
 
 def torchvision_reference(size: int) -> Callable[[Path], torch.Tensor]:
@@ -122,7 +126,7 @@ def full_size_albumentations(size: int) -> Callable[[Path], torch.Tensor]:
     chain = A.Compose([
         A.SomeOf([geometric, noise, colour], n=2, replace=False, p=1), A.RandomResizedCrop((size, size), scale=(0.08, 1.0), p=1), A.HorizontalFlip(p=0.5),
         A.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.2), A.Normalize(IMAGENET_MEAN, IMAGENET_STD), ToTensorV2()])
-    return lambda path: chain(image=cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB))["image"]
+    return lambda path: chain(image=cv2.cvtColor(_cv2(path), cv2.COLOR_BGR2RGB))["image"]
 
 
 # --- FFCV and DALI: crop, flip, normalise -----------------------------------------------------------------------------------------------

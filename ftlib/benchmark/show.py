@@ -11,9 +11,9 @@ from ftlib.report.errors import BLUE, GREY, axes, png
 
 def table(part: Part, out: TextIO) -> None:
     """Costs and ratios: drawn by rich on a terminal, plain aligned text elsewhere."""
-    costs = [("", f"CPU ms/{part.unit}", "", f"wall ms/{part.unit}", "")]
+    costs: list[tuple[str, ...]] = [("", f"CPU ms/{part.unit}", "", f"wall ms/{part.unit}", "")]
     costs += [(name, *_spread([1000 * c.cpu for c in found]), *_spread([1000 * c.wall for c in found])) for name, found in part.costs.items()]
-    found = [("ratio", "of", "median", "min..max", "goal")]
+    found: list[tuple[str, ...]] = [("ratio", "of", "median", "min..max", "goal")]
     for r in part.ratios:
         goal = "" if r.goal is None else f"<= {r.goal:.2f} {'met' if r.met else 'MISSED'}"
         found.append((f"{r.ours} / {r.peer}", r.of, f"{r.median:.3f}", f"{min(r.rounds):.3f}..{max(r.rounds):.3f}", goal))
