@@ -19,8 +19,8 @@ from ftlib.tree import override
 from jobs import phase1, phase2
 
 SMALL = {"data.path": "digits", "data.subset": 1.0, "model.arch": "resnet18"}
-PHASE1 = override(phase1.PHASE1, {**SMALL, "augment.size": 32, "train.epochs": 10, "gates.val_top1": 80.0})
-PHASE2 = override(phase2.PHASE2, {**SMALL, "augment.size": 32, "train.epochs": 12, "gates.val_top1": 97.0, "gates.gain": 0.0})
+PHASE1 = override(phase1.PHASE1, {**SMALL, "augment.size": 32, "train.epochs": 8, "gates.val_top1": 80.0})
+PHASE2 = override(phase2.PHASE2, {**SMALL, "augment.size": 32, "train.epochs": 8, "gates.val_top1": 97.0, "gates.gain": 0.0})
 
 
 def main() -> None:
