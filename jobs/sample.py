@@ -25,8 +25,11 @@ PHASE2 = override(phase2.PHASE2, {**SMALL, "augment.size": 32, "train.epochs": 8
 
 def main() -> None:
     started = time.monotonic()
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     if sys.argv[1:]:
-        raise SystemExit(__doc__ if sys.argv[1] in ("-h", "--help") else "jobs/sample.py takes no options. Use jobs/prepare.py, jobs/phase1.py and jobs/phase2.py with your own")
+        raise SystemExit("jobs/sample.py takes no options. Use jobs/prepare.py, jobs/phase1.py and jobs/phase2.py with your own")
     from ftlib.data.prepare import prepare
     from ftlib.launch.summary import sample
     from ftlib.launch.trainer import launch
