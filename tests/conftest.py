@@ -17,7 +17,8 @@ settings.load_profile("ftlib")
 
 @pytest.fixture(autouse=True)
 def home(tmp_path_factory, monkeypatch):
-    """FTLIB_HOME below pytest's temporary folder."""
+    """FTLIB_HOME below pytest's temporary folder, and no store but the one in it: mlflow.set_tracking_uri writes the variable of the whole process."""
     path = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("FTLIB_HOME", str(path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     return path
