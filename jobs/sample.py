@@ -18,9 +18,9 @@ from ftlib.cli import job
 from ftlib.tree import override
 from jobs import phase1, phase2
 
-SMALL = {"data.path": "digits", "data.subset": 1.0, "model.arch": "resnet18"}
-PHASE1 = override(phase1.PHASE1, {**SMALL, "augment.size": 32, "train.epochs": 8, "gates.val_top1": 80.0})
-PHASE2 = override(phase2.PHASE2, {**SMALL, "augment.size": 32, "train.epochs": 8, "gates.val_top1": 97.0, "gates.gain": 0.0})
+SMALL = {"data.path": "digits", "data.subset": 1.0, "model.arch": "resnet18", "augment.size": 32, "cluster.workers": str(min(os.cpu_count() or 1, 2))}
+PHASE1 = override(phase1.PHASE1, {**SMALL, "train.epochs": 14, "gates.val_top1": 80.0})
+PHASE2 = override(phase2.PHASE2, {**SMALL, "train.epochs": 8, "gates.val_top1": 97.0, "gates.gain": 0.0})
 
 
 def main() -> None:

@@ -1,4 +1,7 @@
-"""What runs in each Ray worker: rebuild the run from plain values and hand it to the training loop."""
+"""What runs in each Ray worker: rebuild the run from plain values and hand it to the training loop.
+
+Ray's controller imports this module too, so what only a worker needs is imported in it.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
-import ray.train.torch
-import torch
 from ray.train import Checkpoint, UserCallback
 
 from ftlib import tree
 from ftlib.config import Run
-from ftlib.data.shards import Dataset
 from ftlib.launch.desk import Notices, ToDesk
-from ftlib.learn import loop
-from ftlib.learn.weights import Source
 from ftlib.storage import StorageError
 
 
@@ -28,6 +26,13 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     Returns the training's result; an interrupted one returns {"interrupted": message}. An error of ftlib's own, which a restart would only
     repeat, is left on the desk before it is raised.
     """
+    import ray.train.torch
+    import torch
+
+    from ftlib.data.shards import Dataset
+    from ftlib.learn import loop
+    from ftlib.learn.weights import Source
+
     run = tree.from_dict(Run, config["run"])
     desk = config["desk"]
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would print every report

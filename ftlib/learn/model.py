@@ -20,6 +20,7 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 from torchvision.ops import StochasticDepth
 
 from ftlib import config
+from ftlib.learn import single_pixel
 from ftlib.tree import ConfigError, nearest
 
 DROPOUT_ARGUMENT = {"densenet": "drop_rate", "maxvit": "mlp_dropout"}
@@ -56,6 +57,7 @@ def build(cfg: config.Model, num_classes: int, imagenet_weights: bool = False, i
         _set_drop_path(model, cfg)
     if imagenet_weights:
         _load_imagenet(model, cfg, num_classes)
+    single_pixel.shorten(model)
     return model
 
 
