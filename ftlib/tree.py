@@ -11,9 +11,10 @@ import hashlib
 import json
 import math
 import types
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from functools import lru_cache
-from typing import Annotated, Any, ClassVar, Iterator, Literal, Mapping, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 
 class ConfigError(ValueError):
@@ -64,7 +65,7 @@ class Settings:
         return f"{self.section}.{name}" if self.section else name
 
 
-@lru_cache(maxsize=None)
+@cache
 def hints(cls: type) -> dict[str, Any]:
     """Field name -> type, Annotated bounds included."""
     found = get_type_hints(cls, include_extras=True)

@@ -69,7 +69,8 @@ def plan(run: Run, dataset: Dataset) -> Plan:
 
     images, scored = check_data(run, dataset)
     augment.check(run.augment)
-    model = models.build(run.model, len(dataset.classes))
+    models.check(run.model, run.augment.size, run.eval_size)
+    model = models.build(run.model, len(dataset.classes), image_size=run.augment.size)
     parameters = sum(p.numel() for p in model.parameters())
     size = 4 * parameters * (COPIES[type(run.optimizer).__name__] + bool(run.train.ema_decay))
     steps = order.steps_per_epoch(images, run.train.batch_size)

@@ -1,5 +1,7 @@
 """A prepared set of tiny pictures, and a run on it that takes a second."""
 
+import socket
+
 import cv2
 import numpy as np
 import pytest
@@ -34,3 +36,14 @@ def tiny(shapes, home):
     return Run(
         stage="phase1", data=Data(path=shapes, loader_workers=0), augment=Augment(size=16, crop_scale=(0.9, 1.0), flip=0.0), model=Model(arch="shufflenet_v2_x0_5"),
         optimizer=SGD(lr=0.05), schedule=Cosine(min_lr=0.0), train=Train(epochs=3, batch_size=32, microbatch_size=16, log_every=1), track=Track(system_metrics=False, log_model=False))
+
+
+@pytest.fixture
+def free_port():
+    """Gives TCP ports that nothing listens on."""
+    def give():
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            return s.getsockname()[1]
+
+    return give

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -101,14 +100,8 @@ def test_an_error_that_would_come_again_is_not_retried(shapes, home):
         assert "error: the loss or its gradient was not finite" in process.log() and "Traceback" not in process.log() and "goes on from" not in process.log()
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @pytest.fixture
-def head(tmp_path_factory):
+def head(tmp_path_factory, free_port):
     """A `ray start --head` of this test's own; its processes are ended by their ids."""
     import psutil
 
