@@ -127,7 +127,7 @@ def _log_model(tracked: Any, run: Run, dataset: Dataset, outcome: Any, metrics: 
     loaded = load_run_model(outcome.run_dir)
     shutil.rmtree(out, ignore_errors=True)
     package(loaded.model, run, loaded.classes, metrics, temperature, out, {"name": dataset.name, "digest": dataset.digest}, fitted_on)
-    tracked.log_model(out)
+    tracked.log_model(out, step=int(metrics.get("best/epoch", 0)))
 
 
 def fetch(run: Run, root: str) -> Callable[[str], str]:

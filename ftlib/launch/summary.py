@@ -61,12 +61,14 @@ def _places(outcome: Any) -> list[str]:
     return lines
 
 
-def note(run: Run, outcome: Any, source: Source | None) -> str:
+def note(run: Run, outcome: Any, source: Source | None, report_link: str) -> str:
     """Markdown for the run's page: the result first, then where it comes from and where it is."""
     lines = [f"**{scores(outcome)}**", ""]
     lines += [f"- {gate}" for gate in outcome.gates]
     if source is not None:
         lines.append(f"- started from {source.run_name or source.uri}")
+    if report_link:
+        lines.append(f"- [Report of its errors and its calibration]({report_link})")
     lines += [f"- best model: `{outcome.best_dir}`", f"- run folder: `{outcome.run_dir}`", f"- took {duration(outcome.seconds)} in this launch"]
     return "\n".join(lines)
 

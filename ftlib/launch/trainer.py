@@ -193,7 +193,8 @@ def _complete(ready: Prepared, tracked: Any, writer: Any, result: dict[str, Any]
         "gates": gates.as_json(checked), "start_top1": start, "figures": figures, "history": result["history"]}, indent=2).encode())
     report = closing.close_run(tracked, writer, ready.run, ready.dataset, outcome, metrics, checked)
     outcome = dataclasses.replace(outcome, figures=figures + report)
-    tracked.finish("completed", summary.note(ready.run, outcome, ready.source))
+    written = any(f.endswith("/report.html") for f in report)
+    tracked.finish("completed", summary.note(ready.run, outcome, ready.source, tracked.artifact_link("report/report.html") if written else ""))
     with contextlib.suppress(OSError):
         storage.delete_folder(join(ready.run_dir, "ray"))
     return outcome

@@ -42,14 +42,14 @@ def warning(ledger: Ledger) -> str:
             "partly luck, so its score here is too high. Promotion runs the best ones again over several seeds and compares them on the validation set.")
 
 
-def note(ledger: Ledger, space: Space, view_link: str) -> str:
+def note(ledger: Ledger, space: Space, view_link: str, report_link: str = "") -> str:
     """Markdown for the sweep's page in MLflow: the result and the links in its first lines."""
     best = best_trial(ledger)
     counts = {o: sum(t.outcome == o for t in ledger.trials.values()) for o in ("completed", "pruned", "failed")}
     lines = [f"**{headline(ledger, space)}**", ""]
     if view_link:
         lines.append(f"- [Charts of all trials]({view_link})")
-    lines += ["- Report: artifact `report/index.html`; the winner as a recipe: `best.json`",
+    lines += [f"- {f'[Report]({report_link})' if report_link else 'Report: artifact `report/index.html`'}; the winner as a recipe: `best.json`",
               f"- {counts['completed']} trials ran to the end, {counts['pruned']} were stopped early, {counts['failed']} failed; {duration(sum(t.seconds for t in ledger.trials.values()))} of training, "
               f"{duration(saved_seconds(ledger))} saved by stopping early",
               f"- {warning(ledger)}", f"- Next: `python jobs/promote.py {ledger.name} --top 3 --seeds 5`"]

@@ -339,7 +339,7 @@ def _conclude(plan: Sweep, ledger: Ledger, total: int, tracking: Any, parent: An
                         **{f"trials/{o}": float(sum(t.outcome == o for t in ledger.trials.values())) for o in ("completed", "pruned", "failed")}}, step=0)
         writer.tags({"best_trial": best.name})
         folder = str(local)
-        parent.finish("completed", note(ledger, plan.space, ledger_url))
+        parent.finish("completed", note(ledger, plan.space, ledger_url, parent.artifact_link("report/index.html")))
     else:
         parent.finish("failed", "no trial finished: " + next((t.reason for t in ledger.trials.values() if t.reason), "unknown"))
     return Result(ledger, True, best, folder, parent.url, seconds)

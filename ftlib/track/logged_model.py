@@ -32,7 +32,7 @@ def log_model(mlflow: MlflowClient, run_id: str, experiment_id: str, record: dic
     if str(model.status) != "READY":
         mlflow.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=record["step"])])
         points = [m for key in run.data.metrics if not key.startswith(("system/", "step/"))
-                  for m in mlflow.get_metric_history(run_id, key) if m.step == record["step"] or (m.step == 0 and key.startswith("best/"))]
+                  for m in mlflow.get_metric_history(run_id, key) if m.step == record["step"] or (m.step == 0 and key.startswith(("best/", "test/")))]
         for start in range(0, len(points), METRICS_PER_REQUEST):
             mlflow.log_batch(run_id, metrics=[Metric(p.key, p.value, p.timestamp, p.step, model_id=model.model_id, run_id=run_id) for p in points[start:start + METRICS_PER_REQUEST]])
         with tempfile.TemporaryDirectory(prefix="ftlib-model-") as temporary:

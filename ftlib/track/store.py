@@ -291,6 +291,10 @@ def run_link(uri: str, experiment_id: str, run_id: str) -> str:
     return f"{ui_base(uri)}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
 
+def artifact_link(uri: str, experiment_id: str, run_id: str, path: str) -> str:
+    return f"{ui_base(uri)}/#/experiments/{experiment_id}/runs/{run_id}/artifacts/{quote(path)}?workflowType=machine_learning"
+
+
 def experiment_link(uri: str, experiment_id: str, view_key: str = "", mode: str = "CHART") -> str:
     """The experiment's page, opened on a saved view if one is named. (Without workflowType, MLflow opens its page about traces.)"""
     view = f"viewStateShareKey={quote(view_key)}&compareRunsMode={mode}&" if view_key else ""

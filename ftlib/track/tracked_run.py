@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ftlib.track.journal import State, file_of, first
 from ftlib.track.reap import heartbeat_tags
 from ftlib.track.redact import redact
-from ftlib.track.store import experiment_link, run_link
+from ftlib.track.store import artifact_link, experiment_link, run_link
 from ftlib.track.views import View
 from ftlib.track.writer import Place, Writer, clean_params, clean_tags, journal_at, warn_once
 
@@ -77,9 +77,14 @@ class TrackedRun:
         experiment = self.experiment_id
         return experiment_link(self.uri, experiment, view.key) if experiment else ""
 
+    def artifact_link(self, path: str) -> str:
+        """Address of an artifact, opened beside its run's page; empty while the run's id is unknown."""
+        state = self.state
+        return artifact_link(self.uri, state.experiment_id, state.run_id, path) if state.run_id else ""
+
     def log_model(self, model: Path | str | Callable[[Path], Any], *, name: str = "model", registered_name: str | None = None, alias: str | None = None,
                   step: int = 0, tags: Mapping[str, Any] | None = None) -> None:
-        """Attach an MLflow model to the run, with the run's metrics at `step` and its `best/*`.
+        """Attach an MLflow model to the run, with the run's metrics at `step`, its `best/*` and its `test/*`.
 
         Args:
             model: a folder that holds a complete MLflow model (its MLmodel file), which must stay until it has been delivered; or a

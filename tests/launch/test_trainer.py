@@ -46,6 +46,9 @@ class Recorder:
     def writer(self):
         return self
 
+    def artifact_link(self, path):
+        return f"http://x/{path}"
+
     def finish(self, outcome="completed", note=None):
         self.outcomes.append((outcome, note))
 
