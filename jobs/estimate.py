@@ -19,8 +19,8 @@ from pathlib import Path
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ftlib import recipes
 from ftlib.cli import job, parse
-from ftlib.search import recipes
 
 
 def options() -> argparse.ArgumentParser:

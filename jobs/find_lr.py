@@ -11,17 +11,15 @@ The first word is a recipe: the name of a job, or a .json file. Its flags all wo
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 from pathlib import Path
 
-JOBS = Path(__file__).resolve().parent
-sys.path.insert(0, str(JOBS.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ftlib import recipes
 from ftlib.cli import job, parse
-from ftlib.config import Run
-from ftlib.tree import ConfigError, from_json, nearest, to_json
+from ftlib.tree import to_json
 
 
 def options() -> argparse.ArgumentParser:
@@ -35,27 +33,9 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
-def recipe(name: str) -> Run:
-    """The Run that a job file or a .json file holds."""
-    if name.endswith(".json"):
-        try:
-            return from_json(Run, Path(name).read_text("utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{name} cannot be read: {error.strerror}") from None
-    path = JOBS / f"{Path(name).stem}.py"
-    known = {p.stem for p in JOBS.glob("phase*.py")}
-    if path.stem not in known:
-        raise ConfigError(f"there is no recipe {name}.{nearest(path.stem, sorted(known))} Name a job ({', '.join(sorted(known))}) or a .json file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return next(value for value in vars(module).values() if isinstance(value, Run))
-
-
 def main(argv: list[str] | None = None) -> None:
     arguments, rest = options().parse_known_args(argv)
-    run = parse(recipe(arguments.recipe), rest, about=__doc__)
+    run = parse(recipes.load(arguments.recipe), rest, about=__doc__)
 
     import torch
 

@@ -4,41 +4,29 @@
     python jobs/preview.py phase2 --data.path digits --augment.randaugment-m 5
     python jobs/preview.py my-recipe.json --step 1200 --out sheet.png
 
-The first argument is phase1, phase2, phase3 or a recipe in JSON (as --show prints it); all settings of a recipe can be given as flags, as for
+The first argument is a recipe: the name of a job, or a .json file (as --show prints it); all settings of a recipe can be given as flags, as for
 the phases themselves. What comes out: one PNG. What it costs: some seconds of one core, no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ftlib import recipes
 from ftlib.cli import job, parse
-from ftlib.config import Run
-
-PHASES = ("phase1", "phase2", "phase3")
 
 
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jobs/preview.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
                                      epilog="All flags of the phases work too: `python jobs/phase2.py --help` lists them.")
-    parser.add_argument("recipe", help="phase1, phase2, phase3, or a recipe's JSON file")
+    parser.add_argument("recipe", help="a job such as phase2, or a recipe in a .json file")
     parser.add_argument("--step", type=int, default=0, metavar="S", help="the step that is shown as the network sees it, from 0 (default: %(default)s)")
     parser.add_argument("--out", metavar="PNG", default="", help="where the sheet goes (default: preview-STAGE-DATASET.png here)")
     return parser
-
-
-def recipe(name: str) -> Run:
-    """PHASE2 of jobs/phase2.py for phase2."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, name.upper())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,8 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments, flags = parser.parse_known_args(argv)
     if arguments.step < 0:
         parser.error("--step must not be negative")
-    known = arguments.recipe in PHASES
-    run = parse(recipe(arguments.recipe) if known else Run(), flags if known else ["--recipe", arguments.recipe, *flags])
+    run = parse(recipes.load(arguments.recipe), flags)
 
     from ftlib.data.shards import Dataset
     from ftlib.home import data_path

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def main() -> None:
+    from ftlib import recipes
     from ftlib.home import absolute, home
-    from ftlib.search import recipes
 
     parser = argparse.ArgumentParser(prog="python jobs/promote.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("sweep", help="name of the sweep")

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def main() -> None:
-    from ftlib.search import recipes
+    from ftlib import recipes
 
     spaces = ", ".join(sorted(p.stem for p in (recipes.ROOT / "tune_spaces").glob("[!_]*.py")))
     parser = argparse.ArgumentParser(prog="python jobs/sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from ftlib import recipes
 from ftlib.config import Run
-from ftlib.search import recipes
 from ftlib.tree import ConfigError, to_json
 
 ROOT = Path(__file__).resolve().parents[2]

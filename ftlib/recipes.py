@@ -1,4 +1,4 @@
-"""Finding a recipe by name: a JSON file, one of recipes/, or the `Run` of a job such as jobs/phase2.py."""
+"""Finding a recipe by name: a JSON file, one of recipes/, or the `Run` of a job such as jobs/phase2.py. For all jobs that take a recipe as a word."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from ftlib.config import Run
 from ftlib.tree import ConfigError, from_json, nearest, override
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = "sample-"
 """`sample-phase2` is PHASE2 of jobs/sample.py, the recipe's small twin on a data set that comes with ftlib."""
 
