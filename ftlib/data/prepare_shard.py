@@ -27,7 +27,7 @@ from ftlib.data.sources import Entry
 ROWS_PER_SHARD = 4096
 BYTES_PER_SHARD = 512 << 20
 """ImageNet's 140 GB make about 330 shards; half a minute of one core is lost when one is interrupted."""
-ADMISSION = 1
+ADMISSION = 2
 """Raised when `ftlib.data.admit` would store other bytes for the same file, so that older unfinished shards are made again."""
 PART = np.dtype([*INDEX.descr, ("id", "<u8")])
 """The index record and the first 8 bytes of the stored picture's sha256, to find identical pictures."""

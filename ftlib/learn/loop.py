@@ -8,6 +8,7 @@ dropout from (seed, step, microbatch). Between log points nothing waits for a GP
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +29,9 @@ from ftlib.learn.parallel import StepBuffer
 from ftlib.learn.record import Record, now_ms
 from ftlib.learn.state import TrainState
 from ftlib.storage import join
+
+
+log = logging.getLogger("ftlib.learn")
 
 
 def train(job: Job) -> dict[str, Any]:
@@ -56,6 +60,7 @@ class Training:
         self.state = TrainState.create(run, self.model, job.device, fp16=self.dtype == torch.float16)
         self.frozen: bool | None = None
         self.buffer: StepBuffer | None = None
+        self.parts, self.fits = 1, False
         self.forward = torch.compile(self.model) if run.train.compile else self.model
         counts = torch.from_numpy(np.bincount(job.dataset.split("train").labels[self.rows], minlength=self.classes))
         balanced = losses.balanced_weights(counts).to(job.device) if run.loss.class_weights == "balanced" else None
@@ -100,15 +105,24 @@ class Training:
         plan = order.step_plan(run.seed, state.step, self.rows, run.train.batch_size, run.train.microbatch_size)
         own = order.owned(plan, self.job.rank, self.job.world)
         buffer.begin()
-        for i, expected in enumerate(own):
-            batch = next(batches)
-            assert (batch.step, batch.k) == (expected.step, expected.k), "the loader is out of step with the plan"
-            buffer.before(batch.k, last=i == len(own) - 1)
+        taken: list[Batch] = []
+        i = 0
+        while i < len(own):
+            if i == len(taken):
+                taken.append(next(batches))
+                assert (taken[i].step, taken[i].k) == (own[i].step, own[i].k), "the loader is out of step with the plan"
+            # Sums leave early only once a step has shown that it fits: what has left cannot be taken back.
+            buffer.before(own[i].k, last=i == len(own) - 1 and self.fits)
             try:
-                self.microbatch(batch, buffer)
+                self.microbatch(taken[i], buffer)
             except torch.OutOfMemoryError as error:
-                raise OutOfMemory(self.record.too_large(len(batch.rows), self.dtype)) from error
-            buffer.after(batch.k)
+                self.halve(len(taken[i].rows), error)
+                buffer.begin()
+                i = 0
+                continue
+            buffer.after(own[i].k)
+            i += 1
+        self.fits = True
         if ask:
             self.raise_requests(buffer)
         buffer.reduce(len(plan))
@@ -132,15 +146,25 @@ class Training:
         """Forward and backward of one microbatch; its share of the step's mean loss goes into the gradients."""
         run, device = self.run, self.job.device
         seed_device(keys.key(keys.DROPOUT, run.seed, batch.step, batch.k), device)
-        labels = batch.labels.to(device, non_blocking=True)
-        images, targets = self.inputs(batch)
-        with autocast(self.dtype, device):
-            logits = self.forward(images)
-        loss = self.criterion(logits, targets).sum()
-        (loss * (self.state.scale.scale / batch.images_in_step)).backward()
-        with torch.no_grad():
-            hits = (logits.argmax(1) == labels).sum()
-            buffer.tallies[:3] += torch.stack([loss.detach().float(), hits.float(), torch.full_like(loss, float(len(labels)), dtype=torch.float32)])
+        everything = (*self.inputs(batch), batch.labels.to(device, non_blocking=True))
+        for images, targets, labels in zip(*(tensor.chunk(self.parts) for tensor in everything), strict=True):
+            with autocast(self.dtype, device):
+                logits = self.forward(images)
+            loss = self.criterion(logits, targets).sum()
+            (loss * (self.state.scale.scale / batch.images_in_step)).backward()
+            with torch.no_grad():
+                hits = (logits.argmax(1) == labels).sum()
+                buffer.tallies[:3] += torch.stack([loss.detach().float(), hits.float(), torch.full_like(loss, float(len(labels)), dtype=torch.float32)])
+
+    def halve(self, images: int, error: torch.OutOfMemoryError) -> None:
+        """After running out of memory: microbatches go through the network in twice as many parts, or OutOfMemory where that would be another run."""
+        if self.fits or 2 * self.parts > images or not models.images_are_apart(self.model):
+            raise OutOfMemory(self.record.too_large(images, self.dtype)) from error
+        self.parts *= 2
+        log.warning("out of memory with %d images of %d px at once: microbatches go through the network in %d parts from here on, which changes nothing but speed",
+                    -(-images * 2 // self.parts), self.run.augment.size, self.parts)
+        if self.job.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """What the network gets: float32 images [b, 3, S, S] and soft targets [b, C], mixed, on the device."""

@@ -193,6 +193,24 @@ def test_out_of_memory_says_what_to_change(digits, tmp_path, monkeypatch):
         train(Job(recipe(), digits, str(tmp_path)))
 
 
+def test_a_microbatch_that_does_not_fit_is_cut_where_that_changes_nothing(digits, tmp_path, monkeypatch, caplog):
+    """Memory for one image at a time, in a model whose images do not see each other: the run ends as one that had enough."""
+    run = recipe(**{"model.arch": "squeezenet1_1", "model.dropout": 0, "train.epochs": 1, "optimizer.lr": 0.001})
+    enough = train(Job(run, digits, str(tmp_path / "enough")))
+    forward = torch.nn.Module.__call__
+
+    def little_memory(self, x, *args, **more):
+        if type(self).__name__ == "SqueezeNet" and self.training and len(x) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return forward(self, x, *args, **more)
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", little_memory)
+    little = train(Job(run, digits, str(tmp_path / "little")))
+    assert [r.message.split(":")[0] for r in caplog.records if "out of memory" in r.message] == [f"out of memory with {n} images of 32 px at once" for n in (4, 2)]
+    for a, b in zip(enough["history"], little["history"], strict=True):
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-4) and a["val/loss"] == pytest.approx(b["val/loss"], rel=1e-4)
+
+
 def test_the_loss_scale_moves_as_torchs():
     scaler = torch.amp.GradScaler("cpu", init_scale=65536.0, growth_interval=3)
     ours = LossScale.create(True, torch.device("cpu"))
