@@ -6,7 +6,7 @@ the tiles that cover a box behind a header with the new size, and renumbers thei
 decoder. Decoding it gives, within the box, the very pixels of the whole picture.
 
 `encode` writes such files, with a table of the tiles' lengths in an application segment, so that `cut` need not search for markers.
-Any viewer opens them; they are one to five percent longer.
+Any viewer opens them; they are about four percent longer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from math import ceil
 import numpy as np
 from PIL import Image
 
-TILE = 64
+TILE = 32
 """Pixels that tiles are made to be wide, where the width allows. Smaller ones cut closer and cost more bytes."""
 CONTEXT = 2
 """Pixels around a box that decoding its edge looks at, to interpolate the colour of pictures with halved chroma."""
@@ -120,12 +120,10 @@ def cut(jpeg: bytes | memoryview | np.ndarray, top: int, left: int, height: int,
     cut_height = min(y1 * tile_height, layout.height) - y0 * tile_height
     cut_width = min(x1 * tile_width, layout.width) - x0 * tile_width
     header[size_at : size_at + 4] = cut_height.to_bytes(2, "big") + cut_width.to_bytes(2, "big")
-    shifts, filled = [], len(header)
-    for begin, stop in zip(begins, stops):
-        shifts.append(filled - begin - 1)
-        filled += stop - begin
     spliced = bytearray().join([header, *[data[at + begin : at + stop] for begin, stop in zip(begins, stops)]])
-    numbers_at = (ends + np.array(shifts)[:, None]).ravel()  # of the second byte of each marker
+    lengths = ends[:, -1] - starts
+    ends = ends + (lengths.cumsum() - lengths - starts + (len(header) - 1))[:, None]  # where they are now, less the marker's second byte
+    numbers_at = ends.ravel()
     out = np.frombuffer(spliced, np.uint8)
     out[numbers_at] = _NUMBERS[: len(numbers_at)] if len(numbers_at) <= len(_NUMBERS) else 0xD0 + np.arange(len(numbers_at)) % 8
     spliced[-1] = 0xD9

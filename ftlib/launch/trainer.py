@@ -169,7 +169,7 @@ def launch(
             outcome_word = "pruned" if hook.raised is error else "killed" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
             tracked.finish(outcome_word, f"{type(error).__name__}: {error}")
             raise
-        outcome = _complete(ready, tracked, writer, result, time.monotonic() - started)
+        outcome = _complete(ready, tracked, writer, result, time.monotonic() - started, draw=kind == "train")
     say(summary.finished(run, outcome))
     return outcome
 
@@ -179,13 +179,13 @@ def journal_dir(run_dir: str) -> Path:
     return (home() / "runs" / run_dir.rstrip("/").rsplit("/", 1)[-1] if is_remote(run_dir) else Path(run_dir)) / "journal"
 
 
-def _complete(ready: Prepared, tracked: Any, writer: Any, result: dict[str, Any], seconds: float) -> Outcome:
-    """Score against the gates, keep the result, log figures and model, end the MLflow run."""
+def _complete(ready: Prepared, tracked: Any, writer: Any, result: dict[str, Any], seconds: float, draw: bool) -> Outcome:
+    """Score against the gates, keep the result, log figures (a trial has its curves in MLflow and in the sweep's report) and model, end the MLflow run."""
     metrics = {k: float(v) for k, v in result["metrics"].items()}
     start = ready.source.top1 if ready.source else None
     checked = gates.check(ready.run.gates, metrics, start)
     best = closing.best_folder(ready.run_dir)
-    figures = closing.figures(ready.run_dir, result, ready.run, ready.dataset, ready.source.to_dict() if ready.source else None)
+    figures = closing.figures(ready.run_dir, result, ready.run, ready.dataset, ready.source.to_dict() if ready.source else None) if draw else []
     outcome = Outcome(ready.run.name, "completed", metrics, ready.run_dir, best, tracked.run_id, tracked.url, checked, start, figures, seconds)
     epochs = int(result["history"][-1]["epoch"]) if result["history"] else 0
     storage.write_file(join(ready.run_dir, "result.json"), json.dumps({

@@ -30,7 +30,6 @@ from ftlib.learn.record import Record, now_ms
 from ftlib.learn.state import TrainState
 from ftlib.storage import join
 
-
 log = logging.getLogger("ftlib.learn")
 
 
