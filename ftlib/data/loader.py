@@ -1,10 +1,7 @@
 """Prepared pictures to batches of uint8, in the order of the plan, from one iterator that lasts the whole run.
 
-A microbatch is read, decoded and augmented whole by one process, straight into memory that the training process shares; no
-pixel is copied on the way. What a batch holds depends on its place in the plan alone, not on the number of processes.
-
-Processes come from a fork server rather than from a fork: the training process runs threads of Ray and CUDA, which a fork
-would break. The server has imported this module already, so a process starts in a few hundredths of a second and shares those pages.
+A microbatch is read, decoded and augmented whole by one process, straight into memory that the training process shares (`ftlib.data.ring`);
+no pixel is copied on the way. What a batch holds depends on its place in the plan alone, not on the number of processes.
 """
 
 from __future__ import annotations
@@ -13,31 +10,33 @@ import contextlib
 import multiprocessing
 import os
 import queue
-import sys
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from multiprocessing import connection, forkserver, popen_forkserver
-from pathlib import Path
-from types import ModuleType, TracebackType
+from multiprocessing import connection
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data import DataLoader
 
 from ftlib import config
 from ftlib.data.augment import EvalTransform, TrainTransform
 from ftlib.data.decode import DecodeError
+from ftlib.data.fork_server import context
 from ftlib.data.order import Microbatch, owned, step_plan
+from ftlib.data.ring import Ring, lease
 
 if TYPE_CHECKING:
     from ftlib.data.shards import Dataset, Split
 
 AHEAD = 2
 """Microbatches that each process (or the thread) works ahead."""
+HELD = 4
+"""Microbatches that the training process may hold at a time before new ones take memory of their own."""
 
 
 class LoadError(ValueError):
@@ -61,18 +60,10 @@ class Batch:
     images: torch.Tensor
     """uint8[b, S, S, 3]"""
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Between processes only the images go through shared memory, which costs a handshake per tensor.
-        return _batch, (self.step, self.epoch, self.k, self.images_in_step, self.rows.numpy(), self.labels.numpy(), self.images)
-
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader: the same with tensors in page-locked memory."""
         tensors = (t.pin_memory() for t in (self.rows, self.labels, self.images))
         return Batch(self.step, self.epoch, self.k, self.images_in_step, *tensors)
-
-
-def _batch(step: int, epoch: int, k: int, images_in_step: int, rows: np.ndarray, labels: np.ndarray, images: torch.Tensor) -> Batch:
-    return Batch(step, epoch, k, images_in_step, torch.from_numpy(rows), torch.from_numpy(labels), images)
 
 
 def train_batches(dataset: Dataset, rows: np.ndarray, run: config.Run, rank: int, world: int, start_step: int, stop_step: int, workers: int) -> Batches:
@@ -86,7 +77,7 @@ def train_batches(dataset: Dataset, rows: np.ndarray, run: config.Run, rank: int
         for step in range(start_step, stop_step)
         for mb in owned(step_plan(run.seed, step, rows, train.batch_size, train.microbatch_size), rank, world)
     )
-    return Batches(_TrainSource(dataset, run.augment, run.seed), plan, workers)
+    return Batches(_TrainSource(dataset, run.augment, run.seed), plan, train.microbatch_size, workers)
 
 
 def eval_batches(split: Split, rows: np.ndarray, size: int, crop: float, batch_size: int, workers: int) -> Batches:
@@ -95,10 +86,10 @@ def eval_batches(split: Split, rows: np.ndarray, size: int, crop: float, batch_s
         Microbatch(step=0, epoch=0, k=k, rows=rows[start : start + batch_size], images_in_step=min(batch_size, len(rows) - start))
         for k, start in enumerate(range(0, len(rows), batch_size))
     )
-    return Batches(_EvalSource(split, size, crop), plan, workers)
+    return Batches(_EvalSource(split, size, crop), plan, batch_size, workers)
 
 
-# --- sources: a microbatch of the plan -> a Batch. Picklable; what they open, they open in the process that reads ---------------------
+# --- sources: (a microbatch of the plan, memory) -> a Batch. Picklable; what they open, they open in the process that reads ---------------------
 
 class _TrainSource:
     def __init__(self, dataset: Dataset, augment: config.Augment, seed: int) -> None:
@@ -112,8 +103,8 @@ class _TrainSource:
     def labels(self) -> np.ndarray:
         return self.split.labels
 
-    def __getitem__(self, mb: Microbatch) -> Batch | _Failure:
-        return _load(mb, self.split, self.labels, self.size, lambda jpeg, row, out: self.transform(jpeg, mb.epoch, row, out))
+    def load(self, mb: Microbatch, images: np.ndarray) -> Batch | _Failure:
+        return _load(mb, self.split, self.labels, images, lambda jpeg, row, out: self.transform(jpeg, mb.epoch, row, out))
 
 
 class _EvalSource:
@@ -124,8 +115,8 @@ class _EvalSource:
     def labels(self) -> np.ndarray:
         return self.split.labels
 
-    def __getitem__(self, mb: Microbatch) -> Batch | _Failure:
-        return _load(mb, self.split, self.labels, self.size, lambda jpeg, _, out: self.transform(jpeg, out))
+    def load(self, mb: Microbatch, images: np.ndarray) -> Batch | _Failure:
+        return _load(mb, self.split, self.labels, images, lambda jpeg, _, out: self.transform(jpeg, out))
 
 
 @dataclass(frozen=True)
@@ -135,27 +126,58 @@ class _Failure:
     message: str
 
 
-def _load(mb: Microbatch, split: Split, labels: np.ndarray, size: int, transform: Any) -> Batch | _Failure:
-    images = _empty_images(len(mb.rows), size)
+def _load(mb: Microbatch, split: Split, labels: np.ndarray, images: np.ndarray, transform: Any) -> Batch | _Failure:
     row = -1
     try:
-        for out, row in zip(images.numpy(), mb.rows.tolist()):
+        for out, row in zip(images, mb.rows.tolist()):
             transform(split.image(row), row, out)
     except DecodeError as error:
         return _Failure(f"{split.where(row)}: {error}. The stored data are damaged: check them with jobs/prepare.py --verify, and restore or prepare them again")
     except Exception as error:  # whatever it is, it must reach the training process and say which picture
         return _Failure(f"{split.where(row) if row >= 0 else 'the loader'}: {type(error).__name__}: {error}")
+    return _batch(mb, np.array(labels[mb.rows], np.int64), images)
+
+
+def _batch(mb: Microbatch, labels: np.ndarray, images: np.ndarray) -> Batch:
     rows = torch.from_numpy(np.array(mb.rows, np.int64))
-    return Batch(mb.step, mb.epoch, mb.k, mb.images_in_step, rows, torch.from_numpy(np.array(labels[mb.rows], np.int64)), images)
+    return Batch(mb.step, mb.epoch, mb.k, mb.images_in_step, rows, torch.from_numpy(labels), torch.from_numpy(images))
 
 
-def _empty_images(n: int, size: int) -> torch.Tensor:
-    """uint8[n, size, size, 3], in a loader process in memory that the training process can map."""
-    shape = (n, size, size, 3)
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(n * size * size * 3)
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+# --- between processes --------------------------------------------------------------------------------------------------------------
+
+class _Filler:
+    """In a loader process: (microbatch, slot) -> what crosses to the training process, where it is a Batch or a _Failure again. Only the
+    images lie in shared memory; the few labels travel in the message, without a handshake per tensor."""
+
+    def __init__(self, source: _TrainSource | _EvalSource, ring: Any) -> None:
+        self.source, self.ring, self.number = source, ring, ring.number
+
+    def __getitem__(self, item: tuple[Microbatch, int | None]) -> Any:
+        mb, slot = item
+        shape = (len(mb.rows), self.source.size, self.source.size, 3)
+        images = np.empty(shape, np.uint8) if slot is None else self.ring.view(slot, shape)
+        found = self.source.load(mb, images)
+        return found if isinstance(found, _Failure) else _Message(mb, found.labels.numpy(), images if slot is None else (self.number, slot, shape))
+
+
+@dataclass(frozen=True)
+class _Message:
+    mb: Microbatch
+    labels: np.ndarray
+    images: np.ndarray | tuple[int, int, tuple[int, ...]]
+    """The pixels themselves, or the ring's number, the slot and the shape."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (self.mb, self.labels, self.images)
+
+
+def _received(mb: Microbatch, labels: np.ndarray, images: np.ndarray | tuple[int, int, tuple[int, ...]]) -> Batch:
+    return _batch(mb, labels, lease(*images) if isinstance(images, tuple) else images)
+
+
+def _with_slots(plan: Iterable[Microbatch], ring: Ring, bytes_per_image: int) -> Iterator[tuple[Microbatch, int | None]]:
+    for mb in plan:
+        yield mb, ring.take(len(mb.rows) * bytes_per_image)
 
 
 # --- the iterator -------------------------------------------------------------------------------------------------------------------
@@ -163,12 +185,12 @@ def _empty_images(n: int, size: int) -> torch.Tensor:
 class Batches(Iterator[Batch]):
     """Batches in the order of a plan; a context manager. `close()` ends its processes or thread, and is idempotent."""
 
-    def __init__(self, source: _TrainSource | _EvalSource, plan: Iterable[Microbatch], workers: int, pin_memory: bool | None = None) -> None:
-        """`pin_memory`: page-lock the batches, for copies to a GPU that do not wait; None does where there is a GPU."""
+    def __init__(self, source: _TrainSource | _EvalSource, plan: Iterable[Microbatch], largest: int, workers: int, pin_memory: bool | None = None) -> None:
+        """`largest`: images in the plan's largest microbatch. `pin_memory`: page-lock the batches, for copies to a GPU that do not wait; None does where there is a GPU."""
         if workers < 0:
             raise ValueError(f"{workers} loader workers: needs 0 (a thread) or more processes")
         pin = torch.cuda.is_available() if pin_memory is None else pin_memory
-        self._items: _Thread | Iterator[Any] | None = _Thread(source, plan, pin) if workers == 0 else _processes(source, plan, workers, pin)
+        self._items: _Thread | Iterator[Any] | None = _Thread(source, plan, pin) if workers == 0 else _processes(source, plan, largest, workers, pin)
 
     def __next__(self) -> Batch:
         if self._items is None:
@@ -227,7 +249,7 @@ class _Thread(Iterator[Any]):
             for mb in plan:
                 if stop.is_set():
                     return
-                item = source[mb]
+                item = source.load(mb, np.empty((len(mb.rows), source.size, source.size, 3), np.uint8))
                 ready.put(item.pin_memory() if pin and isinstance(item, Batch) else item)
         except Exception as error:
             ready.put(_Failure(f"the loader: {type(error).__name__}: {error}"))
@@ -246,10 +268,12 @@ class _Thread(Iterator[Any]):
                 self._ready.get(timeout=0.05)  # makes room, should it be waiting to put one
 
 
-def _processes(source: Any, plan: Iterable[Microbatch], workers: int, pin: bool) -> Iterator[Any]:
-    loader = DataLoader(
-        source, batch_size=None, sampler=plan, num_workers=workers, prefetch_factor=AHEAD, collate_fn=_as_it_is, pin_memory=pin,
-        multiprocessing_context=_context(), worker_init_fn=_start_worker, generator=torch.Generator())  # its own generator: torch's stays untouched
+def _processes(source: Any, plan: Iterable[Microbatch], largest: int, workers: int, pin: bool) -> Iterator[Any]:
+    bytes_per_image = source.size * source.size * 3
+    ring = Ring(AHEAD * workers + HELD, largest * bytes_per_image)
+    loader: DataLoader[Any] = DataLoader(
+        _Filler(source, ring), batch_size=None, sampler=_with_slots(plan, ring, bytes_per_image), num_workers=workers, prefetch_factor=AHEAD, collate_fn=_as_it_is, pin_memory=pin,
+        multiprocessing_context=context(__name__), worker_init_fn=_start_worker, generator=torch.Generator())  # its own generator: torch's stays untouched
     return iter(loader)
 
 
@@ -269,43 +293,3 @@ def _start_worker(_: int) -> None:
 def _end_with(sentinel: int) -> None:
     connection.wait([sentinel])
     os._exit(1)
-
-
-class _Popen(popen_forkserver.Popen):
-    """Starts a process that does not import the training process's main module again: loading needs nothing of it, and in a Ray
-    worker it would bring all of Ray into each loader process."""
-
-    def _launch(self, process_obj: Any) -> None:
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = ModuleType("__main__")
-        try:
-            super()._launch(process_obj)
-        finally:
-            sys.modules["__main__"] = main
-
-
-class _Process(multiprocessing.context.ForkServerProcess):
-    @staticmethod
-    def _Popen(process_obj: Any) -> _Popen:
-        return _Popen(process_obj)
-
-
-class _Context(multiprocessing.context.ForkServerContext):
-    Process = _Process
-
-
-def _context() -> _Context:
-    """The fork server's context, the server running and this module imported in it."""
-    context = _Context()
-    context.set_forkserver_preload([__name__])
-    before = os.environ.get("PYTHONPATH")
-    root = str(Path(__file__).parents[2])
-    os.environ["PYTHONPATH"] = root if not before else f"{root}{os.pathsep}{before}"  # the server looks for this module there
-    try:
-        forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
-    return context

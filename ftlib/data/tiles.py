@@ -89,10 +89,10 @@ def with_table(jpeg: bytes) -> bytes:
     return b"".join([jpeg[:at], b"\xff\xeb", length.to_bytes(2, "big"), TABLE, _FIELDS.pack(*moved), numbers, jpeg[at:]])
 
 
-def cut(jpeg: bytes | memoryview | np.ndarray, top: int, left: int, height: int, width: int, shrink: int = 1) -> Cut | None:
+def cut(jpeg: bytes | bytearray | memoryview | np.ndarray, top: int, left: int, height: int, width: int, shrink: int = 1) -> Cut | None:
     """The tiles that cover a box (in pixels, within the picture), or None where the file has no tiles or nearly all would be needed.
     `shrink`: the result will be decoded to 1/shrink of each side (up to 1/8; the cut begins at a multiple of 8 pixels)."""
-    data = memoryview(jpeg)
+    data = memoryview(jpeg)  # type: ignore[arg-type]  # an array is one, too
     table_at, table_end = _table_at(data)
     layout, ends = _listed(data, table_at, table_end) if table_end else (None, None)
     if layout is None and (layout := _layout(data)) is None:

@@ -74,6 +74,18 @@ def test_batches_are_those_of_the_plan_whoever_loads_them(dataset, expected, wor
     assert all(same(b, expected[b.step, b.k]) for b in found)
 
 
+def test_memory_is_used_again_but_not_while_a_batch_is_held(dataset, expected):
+    """Forty steps in a handful of places; and what is held, however much, keeps its pixels."""
+    places = set()
+    with train_batches(dataset, ROWS, RUN, 0, 1, 0, 40, 1) as batches:
+        for batch in batches:
+            places.add(batch.images.data_ptr())
+    assert len(places) <= 6
+    with train_batches(dataset, ROWS, RUN, 0, 1, 0, STEPS, 1) as batches:
+        parts = [(b.step, b.k, b.images[1:, ::2]) for b in batches]
+    assert all(np.array_equal(part, expected[step, k][1][1:, ::2]) for step, k, part in parts)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ranks_part_the_plan_and_a_start_in_the_middle_is_the_rest(dataset, expected, workers):
     for rank in range(2):
@@ -259,7 +271,7 @@ def test_a_killed_training_process_leaves_no_loader_process(dataset, tmp_path):
 
 def test_dropping_a_batches_that_never_started():
     with pytest.raises(ValueError):
-        Batches(None, [], -1)
+        Batches(None, [], 1, -1)
 
 
 def test_settings_that_cannot_be_are_refused_before_anything_starts(dataset):
