@@ -65,7 +65,7 @@ class TrainTransform:
         """uint8[S, S, 3], in `out` where that is given. Raises DecodeError."""
         cfg, randomness = self.cfg, self._randomness
         randomness.rewind(key(AUGMENT, self.seed, epoch, image_id))
-        image = crop_and_resize(jpeg, crop_box(*dimensions(jpeg), cfg.crop_scale, cfg.crop_ratio, randomness), cfg.size)
+        image = crop_and_resize(jpeg, crop_box(*dimensions(jpeg), cfg.crop_scale, cfg.crop_ratio, randomness), cfg.size, out)
         if randomness.python.random() < cfg.flip:
             image = cv2.flip(image, 1)
         image = self._jitter(image, randomness)
@@ -73,7 +73,7 @@ class TrainTransform:
             image = self._policy(image, randomness)
         if out is None:
             out = np.ascontiguousarray(image)
-        else:
+        elif image is not out:
             np.copyto(out, image)
         if cfg.erasing_p and randomness.python.random() < cfg.erasing_p:
             erase(out, cfg.erasing_scale, randomness)
@@ -138,9 +138,9 @@ def _dct(factor: float) -> int:
     return max(s for s in (1, 2, 4, 8) if s == 1 or s <= factor)
 
 
-def crop_and_resize(jpeg: bytes | bytearray | memoryview | np.ndarray, box: Box, size: int) -> np.ndarray:
+def crop_and_resize(jpeg: bytes | bytearray | memoryview | np.ndarray, box: Box, size: int, out: np.ndarray | None = None) -> np.ndarray:
     """uint8[size, size, 3]: the box (in pixels of the whole picture), resized. Only the box is decoded where the file has tiles. Shrinking
-    to half or less happens in the decoder, the rest by linear interpolation (by area where even an eighth leaves more than twice the size)."""
+    to half or less happens in the decoder, the rest by linear interpolation (by area where even an eighth leaves more than twice the size). `out`, uint8[size, size, 3], may serve for the result."""
     top, left, height, width = box
     shrink = _dct(min(height, width) / size)
     if (part := cut(jpeg, *box, shrink)) is not None:
@@ -153,7 +153,7 @@ def crop_and_resize(jpeg: bytes | bytearray | memoryview | np.ndarray, box: Box,
     image = image[top : top + height, left : left + width]
     if (height, width) == (size, size):
         return image
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if min(height, width) > 2 * size else cv2.INTER_LINEAR)
+    return cv2.resize(image, (size, size), out, interpolation=cv2.INTER_AREA if min(height, width) > 2 * size else cv2.INTER_LINEAR)
 
 
 class ColorJitter:
