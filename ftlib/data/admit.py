@@ -21,6 +21,7 @@ from PIL import ExifTags, Image, ImageOps
 from ftlib.data.admit_rules import MAX_ASPECT, MIN_SIDE, Admitted, Refused, Rules
 from ftlib.data.jpeg_check import fault
 from ftlib.data.tiles import encode
+from ftlib.data.transcode import tiled
 
 REPAIR_QUALITY = 95
 REPAIR_SUBSAMPLING = "444"
@@ -57,12 +58,24 @@ def admit(data: bytes, name: str, rules: Rules) -> Admitted:
         changes.append("reencoded")
         repairs.append("reencoded")
     jpeg = data if not changes else encode(pixels, rules.quality or REPAIR_QUALITY, subsampling)
+    if rules.tiles and not changes:
+        jpeg = _in_tiles(data, pixels)
+        repairs += ["tiled"] if jpeg is not data else []
     jpeg = finalise(jpeg)
     if jpeg is not data:
         stored = simplejpeg.decode_jpeg(jpeg, "RGB", strict=True)
         if stored.shape != pixels.shape:
             raise Refused("not_reproducible", f"encoded again it is {stored.shape[1]} x {stored.shape[0]} pixels, not {pixels.shape[1]} x {pixels.shape[0]}")
     return Admitted(jpeg, pixels.shape[0], pixels.shape[1], tuple(repairs), _moments(pixels))
+
+
+def _in_tiles(data: bytes, pixels: np.ndarray) -> bytes:
+    """The JPEG as tiles; as it is where it cannot be, or where a decoder would see any other pixel in them."""
+    jpeg = tiled(data)
+    try:
+        return jpeg if jpeg != data and np.array_equal(simplejpeg.decode_jpeg(jpeg, "RGB", strict=True), pixels) else data
+    except ValueError:
+        return data
 
 
 def finalise(jpeg: bytes) -> bytes:

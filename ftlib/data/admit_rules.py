@@ -25,6 +25,8 @@ class Rules:
     """Larger pictures are refused before they are decoded."""
     accept_warnings: bool = False
     """Take JPEGs that decode only with a warning, encoded again from what could be decoded."""
+    tiles: bool = False
+    """Store JPEGs that would keep their bytes as tiles, without loss (`ftlib.data.transcode`): training then decodes only what it crops."""
 
     def __post_init__(self) -> None:
         if self.max_side is not None and self.max_side < MIN_SIDE:

@@ -114,9 +114,9 @@ def check_shared(run_dir: str, data: str) -> None:
         return
     probe = join(run_dir, f".tmp-probe-{uuid.uuid4().hex[:8]}")
     storage.write_file(probe, b"ftlib")
-    look = ray.remote(_sees).options(num_cpus=0)
+    look = ray.remote(_sees)
     try:
-        asked = {n["NodeManagerAddress"]: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)).remote(
+        asked = {n["NodeManagerAddress"]: look.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)).remote(
             None if is_remote(run_dir) else probe, None if is_remote(data) else data) for n in others}
         for address, answer in asked.items():
             try:

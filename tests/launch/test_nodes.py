@@ -144,6 +144,19 @@ def test_a_lost_node_costs_less_than_a_minute_and_its_successor_is_taken_in(node
         stop(process)
 
 
+def test_a_killed_worker_is_replaced_within_half_a_minute(nodes, shapes, home):
+    second = nodes.join()
+    with training(nodes, shapes, home, "--name", "killed", "--checkpoint.every-steps", "1") as process:
+        until(lambda: len(steps(home, "killed")) >= 2, process)
+        (worker,) = [p for p in psutil.Process(second).children(recursive=True) if "RayTrainWorker" in p.name() or any("RayTrainWorker" in word for word in p.cmdline())]
+        last = steps(home, "killed")[-1]
+        worker.kill()
+        lost = time.monotonic()
+        until(lambda: steps(home, "killed")[-1] > last + 2, process)
+        print(f"\ntraining again {time.monotonic() - lost:.1f} s after a worker was killed")
+        stop(process)
+
+
 def test_a_drain_notice_leads_to_a_checkpoint(nodes, shapes, home):
     second = nodes.join()
     # No checkpoint is due but those at an epoch's edge (every second step), and there are none of an odd step without the notice.
