@@ -21,7 +21,7 @@ _END = 100
 """What an end-of-block code counts as, in coefficients: more than any run that is not one."""
 
 
-class _Other(Exception):
+class _Other(ValueError):
     """Not a JPEG of the kind that can be tiled."""
 
 
@@ -96,8 +96,8 @@ def tiled(jpeg: bytes) -> bytes:
         frame = _read(jpeg)
         windows = _windows(frame.data)
         return with_table(_write(frame, windows, *_blocks(frame, windows)))
-    except (_Other, IndexError):
-        return with_table(jpeg)
+    except (ValueError, LookupError):  # it is another kind, or headers and data do not fit together
+        return jpeg
 
 
 def _read(jpeg: bytes) -> _Frame:
@@ -124,7 +124,7 @@ def _read(jpeg: bytes) -> _Frame:
         elif 0xC1 <= marker <= 0xCF or marker == 0xDD:
             raise _Other
         head.append(segment)
-    if len(sizes) != 3 or body[0] != 3 or not height or jpeg[-2:] != b"\xff\xd9":
+    if len(sizes) != 3 or body[0] != 3 or not height or not width or jpeg[-2:] != b"\xff\xd9":
         raise _Other
     data = jpeg[at:-2]
     if data.count(b"\xff") != data.count(b"\xff\x00"):
@@ -133,6 +133,8 @@ def _read(jpeg: bytes) -> _Frame:
     if any(c.dc not in codes or c.ac not in codes for c in components):
         raise _Other
     mcu_width, mcu_height = (8 * max(size[i] for size in sizes.values()) for i in (0, 1))
+    if not 8 <= mcu_width <= 32 or not 8 <= mcu_height <= 32:
+        raise _Other
     mcus = -(-height // mcu_height) * -(-width // mcu_width)
     return _Frame(b"".join(head), segment, data.replace(b"\xff\x00", b"\xff"), codes, components, mcus, interval(width, mcu_width))
 
