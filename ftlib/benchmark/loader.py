@@ -1,7 +1,7 @@
 """CPU per training image: ftlib's loader beside the peers', on the same pictures.
 
 Two kinds of work are compared: Phase 2's whole transform (crop, flip, colour jitter, two of three RandAugment groups) with the recipes of
-torchvision, timm and a full-size Albumentations chain, from the original files; and crop and flip alone with FFCV and DALI, on the pictures
+torchvision, timm and a full-size Albumentations chain, from the original files (ftlib also from the same pictures as tiles, pixel for pixel); and crop and flip alone with FFCV and DALI, on the pictures
 as ftlib re-encodes them. ftlib hands over bytes and normalises on the device; the peers' own recipes normalise in their loaders (timm
 excepted), and that is part of what they cost.
 """
@@ -36,11 +36,12 @@ TORCHVISION = "torchvision reference + RandAugment(2, 9), originals"
 TIMM = "timm rand-m9-mstd0.5, originals"
 FULL_SIZE = "full-size Albumentations, three groups, float, originals"
 FFCV, DALI, TORCHVISION_PLAIN = "FFCV, crop and flip, re-encoded", "DALI on the CPU, crop and flip, re-encoded", "torchvision, crop and flip, re-encoded"
-ORIGINALS, REENCODED, OURS_PLAIN = "ftlib Phase 2, originals", "ftlib Phase 2, re-encoded", "ftlib crop and flip, re-encoded"
+ORIGINALS, TILED = "ftlib Phase 2, originals", "ftlib Phase 2, originals as lossless tiles"
+REENCODED, OURS_PLAIN = "ftlib Phase 2, re-encoded", "ftlib crop and flip, re-encoded"
 
 GOALS = (
     Goal(REENCODED, TORCHVISION, "cpu", 0.16), Goal(REENCODED, TIMM, "cpu", 0.15), Goal(REENCODED, FULL_SIZE, "cpu", 0.16),
-    Goal(ORIGINALS, TORCHVISION, "cpu", 0.25), Goal(ORIGINALS, TIMM, "cpu", 0.25), Goal(ORIGINALS, FULL_SIZE, "cpu", 0.25),
+    Goal(TILED, TORCHVISION, "cpu", 0.25), Goal(TILED, TIMM, "cpu", 0.25), Goal(TILED, FULL_SIZE, "cpu", 0.25),
     Goal(OURS_PLAIN, FFCV, "cpu", 0.40), Goal(OURS_PLAIN, DALI, "cpu", 0.40), Goal(OURS_PLAIN, TORCHVISION_PLAIN, "cpu"),
 )
 
@@ -75,6 +76,7 @@ def benchmark(scratch: Path, source: Path | None, *, images: int, rounds: int, w
     folder = source or scratch / "photos"
     say(f"preparing {folder}")
     kept = _prepared(folder, scratch / "originals", Rules())
+    tiles = _prepared(folder, scratch / "tiles", Rules(tiles=True))
     reduced = _prepared(folder, scratch / "reencoded", Rules(max_side=max_side, quality=QUALITY))
     files, small = _files(kept, scratch / "files"), _files(reduced, scratch / "small-files")
     batch = min(32, len(files))
@@ -88,7 +90,8 @@ def benchmark(scratch: Path, source: Path | None, *, images: int, rounds: int, w
         return Case(name, lambda: stream_cost(lambda: _ours(dataset, augment, batch, workers), images, (AHEAD * workers if workers else AHEAD + 1) * batch))
 
     making: dict[str, Callable[[], Case]] = {
-        ORIGINALS: lambda: our_case(ORIGINALS, kept, phase2), REENCODED: lambda: our_case(REENCODED, reduced, phase2), OURS_PLAIN: lambda: our_case(OURS_PLAIN, reduced, plain),
+        ORIGINALS: lambda: our_case(ORIGINALS, kept, phase2), TILED: lambda: our_case(TILED, tiles, phase2),
+        REENCODED: lambda: our_case(REENCODED, reduced, phase2), OURS_PLAIN: lambda: our_case(OURS_PLAIN, reduced, plain),
         TORCHVISION: lambda: torch_case(TORCHVISION, files, peers.torchvision_reference), FULL_SIZE: lambda: torch_case(FULL_SIZE, files, peers.full_size_albumentations),
         TORCHVISION_PLAIN: lambda: torch_case(TORCHVISION_PLAIN, small, peers.torchvision_plain)}
     notes = [f"{len(files)} pictures, {_kilobytes(files):.0f} kB each; re-encoded with longer side {max_side} at quality {QUALITY} {_kilobytes(small):.0f} kB",

@@ -207,8 +207,8 @@ class Batches(Iterator[Batch]):
             if not died:
                 raise
             raise LoadError(
-                "a loader process died. Most often memory ran out: lower data.loader_workers, or give the machine or container more memory (and more "
-                f"/dev/shm). What it left: {type(error).__name__}: {error}") from None
+                "a loader process died. Most often memory ran out: lower data.loader_workers, or give the machine or container more memory. "
+                f"What it left: {type(error).__name__}: {error}") from None
         if isinstance(item, _Failure):
             self.close()
             raise LoadError(item.message)

@@ -18,7 +18,7 @@ from ftlib import storage
 from ftlib.data.shards import SPLITS, DataError, Dataset
 from ftlib.data.sources import Found
 
-ON_PURPOSE = ("reduced", "reencoded")
+ON_PURPOSE = ("reduced", "reencoded", "tiled")
 """Changes that were asked for, and are counted but not listed as repairs."""
 EXAMPLES = 20
 MEANING = {
@@ -33,6 +33,7 @@ MEANING = {
     "decoder_warning": "decoded with a warning and encoded again (--accept-warnings)",
     "reduced": "made smaller (--max-side)",
     "reencoded": "encoded again (--quality)",
+    "tiled": "stored as tiles, without loss (--tiles)",
 }
 
 
