@@ -59,7 +59,7 @@ class Training:
         self.state = TrainState.create(run, self.model, job.device, fp16=self.dtype == torch.float16)
         self.frozen: bool | None = None
         self.buffer: StepBuffer | None = None
-        self.parts, self.fits = 1, False
+        self.parts, self.fits, self.stopping = 1, False, False
         self.forward = torch.compile(self.model) if run.train.compile else self.model
         counts = torch.from_numpy(np.bincount(job.dataset.split("train").labels[self.rows], minlength=self.classes))
         balanced = losses.balanced_weights(counts).to(job.device) if run.loss.class_weights == "balanced" else None
@@ -93,6 +93,8 @@ class Training:
                     self.read()
                 if state.step % self.steps_per_epoch == 0:
                     self.finish_epoch()
+                if self.stopping and state.step < self.total:
+                    self.leave()
             if self.writer is not None:
                 self.writer.wait()
         return {"metrics": self.record.final_metrics(), "history": state.history, "split": self.split, "step": state.step}
@@ -203,10 +205,15 @@ class Training:
             self.record.show(loss, correct, images, rate, self.learning_rate(state.step - 1))
         every = run.checkpoint.every_steps
         if not at_edge and (wanted or stop or (every and state.step % every == 0)):
-            self.save(wait=wanted > 1 or bool(stop))
-        if stop:
-            self.job.report(self.record.latest_metrics(), self.checkpoint_uri())
-            raise Interrupted(f"stopped at step {state.step} of {self.total} on request, with a checkpoint; the same command goes on from there")
+            self.save(wait=wanted > 1)
+        self.stopping = bool(stop)
+
+    def leave(self) -> None:
+        """End before the end, on request. What this step was worth has been handed to the writer; here it is waited for."""
+        if self.writer is not None:
+            self.writer.wait()
+        self.job.report(self.record.latest_metrics(), self.checkpoint_uri())
+        raise Interrupted(f"stopped at step {self.state.step} of {self.total} on request, with a checkpoint; the same command goes on from there")
 
     def finish_epoch(self) -> None:
         """Score, remember the best, write a checkpoint, report."""

@@ -163,6 +163,14 @@ def poison(monkeypatch, steps):
     monkeypatch.setattr(loop.Training, "microbatch", microbatch)
 
 
+@pytest.mark.parametrize("step", [3, 7, 8])
+def test_a_stop_leaves_a_checkpoint_of_its_very_step(digits, tmp_path, step):
+    """Within an epoch, at its edge (seven steps) and after it."""
+    with pytest.raises(Interrupted, match=f"stopped at step {step} "):
+        train(Job(recipe(**{"train.epochs": 2}), digits, str(tmp_path), notice=stop_after(step)))
+    assert (tmp_path / "checkpoints" / f"step-{step:08d}" / "manifest.json").is_file()
+
+
 def test_a_step_that_is_not_finite_changes_nothing(digits, tmp_path, monkeypatch):
     run = recipe(**{"train.epochs": 1, "optimizer.weight_decay": 0.1})
     with pytest.raises(Interrupted):
