@@ -7,6 +7,8 @@ from typing import Any
 
 from ray.tune.integration.ray_train import TuneReportCallback
 
+from ftlib.search.trial import point
+
 
 class EpochBridge(TuneReportCallback):
     """Hands each scored epoch's metrics of rank 0 to Tune. Made in the trial's process, called in the controller's."""
@@ -17,8 +19,6 @@ class EpochBridge(TuneReportCallback):
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         try:
-            from ftlib.search.training import point
-
             values = metrics[0]
             if self.score not in values:
                 return

@@ -10,12 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ftlib.config import Gates, Run
-from ftlib.search.trial import Report
+from ftlib.search.trial import Report, point
 from ftlib.storage import join, read_json
 from ftlib.tree import from_dict, override
 
-SHOWN = ("loss", "top1", "top5")
-"""Scores of an epoch that go into the ledger, of both splits."""
 ABBREVIATIONS = {"dropout": "do", "drop_path": "dp", "mixup_alpha": "mx", "cutmix_alpha": "cm", "randaugment_m": "m", "randaugment_n": "n", "randaugment_p": "p", "lr": "lr",
                  "weight_decay": "wd", "batch_size": "b", "erasing_p": "er", "label_smoothing": "ls", "schedule": "", "optimizer": "", "warmup_epochs": "wu"}
 TITLE_LENGTH = 30
@@ -133,12 +131,6 @@ def train_within_tune() -> Iterator[None]:
         yield
     finally:
         trainable_fn_utils._in_tune_session = known
-
-
-def point(metrics: Mapping[str, float], split: str) -> dict[str, float]:
-    """The part of an epoch's metrics that the ledger keeps."""
-    kept = {f"{part}/{name}": metrics[f"{part}/{name}"] for part in (split, "train") for name in SHOWN if f"{part}/{name}" in metrics}
-    return {"score": metrics[f"{split}/top1"], **kept}
 
 
 def seconds(row: Mapping[str, float], split: str) -> float:

@@ -14,6 +14,9 @@ UNWIND_SECONDS = 60
 """How long a stopped trial may take to close its loader and its MLflow run before its process is given up. Tune's own limit of 2 s would kill the
 next trial of that process."""
 
+SHOWN = ("loss", "top1", "top5")
+"""Scores of an epoch that go into the ledger, of both splits."""
+
 
 class Stopped(Exception):
     """Raised inside a trial's training by `report` when the trial shall end now: the search has seen enough of it, or the sweep is ending."""
@@ -28,6 +31,12 @@ class Train(Protocol):
 
     def __call__(self, config: dict[str, Any], report: Report) -> dict[str, Any]:
         """Train `config["run"]` and return plain values: score, run_dir, mlflow_run_id ..."""
+
+
+def point(metrics: Mapping[str, float], split: str) -> dict[str, float]:
+    """The part of an epoch's metrics that the ledger keeps."""
+    kept = {f"{part}/{name}": metrics[f"{part}/{name}"] for part in (split, "train") for name in SHOWN if f"{part}/{name}" in metrics}
+    return {"score": metrics[f"{split}/top1"], **kept}
 
 
 def run_trial(config: dict[str, Any], train: Train) -> None:
