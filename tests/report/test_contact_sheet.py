@@ -16,6 +16,7 @@ from ftlib.data.order import step_plan
 from ftlib.data.shards import DataError
 from ftlib.learn import losses, mix
 from ftlib.report.contact_sheet import contact_sheet, epochs_section, mixing_section, network_section, ops_section, training_rows
+from ftlib.tree import ConfigError
 
 RUN = config.Run(
     stage="phase2", seed=3, augment=config.Augment(size=32, randaugment_n=2, randaugment_m=9, randaugment_p=0.5), mix=config.Mix(mixup_alpha=0.4, cutmix_alpha=1.0),
@@ -126,7 +127,9 @@ def test_the_job_explains_mistakes(tmp_path, capsys):
     spec = importlib.util.spec_from_file_location("preview", Path(__file__).parents[2] / "jobs" / "preview.py")
     preview = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(preview)
-    for arguments, part in ((["phase9"], "phase9"), (["phase2", "--augment.randaugment-k", "3"], "randaugment"), (["phase2", "--step", "-1"], "negative")):
+    with pytest.raises(ConfigError, match="unknown recipe phase9.*phase3"):
+        preview.main(["phase9"])
+    for arguments, part in ((["phase2", "--augment.randaugment-k", "3"], "randaugment"), (["phase2", "--step", "-1"], "negative")):
         with pytest.raises(SystemExit) as end:
             preview.main(arguments)
         assert end.value.code == 2 and part in capsys.readouterr().err
