@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import os
 import resource
 import tempfile
 import time
@@ -26,7 +25,7 @@ from ftlib.data import order
 from ftlib.data.loader import AHEAD, Batch, eval_batches, train_batches
 from ftlib.launch import cluster, pace, trainer
 from ftlib.launch.progress import duration
-from ftlib.launch.worker import loader_workers
+from ftlib.launch.worker import loader_workers, training_threads
 from ftlib.learn import checkpoint
 from ftlib.learn.evaluate import count
 from ftlib.learn.loop import Job, OutOfMemory, Training
@@ -127,7 +126,7 @@ def measure(ready: trainer.Prepared, placement: cluster.Placement, seconds: floa
                           "model.freeze_epochs": min(run.model.freeze_epochs, 0), "cluster.workers": "1"})
     device = torch.device("cuda" if placement.gpus and torch.cuda.is_available() else "cpu")
     processes = loader_workers(run.data.loader_workers, placement.cpus)
-    with tempfile.TemporaryDirectory(prefix="ftlib-estimate-") as scratch, _threads(placement.cpus):
+    with tempfile.TemporaryDirectory(prefix="ftlib-estimate-") as scratch, _threads(training_threads(placement.cpus, processes)):
         say("building the model")
         training = Training(Job(mine, dataset, scratch, device, source=ready.source, loader_workers=processes))
         training.freeze_for(0)
@@ -154,10 +153,9 @@ def measure(ready: trainer.Prepared, placement: cluster.Placement, seconds: floa
 
 
 @contextlib.contextmanager
-def _threads(cpus: int) -> Iterator[None]:
-    """As many threads as Ray gives a worker with so many CPUs."""
+def _threads(count: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(cpus, 1)))
+    torch.set_num_threads(count)
     try:
         yield
     finally:

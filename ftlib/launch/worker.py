@@ -43,8 +43,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         desk.tell("hello", ray.get_runtime_context().get_node_id())
     loaders = loader_workers(run.data.loader_workers, config["cpus"])
     if not config["local"]:
-        # The CPUs that do not load train; more threads than that spin against the loaders and each other, several times slower.
-        torch.set_num_threads(max(config["cpus"] - loaders, 1))
+        torch.set_num_threads(training_threads(config["cpus"], loaders))
     notices = Notices(desk)
     try:
         return loop.train(loop.Job(
@@ -67,6 +66,11 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
 def loader_workers(asked: int, cpus: int) -> int:
     """Loader processes of one worker: as asked, or one per reserved CPU but the one that trains."""
     return asked if asked >= 0 else max(cpus - 1, 0)
+
+
+def training_threads(cpus: int, loaders: int) -> int:
+    """The CPUs that do not load train; more threads than that spin against the loaders and each other, several times slower."""
+    return max(cpus - loaders, 1)
 
 
 def reporter(on_report: Any, local: bool) -> Any:
