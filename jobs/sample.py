@@ -3,7 +3,7 @@
     make run                        # or: python jobs/sample.py
 
 The recipes are those of jobs/phase1.py and jobs/phase2.py with a smaller model, smaller pictures, fewer epochs (and success criteria to
-match). Nothing is downloaded. Cost: under 4 minutes on 2 cores. Expected: 97 % top-1 or more after Phase 2 on digits that were held out.
+match). Nothing is downloaded. Cost: about 4 minutes on 2 cores. Expected: 97 % top-1 or more after Phase 2 on digits that were held out.
 The same command again says what is there; another FTLIB_HOME starts over.
 """
 
