@@ -85,9 +85,8 @@ def check(cfg: config.Model, train_size: int, eval_size: int | None = None) -> N
 def images_are_apart(model: nn.Module) -> bool:
     """Whether a training step sees each image by itself: no BatchNorm, and nothing drawn at random for the images together. Such a batch may be
     cut into parts without changing what is computed."""
-    together = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.MultiheadAttention, StochasticDepth)
-    return not any(isinstance(m, together) and (isinstance(m, nn.modules.batchnorm._BatchNorm) or getattr(m, "p", getattr(m, "dropout", 0)) > 0)
-                   for m in model.modules())
+    drawing = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention, StochasticDepth)
+    return not any(isinstance(m, nn.modules.batchnorm._BatchNorm) or (isinstance(m, drawing) and getattr(m, "p", getattr(m, "dropout", 0)) > 0) for m in model.modules())
 
 
 def _arguments(cfg: config.Model, image_size: int) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Nodes:
     """A head with one CPU and, once `join` is called, a second node with another one."""
 
     def __init__(self, folder, free_port):
-        self.folder, self.joined = folder, []
+        self.folder = folder
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "PYTEST_"))}
         self.env = {**kept, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef0123456789abcdef", "OMP_NUM_THREADS": "1"}
         self.free_port = free_port
@@ -47,7 +47,6 @@ class Nodes:
         before = set(self.raylets())
         self.start("--address", self.address, "--dashboard-agent-listen-port", str(self.free_port()))
         (raylet,) = set(self.raylets()) - before
-        self.joined.append(raylet)
         return raylet
 
     def raylets(self):
@@ -130,7 +129,7 @@ def stop(process):
     assert process.wait(120) == 143, process.log()
 
 
-def test_a_lost_node_costs_less_than_a_minute_and_its_successor_is_taken_in(nodes, shapes, home):
+def test_training_goes_on_without_a_lost_node(nodes, shapes, home):
     second = nodes.join()
     with training(nodes, shapes, home, "--name", "lost", "--checkpoint.every-steps", "1") as process:
         until(lambda: "with 1 to 2 workers" in process.log() or "with 2 workers" in process.log(), process)
@@ -144,7 +143,7 @@ def test_a_lost_node_costs_less_than_a_minute_and_its_successor_is_taken_in(node
         stop(process)
 
 
-def test_a_killed_worker_is_replaced_within_half_a_minute(nodes, shapes, home):
+def test_a_killed_worker_is_replaced(nodes, shapes, home):
     second = nodes.join()
     with training(nodes, shapes, home, "--name", "killed", "--checkpoint.every-steps", "1") as process:
         until(lambda: len(steps(home, "killed")) >= 2, process)
@@ -159,7 +158,7 @@ def test_a_killed_worker_is_replaced_within_half_a_minute(nodes, shapes, home):
 
 def test_a_drain_notice_leads_to_a_checkpoint(nodes, shapes, home):
     second = nodes.join()
-    # No checkpoint is due but those at an epoch's edge (every second step), and there are none of an odd step without the notice.
+    # No checkpoint is due but those at an epoch's edge (every third step), so one of another step is the notice's.
     with training(nodes, shapes, home, "--name", "drained", "--checkpoint.every-seconds", "0", "--checkpoint.every-steps", "0", "--train.batch-size", "16", "--train.microbatch-size", "8",
                   "--checkpoint.keep-last", "50") as process:
         until(lambda: len(steps(home, "drained")) >= 2, process)
