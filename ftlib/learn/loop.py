@@ -106,18 +106,19 @@ class Training:
         plan = order.step_plan(run.seed, state.step, self.rows, run.train.batch_size, run.train.microbatch_size)
         own = order.owned(plan, self.job.rank, self.job.world)
         buffer.begin()
-        taken: list[Batch] = []
+        taken: list[Batch] = []  # of a step that may have to start over; no other keeps the loader's memory
         i = 0
         while i < len(own):
-            if i == len(taken):
-                taken.append(next(batches))
-                assert (taken[i].step, taken[i].k) == (own[i].step, own[i].k), "the loader is out of step with the plan"
+            batch = taken[i] if i < len(taken) else next(batches)
+            assert (batch.step, batch.k) == (own[i].step, own[i].k), "the loader is out of step with the plan"
+            if i == len(taken) and not self.fits:
+                taken.append(batch)
             # Sums leave early only once a step has shown that it fits: what has left cannot be taken back.
             buffer.before(own[i].k, last=i == len(own) - 1 and self.fits)
             try:
-                self.microbatch(taken[i], buffer)
+                self.microbatch(batch, buffer)
             except torch.OutOfMemoryError as error:
-                self.halve(len(taken[i].rows), error)
+                self.halve(len(batch.rows), error)
                 buffer.begin()
                 i = 0
                 continue
