@@ -13,6 +13,7 @@ import os
 import secrets
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ ROOT = str(Path(__file__).resolve().parents[2])
 """Folder that holds ftlib: workers need it on their PYTHONPATH, wherever the job was started from."""
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 """Left on the head node by `ray up`: what the autoscaler may start."""
+
+START_ATTEMPTS = 3
 
 _TRAIN_DEFAULTS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a lost worker is noticed, and a report taken, this fast (Ray: 2 s)
@@ -43,6 +46,8 @@ def connect(*, dashboard: bool = False) -> bool:
     for name, value in _TRAIN_DEFAULTS.items():
         os.environ.setdefault(name, value)
     joining = bool(os.environ.get("RAY_ADDRESS"))
+    if not joining:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process that waits for a notice that this machine is going
     if not joining and "RAY_AUTH_MODE" not in os.environ and not _initialized():
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -57,24 +62,54 @@ def connect(*, dashboard: bool = False) -> bool:
     if ray.is_initialized():
         return False
     path = os.pathsep.join(dict.fromkeys([ROOT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
-    environment = {"env_vars": {"PYTHONPATH": path, "NO_ALBUMENTATIONS_UPDATE": "1"}}
     # Workers' warnings come through the desk; what Ray's own processes print there is of no use to a user, and is in Ray's logs.
-    common: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False, "runtime_env": environment}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        if not joining:
-            ray.init(address="local", include_dashboard=dashboard, **common)
-            return True
-        try:
-            ray.init(**common)
-        except ConnectionError as error:
-            raise LaunchError(f"RAY_ADDRESS = {os.environ['RAY_ADDRESS']}: no Ray cluster answers there ({str(error).splitlines()[0]}). "
-                              "Start one (ray start --head), or unset RAY_ADDRESS to train on this machine alone") from None
-        except ValueError as error:
-            if "env_vars" not in str(error) and "runtime_env" not in str(error):
-                raise
-            ray.init(logging_level=logging.WARNING, log_to_driver=False)  # the job's own runtime environment already says what the workers see
+    common: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    if not joining:
+        # Not as a runtime environment, for which Ray would not use the processes that it has started beforehand.
+        with _environment(PYTHONPATH=path):
+            _start(ray, include_dashboard=dashboard, **common)
+        return True
+    try:
+        ray.init(**common, runtime_env={"env_vars": {"PYTHONPATH": path, "NO_ALBUMENTATIONS_UPDATE": "1"}})
+    except ConnectionError as error:
+        raise LaunchError(f"RAY_ADDRESS = {os.environ['RAY_ADDRESS']}: no Ray cluster answers there ({str(error).splitlines()[0]}). "
+                          "Start one (ray start --head), or unset RAY_ADDRESS to train on this machine alone") from None
+    except ValueError as error:
+        if "env_vars" not in str(error) and "runtime_env" not in str(error):
+            raise
+        ray.init(**common)  # the job's own runtime environment already says what the workers see
     return True
+
+
+def _start(ray: Any, **settings: Any) -> None:
+    """A Ray of this machine's own; on one that is busy the first attempt may time out, and the second finds the files in memory."""
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(address="local", **settings)
+            return
+        except Exception as error:
+            if "timed out" not in str(error):
+                raise
+            ray.shutdown()
+            if attempt + 1 == START_ATTEMPTS:
+                raise LaunchError(f"Ray did not start on this machine within its time, {START_ATTEMPTS} times over ({str(error).splitlines()[0]}). "
+                                  "Other programs may be taking all of its CPU or memory: wait for them, or see the newest folder of /tmp/ray for Ray's own logs") from None
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Environment variables for the processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _initialized() -> bool:

@@ -29,7 +29,7 @@ from ftlib.learn import weights
 from ftlib.storage import is_remote, join
 from ftlib.track.lineage import run_tags
 from ftlib.track.params import params_of
-from ftlib.track.tracker import Handle, Tracking, open_tracking
+from ftlib.track.tracker import Handle, Tracking, ahead, open_tracking
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,8 @@ def launch(
             placement = cluster.Placement(1, 1, float(bool(here.gpus) and run.cluster.gpus_per_worker != 0), int(here.cpus))
         else:
             say(f"{run.name}: {ready.plan}")
+            if tracking is None:
+                stack.callback(ahead(run.track).join)
             cluster.connect()
             stack.enter_context(Signals(at_once=True))
             cluster.refuse_open(run.cluster.allow_open)

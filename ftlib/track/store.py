@@ -138,7 +138,7 @@ def artifacts_root(database: Path) -> Path:
 
 
 def _build(path: Path) -> None:
-    _import_mlflow(with_database=True)
+    import_mlflow(f"sqlite:///{path}")
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
@@ -175,18 +175,18 @@ def _check_file(path: Path) -> None:
 
 def client(uri: str) -> MlflowClient:
     """An MlflowClient for the URI. The fluent API and its globals are never used."""
-    _import_mlflow(with_database=urlsplit(uri).scheme not in SERVER_SCHEMES)
+    import_mlflow(uri)
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def _import_mlflow(with_database: bool) -> None:
-    """Import MLflow with its settings in place and without the deprecation warnings that its own imports cause."""
+def import_mlflow(uri: str) -> None:
+    """Import what of MLflow this store needs, with its settings in place and without the deprecation warnings that its own imports cause."""
     quiet_client_settings()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        importlib.import_module("mlflow.store.tracking.sqlalchemy_store" if with_database else "mlflow")
+        importlib.import_module("mlflow" if urlsplit(uri).scheme in SERVER_SCHEMES else "mlflow.store.tracking.sqlalchemy_store")
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:

@@ -16,6 +16,7 @@ import atexit
 import contextlib
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ from ftlib.track import journal as journals
 from ftlib.track.deliver import Delivery
 from ftlib.track.journal import State, file_of, first
 from ftlib.track.redact import redact
-from ftlib.track.store import TrackingError, client, ensure_experiment, ensure_store, patient, reach, resolve_uri, sqlite_path
+from ftlib.track.store import TrackingError, client, ensure_experiment, ensure_store, import_mlflow, patient, reach, resolve_uri, sqlite_path
 from ftlib.track.tracked_run import Handle, TrackedRun, begin
 from ftlib.track.writer import Place, Writer, clean_tags, forget_journal
 
@@ -151,6 +152,21 @@ class Tracking:
 
             actor.stop(self._actor)
         journals.disown(self.folder)
+
+
+def ahead(cfg: Track) -> threading.Thread:
+    """Start to import MLflow and to make the store, which take seconds, while something else is waited for. `open_tracking` does the same
+    and reports what is wrong."""
+    def work() -> None:
+        with contextlib.suppress(TrackingError):
+            uri = resolve_uri(cfg.uri)
+            import_mlflow(uri)
+            if not cfg.offline:
+                ensure_store(uri)
+
+    thread = threading.Thread(target=work, name="tracking-ahead", daemon=True)
+    thread.start()
+    return thread
 
 
 def open_tracking(cfg: Track, *, experiment: str, journal_dir: Path, resuming: bool = False, leftovers: Iterable[Path] | None = None) -> Tracking:

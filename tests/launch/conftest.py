@@ -1,9 +1,16 @@
-"""A prepared set of tiny pictures, and a run on it that takes a second."""
+"""A prepared set of tiny pictures, a run on it that takes a second, and the same as a job in a process of its own."""
 
+import contextlib
+import os
 import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 
 from ftlib.config import SGD, Augment, Cosine, Data, Model, Run, Track, Train
@@ -47,3 +54,75 @@ def free_port():
             return s.getsockname()[1]
 
     return give
+
+
+SETTINGS = ["--model.arch", "shufflenet_v2_x0_5", "--augment.size", "16", "--augment.crop-scale", "0.9", "1", "--data.subset", "1", "--data.loader-workers", "0", "--optimizer", "sgd",
+            "--train.batch-size", "32", "--train.microbatch-size", "16", "--gates.val-top1", "1", "--track.no-system-metrics", "--track.no-log-model", "--train.log-every", "1"]
+
+
+class Jobs:
+    """jobs/*.py on the tiny pictures, as processes in an environment of their own."""
+
+    root = Path(__file__).parents[2]
+    ray = str(Path(sys.executable).with_name("ray"))
+    token = "0123456789abcdef0123456789abcdef"
+    settings = SETTINGS
+
+    def __init__(self, shapes, home):
+        self.shapes, self.home = shapes, home
+
+    def environment(self, **more):
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "PYTEST_"))}
+        return {**kept, "FTLIB_HOME": str(self.home), "OMP_NUM_THREADS": "1", **more}
+
+    @contextlib.contextmanager
+    def started(self, *flags, job="phase1", cwd="/", env=None):
+        """The job as a process, with `log()`, what it has printed; killed at the end if it still lives."""
+        log = self.home / f"log-{time.monotonic_ns()}"
+        with open(log, "w") as out:
+            process = subprocess.Popen([sys.executable, str(self.root / "jobs" / f"{job}.py"), "--data.path", self.shapes, *SETTINGS, *flags], cwd=cwd, env=env or self.environment(),
+                                       stdout=out, stderr=subprocess.STDOUT, text=True)
+            process.log = log.read_text
+            try:
+                yield process
+            finally:
+                process.kill()
+                process.wait()
+
+    def until(self, condition, process, seconds=240):
+        """What `condition()` returns once that is true, while the process lives."""
+        deadline = time.monotonic() + seconds
+        while not (found := condition()):
+            assert process.poll() is None, process.log()
+            assert time.monotonic() < deadline, process.log()
+            time.sleep(0.1)
+        return found
+
+
+@pytest.fixture
+def jobs(shapes, home):
+    return Jobs(shapes, home)
+
+
+class Family:
+    """The processes of a Ray cluster: they, and no others, have its folder in their command lines."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def processes(self):
+        return [p for p in psutil.process_iter(["cmdline"]) if any(self.folder in word for word in p.info["cmdline"] or [])]
+
+    def end(self):
+        family = self.processes()
+        for parent in list(family):
+            with contextlib.suppress(psutil.Error):
+                family += parent.children(recursive=True)
+        for p in family:
+            with contextlib.suppress(psutil.Error):
+                p.kill()
+
+
+@pytest.fixture
+def family():
+    return Family

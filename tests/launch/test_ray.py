@@ -14,41 +14,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-SETTINGS = ["--model.arch", "shufflenet_v2_x0_5", "--augment.size", "16", "--augment.crop-scale", "0.9", "1", "--data.subset", "1", "--data.loader-workers", "0", "--optimizer", "sgd",
-            "--optimizer.lr", "0.05", "--train.epochs", "3", "--train.batch-size", "32", "--train.microbatch-size", "16", "--gates.val-top1", "1", "--track.no-system-metrics",
-            "--track.no-log-model", "--checkpoint.every-steps", "1", "--train.log-every", "1"]
-
-TOKEN = "0123456789abcdef0123456789abcdef"
+# Short runs of six steps with a checkpoint after each.
+FLAGS = ["--optimizer.lr", "0.05", "--train.epochs", "3", "--checkpoint.every-steps", "1"]
 
 pytestmark = pytest.mark.slow
-
-
-def environment(home, **more):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "PYTEST_"))}
-    return {**kept, "FTLIB_HOME": str(home), "OMP_NUM_THREADS": "1", **more}
-
-
-@contextlib.contextmanager
-def started(shapes, home, *flags, job="phase1", cwd="/"):
-    """The job as a process; killed at the end if it still lives."""
-    log = open(home / f"log-{time.monotonic_ns()}", "w+")  # noqa: SIM115 - closed below
-    process = subprocess.Popen([sys.executable, str(ROOT / "jobs" / f"{job}.py"), "--data.path", shapes, *SETTINGS, *flags], cwd=cwd, env=environment(home), stdout=log, stderr=subprocess.STDOUT, text=True)
-    process.log = lambda: Path(log.name).read_text()
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        log.close()
-
-
-def until(condition, process, seconds=240):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.log()
-        assert time.monotonic() < deadline, process.log()
-        time.sleep(0.1)
 
 
 def result(home, name):
@@ -61,19 +30,19 @@ def weights(home, name):
     return load_file(home / "runs" / name / result(home, name)["best"] / "model.safetensors")
 
 
-def test_two_workers_killed_and_started_again_end_as_one_undisturbed(shapes, home):
+def test_two_workers_killed_and_started_again_end_as_one_undisturbed(jobs, home):
     """kill -9 of the whole job in mid-run; the same command, from another folder, ends with the weights of one worker that nobody disturbed."""
     strict = ("--cluster.strict-elastic", "--cluster.cpus-per-worker", "1")
-    with started(shapes, home, "--name", "whole", *strict) as whole:
+    with jobs.started(*FLAGS, "--name", "whole", *strict) as whole:
         assert whole.wait(300) == 0, whole.log()
     longer = ("--name", "torn", "--cluster.workers", "2", *strict)
-    with started(shapes, home, *longer) as torn:
-        until(lambda: (home / "runs" / "torn" / "checkpoints" / "step-00000002").is_dir(), torn)
+    with jobs.started(*FLAGS, *longer) as torn:
+        jobs.until(lambda: (home / "runs" / "torn" / "checkpoints" / "step-00000002").is_dir(), torn)
         torn.send_signal(signal.SIGKILL)
         torn.wait()
     assert not (home / "runs" / "torn" / "result.json").exists()
     before = json.loads((home / "runs" / "torn" / "run.json").read_text())
-    with started(shapes, home, *longer, cwd=str(home)) as torn:
+    with jobs.started(*FLAGS, *longer, cwd=str(home)) as torn:
         assert torn.wait(300) == 0, torn.log()
         assert "going on with 2 workers" in torn.log() and "finished in" in torn.log() and "Traceback" not in torn.log()
     after = json.loads((home / "runs" / "torn" / "run.json").read_text())
@@ -83,13 +52,13 @@ def test_two_workers_killed_and_started_again_end_as_one_undisturbed(shapes, hom
         assert (a["train/loss"], a["val/loss"], a["val/top1"]) == (b["train/loss"], b["val/loss"], b["val/top1"])
     theirs = weights(home, "torn")
     assert all((value == theirs[name]).all() for name, value in weights(home, "whole").items())
-    with started(shapes, home, *longer) as again:
+    with jobs.started(*FLAGS, *longer) as again:
         assert again.wait(120) == 0 and "is finished already" in again.log()
 
 
-def test_sigterm_ends_with_a_checkpoint_and_143(shapes, home):
-    with started(shapes, home, "--name", "stopped", "--train.epochs", "400") as process:
-        until(lambda: "loss" in process.log(), process)
+def test_sigterm_ends_with_a_checkpoint_and_143(jobs, home):
+    with jobs.started(*FLAGS, "--name", "stopped", "--train.epochs", "400") as process:
+        jobs.until(lambda: "loss" in process.log(), process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(90) == 143, process.log()
         step = int(re.search(r"stopped at step (\d+) of 800 on request, with a checkpoint", process.log())[1])
@@ -97,24 +66,20 @@ def test_sigterm_ends_with_a_checkpoint_and_143(shapes, home):
     assert not (home / "runs" / "stopped" / "lease.json").exists()
 
 
-def test_an_error_that_would_come_again_is_not_retried(shapes, home):
-    with started(shapes, home, "--name", "boom", "--optimizer.lr", "1e30", "--train.clip-norm", "0", "--train.max-nonfinite", "0", "--train.epochs", "20") as process:
+def test_an_error_that_would_come_again_is_not_retried(jobs, home):
+    with jobs.started(*FLAGS, "--name", "boom", "--optimizer.lr", "1e30", "--train.clip-norm", "0", "--train.max-nonfinite", "0", "--train.epochs", "20") as process:
         assert process.wait(240) == 1, process.log()
         assert "error: the loss or its gradient was not finite" in process.log() and "Traceback" not in process.log() and "goes on from" not in process.log()
 
 
 @pytest.fixture
-def head(tmp_path_factory, free_port):
+def head(free_port, jobs, family):
     """A `ray start --head` of this test's own; its processes are ended by their ids."""
-    import psutil
-
-    folder = tmp_path_factory.mktemp("r")
     short = Path("/tmp") / f"ftr{os.getpid()}"  # sockets need a short path
     dashboard = free_port()
-    ray = str(Path(sys.executable).with_name("ray"))
-    env = environment(folder, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
+    env = jobs.environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=jobs.token)
     # Not with --block, which ends everything when Ray's client server, that nobody needs here, is slow to start.
-    command = [ray, "start", "--head", "--port", str(free_port()), "--dashboard-port", str(dashboard), "--dashboard-agent-listen-port", str(free_port()),
+    command = [jobs.ray, "start", "--head", "--port", str(free_port()), "--dashboard-port", str(dashboard), "--dashboard-agent-listen-port", str(free_port()),
                "--ray-client-server-port", str(free_port()), "--temp-dir", str(short), "--disable-usage-stats", "--num-cpus", "2"]
     try:
         subprocess.run(command, env=env, check=True, capture_output=True, timeout=180)
@@ -122,38 +87,32 @@ def head(tmp_path_factory, free_port):
         while True:
             assert time.monotonic() < deadline, "the dashboard does not answer"
             with contextlib.suppress(OSError):
-                asked = urllib.request.Request(f"http://127.0.0.1:{dashboard}/api/version", headers={"Authorization": f"Bearer {TOKEN}"})
+                asked = urllib.request.Request(f"http://127.0.0.1:{dashboard}/api/version", headers={"Authorization": f"Bearer {jobs.token}"})
                 with urllib.request.urlopen(asked, timeout=5):
                     break
             time.sleep(0.5)
         yield {**env, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     finally:
-        # This cluster's processes, and no other's, have its folder in their command lines.
-        family = [p for p in psutil.process_iter(["cmdline"]) if any(str(short) in word for word in p.info["cmdline"] or [])]
-        family += [child for p in family for child in p.children(recursive=True)]
-        for p in family:
-            with contextlib.suppress(psutil.Error):
-                p.kill()
+        family(short).end()
         shutil.rmtree(short, ignore_errors=True)
 
 
-def submit(head, *command):
-    ray = str(Path(sys.executable).with_name("ray"))
-    return subprocess.run([ray, "job", "submit", "--working-dir", str(ROOT), "--", *command], env=head, cwd=str(ROOT), capture_output=True, text=True, timeout=500)
+def submit(jobs, head, *command):
+    return subprocess.run([jobs.ray, "job", "submit", "--working-dir", str(jobs.root), "--", *command], env=head, cwd=str(jobs.root), capture_output=True, text=True, timeout=500)
 
 
-def test_submitted_as_a_job(shapes, home, head):
+def test_submitted_as_a_job(jobs, home, head):
     """prepare, Phase 1, Phase 2 and evaluate through `ray job submit`, and the exit code of wrong input."""
     python = sys.executable
     env = {**head, "FTLIB_HOME": str(home)}
     give = ["env", f"FTLIB_HOME={home}", "OMP_NUM_THREADS=1", python]
-    one = submit(env, *give, "jobs/phase1.py", "--data.path", shapes, *SETTINGS, "--name", "one")
+    one = submit(jobs, env, *give, "jobs/phase1.py", "--data.path", jobs.shapes, *jobs.settings, *FLAGS, "--name", "one")
     assert one.returncode == 0, one.stdout + one.stderr
     assert "one: finished in" in one.stdout
-    two = submit(env, *give, "jobs/phase2.py", "--data.path", shapes, *SETTINGS, "--name", "two", "--model.dropout", "0", "--augment.randaugment-m", "1", "--gates.gain", "-99", "--schedule.min-lr", "0")
+    two = submit(jobs, env, *give, "jobs/phase2.py", "--data.path", jobs.shapes, *jobs.settings, *FLAGS, "--name", "two", "--model.dropout", "0", "--augment.randaugment-m", "1", "--gates.gain", "-99", "--schedule.min-lr", "0")
     assert two.returncode == 0, two.stdout + two.stderr
     assert result(home, "two")["start_top1"] == result(home, "one")["metrics"]["best/val_top1"]
-    scored = submit(env, *give, "jobs/evaluate.py", "two", "--no-report", "--no-track")
+    scored = submit(jobs, env, *give, "jobs/evaluate.py", "two", "--no-report", "--no-track")
     assert scored.returncode == 0 and "top-1" in scored.stdout, scored.stdout + scored.stderr
-    wrong = submit(env, *give, "jobs/phase2.py", "--data.path", shapes, *SETTINGS, "--name", "two", "--seed", "5", "--model.dropout", "0")
+    wrong = submit(jobs, env, *give, "jobs/phase2.py", "--data.path", jobs.shapes, *jobs.settings, *FLAGS, "--name", "two", "--seed", "5", "--model.dropout", "0")
     assert wrong.returncode == 1 and "exit code 2" in wrong.stdout + wrong.stderr and "the name 'two' is taken" in wrong.stdout
