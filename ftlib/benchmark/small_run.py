@@ -16,13 +16,19 @@ BATCH = 16
 
 
 def by_ftlib(folder: Path) -> None:
-    """What a trial of a sweep does in its process: `launch`, with tracking that is delivered by the sweep's driver."""
-    os.environ["FTLIB_HOME"] = str(folder / "home" / str(os.getpid()))
+    """What a trial of a sweep does in its process: `launch`, with a handle for its tracking, which the sweep's driver delivers."""
+    home = folder / "home" / str(os.getpid())
+    os.environ["FTLIB_HOME"] = str(home)
+    (home / "journal").mkdir(parents=True)
     from ftlib.config import AdamW, Augment, Data, Model, Run, Track, Train
     from ftlib.launch.trainer import launch
+    from ftlib.track.journal import machine
+    from ftlib.track.tracker import Handle
+    from ftlib.track.writer import Place
 
-    launch(Run(data=Data(path=str(folder / "few-prepared"), loader_workers=0), augment=Augment(size=SIZE), model=Model(arch="resnet18"), optimizer=AdamW(lr=1e-4),
-               train=Train(epochs=EPOCHS, batch_size=BATCH, microbatch_size=BATCH), track=Track(offline=True, log_model=False, system_metrics=False)), local=True, quiet=True)
+    run = Run(data=Data(path=str(folder / "few-prepared"), loader_workers=0), augment=Augment(size=SIZE), model=Model(arch="resnet18"), optimizer=AdamW(lr=1e-4),
+              train=Train(epochs=EPOCHS, batch_size=BATCH, microbatch_size=BATCH), track=Track(log_model=False, system_metrics=False))
+    launch(run, local=True, kind="trial", tracking=Handle("sqlite:////nobody/delivers/this.db", "trials", Place(str(home / "journal"), machine())), quiet=True)
 
 
 def plain(folder: Path) -> None:

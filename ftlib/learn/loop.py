@@ -129,11 +129,13 @@ class Training:
             self.raise_requests(buffer)
         buffer.reduce(len(plan))
 
-        buffer.grads.div_(state.scale.scale)
-        norm = torch.linalg.vector_norm(buffer.grads)
+        norm = torch.linalg.vector_norm(buffer.grads) / state.scale.scale
         finite = torch.isfinite(norm) & torch.isfinite(buffer.tallies[0])
+        # Clipping, as torch.nn.utils.clip_grad_norm_ does it, and the loss scale in one pass over the gradients.
         if run.train.clip_norm:
-            buffer.grads.mul_((run.train.clip_norm / (norm + 1e-6)).clamp(max=1.0))  # as torch.nn.utils.clip_grad_norm_
+            buffer.grads.mul_((run.train.clip_norm / (norm + 1e-6)).clamp(max=1.0) / state.scale.scale)
+        elif state.scale.enabled:
+            buffer.grads.div_(state.scale.scale)
         optim.set_lr(state.optimizer, self.learning_rate(state.step))
         optim.step_if_finite(state.optimizer, finite)
         buffer.commit_statistics(finite)

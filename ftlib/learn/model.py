@@ -61,6 +61,16 @@ def build(cfg: config.Model, num_classes: int, imagenet_weights: bool = False, i
     return model
 
 
+def parameters(cfg: config.Model, num_classes: int, image_size: int = 224) -> int:
+    """How many parameters `build` gives the model. Raises what it raises."""
+    try:
+        with torch.device("meta"):  # none of them is drawn, which would take seconds for a large model
+            model = build(cfg, num_classes, image_size=image_size)
+    except NotImplementedError:  # a RegNet looks at values to find its widths
+        model = build(cfg, num_classes, image_size=image_size)
+    return sum(p.numel() for p in model.parameters())
+
+
 def check(cfg: config.Model, train_size: int, eval_size: int | None = None) -> None:
     """ConfigError for everything that `build` refuses about these settings, and for an evaluation size that the model cannot take.
     Makes no model, so it is quick."""
