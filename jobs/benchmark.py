@@ -1,8 +1,10 @@
-"""Measure ftlib beside what others use: loading, training steps, two workers, checkpoints, start-up.
+"""Measure ftlib beside what others use: loading, training steps, two workers, checkpoints, start-up; and what faster pictures cost in quality.
 
     python jobs/benchmark.py --what loader --source FOLDER_OF_PICTURES     # CPU per training image
     python jobs/benchmark.py --what all                                    # everything, on generated photos
     python jobs/benchmark.py --what step,scaling --out bench --mlflow      # benchmark.json and benchmark.png in bench/, and an MLflow run
+    python jobs/benchmark.py --what sides --source FOLDER_OF_PICTURES      # which --max-side to prepare with: speed, bytes, quality
+    python jobs/benchmark.py --what accuracy --source FOLDER --size 32     # the same training on ftlib's ops and on Albumentations'
 
 Cases are measured by turns, over several rounds; what counts is the ratio within a round, and its spread. Peers (timm, FFCV, DALI) are measured
 where they are installed; none is needed. Cost: about 3 minutes for the loader, 1 to 2 for each of the others, on 2 cores. docs/performance.md
@@ -25,11 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ftlib.cli import job
 
 WHAT = ("loader", "step", "scaling", "checkpoint", "startup")
+MORE = ("sides", "accuracy")
+"""Only where they are asked for by name."""
 
 
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jobs/benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--what", default="all", metavar="NAMES", help=f"{', '.join(WHAT)}, several separated by commas, or all (default)")
+    parser.add_argument("--what", default="all", metavar="NAMES", help=f"{', '.join(WHAT)}, several separated by commas, or all (default); and by name only: {', '.join(MORE)}")
     parser.add_argument("--source", metavar="FOLDER", help="a folder of pictures in class folders (default: generated ones of about 375 x 500 pixels)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds, each with every case once (default: %(default)s)")
     parser.add_argument("--images", type=int, default=512, metavar="N", help="images per case and round of the loader (default: %(default)s)")
@@ -41,6 +45,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--step-size", type=int, default=64, metavar="PIXELS", help="side of the pictures in the training steps (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="images per training step (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=8, metavar="N", help="training steps per case and round (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=5, metavar="N", help="epochs of `accuracy`, whose seeds are the rounds (default: %(default)s)")
     parser.add_argument("--out", metavar="FOLDER", help="write benchmark.json and benchmark.png there")
     parser.add_argument("--mlflow", action="store_true", help="record ratios, JSON and figure as a run of the MLflow experiment `benchmark`")
     return parser
@@ -53,14 +58,14 @@ def main(argv: list[str] | None = None) -> None:
 
     names = list(WHAT) if asked.what == "all" else [name.strip() for name in asked.what.split(",")]
     for name in names:
-        if name not in WHAT:
-            raise BenchmarkError(f"--what {name}: needs {', '.join(WHAT)} or all.{nearest(name, list(WHAT))}")
-    for flag in ("rounds", "images", "batch", "steps", "size", "step_size", "max_side"):
+        if name not in (*WHAT, *MORE):
+            raise BenchmarkError(f"--what {name}: needs {', '.join((*WHAT, *MORE))} or all.{nearest(name, [*WHAT, *MORE])}")
+    for flag in ("rounds", "images", "batch", "steps", "size", "step_size", "max_side", "epochs"):
         if getattr(asked, flag) < 1:
             raise BenchmarkError(f"--{flag.replace('_', '-')} {getattr(asked, flag)}: needs 1 or more")
     if asked.source and not Path(asked.source).is_dir():
         raise BenchmarkError(f"--source {asked.source}: there is no such folder")
-    from ftlib.benchmark import loader, show, training
+    from ftlib.benchmark import loader, pictures, show, training
 
     about = machine()
     print(sentence(about), flush=True)
@@ -74,9 +79,14 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="ftlib-benchmark-") as folder:
         scratch = Path(folder)
         step = training.Settings(asked.arch, asked.step_size, asked.batch, asked.steps, asked.rounds)
+        source = Path(asked.source) if asked.source else None
         for name in names:
-            if name == "loader":
-                part = loader.benchmark(scratch, Path(asked.source) if asked.source else None, images=asked.images, rounds=asked.rounds, workers=asked.workers,
+            if name == "sides":
+                part = pictures.sides(scratch / name, source, images=asked.images, rounds=asked.rounds, workers=asked.workers, size=asked.size, say=say)
+            elif name == "accuracy":
+                part = pictures.accuracy(scratch / name, source, seeds=asked.rounds, epochs=asked.epochs, arch=asked.arch, size=asked.size, say=say)
+            elif name == "loader":
+                part = loader.benchmark(scratch, source, images=asked.images, rounds=asked.rounds, workers=asked.workers,
                                         max_side=asked.max_side, size=asked.size, only=asked.only, say=say)
             else:
                 part = training.MEASURES[name](step, scratch, say)

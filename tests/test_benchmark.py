@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import multiprocessing
+import re
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ftlib.benchmark import loader, measure, show, training
+from ftlib.benchmark import loader, measure, pictures, show, training
 from ftlib.benchmark.measure import BenchmarkError, Case, Cost, Goal, by_turns, ratios
 
 JOB = Path(__file__).parents[1] / "jobs" / "benchmark.py"
@@ -106,6 +107,16 @@ def test_the_job_in_its_smallest_form(job, tmp_path, capsys):
     assert step["ratios"][0]["goal"] == 1.01
     with Image.open(tmp_path / "out" / "benchmark.png") as picture:
         assert picture.size[0] > 500
+
+
+def test_quality_in_its_smallest_form(job, tmp_path, capsys):
+    job.main(["--what", "sides,accuracy", "--rounds", "2", "--images", "8", "--size", "32", "--workers", "0", "--epochs", "1", "--arch", "shufflenet_v2_x0_5", "--out", str(tmp_path)])
+    sides, accuracy = json.loads((tmp_path / "benchmark.json").read_text())["parts"]
+    kilobytes = [float(re.search(r": ([0-9.]+) kB", note)[1]) for note in sides["notes"]]
+    quality = [float(re.search(r"are ([0-9.]+) dB", note)[1]) for note in sides["notes"][1:]]
+    assert len(sides["cases"]) == 1 + len(pictures.SIDES) == len(kilobytes) and kilobytes[1:] == sorted(kilobytes[1:])
+    assert quality == sorted(quality) and 20 < quality[0] < quality[-1] < 60, "the more pixels are kept, the closer"
+    assert re.search(r"difference of the means [+-][0-9.]+ points", capsys.readouterr().out) and len(accuracy["cases"]) == 2
 
 
 def test_loader_processes_are_measured_and_ended(tmp_path):

@@ -75,19 +75,19 @@ def benchmark(scratch: Path, source: Path | None, *, images: int, rounds: int, w
         photos(scratch / "photos", max(8, min(images, 128)))
     folder = source or scratch / "photos"
     say(f"preparing {folder}")
-    kept = _prepared(folder, scratch / "originals", Rules())
-    tiles = _prepared(folder, scratch / "tiles", Rules(tiles=True))
-    reduced = _prepared(folder, scratch / "reencoded", Rules(max_side=max_side, quality=QUALITY))
+    kept = prepared(folder, scratch / "originals", Rules())
+    tiles = prepared(folder, scratch / "tiles", Rules(tiles=True))
+    reduced = prepared(folder, scratch / "reencoded", Rules(max_side=max_side, quality=QUALITY))
     files, small = _files(kept, scratch / "files"), _files(reduced, scratch / "small-files")
     batch = min(32, len(files))
-    phase2, plain = _sized(PHASE2, size), _sized(PLAIN, size)
+    phase2, plain = sized(PHASE2, size), sized(PLAIN, size)
 
     def torch_case(name: str, names: list[Path], transform: Callable[[int], Callable[[Path], object]]) -> Case:
         opened = peers.dataloader(names, transform(size), batch, workers)
         return Case(name, lambda: stream_cost(opened, images, peers.AHEAD * workers * batch))
 
     def our_case(name: str, dataset: Dataset, augment: Augment) -> Case:
-        return Case(name, lambda: stream_cost(lambda: _ours(dataset, augment, batch, workers), images, (AHEAD * workers if workers else AHEAD + 1) * batch))
+        return ours(name, dataset, augment, batch, workers, images)
 
     making: dict[str, Callable[[], Case]] = {
         ORIGINALS: lambda: our_case(ORIGINALS, kept, phase2), TILED: lambda: our_case(TILED, tiles, phase2),
@@ -116,8 +116,13 @@ def benchmark(scratch: Path, source: Path | None, *, images: int, rounds: int, w
         return by_turns("Input pipeline", "image", cases, GOALS, rounds, say, notes)
 
 
-def _sized(augment: Augment, size: int) -> Augment:
+def sized(augment: Augment, size: int) -> Augment:
     return Augment(**{**vars(augment), "size": size})
+
+
+def ours(name: str, dataset: Dataset, augment: Augment, batch: int, workers: int, images: int) -> Case:
+    """ftlib's loader on its training split without end."""
+    return Case(name, lambda: stream_cost(lambda: _ours(dataset, augment, batch, workers), images, (AHEAD * workers if workers else AHEAD + 1) * batch))
 
 
 @contextlib.contextmanager
@@ -129,9 +134,10 @@ def _ours(dataset: Dataset, augment: Augment, batch: int, workers: int) -> Itera
         yield (len(b.labels) for b in batches)
 
 
-def _prepared(folder: Path, out: Path, rules: Rules) -> Dataset:
+def prepared(folder: Path, out: Path, rules: Rules, val_fraction: float = 0.0) -> Dataset:
+    """A folder's pictures as a prepared set; where it has no train/ and val/, `val_fraction` of them are for validation."""
     split = (folder / "train").is_dir()
-    return prepare(folder, out, val_fraction=None if split else 0.0, rules=rules, engine="here", progress=False, max_bad_fraction=0.5).dataset
+    return prepare(folder, out, val_fraction=None if split else val_fraction, rules=rules, engine="here", progress=False, max_bad_fraction=0.5).dataset
 
 
 def _files(dataset: Dataset, folder: Path) -> list[Path]:

@@ -112,20 +112,26 @@ def timm_reference(size: int, files: Sequence[Path], batch_size: int, workers: i
     return dataloader(files, lambda path: chain(_pil(path)), batch_size, workers, fast_collate), AHEAD * workers * batch_size
 
 
-def full_size_albumentations(size: int) -> Callable[[Path], torch.Tensor]:
+def full_size_chain(size: int) -> list[Any]:
     """Albumentations as its documentation suggests: the three groups (two of them, each with probability 0.3, of the ops that ftlib's table
-    names, as Albumentations ships them) on the whole picture, then crop, flip, colour jitter, Normalize to float, ToTensorV2."""
+    names, as Albumentations ships them) on the whole picture, then crop, flip, colour jitter."""
     import albumentations as A
-    from albumentations.pytorch import ToTensorV2
 
     geometric = A.OneOf([A.Affine(rotate=(-27, 27), p=1), A.Affine(shear=(-15, 15), p=1), A.Affine(translate_percent=(-0.27, 0.27), p=1), A.Affine(scale=(0.73, 1.37), p=1),
                          A.Perspective(scale=(0.05, 0.11), p=1), A.ElasticTransform(p=1)], p=0.3)
     noise = A.OneOf([A.GaussNoise(p=1), A.MultiplicativeNoise(p=1), A.GaussianBlur(p=1), A.MotionBlur(p=1), A.CoarseDropout(p=1)], p=0.3)
     colour = A.OneOf([A.RandomBrightnessContrast(p=1), A.HueSaturationValue(p=1), A.Sharpen(p=1), A.RandomGamma(p=1), A.Posterize(p=1), A.Solarize(p=1),
                       A.AutoContrast(p=1), A.Equalize(p=1)], p=0.3)
-    chain = A.Compose([
-        A.SomeOf([geometric, noise, colour], n=2, replace=False, p=1), A.RandomResizedCrop((size, size), scale=(0.08, 1.0), p=1), A.HorizontalFlip(p=0.5),
-        A.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.2), A.Normalize(IMAGENET_MEAN, IMAGENET_STD), ToTensorV2()])
+    return [A.SomeOf([geometric, noise, colour], n=2, replace=False, p=1), A.RandomResizedCrop((size, size), scale=(0.08, 1.0), p=1), A.HorizontalFlip(p=0.5),
+            A.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.2)]
+
+
+def full_size_albumentations(size: int) -> Callable[[Path], torch.Tensor]:
+    """`full_size_chain`, Normalize to float, ToTensorV2."""
+    import albumentations as A
+    from albumentations.pytorch import ToTensorV2
+
+    chain = A.Compose([*full_size_chain(size), A.Normalize(IMAGENET_MEAN, IMAGENET_STD), ToTensorV2()])
     return lambda path: chain(image=cv2.cvtColor(_cv2(path), cv2.COLOR_BGR2RGB))["image"]
 
 

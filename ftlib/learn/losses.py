@@ -28,7 +28,9 @@ PerImageLoss = Callable[[Tensor, Tensor], Tensor]
 
 def soft_targets(labels: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
     """int64[b] -> float32[b, C]: one-hot, with the share `smoothing` spread evenly over all C classes (Szegedy et al. 2016, eq. 7)."""
-    return F.one_hot(labels, classes).to(torch.float32).mul_(1.0 - smoothing).add_(smoothing / classes)
+    # Not F.one_hot, which looks at the labels' values and so waits for the device.
+    hot = torch.zeros(len(labels), classes, device=labels.device).scatter_(1, labels[:, None], 1.0)
+    return hot.mul_(1.0 - smoothing).add_(smoothing / classes)
 
 
 def balanced_weights(counts: Tensor | np.ndarray | Sequence[int]) -> Tensor:

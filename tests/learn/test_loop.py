@@ -1,5 +1,6 @@
 """The loop in one process: against plain torch, against itself restarted, and where numbers go wrong."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 from worker import BASE, digest, final
@@ -297,3 +299,47 @@ def test_balanced_weights_use_the_training_rows(digits, tmp_path):
     per_class = training.criterion(torch.zeros(10, 10), targets)
     ratio = per_class / per_class[0]
     np.testing.assert_allclose(ratio.numpy(), counts[0] / counts, rtol=1e-5)
+
+
+# --- the device ---------------------------------------------------------------------------------------------------------------------
+
+class Reads(TorchDispatchMode):
+    """Counts what reads a value from a device to the host, and so waits for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.is_nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("changes", [
+    {"optimizer": "AdamW", "mix.mixup_alpha": 0.2, "mix.cutmix_alpha": 1.0, "model.dropout": 0.1, "train.ema_decay": 0.9},
+    {"optimizer": "SGD", "train.clip_norm": 0, "loss": "BCE"}, {"optimizer": "Adam", "loss": "Focal", "loss.class_weights": "balanced"}], ids=["everything", "sgd", "focal"])
+def test_no_step_waits_for_the_device_between_log_points(digits, changes, monkeypatch):
+    reads = Reads()
+
+    def counting(original):
+        def counted(*args, **kwargs):
+            reads.count += 1
+            return original(*args, **kwargs)
+        return counted
+
+    for name in ("tolist", "cpu", "numpy"):  # on a CPU these are not dispatched
+        monkeypatch.setattr(torch.Tensor, name, counting(getattr(torch.Tensor, name)))
+    training = loop.Training(Job(recipe(**changes), digits, ""))
+    with contextlib.closing(loop.train_batches(digits, training.rows, training.run, 0, 1, 0, training.total, 0)) as batches:
+        training.freeze_for(0)
+        weight = list(training.model.parameters())[-2]
+        before = weight.detach().clone()
+        reads.count = 0
+        with reads:
+            for _ in range(2):
+                training.train_step(batches, ask=False)
+                training.state.step += 1
+        assert reads.count == 0
+        with reads:
+            training.read()  # a log point may
+        assert reads.count > 0 and not torch.equal(before, weight)
