@@ -52,7 +52,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, hint in hints(type(self)).items():
-            object.__setattr__(self, name, _checked(self._path(name), getattr(self, name), hint))
+            object.__setattr__(self, name, checked(self._path(name), getattr(self, name), hint))
         self.check()
 
     def check(self) -> None:
@@ -85,7 +85,7 @@ def _shown(value: Any) -> str:
     return json.dumps(value, default=str) if not is_dataclass(value) else type(value).__name__
 
 
-def _checked(path: str, value: Any, hint: Any) -> Any:
+def checked(path: str, value: Any, hint: Any) -> Any:
     """`value` in the field's exact type, or a ConfigError that says what is wrong."""
     bounds: Between | None = None
     if get_origin(hint) is Annotated:
@@ -111,7 +111,7 @@ def _checked(path: str, value: Any, hint: Any) -> Any:
             kinds = (kinds[0],) * len(value)
         if len(value) != len(kinds):
             raise ConfigError(f"{path} = {_shown(value)}: needs {len(kinds)} values, not {len(value)}")
-        return tuple(_checked(f"{path}[{i}]", v, k) for i, (v, k) in enumerate(zip(value, kinds)))
+        return tuple(checked(f"{path}[{i}]", v, k) for i, (v, k) in enumerate(zip(value, kinds)))
     if hint is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(f"{path} = {_shown(value)}: needs a number")

@@ -30,8 +30,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import numpy as np
 
 from ftlib.config import Run
-from ftlib.tree import ConfigError, Settings, flat, hints, nearest, override
-from ftlib.tree import _checked as checked
+from ftlib.tree import ConfigError, Settings, checked, flat, hints, nearest, override
 
 FOLDER = Path(__file__).resolve().parents[2] / "tune_spaces"
 KEEP = type("KEEP", (), {"__repr__": lambda self: "the recipe's value"})()
