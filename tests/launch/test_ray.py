@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -116,3 +117,19 @@ def test_submitted_as_a_job(jobs, home, head):
     assert scored.returncode == 0 and "top-1" in scored.stdout, scored.stdout + scored.stderr
     wrong = submit(jobs, env, *give, "jobs/phase2.py", "--data.path", jobs.shapes, *jobs.settings, *FLAGS, "--name", "two", "--seed", "5", "--model.dropout", "0")
     assert wrong.returncode == 1 and "exit code 2" in wrong.stdout + wrong.stderr and "the name 'two' is taken" in wrong.stdout
+
+
+def test_a_sweep_submitted_as_a_job(jobs, home, head):
+    """A sweep on a cluster that somebody else started: its trials run there, its report and its MLflow runs are whole."""
+    recipe = {"stage": "phase2", "data": {"path": jobs.shapes, "tuning_fraction": 0.25}, "augment": {"size": 16, "crop_scale": [0.9, 1.0], "flip": 0.0}, "mix": {"mixup_alpha": 0.2},
+              "model": {"arch": "shufflenet_v2_x0_5"}, "train": {"epochs": 2, "batch_size": 32, "microbatch_size": 16}, "track": {"system_metrics": False}}
+    (home / "recipe.json").write_text(json.dumps(recipe))
+    done = submit(jobs, {**head, "FTLIB_HOME": str(home)}, "env", f"FTLIB_HOME={home}", "OMP_NUM_THREADS=1", sys.executable, "jobs/sweep.py", "--recipe", str(home / "recipe.json"),
+                  "--space", "quick", "--trials", "3", "--name", "far")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "best of 3 trials" in done.stdout and "0 failed" in done.stdout
+    report = home / "runs" / "far" / "report"
+    assert (report / "index.html").is_file() and json.loads((report / "best.json").read_text())["data"]["path"] == jobs.shapes
+    with contextlib.closing(sqlite3.connect(home / "mlflow.db")) as db:
+        runs = dict(db.execute("select name, status from runs").fetchall())
+    assert set(runs.values()) == {"FINISHED"} and len(runs) == 4
