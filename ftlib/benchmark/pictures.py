@@ -119,7 +119,8 @@ def _plain_batches(training: Training, dataset: Dataset) -> Iterator[Batch]:
     import albumentations as A
 
     run, split = training.run, dataset.split("train")
-    chain = A.Compose(peers.full_size_chain(run.augment.size), seed=run.seed)
+    chain, randomness = A.Compose(peers.full_size_chain(run.augment.size)), Randomness(run.seed)
+    chain.set_random_state(randomness.generator, randomness.python)
     for step in range(training.total):
         for mb in order.owned(order.step_plan(run.seed, step, training.rows, run.train.batch_size, run.train.microbatch_size), 0, 1):
             pictures = [chain(image=decode(split.image(int(row))))["image"] for row in mb.rows]
