@@ -1,5 +1,7 @@
 """What fits on a cluster, and which clusters are refused."""
 
+import os
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -114,3 +116,44 @@ def test_a_cluster_that_is_not_there(monkeypatch):
     monkeypatch.setattr(ray, "init", refused)
     with pytest.raises(LaunchError, match="no Ray cluster answers there"):
         cluster.connect()
+
+
+# --- starting Ray -----------------------------------------------------------------------------------------------------------------
+
+class SlowRay:
+    """Stands in for Ray on a machine that is too busy for it: `late` starts time out."""
+
+    def __init__(self, late, says="The current node timed out during startup"):
+        self.late, self.says, self.calls = late, says, []
+
+    def init(self, **settings):
+        self.calls.append("init")
+        if self.calls.count("init") <= self.late:
+            raise Exception(self.says)
+
+    def shutdown(self):
+        self.calls.append("shutdown")
+
+
+def test_a_start_that_times_out_is_tried_again():
+    ray = SlowRay(late=2)
+    cluster._start(ray)
+    assert ray.calls == ["init", "shutdown", "init", "shutdown", "init"], "what is half started is ended first"
+    with pytest.raises(LaunchError, match="did not start on this machine .* 3 times over"):
+        cluster._start(SlowRay(late=3))
+
+
+def test_another_error_of_the_start_is_not_tried_again():
+    ray = SlowRay(late=1, says="no such option")
+    with pytest.raises(Exception, match="no such option"):
+        cluster._start(ray)
+    assert ray.calls == ["init"]
+
+
+def test_the_environment_of_a_start_is_as_before_afterwards(monkeypatch):
+    monkeypatch.setenv("FTLIB_A", "old")
+    monkeypatch.delenv("FTLIB_B", raising=False)
+    with pytest.raises(RuntimeError), cluster._environment(FTLIB_A="new", FTLIB_B="new"):
+        assert os.environ["FTLIB_A"] == os.environ["FTLIB_B"] == "new"
+        raise RuntimeError
+    assert os.environ["FTLIB_A"] == "old" and "FTLIB_B" not in os.environ

@@ -91,6 +91,15 @@ def test_the_default_is_torchvisions_resnet_to_the_last_bit():
     assert type(ours.layer1[0]) is type(theirs.layer1[0])
 
 
+@pytest.mark.parametrize("arch", ["resnet18", "regnet_y_400mf", "mobilenet_v3_small", "swin_t"])
+def test_parameters_are_counted_without_drawing_them(arch):
+    cfg = Model(arch=arch)
+    before = torch.get_rng_state()
+    counted = models.parameters(cfg, 7, 64)
+    assert torch.equal(before, torch.get_rng_state()) or arch.startswith("regnet")
+    assert counted == sum(p.numel() for p in models.build(cfg, 7, image_size=64).parameters())
+
+
 def test_initial_weights_depend_on_the_seed_and_not_on_dropout():
     plain, dropped, other = built("resnet18"), built("resnet18", dropout=0.3, drop_path=0.2), built("resnet18", seed=1)
     assert all(torch.equal(a, b) for a, b in zip(plain.state_dict().values(), dropped.state_dict().values(), strict=True))
