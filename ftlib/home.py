@@ -1,8 +1,10 @@
-"""Where things are kept: `$FTLIB_HOME` (default ~/ftlib) holds data/, runs/, mlflow.db and mlflow-artifacts/."""
+"""Where things are kept: `$FTLIB_HOME` (default ~/ftlib) holds data/, runs/, mlflow.db and mlflow-artifacts/. And other environment variables."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from ftlib.config import Run
@@ -48,3 +50,18 @@ def run_folder(name_or_folder: str, storage: str = "") -> str:
     if read_file(join(place, "run.json")) is None:
         raise ConfigError(f"there is no run {name_or_folder}: {place} has no run.json.{nearest(name_or_folder, sorted(folders(root)))}")
     return place
+
+
+@contextlib.contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Environment variables of this process, and of those it starts, while it is entered."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ftlib.home import environment
+
 
 class _Popen(popen_forkserver.Popen):
     """Starts a process that does not import the training process's main module again: loading needs nothing of it, and in a Ray
@@ -42,14 +44,8 @@ def context(module: str) -> multiprocessing.context.ForkServerContext:
     """The fork server's context, the server running and `module` imported in it."""
     found = _Context()
     found.set_forkserver_preload([module])
-    before = os.environ.get("PYTHONPATH")
     root = str(Path(__file__).parents[2])
-    os.environ["PYTHONPATH"] = root if not before else f"{root}{os.pathsep}{before}"  # the server looks for the module there
-    try:
+    # The server looks for the module there.
+    with environment(PYTHONPATH=os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))):
         forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
     return found

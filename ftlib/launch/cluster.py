@@ -13,12 +13,12 @@ import os
 import secrets
 import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ftlib.config import Cluster
+from ftlib.home import environment
 from ftlib.launch.errors import LaunchError
 
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -67,7 +67,7 @@ def connect(*, dashboard: bool = False) -> bool:
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     if not joining:
         # Not as a runtime environment, for which Ray would not use the processes that it has started beforehand.
-        with _environment(PYTHONPATH=path):
+        with environment(PYTHONPATH=path):
             _start(ray, include_dashboard=dashboard, **common)
         return True
     try:
@@ -95,21 +95,6 @@ def _start(ray: Any, **settings: Any) -> None:
             if attempt + 1 == START_ATTEMPTS:
                 raise LaunchError(f"Ray did not start on this machine within its time, {START_ATTEMPTS} times over ({str(error).splitlines()[0]}). "
                                   "Other programs may be taking all of its CPU or memory: wait for them, or see the newest folder of /tmp/ray for Ray's own logs") from None
-
-
-@contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Environment variables for the processes that are started meanwhile."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _initialized() -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import os
 import shutil
 import signal
 import tempfile
@@ -22,6 +21,7 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
+from ftlib.home import environment
 from ftlib.search.halving import Halving
 from ftlib.search.ledger import Trial
 from ftlib.search.trial import Train, run_trial
@@ -59,7 +59,7 @@ def execute(next_trial: Callable[[], Trial | None], config: Callable[[Trial], di
             trial_name_creator=_name, trial_dirname_creator=_name),
         run_config=tune.RunConfig(name="tune", storage_path=work, stop=_Interrupted(), callbacks=[watch], verbose=0, failure_config=tune.FailureConfig(max_failures=WORKER_DEATHS)))
     try:
-        with _environment(), _quiet(), _signals():
+        with environment(**_ENVIRONMENT), _quiet(), _signals():
             tuner.fit()
     except BaseException:
         if watch.error is not None:
@@ -247,17 +247,6 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints even when asked to be silent
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
-
-
-@contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    before = {k: os.environ.get(k) for k in _ENVIRONMENT}
-    os.environ.update(_ENVIRONMENT)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.__setitem__(key, value)
 
 
 @contextlib.contextmanager

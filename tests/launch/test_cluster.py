@@ -1,7 +1,5 @@
 """What fits on a cluster, and which clusters are refused."""
 
-import os
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -148,12 +146,3 @@ def test_another_error_of_the_start_is_not_tried_again():
     with pytest.raises(Exception, match="no such option"):
         cluster._start(ray)
     assert ray.calls == ["init"]
-
-
-def test_the_environment_of_a_start_is_as_before_afterwards(monkeypatch):
-    monkeypatch.setenv("FTLIB_A", "old")
-    monkeypatch.delenv("FTLIB_B", raising=False)
-    with pytest.raises(RuntimeError), cluster._environment(FTLIB_A="new", FTLIB_B="new"):
-        assert os.environ["FTLIB_A"] == os.environ["FTLIB_B"] == "new"
-        raise RuntimeError
-    assert os.environ["FTLIB_A"] == "old" and "FTLIB_B" not in os.environ
