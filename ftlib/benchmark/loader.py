@@ -71,9 +71,7 @@ def benchmark(scratch: Path, source: Path | None, *, images: int, rounds: int, w
         only: measure only cases whose name contains one of these; all where there are none.
     """
     cv2.setNumThreads(1)  # peers fork their processes, which must not inherit a thread pool whose threads are not there
-    if source is None:
-        photos(scratch / "photos", max(8, min(images, 128)))
-    folder = source or scratch / "photos"
+    folder = pictures_of(source, scratch, max(8, min(images, 128)))
     say(f"preparing {folder}")
     kept = prepared(folder, scratch / "originals", Rules())
     tiles = prepared(folder, scratch / "tiles", Rules(tiles=True))
@@ -86,9 +84,7 @@ def benchmark(scratch: Path, source: Path | None, *, images: int, rounds: int, w
         opened = peers.dataloader(names, transform(size), batch, workers)
         return Case(name, lambda: stream_cost(opened, images, peers.AHEAD * workers * batch))
 
-    def our_case(name: str, dataset: Dataset, augment: Augment) -> Case:
-        return ours(name, dataset, augment, batch, workers, images)
-
+    our_case = partial(ours, batch=batch, workers=workers, images=images)
     making: dict[str, Callable[[], Case]] = {
         ORIGINALS: lambda: our_case(ORIGINALS, kept, phase2), TILED: lambda: our_case(TILED, tiles, phase2),
         REENCODED: lambda: our_case(REENCODED, reduced, phase2), OURS_PLAIN: lambda: our_case(OURS_PLAIN, reduced, plain),
@@ -114,6 +110,13 @@ def benchmark(scratch: Path, source: Path | None, *, images: int, rounds: int, w
         warnings.simplefilter("ignore")  # what peers warn of is not the user's concern
         cases = [making[name]() for name in wanted]
         return by_turns("Input pipeline", "image", cases, GOALS, rounds, say, notes)
+
+
+def pictures_of(source: Path | None, scratch: Path, count: int) -> Path:
+    """The folder `source`, or one below `scratch` with `count` generated photos where there is none."""
+    if source is None:
+        photos(scratch / "photos", count)
+    return source or scratch / "photos"
 
 
 def sized(augment: Augment, size: int) -> Augment:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ftlib.benchmark import peers
-from ftlib.benchmark.loader import PHASE2, QUALITY, ours, photos, prepared, sized
+from ftlib.benchmark.loader import PHASE2, QUALITY, ours, pictures_of, prepared, sized
 from ftlib.benchmark.measure import Case, Cost, Part, by_turns, timed
 from ftlib.benchmark.training import Say, device
 from ftlib.config import AdamW, Cosine, CrossEntropy, Data, Mix, Model, Run, Train
@@ -37,9 +37,7 @@ FAST, PLAIN = "ftlib's transform and ops", "Albumentations' chain and ops"
 def sides(scratch: Path, source: Path | None, *, images: int, rounds: int, workers: int, size: int, say: Say) -> Part:
     """CPU per training image, length of a file and what is left of the picture, by the size that `prepare --max-side` keeps."""
     cv2.setNumThreads(1)
-    if source is None:
-        photos(scratch / "photos", 64)
-    folder = source or scratch / "photos"
+    folder = pictures_of(source, scratch, 64)
     kept = prepared(folder, scratch / "originals", Rules())
     batch = min(32, len(kept.split("train")))
     augment = sized(PHASE2, size)
@@ -77,10 +75,7 @@ def _kilobytes(split: Split) -> float:
 
 def accuracy(scratch: Path, source: Path | None, *, seeds: int, epochs: int, arch: str, size: int, say: Say) -> Part:
     """Validation top-1 after training from scratch on ftlib's pictures and on those of `peers.full_size_chain`: same seeds, weights, order, mixing and schedule."""
-    if source is None:
-        photos(scratch / "photos", 96)
-    folder = source or scratch / "photos"
-    dataset = prepared(folder, scratch / "prepared", Rules(), val_fraction=0.25)
+    dataset = prepared(pictures_of(source, scratch, 96), scratch / "prepared", Rules(), val_fraction=0.25)
     scores: dict[str, list[float]] = {FAST: [], PLAIN: []}
 
     def trained(name: str, feed: Callable[[Training], contextlib.AbstractContextManager[Iterator[Batch]]]) -> Cost:

@@ -27,6 +27,7 @@ BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 """Left on the head node by `ray up`: what the autoscaler may start."""
 
 START_ATTEMPTS = 3
+"""Times Ray may time out while it starts on this machine."""
 
 _TRAIN_DEFAULTS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a lost worker is noticed, and a report taken, this fast (Ray: 2 s)

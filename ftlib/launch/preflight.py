@@ -70,7 +70,7 @@ def plan(run: Run, dataset: Dataset) -> Plan:
     images, scored = check_data(run, dataset)
     augment.check(run.augment)
     models.check(run.model, run.augment.size, run.eval_size)
-    parameters = models.parameters(run.model, len(dataset.classes), run.augment.size)
+    parameters = sum(p.numel() for p in models.outline(run.model, len(dataset.classes), run.augment.size).parameters())
     size = 4 * parameters * (COPIES[type(run.optimizer).__name__] + bool(run.train.ema_decay))
     steps = order.steps_per_epoch(images, run.train.batch_size)
     disk = size * (run.checkpoint.keep_last + 1) + 4 * parameters * (run.checkpoint.keep_best + 1)

@@ -28,7 +28,7 @@ PerImageLoss = Callable[[Tensor, Tensor], Tensor]
 
 def soft_targets(labels: Tensor, classes: int, smoothing: float = 0.0) -> Tensor:
     """int64[b] -> float32[b, C]: one-hot, with the share `smoothing` spread evenly over all C classes (Szegedy et al. 2016, eq. 7)."""
-    # Not F.one_hot, which looks at the labels' values and so waits for the device.
+    # Not F.one_hot, which reads the labels' values to check them (on a CPU).
     hot = torch.zeros(len(labels), classes, device=labels.device).scatter_(1, labels[:, None], 1.0)
     return hot.mul_(1.0 - smoothing).add_(smoothing / classes)
 

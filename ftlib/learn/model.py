@@ -61,14 +61,13 @@ def build(cfg: config.Model, num_classes: int, imagenet_weights: bool = False, i
     return model
 
 
-def parameters(cfg: config.Model, num_classes: int, image_size: int = 224) -> int:
-    """How many parameters `build` gives the model. Raises what it raises."""
+def outline(cfg: config.Model, num_classes: int, image_size: int = 224) -> nn.Module:
+    """What `build` makes, for looking at its modules and shapes: without weights where torchvision can, since drawing them takes seconds for a large model."""
     try:
-        with torch.device("meta"):  # none of them is drawn, which would take seconds for a large model
-            model = build(cfg, num_classes, image_size=image_size)
-    except NotImplementedError:  # a RegNet looks at values to find its widths
-        model = build(cfg, num_classes, image_size=image_size)
-    return sum(p.numel() for p in model.parameters())
+        with torch.device("meta"):
+            return build(cfg, num_classes, image_size=image_size)
+    except NotImplementedError:  # torch's own: a RegNet looks at values to find its widths
+        return build(cfg, num_classes, image_size=image_size)
 
 
 def check(cfg: config.Model, train_size: int, eval_size: int | None = None) -> None:
