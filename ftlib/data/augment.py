@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from ftlib import config
-from ftlib.data import ops
+from ftlib.data import colour, ops
 from ftlib.data.decode import decode, dimensions
 from ftlib.data.keys import AUGMENT, Randomness, key
 from ftlib.data.tiles import cut
@@ -165,7 +165,7 @@ class ColorJitter:
         self.steps = [
             (function, max(0.0, centre - strength) if centre else -strength, centre + strength)
             for function, strength, centre in (
-                (ops.brightness, brightness, 1.0), (ops.contrast, contrast, 1.0), (ops.saturation, saturation, 1.0), (ops.hue, hue, 0.0))
+                (colour.brightness, brightness, 1.0), (colour.contrast, contrast, 1.0), (colour.saturation, saturation, 1.0), (colour.hue, hue, 0.0))
             if strength > 0
         ]
 
@@ -210,6 +210,8 @@ class TrivialAugment:
 
 def apply(transform: A.BasicTransform, image: np.ndarray, randomness: Randomness) -> np.ndarray:
     """uint8[H, W, 3] through a transform that draws from `randomness` alone."""
+    if isinstance(transform, ops.Pixels):
+        return transform.act(image, randomness.generator, randomness.python)
     transform.set_random_state(randomness.generator, randomness.python)
     return transform(image=image)["image"]
 

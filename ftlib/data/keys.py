@@ -37,17 +37,23 @@ class _OnGenerator(random.Random):
 
     def __init__(self, generator: np.random.Generator) -> None:
         super().__init__(0)
-        self._draw = generator.random
+        self.random = generator.random  # type: ignore[method-assign]  # itself: each layer of Python would double what a draw costs
         self._raw = generator.bit_generator.random_raw
-
-    def random(self) -> float:
-        return self._draw()
 
     def getrandbits(self, k: int) -> int:
         bits = 0
         for have in range(0, k, 64):
-            bits |= int(self._raw()) << have
+            bits |= self._raw() << have
         return bits & ((1 << k) - 1)
+
+    def _randbelow(self, n: int) -> int:
+        """What randrange, choice, sample and shuffle draw with: as in the base class, without its layers where 64 bits are enough."""
+        mask = (1 << n.bit_length()) - 1
+        if mask >> 64:
+            return self._randbelow_with_getrandbits(n)  # type: ignore[attr-defined]
+        while (drawn := self._raw() & mask) >= n:
+            pass
+        return drawn
 
 
 class Randomness:

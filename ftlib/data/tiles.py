@@ -26,7 +26,7 @@ CONTEXT = 2
 TABLE = b"ftlib-tiles\0"
 """Begins the APP11 segment with the layout (`_Layout`) and with where each tile ends: uint16 (little-endian) up to 64 KiB, uint32 beyond."""
 _FIELDS, _SIZE = struct.Struct("<IIHHBBH"), struct.Struct(">HH")
-_U2, _U4, _ZERO = np.dtype("<u2"), np.dtype("<u4"), np.zeros(1, np.int64)
+_U2, _U4 = np.dtype("<u2"), np.dtype("<u4")
 _NUMBERS = np.resize(np.arange(0xD0, 0xD8, dtype=np.uint8), 1 << 15)
 
 
@@ -106,21 +106,22 @@ def cut(jpeg: bytes | bytearray | memoryview | np.ndarray, top: int, left: int, 
         return None
     if ends is None and (ends := _found(data, layout)) is None:
         return None  # damaged, or more than one scan: for the decoder to judge, whole
-    grid = ends.reshape(rows, columns)[y0:y1, x0:x1].astype(np.int64)
-    stops = grid[:, -1]
+    # Where each row's tiles begin and end, in plain numbers: for so few, numpy's calls would cost more than its arithmetic.
     first = y0 * columns + x0
-    before = ends[first - 1 : y1 * columns - 1 : columns] if first else np.concatenate((_ZERO, ends[columns - 1 : (y1 - 1) * columns : columns]))
-    starts = before.astype(np.int64)  # offsets into the file are beyond the table's uint16
+    begins = ends[first - 1 : y1 * columns - 1 : columns].tolist() if first else [0, *ends[columns - 1 : (y1 - 1) * columns : columns].tolist()]
+    stops = ends[y0 * columns + x1 - 1 : (y1 - 1) * columns + x1 : columns].tolist()
     header = bytearray(data[: table_at if table_end else data_at])
     if table_end:  # a tile's table is of no use to a decoder
         header += data[table_end:data_at]
         size_at -= table_end - table_at
-    cut_height, cut_width = min(y1 * tile_height, full_height) - y0 * tile_height, min(x1 * tile_width, full_width) - x0 * tile_width
-    _SIZE.pack_into(header, size_at, cut_height, cut_width)
-    spliced = bytearray().join([header, *[data[a:b] for a, b in zip((starts + data_at).tolist(), (stops + data_at).tolist())]])
-    lengths = stops - starts
-    grid += (lengths.cumsum() - stops + (len(header) - 1))[:, None]  # where they are now: the second byte of the marker that ends each tile
-    at = grid.ravel()
+    _SIZE.pack_into(header, size_at, min(y1 * tile_height, full_height) - y0 * tile_height, min(x1 * tile_width, full_width) - x0 * tile_width)
+    pieces, moved, length = [header], [], len(header)
+    for begin, stop in zip(begins, stops):
+        pieces.append(data[data_at + begin : data_at + stop])
+        moved.append(length - begin - 1)  # to the second byte of the marker that ends a tile
+        length += stop - begin
+    spliced = bytearray().join(pieces)
+    at = (ends.reshape(rows, columns)[y0:y1, x0:x1] + np.array(moved)[:, None]).ravel()
     np.frombuffer(spliced, np.uint8)[at] = _NUMBERS[: len(at)] if len(at) <= len(_NUMBERS) else np.resize(_NUMBERS, len(at))
     spliced[-1] = 0xD9
     return Cut(spliced, y0 * tile_height, x0 * tile_width)

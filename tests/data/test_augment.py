@@ -15,7 +15,7 @@ from scipy.stats import chisquare, ks_2samp, kstest
 from sklearn.datasets import load_sample_image
 
 from ftlib import config
-from ftlib.data import augment, ops
+from ftlib.data import augment, colour, ops
 from ftlib.data.augment import ColorJitter, EvalTransform, RandAugment, TrainTransform, TrivialAugment, check, crop_and_resize, crop_box, erase
 from ftlib.data.decode import DecodeError
 from ftlib.data.keys import Randomness
@@ -153,7 +153,7 @@ def test_evaluation_of_large_pictures(photo):
 def test_jitter_is_torchvisions_given_the_same_factors(photo):
     """The same order and factors through torchvision's functions on PIL."""
     image = cv2.resize(photo, (128, 128), interpolation=cv2.INTER_AREA)
-    functions = {ops.brightness: TF.adjust_brightness, ops.contrast: TF.adjust_contrast, ops.saturation: TF.adjust_saturation, ops.hue: TF.adjust_hue}
+    functions = {colour.brightness: TF.adjust_brightness, colour.contrast: TF.adjust_contrast, colour.saturation: TF.adjust_saturation, colour.hue: TF.adjust_hue}
     jitter = ColorJitter(0.4, 0.4, 0.4, 0.1, p=1.0)
     for k in range(20):
         ours = jitter(image, Randomness(k))
@@ -174,7 +174,7 @@ def test_jitter_draws_as_torchvision_does(monkeypatch):
         return lambda image, factor: drawn.append((name, factor)) or image
 
     for name in ("brightness", "contrast", "saturation", "hue"):
-        monkeypatch.setattr(ops, name, recorder(name))
+        monkeypatch.setattr(colour, name, recorder(name))
     jitter, randomness = ColorJitter(0.4, 0.4, 1.5, 0.1, p=0.2), Randomness(1)
     for _ in range(10_000):
         jitter(np.zeros((1, 1, 3), np.uint8), randomness)

@@ -1,4 +1,5 @@
 import pickle
+import random
 
 import numpy as np
 from hypothesis import given
@@ -69,6 +70,22 @@ def test_python_numbers_are_uniform():
     randomness = Randomness(1)
     counts = np.bincount([randomness.python.randrange(7) for _ in range(7000)], minlength=7)
     assert ((counts - 1000) ** 2 / 1000).sum() < 22.5  # chi-square, 6 degrees: 1 in 1000
+
+
+def test_choices_are_those_of_the_base_class():
+    """Drawn in fewer layers, from the same bits to the same end."""
+    class Plain(random.Random):
+        def __init__(self, generator):
+            super().__init__(0)
+            self.raw = generator.bit_generator.random_raw
+
+        def getrandbits(self, k):
+            return sum(int(self.raw()) << have for have in range(0, k, 64)) & ((1 << k) - 1)
+
+    ours, plain = Randomness(9).python, Plain(Randomness(9).generator)
+    for n in (1, 2, 3, 7, 8, 1000, 2**32, 2**63 + 1, 2**64, 2**64 + 1, 10**30):
+        assert [ours.randrange(n) for _ in range(20)] == [plain.randrange(n) for _ in range(20)], n
+    assert ours.sample(range(50), 9) == plain.sample(range(50), 9) and ours.choice("abcde") == plain.choice("abcde")
 
 
 def test_pickling_gives_a_working_one():

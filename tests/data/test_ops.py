@@ -10,12 +10,13 @@ import cv2
 import numpy as np
 import pytest
 import torchvision.transforms.functional as TF
+from albumentations.augmentations.blur.functional import create_motion_kernel
 from PIL import Image, ImageEnhance, ImageOps
 from sklearn.datasets import load_sample_image
 from torchvision.transforms import InterpolationMode
 
 import ftlib.data
-from ftlib.data import ops
+from ftlib.data import colour, ops
 from ftlib.data.augment import apply
 from ftlib.data.keys import Randomness
 from ftlib.data.ops import GROUPS, OPS
@@ -101,12 +102,12 @@ def test_signed_ops_go_either_way_equally_often():
 
 @pytest.mark.parametrize("factor", [0.1, 0.6, 1.0, 1.4, 1.9])
 @pytest.mark.parametrize(("ours", "theirs"), [
-    (ops.brightness, ImageEnhance.Brightness), (ops.contrast, ImageEnhance.Contrast), (ops.saturation, ImageEnhance.Color), (ops.sharpness, ImageEnhance.Sharpness)],
+    (colour.brightness, ImageEnhance.Brightness), (colour.contrast, ImageEnhance.Contrast), (colour.saturation, ImageEnhance.Color), (colour.sharpness, ImageEnhance.Sharpness)],
     ids=["brightness", "contrast", "saturation", "sharpness"])
 def test_enhancements_are_pils(photos, ours, theirs, factor):
     for image in photos:
         expected = np.asarray(theirs(Image.fromarray(image)).enhance(factor))
-        assert off(ours(image, factor), expected).max() <= (2 if ours is ops.sharpness else 1)  # PIL rounds the smoothed picture first
+        assert off(ours(image, factor), expected).max() <= (2 if ours is colour.sharpness else 1)  # PIL rounds the smoothed picture first
         if factor == 1:
             assert np.array_equal(ours(image, factor), image)
 
@@ -115,7 +116,7 @@ def test_enhancements_are_pils(photos, ours, theirs, factor):
 def test_hue_is_torchvisions(photos, turns):
     for image in photos:
         expected = np.asarray(TF.adjust_hue(Image.fromarray(image), turns))
-        difference = off(ops.hue(image, turns), expected)
+        difference = off(colour.hue(image, turns), expected)
         assert difference.mean() < 1.2 and np.percentile(difference, 99) <= 5  # both through 8-bit HSV, rounded differently
 
 
@@ -141,7 +142,7 @@ def test_posterize_and_solarize_are_pils(photos, strength):
 
 def test_gamma_is_torchvisions(photos):
     for octaves in (-1, -0.3, 0.5, 1):
-        assert off(ops.gamma(photos[0], octaves), np.asarray(TF.adjust_gamma(Image.fromarray(photos[0]), 2**octaves))).max() <= 1
+        assert off(colour.gamma(photos[0], octaves), np.asarray(TF.adjust_gamma(Image.fromarray(photos[0]), 2**octaves))).max() <= 1
 
 
 @pytest.mark.parametrize(("name", "amount", "affine"), [
@@ -161,6 +162,59 @@ def test_warps_are_torchvisions_affine(photos, name, amount, affine, strength):
                     for sign in (1, -1)]
         inside = [np.median(off(ours, e)) + off(ours, e).mean() for e in expected]
         assert min(inside) < 2.5 and max(inside) > 10
+
+
+@pytest.mark.parametrize("strength", [0.2, 1.0])
+def test_perspective_is_torchvisions_and_shows_the_whole_quadrilateral(photos, strength):
+    size, moved = 224, []
+    corners = [[0, 0], [size - 1, 0], [size - 1, size - 1], [0, size - 1]]
+    for key in range(12):
+        ours = run(BY_NAME["perspective"], strength, photos[0], key)
+        shares = np.minimum(np.abs(Randomness(key).generator.normal(0, 0.12 * strength, (4, 2))), 0.32)  # the op's only draw
+        points = np.array(corners) + (size - 1) * shares * [[1, 1], [-1, 1], [-1, -1], [1, -1]]
+        expected = TF.perspective(Image.fromarray(photos[0]), points.tolist(), corners, InterpolationMode.BILINEAR)
+        difference = off(ours, np.asarray(expected))[2:-2, 2:-2]  # PIL looks up to half a pixel further
+        assert np.median(difference) <= 2 and 4 * difference.mean() < off(ours, photos[0]).mean()
+        moved.append(shares)
+    assert abs(np.mean(moved) / (0.12 * strength * np.sqrt(2 / np.pi)) - 1) < 0.2  # the mean of |N(0, s)|
+
+
+def test_motion_blur_has_albumentations_kernels():
+    draw = np.random.default_rng(0)
+    for length in (3, 5, 11, 17):
+        for angle, direction in [*draw.uniform([0, -1], [360, 1], (40, 2)), (90, 1), (0, -1), (45, 0)]:
+            theirs = create_motion_kernel(length, angle, direction, allow_shifted=False, random_state=None)
+            assert np.allclose(ops.MotionBlur(length).kernel(angle, direction), theirs / theirs.sum())
+
+
+def test_dropout_covers_what_albumentations_covers():
+    """The same share of the picture, centre and corner: six holes of a given side, anywhere within the picture."""
+    white, side, n = np.full((64, 64, 3), 255, np.uint8), 12, 600
+    stock = A.CoarseDropout(num_holes_range=(6, 6), hole_height_range=(side, side), hole_width_range=(side, side), fill=128, p=1)
+    stock.set_random_state(Randomness(1).generator, Randomness(1).python)
+    theirs = np.mean([stock(image=white.copy())["image"] == 128 for _ in range(n)], axis=0)
+    ours = np.mean([apply(ops.Dropout(side), white, Randomness(k)) == 128 for k in range(n)], axis=0)
+    assert abs(ours.mean() - theirs.mean()) < 0.01
+    for part in (np.s_[:8, :8], np.s_[28:36, 28:36], np.s_[:8, 28:36]):
+        assert abs(ours[part].mean() - theirs[part].mean()) < 0.04
+
+
+def test_a_fourth_channel_changes_no_pixel(photos):
+    y, x = np.indices((224, 224), np.float32)
+    places = np.dstack([0.9 * x - 0.2 * y + 3.3, 0.2 * x + 0.8 * y + 1.7])
+    for image in photos:
+        for warp, *arguments in ((cv2.warpAffine, np.array([[0.9, -0.2, 20.3], [0.2, 0.9, 5.5]]), (224, 224)),
+                                 (cv2.warpPerspective, np.array([[0.9, -0.2, 20], [0.2, 0.9, 5.5], [3e-4, 2e-4, 1]]), (224, 224)), (cv2.remap, places, None, cv2.INTER_LINEAR)):
+            assert np.array_equal(ops.in_fours(warp, image, *arguments), warp(image, *arguments)), warp.__name__
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if isinstance(op.at(0.5, 64), ops.Pixels)], ids=lambda op: op.name)
+def test_albumentations_way_in_does_the_same(op, photos):
+    """As within a user's own Compose."""
+    transform, randomness = op.at(0.7, 224), Randomness(5)
+    transform.set_random_state(randomness.generator, randomness.python)
+    assert np.array_equal(transform(image=photos[1])["image"], run(op, 0.7, photos[1], 5))
+    assert type(transform).__name__ in repr(A.Compose([transform]))
 
 
 # --- statistics of the cheap replacements -------------------------------------------------------------------------------------------
@@ -193,8 +247,8 @@ def test_elastic_has_the_field_of_the_op_it_replaces():
     """Standard deviation and autocorrelation of the displacement, against blurring white noise at full size as A.ElasticTransform does."""
     side, sigma, amount = 224, 11.2, 4.0
     ours = ops.Elastic(amount, sigma)
-    ours.set_random_state(Randomness(1).generator, Randomness(1).python)
-    fields = np.stack([ours.field(side, side) for _ in range(150)])
+    generator = Randomness(1).generator
+    fields = np.stack([ours.field(side, side, generator) for _ in range(150)])
     stock = A.ElasticTransform(alpha=1, sigma=sigma, noise_distribution="uniform", p=1)
     stock.set_random_state(Randomness(2).generator, Randomness(2).python)
     grid = np.arange(side, dtype=np.float32)
