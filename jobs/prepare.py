@@ -31,6 +31,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=42, help="chooses the pictures that --val-fraction holds out (default: %(default)s)")
     parser.add_argument("--max-side", type=int, metavar="PIXELS", help="reduce larger pictures to this longer side (default: keep the size)")
     parser.add_argument("--quality", type=int, metavar="1..100", help="encode every picture again at this JPEG quality (default: keep the original bytes)")
+    parser.add_argument("--subsampling", choices=("420", "444", "keep"), help="chroma of pictures encoded again for --max-side or --quality: halved (420, the default then), whole, or the original's")
     parser.add_argument("--tiles", action="store_true", help="store originals so that training decodes only what it crops: the very pixels, 7 %% more bytes, 50 ms more of one core per ImageNet picture")
     parser.add_argument("--background", default="255,255,255", metavar="R,G,B", help="colour behind transparent pixels (default: %(default)s)")
     parser.add_argument("--max-megapixels", type=float, default=50.0, metavar="MP", help="refuse larger pictures, before decoding them (default: %(default)g)")
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         background = tuple(int(part) for part in arguments.background.split(","))
-        rules = Rules(arguments.max_side, arguments.quality, background, arguments.max_megapixels, arguments.accept_warnings, arguments.tiles)  # type: ignore[arg-type]
+        rules = Rules(arguments.max_side, arguments.quality, arguments.subsampling, background, arguments.max_megapixels, arguments.accept_warnings, arguments.tiles)  # type: ignore[arg-type]
         if arguments.verify:
             return verify(arguments.verify)
         from ftlib.data.prepare import prepare

@@ -151,8 +151,8 @@ def ffcv(files: Sequence[Path], folder: Path, size: int, batch_size: int, worker
 
     @contextlib.contextmanager
     def opened() -> Iterator[Iterator[int]]:
-        image = [RandomResizedCropRGBImageDecoder((size, size)), RandomHorizontalFlip(), ToTensor(), ToTorchImage(),
-                 NormalizeImage(np.array(IMAGENET_MEAN) * 255, np.array(IMAGENET_STD) * 255, np.float32)]
+        image = [RandomResizedCropRGBImageDecoder((size, size)), RandomHorizontalFlip(),  # without a GPU normalisation must come before tensors: behind them FFCV's compiler never ends
+                 NormalizeImage(np.array(IMAGENET_MEAN) * 255, np.array(IMAGENET_STD) * 255, np.float32), ToTensor(), ToTorchImage()]
         loader = Loader(str(stored), batch_size=batch_size, num_workers=workers, batches_ahead=3, order=OrderOption.RANDOM, os_cache=True, drop_last=True,
                         pipelines={"image": image, "label": [IntDecoder(), ToTensor()]})
         yield (len(batch[0]) for _ in iter(int, 1) for batch in loader)

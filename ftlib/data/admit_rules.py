@@ -19,6 +19,9 @@ class Rules:
     """Longer sides are reduced to this many pixels; None leaves the size."""
     quality: int | None = None
     """Every picture is encoded again at this JPEG quality; None keeps original bytes wherever it can."""
+    subsampling: str | None = None
+    """Chroma of pictures that are encoded again for `max_side` or `quality`: "420" (the default where one of these is given), "444", or "keep" for that of the
+    original. Halving the chroma is what JPEG encoders do unless told otherwise: a fifth fewer bytes, a quarter less time to decode."""
     background: tuple[int, int, int] = (255, 255, 255)
     """Colour (red, green, blue) behind transparent pixels."""
     max_megapixels: float = 50.0
@@ -33,6 +36,10 @@ class Rules:
             raise ValueError(f"max_side = {self.max_side}: needs at least {MIN_SIDE} pixels")
         if self.quality is not None and not 1 <= self.quality <= 100:
             raise ValueError(f"quality = {self.quality}: needs 1 to 100")
+        if self.subsampling not in (None, "420", "444", "keep"):
+            raise ValueError(f"subsampling = {self.subsampling!r}: needs to be 420, 444 or keep")
+        if self.subsampling is not None and self.max_side is None and self.quality is None:
+            raise ValueError(f"subsampling = {self.subsampling!r} is for pictures that are encoded again: give max_side or quality as well")
         if not self.max_megapixels > 0:
             raise ValueError(f"max_megapixels = {self.max_megapixels}: needs to be above 0")
         if len(self.background) != 3 or not all(0 <= c <= 255 for c in self.background):

@@ -18,7 +18,7 @@ from ftlib import config
 from ftlib.data import colour, ops
 from ftlib.data.decode import decode, dimensions
 from ftlib.data.keys import AUGMENT, Randomness, key
-from ftlib.data.tiles import cut
+from ftlib.data.tiles import Tiles, tiles_of
 from ftlib.tree import ConfigError, nearest
 
 
@@ -65,9 +65,13 @@ class TrainTransform:
         """uint8[S, S, 3], in `out` where that is given. Raises DecodeError."""
         cfg, randomness = self.cfg, self._randomness
         randomness.rewind(key(AUGMENT, self.seed, epoch, image_id))
-        image = crop_and_resize(jpeg, crop_box(*dimensions(jpeg), cfg.crop_scale, cfg.crop_ratio, randomness), cfg.size, out)
+        tiles = tiles_of(jpeg)
+        size = dimensions(jpeg) if tiles is None else (tiles.layout.height, tiles.layout.width)
+        box = crop_box(*size, cfg.crop_scale, cfg.crop_ratio, randomness)
         if randomness.python.random() < cfg.flip:
-            image = cv2.flip(image, 1)
+            image = cv2.flip(crop_and_resize(jpeg, tiles, box, cfg.size), 1, out)
+        else:
+            image = crop_and_resize(jpeg, tiles, box, cfg.size, out)
         image = self._jitter(image, randomness)
         if self._policy is not None:
             image = self._policy(image, randomness)
@@ -138,12 +142,12 @@ def _dct(factor: float) -> int:
     return max(s for s in (1, 2, 4, 8) if s == 1 or s <= factor)
 
 
-def crop_and_resize(jpeg: bytes | bytearray | memoryview | np.ndarray, box: Box, size: int, out: np.ndarray | None = None) -> np.ndarray:
-    """uint8[size, size, 3]: the box (in pixels of the whole picture), resized. Only the box is decoded where the file has tiles. Shrinking
+def crop_and_resize(jpeg: bytes | bytearray | memoryview | np.ndarray, tiles: Tiles | None, box: Box, size: int, out: np.ndarray | None = None) -> np.ndarray:
+    """uint8[size, size, 3]: the box (in pixels of the whole picture), resized. Only the box is decoded where the file has `tiles`. Shrinking
     to half or less happens in the decoder, the rest by linear interpolation (by area where even an eighth leaves more than twice the size). `out`, uint8[size, size, 3], may serve for the result."""
     top, left, height, width = box
     shrink = _dct(min(height, width) / size)
-    if (part := cut(jpeg, *box, shrink)) is not None:
+    if tiles is not None and (part := tiles.cut(*box, shrink)) is not None:
         jpeg, top, left = part.jpeg, top - part.top, left - part.left
     image = decode(jpeg, shrink)
     if shrink > 1:

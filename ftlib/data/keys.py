@@ -7,6 +7,7 @@ random state has to be saved or restored. The mixing is splitmix64's finaliser (
 from __future__ import annotations
 
 import random
+from functools import lru_cache
 
 import numpy as np
 
@@ -26,10 +27,13 @@ def _mix(x: int) -> int:
 
 def key(domain: int, *parts: int) -> int:
     """A uint64 from a domain and whole numbers (taken modulo 2**64), well mixed and dependent on their order and number."""
-    mixed = _mix(domain)
-    for part in parts:
-        mixed = _mix(mixed ^ _mix(int(part) & _MASK))
-    return mixed
+    return _mix(_before(domain, parts[:-1]) ^ _mix(int(parts[-1]) & _MASK)) if parts else _mix(domain)
+
+
+@lru_cache(maxsize=256)
+def _before(domain: int, parts: tuple[int, ...]) -> int:
+    """The key that a last part is mixed into: the same for all images of an epoch."""
+    return key(domain, *parts)
 
 
 class _OnGenerator(random.Random):

@@ -293,4 +293,4 @@ def _read_index(dataset: Dataset, entry: Mapping[str, Any], rows: int) -> np.nda
             raise ValueError("it does not hold the manifest's rows")
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is damaged ({error}). {_REMEDY}") from None
-    return index
+    return index.view(np.ndarray)  # a memmap's own way to an element takes four times as long

@@ -1,11 +1,11 @@
 """JPEGs whose restart markers make them a grid of tiles that decode alone, and cutting the tiles of a crop out of one.
 
 A baseline JPEG stores minimum coded units (MCUs, 8 or 16 pixels a side) row by row. Each restart marker resets the decoder, so what
-lies between two markers decodes by itself; where a whole number of such intervals makes a row of MCUs, they are tiles. `cut` copies
+lies between two markers decodes by itself; where a whole number of such intervals makes a row of MCUs, they are tiles. `Tiles.cut` copies
 the tiles that cover a box behind a header with the new size, and renumbers their markers: a shorter, ordinary JPEG, for any
 decoder. Decoding it gives, within the box, the very pixels of the whole picture.
 
-`encode` writes such files, with a table of where the tiles lie in an application segment, so that `cut` need not search for markers.
+`encode` writes such files, with a table of where the tiles lie in an application segment, so that nobody need search for markers.
 Any viewer opens them; they are four to twelve percent longer.
 """
 
@@ -21,8 +21,8 @@ from PIL import Image
 
 TILE = 32
 """Pixels that tiles are made to be wide, where the width allows. Smaller ones cut closer and cost more bytes."""
-CONTEXT = 2
-"""Pixels around a box that decoding its edge looks at, to interpolate the colour of pictures with halved chroma."""
+CONTEXT = 1
+"""Pixels around a box that decoding its edge looks at, to interpolate the colour of pictures with halved chroma; others need none."""
 TABLE = b"ftlib-tiles\0"
 """Begins the APP11 segment with the layout (`_Layout`) and with where each tile ends: uint16 (little-endian) up to 64 KiB, uint32 beyond."""
 _FIELDS, _SIZE = struct.Struct("<IIHHBBH"), struct.Struct(">HH")
@@ -89,42 +89,59 @@ def with_table(jpeg: bytes) -> bytes:
     return b"".join([jpeg[:at], b"\xff\xeb", length.to_bytes(2, "big"), TABLE, _FIELDS.pack(*moved), numbers, jpeg[at:]])
 
 
-def cut(jpeg: bytes | bytearray | memoryview | np.ndarray, top: int, left: int, height: int, width: int, shrink: int = 1) -> Cut | None:
-    """The tiles that cover a box (in pixels, within the picture), or None where the file has no tiles or nearly all would be needed.
-    `shrink`: the result will be decoded to 1/shrink of each side (up to 1/8; the cut begins at a multiple of 8 pixels)."""
+class Tiles(NamedTuple):
+    """What is known of a JPEG's tiles before any of them is looked at."""
+
+    data: memoryview
+    table_at: int
+    table_end: int
+    """Where the table's segment begins and ends; its end is 0 where there is none."""
+    layout: _Layout
+    ends: np.ndarray | None
+    """uint16 or uint32[tiles]: where each ends, counted from `layout.data_at`; None where no table says it."""
+
+    def cut(self, top: int, left: int, height: int, width: int, shrink: int = 1) -> Cut | None:
+        """The tiles that cover a box (in pixels, within the picture), or None where nearly all would be needed.
+        `shrink`: the result will be decoded to 1/shrink of each side (up to 1/8; the cut begins at a multiple of 8 pixels)."""
+        data, table_at, table_end, layout, ends = self
+        size_at, data_at, full_height, full_width, tile_height, mcu_width, interval = layout
+        tile_width, context = interval * mcu_width, 0 if mcu_width == tile_height == 8 else CONTEXT * shrink
+        rows, columns = layout.grid
+        x0, x1 = max(left - context, 0) // tile_width, min(-(-(left + width + context) // tile_width), columns)
+        y0, y1 = max(top - context, 0) // tile_height, min(-(-(top + height + context) // tile_height), rows)
+        if (x1 - x0) * (y1 - y0) > 0.9 * columns * rows:
+            return None
+        if ends is None and (ends := _found(data, layout)) is None:
+            return None  # damaged, or more than one scan: for the decoder to judge, whole
+        # Where each row's tiles begin and end, in plain numbers: for so few, numpy's calls would cost more than its arithmetic.
+        first = y0 * columns + x0
+        begins = ends[first - 1 : y1 * columns - 1 : columns].tolist() if first else [0, *ends[columns - 1 : (y1 - 1) * columns : columns].tolist()]
+        stops = ends[y0 * columns + x1 - 1 : (y1 - 1) * columns + x1 : columns].tolist()
+        header = bytearray(data[: table_at if table_end else data_at])
+        if table_end:  # a tile's table is of no use to a decoder
+            header += data[table_end:data_at]
+            size_at -= table_end - table_at
+        _SIZE.pack_into(header, size_at, min(y1 * tile_height, full_height) - y0 * tile_height, min(x1 * tile_width, full_width) - x0 * tile_width)
+        pieces, moved, length = [header], [], len(header)
+        for begin, stop in zip(begins, stops):
+            pieces.append(data[data_at + begin : data_at + stop])
+            moved.append(length - begin - 1)  # to the second byte of the marker that ends a tile
+            length += stop - begin
+        spliced = bytearray().join(pieces)
+        at = (ends.reshape(rows, columns)[y0:y1, x0:x1] + np.array(moved)[:, None]).ravel()
+        np.frombuffer(spliced, np.uint8)[at] = _NUMBERS[: len(at)] if len(at) <= len(_NUMBERS) else np.resize(_NUMBERS, len(at))
+        spliced[-1] = 0xD9
+        return Cut(spliced, y0 * tile_height, x0 * tile_width)
+
+
+def tiles_of(jpeg: bytes | bytearray | memoryview | np.ndarray) -> Tiles | None:
+    """The JPEG's tiles, by its header alone; None where it has none."""
     data = memoryview(jpeg)  # type: ignore[arg-type]  # an array is one, too
     table_at, table_end = _table_at(data)
     layout, ends = _listed(data, table_at, table_end) if table_end else (None, None)
     if layout is None and (layout := _layout(data)) is None:
         return None
-    size_at, data_at, full_height, full_width, tile_height, mcu_width, interval = layout
-    tile_width, context = interval * mcu_width, CONTEXT * shrink
-    rows, columns = layout.grid
-    x0, x1 = max(left - context, 0) // tile_width, min(-(-(left + width + context) // tile_width), columns)
-    y0, y1 = max(top - context, 0) // tile_height, min(-(-(top + height + context) // tile_height), rows)
-    if (x1 - x0) * (y1 - y0) > 0.9 * columns * rows:
-        return None
-    if ends is None and (ends := _found(data, layout)) is None:
-        return None  # damaged, or more than one scan: for the decoder to judge, whole
-    # Where each row's tiles begin and end, in plain numbers: for so few, numpy's calls would cost more than its arithmetic.
-    first = y0 * columns + x0
-    begins = ends[first - 1 : y1 * columns - 1 : columns].tolist() if first else [0, *ends[columns - 1 : (y1 - 1) * columns : columns].tolist()]
-    stops = ends[y0 * columns + x1 - 1 : (y1 - 1) * columns + x1 : columns].tolist()
-    header = bytearray(data[: table_at if table_end else data_at])
-    if table_end:  # a tile's table is of no use to a decoder
-        header += data[table_end:data_at]
-        size_at -= table_end - table_at
-    _SIZE.pack_into(header, size_at, min(y1 * tile_height, full_height) - y0 * tile_height, min(x1 * tile_width, full_width) - x0 * tile_width)
-    pieces, moved, length = [header], [], len(header)
-    for begin, stop in zip(begins, stops):
-        pieces.append(data[data_at + begin : data_at + stop])
-        moved.append(length - begin - 1)  # to the second byte of the marker that ends a tile
-        length += stop - begin
-    spliced = bytearray().join(pieces)
-    at = (ends.reshape(rows, columns)[y0:y1, x0:x1] + np.array(moved)[:, None]).ravel()
-    np.frombuffer(spliced, np.uint8)[at] = _NUMBERS[: len(at)] if len(at) <= len(_NUMBERS) else np.resize(_NUMBERS, len(at))
-    spliced[-1] = 0xD9
-    return Cut(spliced, y0 * tile_height, x0 * tile_width)
+    return Tiles(data, table_at, table_end, layout, ends)
 
 
 def _table_at(data: memoryview) -> tuple[int, int]:

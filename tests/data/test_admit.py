@@ -218,7 +218,22 @@ def test_strict_rejects_are_taken_on_request_and_then_decode_strictly() -> None:
     assert pixels(taken.jpeg).shape == (96, 128, 3)
 
 
-def test_max_side_and_quality_encode_again_and_keep_the_chroma() -> None:
+def chroma(jpeg: bytes) -> str:
+    return str(simplejpeg.decode_jpeg_header(jpeg)[3])
+
+
+@pytest.mark.parametrize("again", [{"max_side": 80}, {"quality": 90}])
+def test_pictures_encoded_again_have_the_chroma_that_was_asked_for(again: dict[str, int]) -> None:
+    for original, name in ((0, "444"), (1, "422"), (2, "420")):
+        data = file(scene(90, 160), subsampling=original)
+        asked = {wanted: chroma(admit(data, "x.jpg", Rules(**again, subsampling=wanted)).jpeg) for wanted in (None, "420", "444", "keep")}  # type: ignore[arg-type]
+        assert asked == {None: "420", "420": "420", "444": "444", "keep": name}
+    assert chroma(admit(file(scene(), "PNG"), "x.png", Rules()).jpeg) == "444"  # a repair, not a choice
+    with pytest.raises(ValueError, match="give max_side or quality"):
+        Rules(subsampling="420")
+
+
+def test_max_side_and_quality_encode_again() -> None:
     data = file(scene(90, 160), subsampling=2)
     small = admit(data, "x.jpg", Rules(max_side=80))
     assert (small.height, small.width, small.repairs) == (45, 80, ("reduced",))
@@ -229,7 +244,7 @@ def test_max_side_and_quality_encode_again_and_keep_the_chroma() -> None:
     assert worse.repairs == ("reencoded",) and len(worse.jpeg) < len(data)
 
 
-@pytest.mark.parametrize("wrong", [{"max_side": 4}, {"quality": 0}, {"quality": 101}, {"max_megapixels": 0}, {"background": (1, 2, 300)}])
+@pytest.mark.parametrize("wrong", [{"max_side": 4}, {"quality": 0}, {"quality": 101}, {"subsampling": "411", "quality": 90}, {"max_megapixels": 0}, {"background": (1, 2, 300)}])
 def test_impossible_rules_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Rules(**wrong)  # type: ignore[arg-type]

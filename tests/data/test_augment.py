@@ -19,6 +19,7 @@ from ftlib.data import augment, colour, ops
 from ftlib.data.augment import ColorJitter, EvalTransform, RandAugment, TrainTransform, TrivialAugment, check, crop_and_resize, crop_box, erase
 from ftlib.data.decode import DecodeError
 from ftlib.data.keys import Randomness
+from ftlib.data.tiles import tiles_of
 from ftlib.tree import ConfigError, override
 
 PLAIN = config.Augment(size=64, crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, color_jitter_p=0)
@@ -105,7 +106,7 @@ def test_where_no_box_fits_the_centre_is_taken_as_torchvision_takes_it(height, w
 def test_resize_is_torchvisions_up_to_its_low_pass(photo, jpeg, box, size):
     decoded = Image.open(io.BytesIO(jpeg)).convert("RGB")
     expected = np.asarray(TF.resized_crop(decoded, *box, [size, size]))
-    assert off(crop_and_resize(jpeg, box, size), expected).mean() < 6
+    assert off(crop_and_resize(jpeg, tiles_of(jpeg), box, size), expected).mean() < 6
 
 
 @pytest.mark.parametrize(("box", "size"), [((0, 0, 427, 640), 128), ((101, 33, 301, 401), 64), ((7, 5, 420, 620), 32), ((3, 3, 420, 630), 16)])
@@ -115,7 +116,7 @@ def test_shrinking_in_the_decoder_is_antialiased(photo, jpeg, box, size):
     top, left, height, width = box
     expected = np.asarray(TF.resized_crop(decoded, *box, [size, size]))
     plain = cv2.resize(np.asarray(decoded)[top : top + height, left : left + width], (size, size), interpolation=cv2.INTER_LINEAR)
-    ours = crop_and_resize(jpeg, box, size)
+    ours = crop_and_resize(jpeg, tiles_of(jpeg), box, size)
     assert ours.shape == (size, size, 3)
     assert off(ours, expected).mean() < 0.7 * off(plain, expected).mean()
 

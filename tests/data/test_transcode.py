@@ -15,7 +15,7 @@ from ftlib.data.admit import admit
 from ftlib.data.admit_rules import Rules
 from ftlib.data.decode import decode
 from ftlib.data.jpeg_check import segments
-from ftlib.data.tiles import TABLE, cut, encode
+from ftlib.data.tiles import TABLE, encode, tiles_of
 from ftlib.data.transcode import tiled
 
 PHOTO = load_sample_image("flower.jpg")
@@ -40,7 +40,7 @@ def test_the_pixels_stay_whatever_the_size_and_the_tables(height, width, top, su
 def test_crops_decode_alone_in_every_subsampling(subsampling, factors):
     before = cv2.imencode(".jpg", PHOTO, [cv2.IMWRITE_JPEG_QUALITY, 92, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{subsampling}")])[1].tobytes()
     after = tiled(before)
-    part = cut(after, 100, 200, 90, 110)
+    part = tiles_of(after).cut(100, 200, 90, 110)
     assert np.array_equal(decode(after), decode(before))
     assert len(part.jpeg) < 0.35 * len(before)
     assert np.array_equal(decode(part.jpeg)[100 - part.top :, 200 - part.left :][:90, :110], decode(before)[100:190, 200:310])
