@@ -139,7 +139,7 @@ def crop_box(height: int, width: int, scale: tuple[float, float], ratio: tuple[f
 
 def _dct(factor: float) -> int:
     """The largest shrinking of a JPEG decoder that is at most `factor`."""
-    return max(s for s in (1, 2, 4, 8) if s == 1 or s <= factor)
+    return 8 if factor >= 8 else 4 if factor >= 4 else 2 if factor >= 2 else 1
 
 
 def crop_and_resize(jpeg: bytes | bytearray | memoryview | np.ndarray, tiles: Tiles | None, box: Box, size: int, out: np.ndarray | None = None) -> np.ndarray:

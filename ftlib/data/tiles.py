@@ -69,7 +69,7 @@ def encode(pixels: np.ndarray, quality: int, subsampling: str = "420") -> bytes:
     """uint8[H, W, 3] as a baseline JPEG of tiles. `subsampling` of the chroma is 444, 422 or 420; for any other it is left out (444)."""
     halved = {"422": 1, "420": 2}.get(subsampling, 0)
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "JPEG", quality=quality, subsampling=halved, restart_marker_blocks=interval(pixels.shape[1], 16 if halved else 8))
+    Image.fromarray(pixels).save(out, "JPEG", quality=quality, subsampling=halved, optimize=True, restart_marker_blocks=interval(pixels.shape[1], 16 if halved else 8))
     return with_table(out.getvalue())
 
 

@@ -25,6 +25,7 @@ from ftlib.learn import checkpoint, losses, mix, optim, schedule, weights
 from ftlib.learn import model as models
 from ftlib.learn.evaluate import Counts, autocast, count, normalise, percent
 from ftlib.learn.job import Diverged, Interrupted, Job, OutOfMemory
+from ftlib.learn.memory import keep_freed_memory
 from ftlib.learn.parallel import StepBuffer
 from ftlib.learn.record import Record, now_ms
 from ftlib.learn.state import TrainState
@@ -43,6 +44,8 @@ class Training:
 
     def __init__(self, job: Job) -> None:
         run = job.run
+        if job.device.type == "cpu":
+            keep_freed_memory()
         self.job, self.run = job, run
         self.writer: checkpoint.CheckpointWriter | None = None
         self.classes = len(job.dataset.classes)
