@@ -29,8 +29,8 @@ from ftlib.data.shards import Dataset, Split
 from ftlib.launch.pace import steps
 from ftlib.learn.loop import Job, Training
 
-SIDES = (256, 288, 320, 352, 416, 0)
-"""Longer sides, in pixels, to re-encode at; 0 keeps the size."""
+WAYS = tuple(Rules(max_side=side, quality=QUALITY, subsampling=chroma) for side, chroma in ((256, None), (288, None), (320, None), (352, None), (352, "keep"), (416, None), (None, None)))
+"""What to compare originals with."""
 FAST, PLAIN = "ftlib's transform and ops", "Albumentations' chain and ops"
 
 
@@ -43,10 +43,10 @@ def sides(scratch: Path, source: Path | None, *, images: int, rounds: int, worke
     augment = sized(PHASE2, size)
     cases = [ours("originals", kept, augment, batch, workers, images)]
     notes = [f"originals: {_kilobytes(kept.split('train')):.0f} kB a picture"]
-    for side in SIDES:
-        say(f"preparing at {side} px")
-        made = prepared(folder, scratch / f"side-{side}", Rules(max_side=side or None, quality=QUALITY))
-        name = f"longer side {side}" if side else f"quality {QUALITY} at full size"
+    for i, rules in enumerate(WAYS):
+        name = (f"longer side {rules.max_side}" if rules.max_side else f"quality {QUALITY} at full size") + (", whole chroma kept" if rules.subsampling else "")
+        say(f"preparing: {name}")
+        made = prepared(folder, scratch / f"way-{i}", rules)
         cases.append(ours(name, made, augment, batch, workers, images))
         notes.append(f"{name}: {_kilobytes(made.split('train')):.0f} kB a picture; its crops at {size} px are {crop_psnr(kept.split('train'), made.split('train'), size):.1f} dB from the originals'")
     return by_turns("Sizes of prepared pictures", "image", cases, [], rounds, say, notes)
