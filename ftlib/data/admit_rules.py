@@ -46,7 +46,9 @@ class Rules:
             raise ValueError(f"background = {self.background}: needs red, green and blue from 0 to 255")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """What a prepared set's identity is made of: the chroma as it acts, and not at all where nothing is encoded again by choice."""
+        acts = self.max_side is not None or self.quality is not None
+        return {**asdict(self), "subsampling": self.subsampling or "420"} if acts else {name: value for name, value in asdict(self).items() if name != "subsampling"}
 
 
 @dataclass(frozen=True)

@@ -233,6 +233,11 @@ def test_pictures_encoded_again_have_the_chroma_that_was_asked_for(again: dict[s
         Rules(subsampling="420")
 
 
+def test_chroma_enters_the_identity_of_a_set_only_where_it_acts() -> None:
+    assert "subsampling" not in Rules().to_dict()
+    assert Rules(quality=90).to_dict() == Rules(quality=90, subsampling="420").to_dict() != Rules(quality=90, subsampling="keep").to_dict()
+
+
 def test_max_side_and_quality_encode_again() -> None:
     data = file(scene(90, 160), subsampling=2)
     small = admit(data, "x.jpg", Rules(max_side=80))
