@@ -97,14 +97,20 @@ class Part:
         return {"title": self.title, "unit": self.unit, "cases": cases, "ratios": ratios, "notes": self.notes}
 
 
-def by_turns(title: str, unit: str, cases: Sequence[Case], goals: Sequence[Goal], rounds: int, say: Callable[[str], None], notes: Sequence[str] = ()) -> Part:
-    """Run every case once per round, forwards and backwards in turn, and form the ratios of all goals whose cases are there."""
+def by_turns(title: str, unit: str, cases: Sequence[Case], goals: Sequence[Goal], rounds: int, say: Callable[[str], None], notes: Sequence[str] = (), turns: int = 1) -> Part:
+    """Run every case `turns` times per round, forwards and backwards in turn, and form the ratios of all goals whose cases are there. A round counts with the medians of its turns."""
     costs: dict[str, list[Cost]] = {case.name: [] for case in cases}
     for n in range(rounds):
-        for case in cases if n % 2 == 0 else reversed(cases):
-            cost = case.run()
-            costs[case.name].append(cost)
-            say(f"{title}, round {n + 1}/{rounds}: {case.name}  {1000 * cost.cpu:.3g} ms CPU, {1000 * cost.wall:.3g} ms per {unit}")
+        taken: dict[str, list[Cost]] = {case.name: [] for case in cases}
+        for turn in range(n * turns, (n + 1) * turns):
+            for case in cases if turn % 2 == 0 else reversed(cases):
+                each = taken[case.name]
+                each.append(case.run())
+                if len(each) < turns:
+                    continue
+                cost = Cost(statistics.median(c.cpu for c in each), statistics.median(c.wall for c in each))
+                costs[case.name].append(cost)
+                say(f"{title}, round {n + 1}/{rounds}: {case.name}  {1000 * cost.cpu:.3g} ms CPU, {1000 * cost.wall:.3g} ms per {unit}")
     return Part(title, unit, costs, ratios(costs, goals), list(notes))
 
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ import torch
 import torchvision
 from torch.nn import functional as F
 
-from ftlib.benchmark.measure import BenchmarkError, Case, Cost, Goal, Part, Ratio, by_turns, ratios, timed
+from ftlib.benchmark.measure import BenchmarkError, Case, Cost, Goal, Part, Ratio, by_turns, timed
 from ftlib.config import IMAGENET_MEAN, IMAGENET_STD, AdamW, Augment, Checkpoint, CrossEntropy, Data, Model, Run, Train
 from ftlib.launch.cluster import ROOT
 from ftlib.launch.pace import same_pixels, settle, steps
@@ -124,13 +123,9 @@ def step(s: Settings, scratch: Path, say: Say) -> Part:
     ours = training(s)
     run_ours, run_plain = loops(s, ours)
     run_ours(2), run_plain(2)
-    at_once = s.steps if ours.job.device.type == "cuda" else 1
-    turns = s.steps // at_once
-    cases = [Case("ftlib step", lambda: timed(lambda: run_ours(at_once))), Case("plain PyTorch step", lambda: timed(lambda: run_plain(at_once)))]
-    said = count(1)
-    costs = by_turns("Training step", "step", cases, [], s.rounds * turns, lambda line: say(line) if next(said) % (2 * turns) == 0 else None).costs
-    rounds = {name: [Cost(*(statistics.median(getattr(c, of) for c in each[i : i + turns]) for of in ("cpu", "wall"))) for i in range(0, len(each), turns)] for name, each in costs.items()}
-    return Part("Training step", "step", rounds, ratios(rounds, [Goal("ftlib step", "plain PyTorch step", "wall", 1.01)]), [words(s, ours.dtype)])
+    turns = 1 if ours.job.device.type == "cuda" else s.steps
+    cases = [Case(name, partial(timed, partial(run, s.steps // turns))) for name, run in (("ftlib step", run_ours), ("plain PyTorch step", run_plain))]
+    return by_turns("Training step", "step", cases, [Goal("ftlib step", "plain PyTorch step", "wall", 1.01)], s.rounds, say, [words(s, ours.dtype)], turns)
 
 
 def scaling(s: Settings, scratch: Path, say: Say) -> Part:

@@ -57,8 +57,8 @@ def admit(data: bytes, name: str, rules: Rules) -> Admitted:
     if rules.quality is not None:
         changes.append("reencoded")
         repairs.append("reencoded")
-    if {"reduced", "reencoded"} & set(changes) and rules.subsampling != "keep":
-        subsampling = rules.subsampling or "420"
+    if {"reduced", "reencoded"} & set(changes) and rules.chroma not in (None, "keep"):
+        subsampling = rules.chroma
     jpeg = data if not changes else encode(pixels, rules.quality or REPAIR_QUALITY, subsampling)
     if rules.tiles and not changes:
         jpeg = _in_tiles(data, pixels)

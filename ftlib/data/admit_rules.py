@@ -38,17 +38,24 @@ class Rules:
             raise ValueError(f"quality = {self.quality}: needs 1 to 100")
         if self.subsampling not in (None, "420", "444", "keep"):
             raise ValueError(f"subsampling = {self.subsampling!r}: needs to be 420, 444 or keep")
-        if self.subsampling is not None and self.max_side is None and self.quality is None:
+        if self.subsampling is not None and self.chroma is None:
             raise ValueError(f"subsampling = {self.subsampling!r} is for pictures that are encoded again: give max_side or quality as well")
         if not self.max_megapixels > 0:
             raise ValueError(f"max_megapixels = {self.max_megapixels}: needs to be above 0")
         if len(self.background) != 3 or not all(0 <= c <= 255 for c in self.background):
             raise ValueError(f"background = {self.background}: needs red, green and blue from 0 to 255")
 
+    @property
+    def chroma(self) -> str | None:
+        """`subsampling` as it acts; None where nothing is encoded again by choice."""
+        return None if self.max_side is None and self.quality is None else self.subsampling or "420"
+
     def to_dict(self) -> dict[str, Any]:
         """What a prepared set's identity is made of: the chroma as it acts, and not at all where nothing is encoded again by choice."""
-        acts = self.max_side is not None or self.quality is not None
-        return {**asdict(self), "subsampling": self.subsampling or "420"} if acts else {name: value for name, value in asdict(self).items() if name != "subsampling"}
+        found = {**asdict(self), "subsampling": self.chroma}
+        if self.chroma is None:
+            del found["subsampling"]
+        return found
 
 
 @dataclass(frozen=True)
