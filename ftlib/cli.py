@@ -47,7 +47,9 @@ def job(main: Callable[[], Any]) -> None:
         print("\nInterrupted. The same command goes on where it stopped.", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (`| head`) went away: nothing more to say
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the reader (`| head`) went away: nothing more to say
         raise SystemExit(0) from None
     except Exception as error:
         if not explained(error) or os.environ.get("FTLIB_TRACEBACK"):
@@ -71,7 +73,13 @@ def _parse(recipe: Run, argv: list[str], about: str | None) -> Run:
     argv, recipe = _recipe_file(argv, recipe)
     argv, recipe = _kinds(argv, recipe)
     _foreign(argv, recipe)
-    run = tyro.cli(Run, default=recipe, args=argv, description=_description(recipe, about), config=(tyro.conf.AvoidSubcommands,))
+    run = tyro.cli(
+        Run,
+        default=recipe,
+        args=argv,
+        description=_description(recipe, about),
+        config=(tyro.conf.AvoidSubcommands,),
+    )
     if show:
         print(to_json(run))
         raise SystemExit(0)
@@ -90,7 +98,9 @@ def _recipe_file(argv: list[str], recipe: Run) -> tuple[list[str], Run]:
     try:
         text = Path(file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--recipe {file}: cannot be read ({error}). It needs a JSON file as --show prints it") from None
+        raise ConfigError(
+            f"--recipe {file}: cannot be read ({error}). It needs a JSON file as --show prints it"
+        ) from None
     try:
         return rest, from_json(Run, text)
     except ConfigError as error:
@@ -126,7 +136,9 @@ def _kinds(argv: list[str], recipe: Run) -> tuple[list[str], Run]:
         known = {k.__name__.lower(): k for k in get_args(hints(Run)[union])}
         kind = known.get(re.sub(r"[-_]", "", name.lower()))
         if kind is None:
-            raise ConfigError(f"--{union} {name}: needs one of {', '.join(known)}.{nearest(name.lower(), list(known))}")
+            raise ConfigError(
+                f"--{union} {name}: needs one of {', '.join(known)}.{nearest(name.lower(), list(known))}"
+            )
         if not isinstance(getattr(recipe, union), kind):
             recipe = override(recipe, {union: kind()})
     return argv, recipe
@@ -142,16 +154,29 @@ def _foreign(argv: list[str], recipe: Run) -> None:
         chosen: type[Settings] = type(getattr(recipe, union))
         others = [k.__name__ for k in get_args(hints(Run)[union]) if field in hints(k)]
         if field not in hints(chosen) and others:  # type: ignore[arg-type]
-            raise ConfigError(f"{word.split('=')[0]}: {chosen.__name__} has no {field}; {' and '.join(others)} {'have' if len(others) > 1 else 'has'} it. "
-                              f"Add --{union} {others[0].lower()}, or leave it out")
+            raise ConfigError(
+                f"{word.split('=')[0]}: {chosen.__name__} has no {field}; {' and '.join(others)} {'have' if len(others) > 1 else 'has'} it. "
+                f"Add --{union} {others[0].lower()}, or leave it out"
+            )
 
 
 def _description(recipe: Run, about: str | None) -> str:
     """The head of --help: the job's own words, then what flags alone do not show."""
-    lines = [(about or Run.__doc__ or "").strip(), "", "Choose the kind with one flag, then set it like everything else (--optimizer sgd --optimizer.lr 0.5):"]
+    lines = [
+        (about or Run.__doc__ or "").strip(),
+        "",
+        "Choose the kind with one flag, then set it like everything else (--optimizer sgd --optimizer.lr 0.5):",
+    ]
     for union in UNIONS:
         chosen = type(getattr(recipe, union))
-        names = [k.__name__.lower() + ("*" if k is chosen else "") for k in get_args(hints(Run)[union])]
+        names = [
+            k.__name__.lower() + ("*" if k is chosen else "") for k in get_args(hints(Run)[union])
+        ]
         lines.append(f"  --{union:<10} {'  '.join(names)}")
-    lines += ["  (* is chosen now; the flags below are its)", "", "  --recipe FILE  start from a recipe in JSON instead", "  --show         print the recipe as JSON and end"]
+    lines += [
+        "  (* is chosen now; the flags below are its)",
+        "",
+        "  --recipe FILE  start from a recipe in JSON instead",
+        "  --show         print the recipe as JSON and end",
+    ]
     return "\n".join(lines)

@@ -99,13 +99,24 @@ class Augment(Settings):
         if not 0 < low <= high < 1:
             self.refuse("erasing_scale", "needs 0 < smallest <= largest < 1")
         if min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5:
-            self.refuse("color_jitter", "strengths must not be negative, and hue is at most 0.5 turns")
+            self.refuse(
+                "color_jitter", "strengths must not be negative, and hue is at most 0.5 turns"
+            )
         if self.randaugment_n == 0 and self.randaugment_m > 0:
-            self.refuse("randaugment_m", "it would do nothing because augment.randaugment_n is 0. Set augment.randaugment_n to 1, 2 or 3, or the magnitude to 0")
+            self.refuse(
+                "randaugment_m",
+                "it would do nothing because augment.randaugment_n is 0. Set augment.randaugment_n to 1, 2 or 3, or the magnitude to 0",
+            )
         if self.trivialaugment and self.randaugment_n > 0:
-            self.refuse("trivialaugment", "it takes the place of RandAugment. Set augment.randaugment_n and augment.randaugment_m to 0")
+            self.refuse(
+                "trivialaugment",
+                "it takes the place of RandAugment. Set augment.randaugment_n and augment.randaugment_m to 0",
+            )
         if self.randaugment_ops and self.randaugment_n == 0 and not self.trivialaugment:
-            self.refuse("randaugment_ops", "it would do nothing because augment.randaugment_n is 0. Set it to 1, 2 or 3")
+            self.refuse(
+                "randaugment_ops",
+                "it would do nothing because augment.randaugment_n is 0. Set it to 1, 2 or 3",
+            )
 
 
 @dataclass(frozen=True)
@@ -148,9 +159,15 @@ class Model(Settings):
 
     def check(self) -> None:
         if self.reset_head and self.init_from == "scratch":
-            self.refuse("reset_head", "it would do nothing because model.init_from is scratch. Leave it out, or name the weights to start from")
+            self.refuse(
+                "reset_head",
+                "it would do nothing because model.init_from is scratch. Leave it out, or name the weights to start from",
+            )
         if self.dropout_in != "both" and self.dropout == 0:
-            self.refuse("dropout_in", "it would do nothing because model.dropout is 0. Set model.dropout above 0")
+            self.refuse(
+                "dropout_in",
+                "it would do nothing because model.dropout is 0. Set model.dropout above 0",
+            )
 
 
 @dataclass(frozen=True)
@@ -253,7 +270,10 @@ class SGD(Settings):
 
     def check(self) -> None:
         if self.nesterov and self.momentum == 0:
-            self.refuse("nesterov", "it needs momentum. Set optimizer.momentum above 0, or nesterov to false")
+            self.refuse(
+                "nesterov",
+                "it needs momentum. Set optimizer.momentum above 0, or nesterov to false",
+            )
 
 
 @dataclass(frozen=True)
@@ -371,8 +391,14 @@ class Train(Settings):
 
     def check(self) -> None:
         if self.batch_size % self.microbatch_size:
-            near = max(self.microbatch_size, round(self.batch_size / self.microbatch_size) * self.microbatch_size)
-            self.refuse("batch_size", f"it is not a multiple of train.microbatch_size ({self.microbatch_size}). Set it to {near}, or set train.microbatch_size to a divisor")
+            near = max(
+                self.microbatch_size,
+                round(self.batch_size / self.microbatch_size) * self.microbatch_size,
+            )
+            self.refuse(
+                "batch_size",
+                f"it is not a multiple of train.microbatch_size ({self.microbatch_size}). Set it to {near}, or set train.microbatch_size to a divisor",
+            )
 
     @property
     def microbatches(self) -> int:
@@ -506,23 +532,37 @@ class Run(Settings):
 
     def check(self) -> None:
         if self.name and not NAME.fullmatch(self.name):
-            self.refuse("name", "use letters, digits, '.', '_' and '-', at most 128, the first a letter or digit")
+            self.refuse(
+                "name",
+                "use letters, digits, '.', '_' and '-', at most 128, the first a letter or digit",
+            )
         if not NAME.fullmatch(self.stage):
-            self.refuse("stage", "use letters, digits, '.', '_' and '-', the first a letter or digit")
+            self.refuse(
+                "stage", "use letters, digits, '.', '_' and '-', the first a letter or digit"
+            )
         if self.cluster.high > self.train.microbatches:
             raise ConfigError(
                 f"cluster.workers = {self.cluster.workers}: more workers than microbatches. A global batch of {self.train.batch_size} in microbatches of "
-                f"{self.train.microbatch_size} keeps at most {self.train.microbatches} workers busy. Lower cluster.workers or train.microbatch_size, or raise train.batch_size")
+                f"{self.train.microbatch_size} keeps at most {self.train.microbatches} workers busy. Lower cluster.workers or train.microbatch_size, or raise train.batch_size"
+            )
         if self.mix.off_epochs > self.train.epochs:
-            raise ConfigError(f"mix.off_epochs = {self.mix.off_epochs}: the run has only {self.train.epochs} epochs (train.epochs)")
+            raise ConfigError(
+                f"mix.off_epochs = {self.mix.off_epochs}: the run has only {self.train.epochs} epochs (train.epochs)"
+            )
         if self.mix.off_epochs and not (self.mix.mixup_alpha or self.mix.cutmix_alpha):
-            raise ConfigError(f"mix.off_epochs = {self.mix.off_epochs}: it would do nothing because mixing is off. Set mix.mixup_alpha or mix.cutmix_alpha above 0")
+            raise ConfigError(
+                f"mix.off_epochs = {self.mix.off_epochs}: it would do nothing because mixing is off. Set mix.mixup_alpha or mix.cutmix_alpha above 0"
+            )
         warmup = getattr(self.schedule, "warmup_epochs", 0)
         if warmup and warmup >= self.train.epochs:
-            raise ConfigError(f"schedule.warmup_epochs = {warmup}: the run has only {self.train.epochs} epochs (train.epochs)")
+            raise ConfigError(
+                f"schedule.warmup_epochs = {warmup}: the run has only {self.train.epochs} epochs (train.epochs)"
+            )
         floor = getattr(self.schedule, "min_lr", 0)
         if floor > self.optimizer.lr:
-            raise ConfigError(f"schedule.min_lr = {floor:g}: it is above optimizer.lr ({self.optimizer.lr:g}). Lower it, or set it to 0")
+            raise ConfigError(
+                f"schedule.min_lr = {floor:g}: it is above optimizer.lr ({self.optimizer.lr:g}). Lower it, or set it to 0"
+            )
 
     @property
     def eval_size(self) -> int:
@@ -530,6 +570,16 @@ class Run(Settings):
         return self.evaluate.size or self.augment.size
 
 
-NOT_IN_FINGERPRINT = ("name", "cluster", "track", "checkpoint", "gates", "data.path", "data.loader_workers", "train.log_every", "train.compile")
+NOT_IN_FINGERPRINT = (
+    "name",
+    "cluster",
+    "track",
+    "checkpoint",
+    "gates",
+    "data.path",
+    "data.loader_workers",
+    "train.log_every",
+    "train.compile",
+)
 """Settings that change how a run is carried out but not what it computes; a resumed run may change them. (The data set itself enters the
 fingerprint by its digest; `cluster.strict_elastic` is recorded apart.)"""

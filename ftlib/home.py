@@ -30,8 +30,14 @@ def data_path(name_or_path: str) -> str:
     Raises ConfigError for an empty name.
     """
     if not name_or_path:
-        raise ConfigError("data.path is empty: name a prepared data set with --data.path. `python jobs/prepare.py --source FOLDER --out NAME` makes one")
-    bare = not is_remote(name_or_path) and os.sep not in name_or_path and not name_or_path.startswith((".", "~"))
+        raise ConfigError(
+            "data.path is empty: name a prepared data set with --data.path. `python jobs/prepare.py --source FOLDER --out NAME` makes one"
+        )
+    bare = (
+        not is_remote(name_or_path)
+        and os.sep not in name_or_path
+        and not name_or_path.startswith((".", "~"))
+    )
     return str(home() / "data" / name_or_path) if bare else absolute(name_or_path)
 
 
@@ -48,7 +54,9 @@ def run_folder(name_or_folder: str, storage: str = "") -> str:
     root = absolute(storage) if storage else str(home() / "runs")
     place = absolute(name_or_folder) if "/" in name_or_folder else join(root, name_or_folder)
     if read_file(join(place, "run.json")) is None:
-        raise ConfigError(f"there is no run {name_or_folder}: {place} has no run.json.{nearest(name_or_folder, sorted(folders(root)))}")
+        raise ConfigError(
+            f"there is no run {name_or_folder}: {place} has no run.json.{nearest(name_or_folder, sorted(folders(root)))}"
+        )
     return place
 
 

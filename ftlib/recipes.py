@@ -20,7 +20,11 @@ SAMPLE = "sample-"
 def available() -> list[str]:
     jobs = sorted(p.stem for p in (ROOT / "jobs").glob("phase*.py"))
     twin = ROOT / "jobs" / "sample.py"
-    defined = re.findall(r"^([A-Z0-9_]+) *=", twin.read_text(encoding="utf-8"), re.MULTILINE) if twin.exists() else []
+    defined = (
+        re.findall(r"^([A-Z0-9_]+) *=", twin.read_text(encoding="utf-8"), re.MULTILINE)
+        if twin.exists()
+        else []
+    )
     sample = [SAMPLE + name for name in jobs if name.upper() in defined]
     return jobs + sample + sorted(p.stem for p in (ROOT / "recipes").glob("*.json"))
 
@@ -53,7 +57,9 @@ def _load(name: str) -> Run:
                 return found[key]
         if len(found) == 1:
             return next(iter(found.values()))
-    raise ConfigError(f"unknown recipe {name}.{nearest(name, available())} There are: {', '.join(available())}. A path to a .json file (as --show prints it) works too")
+    raise ConfigError(
+        f"unknown recipe {name}.{nearest(name, available())} There are: {', '.join(available())}. A path to a .json file (as --show prints it) works too"
+    )
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -47,10 +47,13 @@ def filesystem(uri: str) -> tuple[Any, str]:
     try:
         return pa.fs.FileSystem.from_uri(uri if "://" in uri else str(Path(uri).absolute()))
     except (pa.ArrowException, OSError) as error:
-        raise StorageError(f"{uri}: this storage address cannot be opened ({error}). Use a folder that every node reaches, s3://... or gs://...") from error
+        raise StorageError(
+            f"{uri}: this storage address cannot be opened ({error}). Use a folder that every node reaches, s3://... or gs://..."
+        ) from error
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------------------
+
 
 def write_folder(uri: str, files: Mapping[str, bytes], info: Mapping[str, Any]) -> None:
     """Write `files` and `info` as the folder `uri`, atomically; a folder that is there already is replaced.
@@ -58,8 +61,12 @@ def write_folder(uri: str, files: Mapping[str, bytes], info: Mapping[str, Any]) 
     Raises StorageError naming the place and the remedy when the storage is full, read-only or gone; nothing half-written stays behind.
     """
     manifest = {
-        "schema": SCHEMA, **info,
-        "files": {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()},
+        "schema": SCHEMA,
+        **info,
+        "files": {
+            name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            for name, data in files.items()
+        },
     }
     contents = {**files, MANIFEST: json.dumps(manifest, indent=2).encode()}
     try:
@@ -148,6 +155,7 @@ def _upload(uri: str, contents: Mapping[str, bytes]) -> None:
 
 # --- reading ----------------------------------------------------------------------------------------------------------------------
 
+
 def read_file(uri: str) -> bytes | None:
     """The file's bytes, or None when there is no such file."""
     if not is_remote(uri):
@@ -182,7 +190,9 @@ def read_folder(uri: str) -> tuple[dict[str, bytes], dict[str, Any]]:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise Damaged(f"{uri}/{MANIFEST} is not a manifest")
     if manifest.get("schema", 0) > SCHEMA:
-        raise Damaged(f"{uri} was written by a newer ftlib (schema {manifest['schema']}, this one knows {SCHEMA})")
+        raise Damaged(
+            f"{uri} was written by a newer ftlib (schema {manifest['schema']}, this one knows {SCHEMA})"
+        )
     files: dict[str, bytes] = {}
     for name, known in manifest["files"].items():
         if "/" in name or name.startswith("."):
@@ -193,7 +203,9 @@ def read_folder(uri: str) -> tuple[dict[str, bytes], dict[str, Any]]:
         if len(data) != known["bytes"]:
             raise Damaged(f"{uri}/{name} has {len(data)} bytes, its manifest says {known['bytes']}")
         if hashlib.sha256(data).hexdigest() != known["sha256"]:
-            raise Damaged(f"{uri}/{name} does not have the sha256 of its manifest: its contents were altered")
+            raise Damaged(
+                f"{uri}/{name} does not have the sha256 of its manifest: its contents were altered"
+            )
         files[name] = data
     return files, manifest
 
@@ -202,7 +214,11 @@ def folders(uri: str) -> Iterator[str]:
     """Names of the folders below `uri`, temporary ones left out, in no special order."""
     if not is_remote(uri):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            yield from (entry.name for entry in os.scandir(uri.removeprefix("file://")) if entry.is_dir() and not entry.name.startswith("."))
+            yield from (
+                entry.name
+                for entry in os.scandir(uri.removeprefix("file://"))
+                if entry.is_dir() and not entry.name.startswith(".")
+            )
         return
     from pyarrow.fs import FileSelector, FileType
 

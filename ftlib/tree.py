@@ -14,7 +14,18 @@ import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NoReturn,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 
 class ConfigError(ValueError):
@@ -91,17 +102,25 @@ def checked(path: str, value: Any, hint: Any) -> Any:
     if get_origin(hint) is Annotated:
         hint, *extras = get_args(hint)
         bounds = next((e for e in extras if isinstance(e, Between)), None)
-    if hasattr(value, "item") and not isinstance(value, (str, bytes)) and getattr(value, "shape", None) == ():
+    if (
+        hasattr(value, "item")
+        and not isinstance(value, (str, bytes))
+        and getattr(value, "shape", None) == ()
+    ):
         value = value.item()  # a numpy scalar from a sampler
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         kinds = get_args(hint)
         if not isinstance(value, kinds):
-            raise ConfigError(f"{path} = {_shown(value)}: needs one of {', '.join(k.__name__ for k in kinds)}")
+            raise ConfigError(
+                f"{path} = {_shown(value)}: needs one of {', '.join(k.__name__ for k in kinds)}"
+            )
         return value
     if origin is Literal:
         if value not in get_args(hint):
-            raise ConfigError(f"{path} = {_shown(value)}: needs one of {', '.join(map(str, get_args(hint)))}.{nearest(str(value), list(get_args(hint)))}")
+            raise ConfigError(
+                f"{path} = {_shown(value)}: needs one of {', '.join(map(str, get_args(hint)))}.{nearest(str(value), list(get_args(hint)))}"
+            )
         return value
     if origin is tuple:
         if not isinstance(value, (tuple, list)):
@@ -110,7 +129,9 @@ def checked(path: str, value: Any, hint: Any) -> Any:
         if len(kinds) == 2 and kinds[1] is Ellipsis:
             kinds = (kinds[0],) * len(value)
         if len(value) != len(kinds):
-            raise ConfigError(f"{path} = {_shown(value)}: needs {len(kinds)} values, not {len(value)}")
+            raise ConfigError(
+                f"{path} = {_shown(value)}: needs {len(kinds)} values, not {len(value)}"
+            )
         return tuple(checked(f"{path}[{i}]", v, k) for i, (v, k) in enumerate(zip(value, kinds)))
     if hint is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -124,13 +145,16 @@ def checked(path: str, value: Any, hint: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(f"{path} = {_shown(value)}: needs a whole number")
     elif not isinstance(value, hint):
-        raise ConfigError(f"{path} = {_shown(value)}: needs {'true or false' if hint is bool else 'text' if hint is str else hint.__name__}")
+        raise ConfigError(
+            f"{path} = {_shown(value)}: needs {'true or false' if hint is bool else 'text' if hint is str else hint.__name__}"
+        )
     if bounds is not None and not bounds.holds(value):
         raise ConfigError(f"{path} = {value}: must be {bounds}")
     return value
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------------------
+
 
 def to_dict(node: Any) -> Any:
     """Plain JSON types; a member of a union carries its class name under `type`."""
@@ -155,11 +179,15 @@ S = TypeVar("S", bound=Settings)
 def from_dict(cls: type[S], values: Mapping[str, Any], where: str = "") -> S:
     """The tree from `to_dict`'s form. Unknown keys are refused with the nearest name; missing ones take their defaults."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where or 'the settings'}: needs an object with named values, not {_shown(values)}")
+        raise ConfigError(
+            f"{where or 'the settings'}: needs an object with named values, not {_shown(values)}"
+        )
     known = hints(cls)
     for key in values:
         if key not in known:
-            raise ConfigError(f"unknown setting {where + '.' if where else ''}{key}.{nearest(str(key), list(known))}")
+            raise ConfigError(
+                f"unknown setting {where + '.' if where else ''}{key}.{nearest(str(key), list(known))}"
+            )
     built: dict[str, Any] = {}
     for name, value in values.items():
         path = f"{where}.{name}" if where else name
@@ -177,7 +205,9 @@ def from_json(cls: type[S], text: str) -> S:
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"not a recipe: line {error.lineno}, column {error.colno}: {error.msg}") from None
+        raise ConfigError(
+            f"not a recipe: line {error.lineno}, column {error.colno}: {error.msg}"
+        ) from None
     return from_dict(cls, values)
 
 
@@ -185,15 +215,24 @@ def _member(path: str, value: Any, kinds: tuple[type, ...]) -> Settings:
     """A union's member from its name, or from an object whose `type` names it."""
     if isinstance(value, kinds):
         return value
-    name, rest = (value, {}) if isinstance(value, str) else (value.get("type"), {k: v for k, v in value.items() if k != "type"}) if isinstance(value, Mapping) else (None, {})
+    name, rest = (
+        (value, {})
+        if isinstance(value, str)
+        else (value.get("type"), {k: v for k, v in value.items() if k != "type"})
+        if isinstance(value, Mapping)
+        else (None, {})
+    )
     plain = {k.__name__.lower(): k for k in kinds}
     kind = plain.get(str(name).replace("_", "").lower())
     if kind is None:
-        raise ConfigError(f"{path} = {_shown(value)}: needs one of {', '.join(k.__name__ for k in kinds)}.{nearest(str(name), [k.__name__ for k in kinds])}")
+        raise ConfigError(
+            f"{path} = {_shown(value)}: needs one of {', '.join(k.__name__ for k in kinds)}.{nearest(str(name), [k.__name__ for k in kinds])}"
+        )
     return from_dict(kind, rest, path)
 
 
 # --- paths ------------------------------------------------------------------------------------------------------------------------
+
 
 def leaves(node: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted path, value) of every leaf; a union's member also under its own path, as its class name."""
@@ -223,7 +262,9 @@ def override(node: S, changes: Mapping[str, Any]) -> S:
     for path, value in changes.items():
         head, _, rest = path.partition(".")
         if head not in known:
-            raise ConfigError(f"unknown setting {node._path(path)}.{nearest(path, [p for p, _ in leaves(node)])}")
+            raise ConfigError(
+                f"unknown setting {node._path(path)}.{nearest(path, [p for p, _ in leaves(node)])}"
+            )
         if rest:
             below.setdefault(head, {})[rest] = value
         else:
@@ -239,18 +280,26 @@ def override(node: S, changes: Mapping[str, Any]) -> S:
     for name, inner in below.items():
         child = built.get(name, getattr(node, name))
         if not isinstance(child, Settings):
-            raise ConfigError(f"unknown setting {node._path(name)}.{next(iter(inner))}: {node._path(name)} is a single value")
+            raise ConfigError(
+                f"unknown setting {node._path(name)}.{next(iter(inner))}: {node._path(name)} is a single value"
+            )
         built[name] = override(child, inner)
     return dataclasses.replace(node, **built)
 
 
 def fingerprint(node: Settings, leave_out: tuple[str, ...] = (), **extra: Any) -> str:
     """sha256 (hex) of the leaves and `extra`, less those at or below the paths in `leave_out`."""
-    kept = {p: v for p, v in leaves(node) if not any(p == o or p.startswith(o + ".") for o in leave_out)}
-    return hashlib.sha256(json.dumps({**kept, **extra}, sort_keys=True, default=list).encode()).hexdigest()
+    kept = {
+        p: v for p, v in leaves(node) if not any(p == o or p.startswith(o + ".") for o in leave_out)
+    }
+    return hashlib.sha256(
+        json.dumps({**kept, **extra}, sort_keys=True, default=list).encode()
+    ).hexdigest()
 
 
 def differences(a: Settings, b: Settings) -> dict[str, tuple[Any, Any]]:
     """Dotted path -> (value in a, value in b) where they differ; None where one has no such leaf."""
     left, right = flat(a), flat(b)
-    return {p: (left.get(p), right.get(p)) for p in {**left, **right} if left.get(p) != right.get(p)}
+    return {
+        p: (left.get(p), right.get(p)) for p in {**left, **right} if left.get(p) != right.get(p)
+    }

@@ -23,16 +23,64 @@ from ftlib.cli import job
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jobs/audit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("data", metavar="DATA", help="a prepared data set: a name below $FTLIB_HOME/data, a folder or an address")
-    parser.add_argument("--out", metavar="DIR", help="where the page goes (default: audits/NAME below $FTLIB_HOME)")
-    parser.add_argument("--run", metavar="RUN", default="", help="a trained run whose features judge the labels (default: small descriptors)")
-    parser.add_argument("--max-leaks", type=int, metavar="N", help="pairs across train and val, same or near, that are let pass")
-    parser.add_argument("--max-conflicts", type=int, metavar="N", help="pairs with different labels that are let pass")
-    parser.add_argument("--max-duplicates", type=float, metavar="F", help="pairs within a split, as a share of the pictures, that are let pass")
-    parser.add_argument("--max-suspects", type=float, metavar="F", help="suspicious labels, as a share of those looked at, that are let pass")
-    parser.add_argument("--label-sample", type=int, default=20_000, metavar="N", help="look at the labels of at most N pictures, evenly spread (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="threads that decode (default: all CPUs)")
+    parser = argparse.ArgumentParser(
+        prog="jobs/audit.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        help="a prepared data set: a name below $FTLIB_HOME/data, a folder or an address",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="where the page goes (default: audits/NAME below $FTLIB_HOME)"
+    )
+    parser.add_argument(
+        "--run",
+        metavar="RUN",
+        default="",
+        help="a trained run whose features judge the labels (default: small descriptors)",
+    )
+    parser.add_argument(
+        "--max-leaks",
+        type=int,
+        metavar="N",
+        help="pairs across train and val, same or near, that are let pass",
+    )
+    parser.add_argument(
+        "--max-conflicts",
+        type=int,
+        metavar="N",
+        help="pairs with different labels that are let pass",
+    )
+    parser.add_argument(
+        "--max-duplicates",
+        type=float,
+        metavar="F",
+        help="pairs within a split, as a share of the pictures, that are let pass",
+    )
+    parser.add_argument(
+        "--max-suspects",
+        type=float,
+        metavar="F",
+        help="suspicious labels, as a share of those looked at, that are let pass",
+    )
+    parser.add_argument(
+        "--label-sample",
+        type=int,
+        default=20_000,
+        metavar="N",
+        help="look at the labels of at most N pictures, evenly spread (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="threads that decode (default: all CPUs)",
+    )
     return parser
 
 
@@ -53,15 +101,28 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.run:
         from ftlib.report.evaluation import features_of, load
 
-        run = absolute(arguments.run if "/" in arguments.run else str(home() / "runs" / arguments.run))
+        run = absolute(
+            arguments.run if "/" in arguments.run else str(home() / "runs" / arguments.run)
+        )
         loaded = load(run)
         features = lambda data: features_of(loaded, data)  # noqa: E731
     out = Path(arguments.out) if arguments.out else home() / "audits" / dataset.name
     with Progress(transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(f"looking at {dataset.name}", total=len(dataset.split("train")) + len(dataset.split("val")))
-        found = audit(dataset, features=features, label_sample=arguments.label_sample, workers=arguments.workers or os.cpu_count() or 1, tick=lambda: progress.advance(task))
+        task = progress.add_task(
+            f"looking at {dataset.name}",
+            total=len(dataset.split("train")) + len(dataset.split("val")),
+        )
+        found = audit(
+            dataset,
+            features=features,
+            label_sample=arguments.label_sample,
+            workers=arguments.workers or os.cpu_count() or 1,
+            tick=lambda: progress.advance(task),
+        )
     files = write(found, out)
-    print(f"{dataset.name}: {found.train:,} training and {len(found.labels) - found.train:,} validation pictures")
+    print(
+        f"{dataset.name}: {found.train:,} training and {len(found.labels) - found.train:,} validation pictures"
+    )
     for what, count, todo in summary(found):
         print(f"  {count:7,}  {what}" + (f" ({todo})" if count else ""))
     print(f"page: {files[0]}")
@@ -75,10 +136,16 @@ def exceeded(found: Any, arguments: argparse.Namespace) -> list[str]:
     """The thresholds that are passed, in words."""
     n = max(len(found.labels), 1)
     checks = [
-        ("leaks", len(found.leaks), arguments.max_leaks, 1), ("conflicts", len(found.conflicts), arguments.max_conflicts, 1),
-        ("duplicates", len(found.within), arguments.max_duplicates, n), ("suspects", len(found.suspects), arguments.max_suspects, max(found.looked, 1)),
+        ("leaks", len(found.leaks), arguments.max_leaks, 1),
+        ("conflicts", len(found.conflicts), arguments.max_conflicts, 1),
+        ("duplicates", len(found.within), arguments.max_duplicates, n),
+        ("suspects", len(found.suspects), arguments.max_suspects, max(found.looked, 1)),
     ]
-    return [f"{name} {count}, more than --max-{name} {limit:g}" for name, count, limit, of in checks if limit is not None and count > limit * of]
+    return [
+        f"{name} {count}, more than --max-{name} {limit:g}"
+        for name, count, limit, of in checks
+        if limit is not None and count > limit * of
+    ]
 
 
 if __name__ == "__main__":

@@ -32,22 +32,107 @@ MORE = ("sides", "accuracy")
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jobs/benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--what", default="all", metavar="NAMES", help=f"{', '.join(WHAT)}, several separated by commas, or all (default); and by name only: {', '.join(MORE)}")
-    parser.add_argument("--source", metavar="FOLDER", help="a folder of pictures in class folders (default: generated ones of about 375 x 500 pixels)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds, each with every case once (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=512, metavar="N", help="images per case and round of the loader (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=224, metavar="PIXELS", help="side of the loader's training input (default: %(default)s)")
-    parser.add_argument("--max-side", type=int, default=352, metavar="PIXELS", help="longer side of the re-encoded pictures (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="loader processes (default: %(default)s)")
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORDS", help="only the loaders whose name contains one of these: --only timm 'ftlib Phase 2'")
-    parser.add_argument("--arch", default="resnet18", metavar="NAME", help="model of the training steps (default: %(default)s)")
-    parser.add_argument("--step-size", type=int, default=64, metavar="PIXELS", help="side of the pictures in the training steps (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=32, metavar="N", help="images per training step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=8, metavar="N", help="training steps per case and round (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=5, metavar="N", help="epochs of `accuracy`, whose seeds are the rounds (default: %(default)s)")
-    parser.add_argument("--out", metavar="FOLDER", help="write benchmark.json and benchmark.png there")
-    parser.add_argument("--mlflow", action="store_true", help="record ratios, JSON and figure as a run of the MLflow experiment `benchmark`")
+    parser = argparse.ArgumentParser(
+        prog="jobs/benchmark.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--what",
+        default="all",
+        metavar="NAMES",
+        help=f"{', '.join(WHAT)}, several separated by commas, or all (default); and by name only: {', '.join(MORE)}",
+    )
+    parser.add_argument(
+        "--source",
+        metavar="FOLDER",
+        help="a folder of pictures in class folders (default: generated ones of about 375 x 500 pixels)",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        metavar="N",
+        help="rounds, each with every case once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=512,
+        metavar="N",
+        help="images per case and round of the loader (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=224,
+        metavar="PIXELS",
+        help="side of the loader's training input (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-side",
+        type=int,
+        default=352,
+        metavar="PIXELS",
+        help="longer side of the re-encoded pictures (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        metavar="N",
+        help="loader processes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="WORDS",
+        help="only the loaders whose name contains one of these: --only timm 'ftlib Phase 2'",
+    )
+    parser.add_argument(
+        "--arch",
+        default="resnet18",
+        metavar="NAME",
+        help="model of the training steps (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--step-size",
+        type=int,
+        default=64,
+        metavar="PIXELS",
+        help="side of the pictures in the training steps (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=32,
+        metavar="N",
+        help="images per training step (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=8,
+        metavar="N",
+        help="training steps per case and round (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=5,
+        metavar="N",
+        help="epochs of `accuracy`, whose seeds are the rounds (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="write benchmark.json and benchmark.png there"
+    )
+    parser.add_argument(
+        "--mlflow",
+        action="store_true",
+        help="record ratios, JSON and figure as a run of the MLflow experiment `benchmark`",
+    )
     return parser
 
 
@@ -59,10 +144,14 @@ def main(argv: list[str] | None = None) -> None:
     names = list(WHAT) if asked.what == "all" else [name.strip() for name in asked.what.split(",")]
     for name in names:
         if name not in (*WHAT, *MORE):
-            raise BenchmarkError(f"--what {name}: needs {', '.join((*WHAT, *MORE))} or all.{nearest(name, [*WHAT, *MORE])}")
+            raise BenchmarkError(
+                f"--what {name}: needs {', '.join((*WHAT, *MORE))} or all.{nearest(name, [*WHAT, *MORE])}"
+            )
     for flag in ("rounds", "images", "batch", "steps", "size", "step_size", "max_side", "epochs"):
         if getattr(asked, flag) < 1:
-            raise BenchmarkError(f"--{flag.replace('_', '-')} {getattr(asked, flag)}: needs 1 or more")
+            raise BenchmarkError(
+                f"--{flag.replace('_', '-')} {getattr(asked, flag)}: needs 1 or more"
+            )
     if asked.source and not Path(asked.source).is_dir():
         raise BenchmarkError(f"--source {asked.source}: there is no such folder")
     from ftlib.benchmark import loader, pictures, show, training
@@ -78,16 +167,43 @@ def main(argv: list[str] | None = None) -> None:
     parts: list[Part] = []
     with tempfile.TemporaryDirectory(prefix="ftlib-benchmark-") as folder:
         scratch = Path(folder)
-        step = training.Settings(asked.arch, asked.step_size, asked.batch, asked.steps, asked.rounds)
+        step = training.Settings(
+            asked.arch, asked.step_size, asked.batch, asked.steps, asked.rounds
+        )
         source = Path(asked.source) if asked.source else None
         for name in names:
             if name == "sides":
-                part = pictures.sides(scratch / name, source, images=asked.images, rounds=asked.rounds, workers=asked.workers, size=asked.size, say=say)
+                part = pictures.sides(
+                    scratch / name,
+                    source,
+                    images=asked.images,
+                    rounds=asked.rounds,
+                    workers=asked.workers,
+                    size=asked.size,
+                    say=say,
+                )
             elif name == "accuracy":
-                part = pictures.accuracy(scratch / name, source, seeds=asked.rounds, epochs=asked.epochs, arch=asked.arch, size=asked.size, say=say)
+                part = pictures.accuracy(
+                    scratch / name,
+                    source,
+                    seeds=asked.rounds,
+                    epochs=asked.epochs,
+                    arch=asked.arch,
+                    size=asked.size,
+                    say=say,
+                )
             elif name == "loader":
-                part = loader.benchmark(scratch, source, images=asked.images, rounds=asked.rounds, workers=asked.workers,
-                                        max_side=asked.max_side, size=asked.size, only=asked.only, say=say)
+                part = loader.benchmark(
+                    scratch,
+                    source,
+                    images=asked.images,
+                    rounds=asked.rounds,
+                    workers=asked.workers,
+                    max_side=asked.max_side,
+                    size=asked.size,
+                    only=asked.only,
+                    say=say,
+                )
             else:
                 part = training.MEASURES[name](step, scratch, say)
             say("")

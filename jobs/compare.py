@@ -17,10 +17,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 def main() -> None:
     from ftlib.home import absolute, home
 
-    parser = argparse.ArgumentParser(prog="python jobs/compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="names or folders of finished runs, two at least")
-    parser.add_argument("--out", default="", metavar="FOLDER", help="folder for the page and its figures (default $FTLIB_HOME/comparisons/FIRST-LAST)")
-    parser.add_argument("--storage", default="", help="where runs are kept (default $FTLIB_HOME/runs)")
+    parser = argparse.ArgumentParser(
+        prog="python jobs/compare.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="names or folders of finished runs, two at least"
+    )
+    parser.add_argument(
+        "--out",
+        default="",
+        metavar="FOLDER",
+        help="folder for the page and its figures (default $FTLIB_HOME/comparisons/FIRST-LAST)",
+    )
+    parser.add_argument(
+        "--storage", default="", help="where runs are kept (default $FTLIB_HOME/runs)"
+    )
     asked = parser.parse_args()
 
     from ftlib.search import compare
@@ -33,11 +47,17 @@ def main() -> None:
         for place in (join(root, run), run if is_remote(run) else absolute(run)):
             if read_file(join(place, "run.json")) is not None:
                 return place
-        raise compare.ComparisonError(f"there is no run {run} below {root}.{nearest(run, list(folders(root)))}")
+        raise compare.ComparisonError(
+            f"there is no run {run} below {root}.{nearest(run, list(folders(root)))}"
+        )
 
     runs = compare.renamed([compare.Finished.read(folder(run)) for run in asked.runs])
     found = compare.compare(runs)
-    out = Path(asked.out).expanduser() if asked.out else home() / "comparisons" / f"{runs[0].name}-{runs[-1].name}".replace("/", "-")
+    out = (
+        Path(asked.out).expanduser()
+        if asked.out
+        else home() / "comparisons" / f"{runs[0].name}-{runs[-1].name}".replace("/", "-")
+    )
     compare.write(found, out, " and ".join(r.name for r in runs[:4]))
     print(compare.text(found))
     print(f"page: {out}/index.html")

@@ -25,16 +25,57 @@ from ftlib.cli import job
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jobs/evaluate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="jobs/evaluate.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("run", metavar="RUN", help="a run's name, folder or address")
-    parser.add_argument("--split", choices=("val", "tuning", "train"), default="val", help="which pictures (default: %(default)s)")
-    parser.add_argument("--data", metavar="PATH", default="", help="another prepared data set with the same classes (default: the run's own)")
-    parser.add_argument("--sizes", default="", metavar="PX,PX", help="sides of the input to try (default: the run's evaluation size)")
-    parser.add_argument("--flip", action="store_true", help="average with the mirrored picture; doubles the cost")
-    parser.add_argument("--weights", choices=("best", "last", "raw"), default="best", help="best: the best-scoring; last: the newest checkpoint; raw: the same without weight averaging (default: %(default)s)")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="score at most N pictures, evenly spread (default: all)")
-    parser.add_argument("--workers", type=int, default=-1, metavar="N", help="loader processes; 0 loads in a thread (default: one per CPU but one)")
-    parser.add_argument("--out", metavar="DIR", help="where the report goes (default: report/ in the run's folder)")
+    parser.add_argument(
+        "--split",
+        choices=("val", "tuning", "train"),
+        default="val",
+        help="which pictures (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="PATH",
+        default="",
+        help="another prepared data set with the same classes (default: the run's own)",
+    )
+    parser.add_argument(
+        "--sizes",
+        default="",
+        metavar="PX,PX",
+        help="sides of the input to try (default: the run's evaluation size)",
+    )
+    parser.add_argument(
+        "--flip", action="store_true", help="average with the mirrored picture; doubles the cost"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("best", "last", "raw"),
+        default="best",
+        help="best: the best-scoring; last: the newest checkpoint; raw: the same without weight averaging (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="score at most N pictures, evenly spread (default: all)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="loader processes; 0 loads in a thread (default: one per CPU but one)",
+    )
+    parser.add_argument(
+        "--out", metavar="DIR", help="where the report goes (default: report/ in the run's folder)"
+    )
     parser.add_argument("--no-report", action="store_true", help="only the table")
     parser.add_argument("--no-track", action="store_true", help="leave MLflow alone")
     return parser
@@ -59,33 +100,83 @@ def main(argv: list[str] | None = None) -> None:
     run_dir = arguments.run if "/" in arguments.run else str(home() / "runs" / arguments.run)
     run_dir = absolute(run_dir)
     loaded = load(run_dir, arguments.weights)
-    own = Dataset.open(data_path(loaded.run.data.path)) if not arguments.data or loaded.run.data.tuning_fraction else None
+    own = (
+        Dataset.open(data_path(loaded.run.data.path))
+        if not arguments.data or loaded.run.data.tuning_fraction
+        else None
+    )
     dataset = Dataset.open(data_path(arguments.data)) if arguments.data else own
     assert dataset is not None
     workers = arguments.workers if arguments.workers >= 0 else max((os.cpu_count() or 1) - 1, 0)
-    scored = [score(loaded, dataset, arguments.split, size=size, flip=arguments.flip, limit=arguments.limit, workers=workers, calibration_data=own) for size in sizes]
+    scored = [
+        score(
+            loaded,
+            dataset,
+            arguments.split,
+            size=size,
+            flip=arguments.flip,
+            limit=arguments.limit,
+            workers=workers,
+            calibration_data=own,
+        )
+        for size in sizes
+    ]
     print(table(loaded, dataset, arguments.split, scored))
     if arguments.no_report:
         return
-    place = Path(arguments.out) if arguments.out else (home() / "runs" / run_dir.rsplit("/", 1)[-1] if storage.is_remote(run_dir) else Path(run_dir)) / "report"
+    place = (
+        Path(arguments.out)
+        if arguments.out
+        else (
+            home() / "runs" / run_dir.rsplit("/", 1)[-1]
+            if storage.is_remote(run_dir)
+            else Path(run_dir)
+        )
+        / "report"
+    )
     report = write(loaded, scored, dataset, place, arguments.split)
     print(f"\nreport: {report.html}")
     if not arguments.no_track:
-        attach(storage.read_json(storage.join(run_dir, "run.json")) or {}, report.files, f"report/{dataset.name}-{arguments.split}")
+        attach(
+            storage.read_json(storage.join(run_dir, "run.json")) or {},
+            report.files,
+            f"report/{dataset.name}-{arguments.split}",
+        )
 
 
 def table(loaded: Any, dataset: Any, split: str, scored: list[Any]) -> str:
     """The scores as text: one line per input size."""
     about = loaded.about
     averaged = "an average over steps" if about.get("ema") else "not averaged"
-    lines = [f"{about.get('run', loaded.run.name)}: {loaded.run.model.arch}, weights of step {about.get('step', '?')} ({averaged}), on {len(scored[0].rows):,} pictures of {dataset.name} ({split})", ""]
+    lines = [
+        f"{about.get('run', loaded.run.name)}: {loaded.run.model.arch}, weights of step {about.get('step', '?')} ({averaged}), on {len(scored[0].rows):,} pictures of {dataset.name} ({split})",
+        "",
+    ]
     rows = [("input", "top-1 %", "top-5 %", "NLL", "ECE", "NLL calibrated", "ECE calibrated", "T")]
     for s in scored:
-        rows.append((f"{s.size} px{' + mirror' if s.flip else ''}", s.before["top1"].show(), s.before["top5"].show(), s.before["nll"].show(3), s.before["ece"].show(3),
-                     s.after["nll"].show(3), s.after["ece"].show(3), f"{s.calibration.temperature:.3f}"))
+        rows.append(
+            (
+                f"{s.size} px{' + mirror' if s.flip else ''}",
+                s.before["top1"].show(),
+                s.before["top5"].show(),
+                s.before["nll"].show(3),
+                s.before["ece"].show(3),
+                s.after["nll"].show(3),
+                s.after["ece"].show(3),
+                f"{s.calibration.temperature:.3f}",
+            )
+        )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([*lines, "", f"In brackets: 95 % bootstrap intervals. Temperature fitted on {scored[0].calibration.fitted_on}."])
+    lines += [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"In brackets: 95 % bootstrap intervals. Temperature fitted on {scored[0].calibration.fitted_on}.",
+        ]
+    )
 
 
 def attach(record: dict[str, Any], files: tuple[Path, ...], folder: str) -> None:
@@ -101,9 +192,14 @@ def attach(record: dict[str, Any], files: tuple[Path, ...], folder: str) -> None
         mlflow = client(uri)
         for file in files:
             mlflow.log_artifact(known["run_id"], str(file), folder)
-        print(f"in MLflow: {run_link(uri, known.get('experiment_id', ''), known['run_id'])} (artifacts, {folder})")
+        print(
+            f"in MLflow: {run_link(uri, known.get('experiment_id', ''), known['run_id'])} (artifacts, {folder})"
+        )
     except Exception as error:
-        print(f"warning: MLflow did not take the report ({json.dumps(str(error).splitlines()[0])}); the files above are complete", file=sys.stderr)
+        print(
+            f"warning: MLflow did not take the report ({json.dumps(str(error).splitlines()[0])}); the files above are complete",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

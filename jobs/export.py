@@ -20,13 +20,37 @@ from ftlib.cli import job
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jobs/export.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="jobs/export.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("run", metavar="RUN", help="a run's name or folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="where to")
-    parser.add_argument("--formats", default="torch,onnx", metavar="A,B", help="torch, onnx, mlflow (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, metavar="T", help="what logits are divided by (default: fitted on validation pictures)")
-    parser.add_argument("--register", metavar="NAME", default="", help="make the package a version of this registered model in MLflow")
-    parser.add_argument("--alias", default="candidate", help="alias that then points at it, such as candidate or champion (default: %(default)s)")
+    parser.add_argument(
+        "--formats",
+        default="torch,onnx",
+        metavar="A,B",
+        help="torch, onnx, mlflow (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="what logits are divided by (default: fitted on validation pictures)",
+    )
+    parser.add_argument(
+        "--register",
+        metavar="NAME",
+        default="",
+        help="make the package a version of this registered model in MLflow",
+    )
+    parser.add_argument(
+        "--alias",
+        default="candidate",
+        help="alias that then points at it, such as candidate or champion (default: %(default)s)",
+    )
     return parser
 
 
@@ -40,9 +64,15 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--temperature {arguments.temperature:g}: must be above 0")
     if arguments.register and "mlflow" not in formats:
         parser.error("--register needs the package: add --formats mlflow")
-    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if "onnx" in formats and not _there(name)]
+    missing = [
+        name
+        for name in ("onnx", "onnxscript", "onnxruntime")
+        if "onnx" in formats and not _there(name)
+    ]
     if missing:
-        parser.error(f"--formats onnx needs {', '.join(missing)}: pip install onnx onnxscript onnxruntime")
+        parser.error(
+            f"--formats onnx needs {', '.join(missing)}: pip install onnx onnxscript onnxruntime"
+        )
 
     from ftlib import storage
     from ftlib.data.shards import Dataset
@@ -51,7 +81,9 @@ def main(argv: list[str] | None = None) -> None:
     from ftlib.track import export, package, register
     from ftlib.track.store import resolve_uri
 
-    run_dir = absolute(arguments.run if "/" in arguments.run else str(home() / "runs" / arguments.run))
+    run_dir = absolute(
+        arguments.run if "/" in arguments.run else str(home() / "runs" / arguments.run)
+    )
     loaded = load(run_dir)
     temperature, fitted_on = arguments.temperature or 1.0, "given by hand"
     if arguments.temperature is None:
@@ -61,17 +93,39 @@ def main(argv: list[str] | None = None) -> None:
     out = Path(arguments.out)
     plain = [f for f in formats if f != "mlflow"]
     if plain:
-        for kind, away in export.write(loaded.model, loaded.run, loaded.classes, temperature, out, plain).items():
-            print(f"{out / {'torch': 'model.pt2', 'onnx': 'model.onnx'}[kind]}: logits differ from the model's by at most {away:.1e}")
+        for kind, away in export.write(
+            loaded.model, loaded.run, loaded.classes, temperature, out, plain
+        ).items():
+            print(
+                f"{out / {'torch': 'model.pt2', 'onnx': 'model.onnx'}[kind]}: logits differ from the model's by at most {away:.1e}"
+            )
     if "mlflow" in formats:
         place = out / "package" if plain else out
-        made = package.package(loaded.model, loaded.run, loaded.classes, loaded.about.get("scores", {}), temperature, place, loaded.about.get("data"), fitted_on)
+        made = package.package(
+            loaded.model,
+            loaded.run,
+            loaded.classes,
+            loaded.about.get("scores", {}),
+            temperature,
+            place,
+            loaded.about.get("data"),
+            fitted_on,
+        )
         print(f'{made}: mlflow.pyfunc.load_model("{made}").predict([jpeg_bytes])')
         if arguments.register:
             known = (storage.read_json(storage.join(run_dir, "run.json")) or {}).get("mlflow") or {}
             if not known.get("run_id"):
-                raise package.PackageError(f"--register {arguments.register}: {arguments.run} was never tracked in MLflow, so there is no run to register the model of")
-            address = register.register(made, arguments.register, arguments.alias, uri=resolve_uri(known.get("uri", "")), run_id=known["run_id"], experiment_id=known["experiment_id"])
+                raise package.PackageError(
+                    f"--register {arguments.register}: {arguments.run} was never tracked in MLflow, so there is no run to register the model of"
+                )
+            address = register.register(
+                made,
+                arguments.register,
+                arguments.alias,
+                uri=resolve_uri(known.get("uri", "")),
+                run_id=known["run_id"],
+                experiment_id=known["experiment_id"],
+            )
             print(f"registered: {address}")
     print(f"temperature {temperature:.4g}, {fitted_on}")
 

@@ -23,13 +23,39 @@ from ftlib.tree import to_json
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jobs/find_lr.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("recipe", metavar="RECIPE", help="a job such as phase1, or a recipe in a .json file")
-    parser.add_argument("--steps", type=int, default=100, metavar="N", help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--low", type=float, default=1e-7, metavar="RATE", help="first rate (default: %(default)g)")
-    parser.add_argument("--high", type=float, default=10.0, metavar="RATE", help="last rate, if the loss lasts that long (default: %(default)g)")
-    parser.add_argument("--apply", metavar="FILE", help="write the recipe with the suggested rate to this .json file")
-    parser.add_argument("--figure", metavar="FILE", default="lr.png", help="where the figure goes (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="jobs/find_lr.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a job such as phase1, or a recipe in a .json file"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=100, metavar="N", help="optimizer steps (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--low", type=float, default=1e-7, metavar="RATE", help="first rate (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--high",
+        type=float,
+        default=10.0,
+        metavar="RATE",
+        help="last rate, if the loss lasts that long (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--apply",
+        metavar="FILE",
+        help="write the recipe with the suggested rate to this .json file",
+    )
+    parser.add_argument(
+        "--figure",
+        metavar="FILE",
+        default="lr.png",
+        help="where the figure goes (default: %(default)s)",
+    )
     return parser
 
 
@@ -47,16 +73,35 @@ def main(argv: list[str] | None = None) -> None:
 
     dataset = Dataset.open(data_path(run.data.path))
     source = resolve_init(run, dataset.name, dataset.digest, dataset.classes, runs_root(run))
-    workers = run.data.loader_workers if run.data.loader_workers >= 0 else max((os.cpu_count() or 1) - 1, 0)
-    print(f"{arguments.steps} steps of {run.model.arch} on {dataset.name}, on {'the GPU' if torch.cuda.is_available() else 'the CPU'}", flush=True)
+    workers = (
+        run.data.loader_workers
+        if run.data.loader_workers >= 0
+        else max((os.cpu_count() or 1) - 1, 0)
+    )
+    print(
+        f"{arguments.steps} steps of {run.model.arch} on {dataset.name}, on {'the GPU' if torch.cuda.is_available() else 'the CPU'}",
+        flush=True,
+    )
     with lr_finder.recipe_step(run, dataset, source, arguments.steps, workers=workers) as step:
         curve = lr_finder.range_test(step, arguments.low, arguments.high, arguments.steps)
     reading = lr_finder.read(curve)
     better = lr_finder.applied(run, reading)
-    Path(arguments.figure).write_bytes(lr_figure(curve, reading.steepest, reading.minimum, reading.suggestion, f"{run.model.arch} on {dataset.name}"))
+    Path(arguments.figure).write_bytes(
+        lr_figure(
+            curve,
+            reading.steepest,
+            reading.minimum,
+            reading.suggestion,
+            f"{run.model.arch} on {dataset.name}",
+        )
+    )
     kind = type(run.schedule).__name__
-    print(f"steepest at {reading.steepest:.2e}, minimum at {reading.minimum:.2e}: the highest rate should be about {reading.suggestion:.1e}")
-    print(f"with {kind} that is --optimizer.lr {better.optimizer.lr:g} (the recipe says {run.optimizer.lr:g})")
+    print(
+        f"steepest at {reading.steepest:.2e}, minimum at {reading.minimum:.2e}: the highest rate should be about {reading.suggestion:.1e}"
+    )
+    print(
+        f"with {kind} that is --optimizer.lr {better.optimizer.lr:g} (the recipe says {run.optimizer.lr:g})"
+    )
     print(f"figure: {arguments.figure}")
     if arguments.apply:
         Path(arguments.apply).write_text(to_json(better), "utf-8")

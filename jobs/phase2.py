@@ -21,8 +21,16 @@ PHASE2 = Run(
     stage="phase2",
     seed=42,
     data=Data(path="imagenet", subset=0.2, subset_seed=42),  # the same fifth as Phase 1
-    augment=Augment(size=224, crop_scale=(0.08, 1.0), flip=0.5, color_jitter=(0.4, 0.4, 0.4, 0.1), color_jitter_p=0.2,
-                    randaugment_n=2, randaugment_m=9, randaugment_p=0.3),
+    augment=Augment(
+        size=224,
+        crop_scale=(0.08, 1.0),
+        flip=0.5,
+        color_jitter=(0.4, 0.4, 0.4, 0.1),
+        color_jitter_p=0.2,
+        randaugment_n=2,
+        randaugment_m=9,
+        randaugment_p=0.3,
+    ),
     mix=Mix(mixup_alpha=0.2, cutmix_alpha=1.0, cutmix_share=0.5),
     model=Model(arch="resnet50", dropout=0.02, init_from="phase1"),
     loss=CrossEntropy(label_smoothing=0.1),

@@ -22,24 +22,101 @@ from ftlib.data.admit_rules import Rules
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jobs/prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="jobs/prepare.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--source", metavar="DIR|NAME", help="folder of pictures, or digits, imagenette, cifar10, cifar100, flowers102, food101, pets, stl10, svhn, mnist, fashionmnist (all but digits are downloaded)")
+    what.add_argument(
+        "--source",
+        metavar="DIR|NAME",
+        help="folder of pictures, or digits, imagenette, cifar10, cifar100, flowers102, food101, pets, stl10, svhn, mnist, fashionmnist (all but digits are downloaded)",
+    )
     what.add_argument("--verify", metavar="PATH", help="check a prepared set instead of making one")
-    parser.add_argument("--out", metavar="PATH", help="where to: a folder, s3://..., gs://..., or a bare name under $FTLIB_HOME/data (default: the source's name there)")
-    parser.add_argument("--val-fraction", type=float, metavar="F", help="share of each class held out for validation, where the source has no val folder; 0 for none")
-    parser.add_argument("--seed", type=int, default=42, help="chooses the pictures that --val-fraction holds out (default: %(default)s)")
-    parser.add_argument("--max-side", type=int, metavar="PIXELS", help="reduce larger pictures to this longer side (default: keep the size)")
-    parser.add_argument("--quality", type=int, metavar="1..100", help="encode every picture again at this JPEG quality (default: keep the original bytes)")
-    parser.add_argument("--subsampling", choices=("420", "444", "keep"), help="chroma of pictures encoded again for --max-side or --quality: halved (420, the default then), whole, or the original's")
-    parser.add_argument("--tiles", action="store_true", help="store originals so that training decodes only what it crops: the very pixels, 7 %% more bytes, 50 ms more of one core per ImageNet picture")
-    parser.add_argument("--background", default="255,255,255", metavar="R,G,B", help="colour behind transparent pixels (default: %(default)s)")
-    parser.add_argument("--max-megapixels", type=float, default=50.0, metavar="MP", help="refuse larger pictures, before decoding them (default: %(default)g)")
-    parser.add_argument("--max-bad-fraction", type=float, default=0.01, metavar="F", help="stop if a larger share of the files is refused (default: %(default)g)")
-    parser.add_argument("--accept-warnings", action="store_true", help="take JPEGs that decode only with a warning; some of them are visibly damaged")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="shards made at a time (default: all CPUs)")
-    parser.add_argument("--engine", choices=("auto", "here", "ray"), default="auto", help="Ray tasks, or processes of this machine; auto takes Ray above 10,000 files or 1 GB (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a set at --out that was made from other files or with other options")
+    parser.add_argument(
+        "--out",
+        metavar="PATH",
+        help="where to: a folder, s3://..., gs://..., or a bare name under $FTLIB_HOME/data (default: the source's name there)",
+    )
+    parser.add_argument(
+        "--val-fraction",
+        type=float,
+        metavar="F",
+        help="share of each class held out for validation, where the source has no val folder; 0 for none",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=42,
+        help="chooses the pictures that --val-fraction holds out (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-side",
+        type=int,
+        metavar="PIXELS",
+        help="reduce larger pictures to this longer side (default: keep the size)",
+    )
+    parser.add_argument(
+        "--quality",
+        type=int,
+        metavar="1..100",
+        help="encode every picture again at this JPEG quality (default: keep the original bytes)",
+    )
+    parser.add_argument(
+        "--subsampling",
+        choices=("420", "444", "keep"),
+        help="chroma of pictures encoded again for --max-side or --quality: halved (420, the default then), whole, or the original's",
+    )
+    parser.add_argument(
+        "--tiles",
+        action="store_true",
+        help="store originals so that training decodes only what it crops: the very pixels, 7 %% more bytes, 50 ms more of one core per ImageNet picture",
+    )
+    parser.add_argument(
+        "--background",
+        default="255,255,255",
+        metavar="R,G,B",
+        help="colour behind transparent pixels (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-megapixels",
+        type=float,
+        default=50.0,
+        metavar="MP",
+        help="refuse larger pictures, before decoding them (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--max-bad-fraction",
+        type=float,
+        default=0.01,
+        metavar="F",
+        help="stop if a larger share of the files is refused (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--accept-warnings",
+        action="store_true",
+        help="take JPEGs that decode only with a warning; some of them are visibly damaged",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="shards made at a time (default: all CPUs)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "here", "ray"),
+        default="auto",
+        help="Ray tasks, or processes of this machine; auto takes Ray above 10,000 files or 1 GB (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a set at --out that was made from other files or with other options",
+    )
     return parser
 
 
@@ -48,14 +125,31 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         background = tuple(int(part) for part in arguments.background.split(","))
-        rules = Rules(arguments.max_side, arguments.quality, arguments.subsampling, background, arguments.max_megapixels, arguments.accept_warnings, arguments.tiles)  # type: ignore[arg-type]
+        rules = Rules(
+            arguments.max_side,
+            arguments.quality,
+            arguments.subsampling,
+            background,
+            arguments.max_megapixels,
+            arguments.accept_warnings,
+            arguments.tiles,
+        )  # type: ignore[arg-type]
         if arguments.verify:
             return verify(arguments.verify)
         from ftlib.data.prepare import prepare
         from ftlib.data.prepare_report import text
 
-        done = prepare(arguments.source, arguments.out, val_fraction=arguments.val_fraction, seed=arguments.seed, rules=rules, max_bad_fraction=arguments.max_bad_fraction,
-                       workers=arguments.workers, engine=arguments.engine, overwrite=arguments.overwrite)
+        done = prepare(
+            arguments.source,
+            arguments.out,
+            val_fraction=arguments.val_fraction,
+            seed=arguments.seed,
+            rules=rules,
+            max_bad_fraction=arguments.max_bad_fraction,
+            workers=arguments.workers,
+            engine=arguments.engine,
+            overwrite=arguments.overwrite,
+        )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -21,11 +21,27 @@ from ftlib.cli import job, parse
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jobs/preview.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                                     epilog="All flags of the phases work too: `python jobs/phase2.py --help` lists them.")
+    parser = argparse.ArgumentParser(
+        prog="jobs/preview.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="All flags of the phases work too: `python jobs/phase2.py --help` lists them.",
+    )
     parser.add_argument("recipe", help="a job such as phase2, or a recipe in a .json file")
-    parser.add_argument("--step", type=int, default=0, metavar="S", help="the step that is shown as the network sees it, from 0 (default: %(default)s)")
-    parser.add_argument("--out", metavar="PNG", default="", help="where the sheet goes (default: preview-STAGE-DATASET.png here)")
+    parser.add_argument(
+        "--step",
+        type=int,
+        default=0,
+        metavar="S",
+        help="the step that is shown as the network sees it, from 0 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="PNG",
+        default="",
+        help="where the sheet goes (default: preview-STAGE-DATASET.png here)",
+    )
     return parser
 
 
@@ -41,7 +57,9 @@ def main(argv: list[str] | None = None) -> None:
     from ftlib.report.contact_sheet import contact_sheet
 
     dataset = Dataset.open(data_path(run.data.path))
-    out = contact_sheet(dataset, run, arguments.out or f"preview-{run.stage}-{dataset.name}.png", arguments.step)
+    out = contact_sheet(
+        dataset, run, arguments.out or f"preview-{run.stage}-{dataset.name}.png", arguments.step
+    )
     print(f"{out}: {run.stage} on {dataset.name}")
 
 

@@ -20,25 +20,72 @@ def main() -> None:
     from ftlib import recipes
     from ftlib.home import absolute, home
 
-    parser = argparse.ArgumentParser(prog="python jobs/promote.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python jobs/promote.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("sweep", help="name of the sweep")
-    parser.add_argument("--top", type=int, default=3, metavar="K", help="how many of its best trials to confirm (default 3)")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds per configuration, the recipe's own and the next ones (default 5)")
+    parser.add_argument(
+        "--top",
+        type=int,
+        default=3,
+        metavar="K",
+        help="how many of its best trials to confirm (default 3)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=5,
+        metavar="N",
+        help="seeds per configuration, the recipe's own and the next ones (default 5)",
+    )
     parser.add_argument("--name", default="", help="name of the recipe file (default: the sweep's)")
-    parser.add_argument("--onto", default="", metavar="RECIPE", help="also write the winner's values onto this recipe, such as phase3, as NAME-RECIPE.json")
-    parser.add_argument("--out", default="recipes", metavar="FOLDER", help="folder for the recipe (default recipes/)")
-    parser.add_argument("--storage", default="", help="where the sweep is kept (default $FTLIB_HOME/runs)")
-    parser.add_argument("--parallel", type=int, default=0, metavar="N", help="runs at once (default: as many as the cluster holds; four on CPUs)")
+    parser.add_argument(
+        "--onto",
+        default="",
+        metavar="RECIPE",
+        help="also write the winner's values onto this recipe, such as phase3, as NAME-RECIPE.json",
+    )
+    parser.add_argument(
+        "--out",
+        default="recipes",
+        metavar="FOLDER",
+        help="folder for the recipe (default recipes/)",
+    )
+    parser.add_argument(
+        "--storage", default="", help="where the sweep is kept (default $FTLIB_HOME/runs)"
+    )
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        default=0,
+        metavar="N",
+        help="runs at once (default: as many as the cluster holds; four on CPUs)",
+    )
     asked = parser.parse_args()
-    os.environ.setdefault("RAY_LOG_TO_DRIVER", "0")  # what trials print goes to Ray's log files, not through the table; must be set before ray is imported
+    os.environ.setdefault(
+        "RAY_LOG_TO_DRIVER", "0"
+    )  # what trials print goes to Ray's log files, not through the table; must be set before ray is imported
 
     from ftlib.search.promote import open_sweep, promote
     from ftlib.storage import folders, join, read_file
 
     root = absolute(asked.storage) if asked.storage else str(home() / "runs")
-    known = sorted(name for name in folders(root) if read_file(join(root, name, "sweep.json")) is not None)
+    known = sorted(
+        name for name in folders(root) if read_file(join(root, name, "sweep.json")) is not None
+    )
     onto = (Path(asked.onto).stem, recipes.load(asked.onto)) if asked.onto else None
-    result = promote(open_sweep(root, asked.sweep, known), top=asked.top, seeds=asked.seeds, name=asked.name, recipes=Path(asked.out), parallel=asked.parallel, onto=onto)
+    result = promote(
+        open_sweep(root, asked.sweep, known),
+        top=asked.top,
+        seeds=asked.seeds,
+        name=asked.name,
+        recipes=Path(asked.out),
+        parallel=asked.parallel,
+        onto=onto,
+    )
     if not result.finished:
         raise SystemExit(130)
 

@@ -17,12 +17,27 @@ from ftlib.cli import job
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jobs/replay.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="jobs/replay.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("run", metavar="RUN", help="a run's name, or its folder")
     parser.add_argument("--step", type=int, required=True, metavar="N", help="the step, from 0")
     parser.add_argument("--pictures", action="store_true", help="only the pictures, no loss")
-    parser.add_argument("--storage", default="", metavar="URI", help="where runs are kept (default: $FTLIB_HOME/runs)")
-    parser.add_argument("--out", default="replay.png", metavar="FILE", help="where the contact sheet goes (default: %(default)s)")
+    parser.add_argument(
+        "--storage",
+        default="",
+        metavar="URI",
+        help="where runs are kept (default: $FTLIB_HOME/runs)",
+    )
+    parser.add_argument(
+        "--out",
+        default="replay.png",
+        metavar="FILE",
+        help="where the contact sheet goes (default: %(default)s)",
+    )
     return parser
 
 
@@ -49,7 +64,9 @@ def main() -> None:
             print(f"microbatch {k}  row {row}  {train.path(row)}{loss}")
     if found.losses:
         began = f"checkpoint step {found.start}" if found.start is not None else "the beginning"
-        print(f"Step {found.step} of {run.name}: loss {found.loss:.6f}, trained again from {began}.")
+        print(
+            f"Step {found.step} of {run.name}: loss {found.loss:.6f}, trained again from {began}."
+        )
     print(f"Contact sheet: {sheet(run, dataset, found, Path(asked.out)).absolute()}")
 
 

@@ -21,7 +21,9 @@ from jobs import phase1, phase2
 SMALL = {"data.path": "digits", "data.subset": 1.0, "model.arch": "resnet18", "augment.size": 32}
 # 359 held-out digits: one of them is 0.28 points, so a point more or less between the phases says nothing.
 PHASE1 = override(phase1.PHASE1, {**SMALL, "train.epochs": 16, "gates.val_top1": 90.0})
-PHASE2 = override(phase2.PHASE2, {**SMALL, "train.epochs": 2, "gates.val_top1": 97.0, "gates.gain": -1.5})
+PHASE2 = override(
+    phase2.PHASE2, {**SMALL, "train.epochs": 2, "gates.val_top1": 97.0, "gates.gain": -1.5}
+)
 
 
 def main() -> None:
@@ -30,7 +32,9 @@ def main() -> None:
         print(__doc__)
         return
     if sys.argv[1:]:
-        raise SystemExit("jobs/sample.py takes no options. Use jobs/prepare.py, jobs/phase1.py and jobs/phase2.py with your own")
+        raise SystemExit(
+            "jobs/sample.py takes no options. Use jobs/prepare.py, jobs/phase1.py and jobs/phase2.py with your own"
+        )
     from ftlib.data.prepare import prepare
     from ftlib.launch.summary import sample
     from ftlib.launch.trainer import launch
@@ -46,7 +50,10 @@ def main() -> None:
     commands = [
         ("open the MLflow UI", ui_command(uri)),
         ("score a run, see its errors", f"{python} jobs/evaluate.py {two.name}"),
-        ("start a sweep", f"{python} jobs/sweep.py --recipe sample-phase2 --space quick --trials 8"),
+        (
+            "start a sweep",
+            f"{python} jobs/sweep.py --recipe sample-phase2 --space quick --trials 8",
+        ),
         ("your own pictures", f"{python} jobs/prepare.py --source FOLDER --out NAME"),
     ]
     print(sample(one, two, uri, commands, time.monotonic() - started))

@@ -21,13 +21,44 @@ from ftlib.cli import job
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jobs/serve.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--model", required=True, metavar="URI", help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model, or a package's folder")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
-    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="copies of the model (default: %(default)s)")
-    parser.add_argument("--max-megabytes", type=float, default=20.0, metavar="MB", help="larger pictures are refused (default: %(default)g)")
-    parser.add_argument("--tracking-uri", default="", metavar="URI", help="MLflow, for models:/ and runs:/ (default: $MLFLOW_TRACKING_URI, or the database below $FTLIB_HOME)")
+    parser = argparse.ArgumentParser(
+        prog="jobs/serve.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="URI",
+        help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model, or a package's folder",
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=8000, help="port to listen on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--replicas",
+        type=int,
+        default=1,
+        metavar="N",
+        help="copies of the model (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-megabytes",
+        type=float,
+        default=20.0,
+        metavar="MB",
+        help="larger pictures are refused (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--tracking-uri",
+        default="",
+        metavar="URI",
+        help="MLflow, for models:/ and runs:/ (default: $MLFLOW_TRACKING_URI, or the database below $FTLIB_HOME)",
+    )
     return parser
 
 
@@ -60,8 +91,17 @@ def main(argv: list[str] | None = None) -> None:
         signal.signal(number, lambda *_: ended.set())
     try:
         serve.start(http_options={"host": arguments.host, "port": arguments.port})
-        serve.run(deployment(model, tracking, replicas=arguments.replicas, max_megabytes=arguments.max_megabytes), name="ftlib", route_prefix="/")
-        print(f"serving {arguments.model} at http://{arguments.host}:{arguments.port} (Ctrl-C ends it)", flush=True)
+        serve.run(
+            deployment(
+                model, tracking, replicas=arguments.replicas, max_megabytes=arguments.max_megabytes
+            ),
+            name="ftlib",
+            route_prefix="/",
+        )
+        print(
+            f"serving {arguments.model} at http://{arguments.host}:{arguments.port} (Ctrl-C ends it)",
+            flush=True,
+        )
         ended.wait()
     finally:
         serve.delete("ftlib") if not mine else serve.shutdown()

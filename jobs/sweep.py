@@ -21,31 +21,130 @@ def main() -> None:
     from ftlib import recipes
 
     spaces = ", ".join(sorted(p.stem for p in (recipes.ROOT / "tune_spaces").glob("[!_]*.py")))
-    parser = argparse.ArgumentParser(prog="python jobs/sweep.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--recipe", required=True, help=f"{', '.join(recipes.available())}, or a path to a recipe in JSON")
-    parser.add_argument("--space", required=True, help=f"{spaces}, or a path to a .py file with SPACE")
-    parser.add_argument("--trials", type=int, default=32, metavar="N", help="trials in all, the recipe's own and those of earlier starts included (default 32)")
-    parser.add_argument("--name", default="", help="the sweep's name (default SPACE-RECIPE); the same name and settings go on with it")
-    parser.add_argument("--epochs", type=int, default=0, metavar="N", help="length of a trial (default: the recipe's); promotion uses the recipe's")
-    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="PATH=VALUE", help="change the recipe, for all trials and the promotion: --set mix.off_epochs=2 (may be repeated)")
-    parser.add_argument("--search", choices=["tpe", "random", "grid"], default="tpe", help="tpe learns from the trials (default)")
-    parser.add_argument("--grid-points", type=int, default=3, metavar="N", help="values per continuous setting in a grid (default 3)")
-    parser.add_argument("--no-early-stopping", action="store_true", help="run every trial to its end")
-    parser.add_argument("--grace", type=int, default=0, metavar="N", help="epochs before a trial may be stopped early (default: a ninth of its length)")
-    parser.add_argument("--reduction", type=float, default=3, metavar="X", help="at each rung one in X trials goes on (default 3)")
-    parser.add_argument("--tuning-fraction", type=float, default=0.1, metavar="X", help="part of the training images that scores the trials (default 0.1)")
-    parser.add_argument("--parallel", type=int, default=0, metavar="N", help="trials at once (default: as many as the cluster holds; four on CPUs)")
-    parser.add_argument("--retry-failed", action="store_true", help="run trials that failed in an earlier start again")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the search (default 0); the trials keep the recipe's seed")
+    parser = argparse.ArgumentParser(
+        prog="python jobs/sweep.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--recipe",
+        required=True,
+        help=f"{', '.join(recipes.available())}, or a path to a recipe in JSON",
+    )
+    parser.add_argument(
+        "--space", required=True, help=f"{spaces}, or a path to a .py file with SPACE"
+    )
+    parser.add_argument(
+        "--trials",
+        type=int,
+        default=32,
+        metavar="N",
+        help="trials in all, the recipe's own and those of earlier starts included (default 32)",
+    )
+    parser.add_argument(
+        "--name",
+        default="",
+        help="the sweep's name (default SPACE-RECIPE); the same name and settings go on with it",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="length of a trial (default: the recipe's); promotion uses the recipe's",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="PATH=VALUE",
+        help="change the recipe, for all trials and the promotion: --set mix.off_epochs=2 (may be repeated)",
+    )
+    parser.add_argument(
+        "--search",
+        choices=["tpe", "random", "grid"],
+        default="tpe",
+        help="tpe learns from the trials (default)",
+    )
+    parser.add_argument(
+        "--grid-points",
+        type=int,
+        default=3,
+        metavar="N",
+        help="values per continuous setting in a grid (default 3)",
+    )
+    parser.add_argument(
+        "--no-early-stopping", action="store_true", help="run every trial to its end"
+    )
+    parser.add_argument(
+        "--grace",
+        type=int,
+        default=0,
+        metavar="N",
+        help="epochs before a trial may be stopped early (default: a ninth of its length)",
+    )
+    parser.add_argument(
+        "--reduction",
+        type=float,
+        default=3,
+        metavar="X",
+        help="at each rung one in X trials goes on (default 3)",
+    )
+    parser.add_argument(
+        "--tuning-fraction",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="part of the training images that scores the trials (default 0.1)",
+    )
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        default=0,
+        metavar="N",
+        help="trials at once (default: as many as the cluster holds; four on CPUs)",
+    )
+    parser.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="run trials that failed in an earlier start again",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the search (default 0); the trials keep the recipe's seed",
+    )
     asked = parser.parse_args()
-    os.environ.setdefault("RAY_LOG_TO_DRIVER", "0")  # what trials print goes to Ray's log files, not through the table; must be set before ray is imported
+    os.environ.setdefault(
+        "RAY_LOG_TO_DRIVER", "0"
+    )  # what trials print goes to Ray's log files, not through the table; must be set before ray is imported
 
     recipe = recipes.load(asked.recipe, asked.settings)
     from ftlib.search import spaces as space_files
     from ftlib.search.sweep import Sweep, sweep
 
-    result = sweep(Sweep(recipe, asked.recipe, space_files.load(asked.space), asked.name, asked.trials, asked.search, asked.seed, asked.epochs, asked.tuning_fraction, not asked.no_early_stopping,
-                         asked.grace, asked.reduction, asked.grid_points, asked.parallel, asked.retry_failed))
+    result = sweep(
+        Sweep(
+            recipe,
+            asked.recipe,
+            space_files.load(asked.space),
+            asked.name,
+            asked.trials,
+            asked.search,
+            asked.seed,
+            asked.epochs,
+            asked.tuning_fraction,
+            not asked.no_early_stopping,
+            asked.grace,
+            asked.reduction,
+            asked.grid_points,
+            asked.parallel,
+            asked.retry_failed,
+        )
+    )
     if not result.finished:
         raise SystemExit(130)
     if result.best is None:

@@ -22,20 +22,50 @@ from ftlib.cli import job
 
 
 def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jobs/track.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="jobs/track.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     where = argparse.ArgumentParser(add_help=False)
-    where.add_argument("--uri", default="", help="MLflow tracking URI (default: $MLFLOW_TRACKING_URI, else SQLite below $FTLIB_HOME)")
+    where.add_argument(
+        "--uri",
+        default="",
+        help="MLflow tracking URI (default: $MLFLOW_TRACKING_URI, else SQLite below $FTLIB_HOME)",
+    )
     ui = commands.add_parser("ui", parents=[where], help="start the MLflow UI")
-    ui.add_argument("--port", type=int, default=5000, help="port on this machine (default: %(default)s)")
-    ui.add_argument("--print", action="store_true", dest="only_print", help="only print the command")
+    ui.add_argument(
+        "--port", type=int, default=5000, help="port on this machine (default: %(default)s)"
+    )
+    ui.add_argument(
+        "--print", action="store_true", dest="only_print", help="only print the command"
+    )
     folders = argparse.ArgumentParser(add_help=False)
-    folders.add_argument("folders", nargs="*", metavar="FOLDER", help="where to look for journals (default: $FTLIB_HOME)")
-    commands.add_parser("status", parents=[folders], help="list the journals that hold something MLflow has not got")
+    folders.add_argument(
+        "folders",
+        nargs="*",
+        metavar="FOLDER",
+        help="where to look for journals (default: $FTLIB_HOME)",
+    )
+    commands.add_parser(
+        "status", parents=[folders], help="list the journals that hold something MLflow has not got"
+    )
     deliver = commands.add_parser("deliver", parents=[where, folders], help="deliver journals")
-    deliver.add_argument("--again", action="store_true", help="also try once more what MLflow did not take (missing files, say)")
+    deliver.add_argument(
+        "--again",
+        action="store_true",
+        help="also try once more what MLflow did not take (missing files, say)",
+    )
     reap = commands.add_parser("reap", parents=[where], help="end the runs of dead drivers")
-    reap.add_argument("--stale", type=float, default=5.0, metavar="MINUTES", help="a driver on another machine is dead after this long without a heartbeat (default: %(default)g)")
+    reap.add_argument(
+        "--stale",
+        type=float,
+        default=5.0,
+        metavar="MINUTES",
+        help="a driver on another machine is dead after this long without a heartbeat (default: %(default)g)",
+    )
     return parser
 
 
@@ -47,7 +77,10 @@ def ui(uri: str, port: int, only_print: bool) -> None:
         print(ui_command(uri, port))
         return
     ensure_store(uri)
-    print(f"MLflow at {ui_base(uri, port)}/#/experiments?workflowType=machine_learning (ready in about 10 s; Ctrl-C ends it)", flush=True)
+    print(
+        f"MLflow at {ui_base(uri, port)}/#/experiments?workflowType=machine_learning (ready in about 10 s; Ctrl-C ends it)",
+        flush=True,
+    )
     os.execvpe(arguments[0], arguments, {**os.environ, **UI_ENVIRONMENT})
 
 
@@ -59,7 +92,9 @@ def journals_below(folders: list[str]) -> list[Path]:
     roots = [Path(f).expanduser() for f in folders] or [home()]
     for root in roots:
         if not root.is_dir():
-            raise ConfigError(f"{root}: no such folder. Name one that holds runs, such as $FTLIB_HOME/runs")
+            raise ConfigError(
+                f"{root}: no such folder. Name one that holds runs, such as $FTLIB_HOME/runs"
+            )
     return [found for root in roots for found in journal_folders(root)]
 
 
@@ -71,8 +106,14 @@ def status(folders: list[str]) -> None:
     waiting = [j for j in found if j.waiting or j.rejected]
     for journal in waiting:
         refused = f", {journal.rejected} not taken" if journal.rejected else ""
-        print(f"{journal.name}: {journal.waiting} records wait for {journal.uri}{refused}{'' if journal.run_id else ' (MLflow does not know the run yet)'}")
-    print(f"{len(found)} runs, {len(waiting)} with something left" if waiting else f"{len(found)} runs, everything delivered")
+        print(
+            f"{journal.name}: {journal.waiting} records wait for {journal.uri}{refused}{'' if journal.run_id else ' (MLflow does not know the run yet)'}"
+        )
+    print(
+        f"{len(found)} runs, {len(waiting)} with something left"
+        if waiting
+        else f"{len(found)} runs, everything delivered"
+    )
 
 
 def deliver(uri: str, folders: list[str], again: bool, everything: bool) -> None:
@@ -83,7 +124,9 @@ def deliver(uri: str, folders: list[str], again: bool, everything: bool) -> None
 
     found = journals_below(folders)
     if again:
-        print(f"{sum(delivery.again(folder) for folder in found)} records that MLflow did not take are tried again")
+        print(
+            f"{sum(delivery.again(folder) for folder in found)} records that MLflow did not take are tried again"
+        )
     waiting = [folder for folder in found if undelivered(folder)]
     if not waiting:
         print("everything has been delivered")
@@ -100,7 +143,9 @@ def deliver(uri: str, folders: list[str], again: bool, everything: bool) -> None
         for path in undelivered(folder) if names is not None else []:
             journal = delivery.describe(path)
             if journal.waiting:
-                print(f"{journal.name}: {journal.waiting} records are for {journal.uri}. Name that server with --uri, or any other to deliver there")
+                print(
+                    f"{journal.name}: {journal.waiting} records are for {journal.uri}. Name that server with --uri, or any other to deliver there"
+                )
 
 
 def reap(uri: str, stale_minutes: float) -> None:

@@ -32,6 +32,7 @@ def quiet(_):
 
 # --- measuring ----------------------------------------------------------------------------------------------------------------------
 
+
 def test_cases_take_turns_forwards_and_backwards():
     order = []
 
@@ -45,7 +46,14 @@ def test_cases_take_turns_forwards_and_backwards():
 def test_ratios_are_formed_within_rounds():
     # The machine is three times slower in the second round: the ratio does not see it.
     costs = {"ours": [Cost(1, 1), Cost(3, 3)], "peer": [Cost(2, 4), Cost(6, 12)]}
-    cpu, wall = ratios(costs, [Goal("ours", "peer", "cpu", 0.4), Goal("ours", "peer", "wall", 0.4), Goal("ours", "absent", "cpu", 0.4)])
+    cpu, wall = ratios(
+        costs,
+        [
+            Goal("ours", "peer", "cpu", 0.4),
+            Goal("ours", "peer", "wall", 0.4),
+            Goal("ours", "absent", "cpu", 0.4),
+        ],
+    )
     assert cpu.rounds == (0.5, 0.5) and cpu.met is False
     assert wall.median == 0.25 and wall.met is True
 
@@ -78,6 +86,7 @@ def test_stream_counts_what_was_made_not_what_was_there():
 
 # --- the loader ---------------------------------------------------------------------------------------------------------------------
 
+
 def test_generated_photos_are_like_photos(tmp_path):
     loader.photos(tmp_path, 4)
     files = sorted(tmp_path.rglob("*.jpg"))
@@ -89,8 +98,34 @@ def test_generated_photos_are_like_photos(tmp_path):
 
 
 def test_the_job_in_its_smallest_form(job, tmp_path, capsys):
-    job.main(["--what", "loader,step", "--rounds", "2", "--images", "8", "--size", "32", "--workers", "0", "--only", "ftlib Phase 2", "torchvision reference", "full-size", "--max-side", "64",
-              "--step-size", "32", "--batch", "2", "--steps", "1", "--out", str(tmp_path / "out")])
+    job.main(
+        [
+            "--what",
+            "loader,step",
+            "--rounds",
+            "2",
+            "--images",
+            "8",
+            "--size",
+            "32",
+            "--workers",
+            "0",
+            "--only",
+            "ftlib Phase 2",
+            "torchvision reference",
+            "full-size",
+            "--max-side",
+            "64",
+            "--step-size",
+            "32",
+            "--batch",
+            "2",
+            "--steps",
+            "1",
+            "--out",
+            str(tmp_path / "out"),
+        ]
+    )
     text = capsys.readouterr().out
     assert "Input pipeline" in text and "Training step" in text and "cores" in text
     found = json.loads((tmp_path / "out" / "benchmark.json").read_text())
@@ -101,7 +136,11 @@ def test_the_job_in_its_smallest_form(job, tmp_path, capsys):
     for part in found["parts"]:
         assert part["ratios"]
         for ratio in part["ratios"]:
-            assert len(ratio["rounds"]) == 2 and ratio["low"] <= ratio["median"] <= ratio["high"] and ratio["low"] > 0
+            assert (
+                len(ratio["rounds"]) == 2
+                and ratio["low"] <= ratio["median"] <= ratio["high"]
+                and ratio["low"] > 0
+            )
         for case in part["cases"]:
             assert len(case["cpu_ms"]) == len(case["wall_ms"]) == 2
     assert step["ratios"][0]["goal"] == 1.01
@@ -110,7 +149,26 @@ def test_the_job_in_its_smallest_form(job, tmp_path, capsys):
 
 
 def test_quality_in_its_smallest_form(job, tmp_path, capsys):
-    job.main(["--what", "sides,accuracy", "--rounds", "2", "--images", "8", "--size", "32", "--workers", "0", "--epochs", "1", "--arch", "shufflenet_v2_x0_5", "--out", str(tmp_path)])
+    job.main(
+        [
+            "--what",
+            "sides,accuracy",
+            "--rounds",
+            "2",
+            "--images",
+            "8",
+            "--size",
+            "32",
+            "--workers",
+            "0",
+            "--epochs",
+            "1",
+            "--arch",
+            "shufflenet_v2_x0_5",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     sides, accuracy = json.loads((tmp_path / "benchmark.json").read_text())["parts"]
     kilobytes = [float(re.search(r": ([0-9.]+) kB", note)[1]) for note in sides["notes"]]
     quality = [float(re.search(r"are ([0-9.]+) dB", note)[1]) for note in sides["notes"][1:]]
@@ -119,7 +177,10 @@ def test_quality_in_its_smallest_form(job, tmp_path, capsys):
     for kept in ([kilobytes[1 + i] for i in smaller], [quality[i] for i in smaller]):
         assert kept == sorted(kept), "the more pixels are kept, the longer and the closer"
     assert 20 < quality[0] < quality[-1] < 60
-    assert re.search(r"difference of the means [+-][0-9.]+ points", capsys.readouterr().out) and len(accuracy["cases"]) == 2
+    assert (
+        re.search(r"difference of the means [+-][0-9.]+ points", capsys.readouterr().out)
+        and len(accuracy["cases"]) == 2
+    )
 
 
 def test_loader_processes_are_measured_and_ended(tmp_path):
@@ -130,13 +191,27 @@ def test_loader_processes_are_measured_and_ended(tmp_path):
     cv2.setNumThreads(4)
     loader.photos(tmp_path / "photos", 8)
     before = len(psutil.Process().children(recursive=True))
-    part = loader.benchmark(tmp_path, tmp_path / "photos", images=8, rounds=1, workers=1, max_side=64, size=32, only=[loader.REENCODED, loader.FULL_SIZE], say=quiet)
+    part = loader.benchmark(
+        tmp_path,
+        tmp_path / "photos",
+        images=8,
+        rounds=1,
+        workers=1,
+        max_side=64,
+        size=32,
+        only=[loader.REENCODED, loader.FULL_SIZE],
+        say=quiet,
+    )
     assert part.costs[loader.REENCODED][0].cpu > 0 and part.costs[loader.FULL_SIZE][0].cpu > 0
-    assert len(psutil.Process().children(recursive=True)) <= before + 2  # the fork server and the resource tracker stay
+    assert (
+        len(psutil.Process().children(recursive=True)) <= before + 2
+    )  # the fork server and the resource tracker stay
 
 
 def test_checkpoints_in_their_smallest_form(tmp_path):
-    part = training.checkpoints(training.Settings(size=32, batch=2, steps=1, rounds=1), tmp_path, quiet)
+    part = training.checkpoints(
+        training.Settings(size=32, batch=2, steps=1, rounds=1), tmp_path, quiet
+    )
     assert part.ratios[0].goal == 1.01 and "a checkpoint" in part.notes[1]
 
 
@@ -144,24 +219,44 @@ def test_checkpoints_in_their_smallest_form(tmp_path):
 def test_two_workers_and_startup(tmp_path):
     smallest = training.Settings(size=32, batch=2, steps=1, rounds=1)
     found = training.scaling(smallest, tmp_path, quiet)
-    assert set(found.costs) == {"ftlib, two workers", "torchrun DDP, two workers"} and len(found.ratios[0].rounds) == 1
+    assert (
+        set(found.costs) == {"ftlib, two workers", "torchrun DDP, two workers"}
+        and len(found.ratios[0].rounds) == 1
+    )
     started = training.startup(smallest, tmp_path, quiet)
     assert "ftlib --help" in started.costs and "goal" in started.notes[-1]
 
 
 # --- what is shown, what is refused -------------------------------------------------------------------------------------------------
 
+
 def test_a_missed_goal_is_said(tmp_path):
-    part = measure.Part("T", "image", {"a": [Cost(1, 1)], "b": [Cost(1, 1)]}, ratios({"a": [Cost(1, 1)], "b": [Cost(1, 1)]}, [Goal("a", "b", "cpu", 0.5)]), ["note"])
+    part = measure.Part(
+        "T",
+        "image",
+        {"a": [Cost(1, 1)], "b": [Cost(1, 1)]},
+        ratios({"a": [Cost(1, 1)], "b": [Cost(1, 1)]}, [Goal("a", "b", "cpu", 0.5)]),
+        ["note"],
+    )
     out = io.StringIO()
     show.table(part, out)
-    assert "MISSED" in out.getvalue() and "1.000..1.000" in out.getvalue() and "note" in out.getvalue()
+    assert (
+        "MISSED" in out.getvalue() and "1.000..1.000" in out.getvalue() and "note" in out.getvalue()
+    )
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--what", "laoder"], "Did you mean loader"), (["--rounds", "0"], "--rounds 0"), (["--source", "/nowhere/pictures"], "no such folder"),
-    (["--what", "loader", "--only", "nobody", "--images", "4", "--max-side", "64"], "no loader's name"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--what", "laoder"], "Did you mean loader"),
+        (["--rounds", "0"], "--rounds 0"),
+        (["--source", "/nowhere/pictures"], "no such folder"),
+        (
+            ["--what", "loader", "--only", "nobody", "--images", "4", "--max-side", "64"],
+            "no loader's name",
+        ),
+    ],
+)
 def test_wrong_input_is_refused_with_the_remedy(job, arguments, message):
     with pytest.raises(BenchmarkError, match=message):
         job.main(arguments)
@@ -170,6 +265,10 @@ def test_wrong_input_is_refused_with_the_remedy(job, arguments, message):
 def test_help_imports_no_torch():
     import subprocess
 
-    done = subprocess.run([sys.executable, "-X", "importtime", str(JOB), "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", str(JOB), "--help"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "--what" in done.stdout
-    assert not any(line.endswith((" torch", " ray", " mlflow")) for line in done.stderr.splitlines())
+    assert not any(
+        line.endswith((" torch", " ray", " mlflow")) for line in done.stderr.splitlines()
+    )

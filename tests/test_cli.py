@@ -28,14 +28,17 @@ def test_no_flags_give_the_recipe():
     assert parse(BASE, []) == BASE
 
 
-@pytest.mark.parametrize(("argv", "path", "value"), [
-    (["--optimizer.lr", "1"], "optimizer.lr", 1.0),
-    (["--model.dropout_in=head", "--model.dropout=.1"], "model.dropout_in", "head"),
-    (["--train.no-channels-last"], "train.channels_last", False),
-    (["--augment.crop-scale", "0.2", "0.9"], "augment.crop_scale", (0.2, 0.9)),
-    (["--cluster.workers", "1:4"], "cluster.workers", "1:4"),
-    (["--gates.force", "the data are new"], "gates.force", "the data are new"),
-])
+@pytest.mark.parametrize(
+    ("argv", "path", "value"),
+    [
+        (["--optimizer.lr", "1"], "optimizer.lr", 1.0),
+        (["--model.dropout_in=head", "--model.dropout=.1"], "model.dropout_in", "head"),
+        (["--train.no-channels-last"], "train.channels_last", False),
+        (["--augment.crop-scale", "0.2", "0.9"], "augment.crop_scale", (0.2, 0.9)),
+        (["--cluster.workers", "1:4"], "cluster.workers", "1:4"),
+        (["--gates.force", "the data are new"], "gates.force", "the data are new"),
+    ],
+)
 def test_a_flag_replaces_one_leaf(argv, path, value):
     changed = flat(parse(BASE, argv))
     before = flat(BASE)
@@ -43,7 +46,10 @@ def test_a_flag_replaces_one_leaf(argv, path, value):
     assert {p for p in before if before[p] != changed[p]} <= {path, "model.dropout"}
 
 
-@pytest.mark.parametrize("argv", [["--optimizer", "adamw"], ["optimizer:adamw"], ["optimizer:adam-w"], ["--optimizer=AdamW"]])
+@pytest.mark.parametrize(
+    "argv",
+    [["--optimizer", "adamw"], ["optimizer:adamw"], ["optimizer:adam-w"], ["--optimizer=AdamW"]],
+)
 def test_another_kind_comes_with_its_own_defaults(argv):
     assert parse(BASE, argv).optimizer == AdamW()
     assert parse(BASE, [*argv, "--optimizer.lr", "7"]).optimizer == AdamW(lr=7)
@@ -58,22 +64,28 @@ def test_two_kinds_in_any_order():
     assert isinstance(parse(BASE, ["schedule:step", "loss:focal", "--loss.gamma", "3"]).loss, Focal)
 
 
-@pytest.mark.parametrize(("argv", "said"), [
-    (["--mixup-alpha", "2"], "--mix.mixup-alpha"),
-    (["--modle.dropout", ".1"], "--model.dropout"),
-    (["--optimizer.momentun", ".1"], "--optimizer.momentum"),
-    (["--optimizer", "adm"], "Did you mean adam?"),
-    (["--optimizer"], "--optimizer needs a value"),
-    (["--optimizer.betas", ".9", ".99"], "Add --optimizer adamw"),
-    (["--loss.gamma", "1"], "Focal has it. Add --loss focal"),
-    (["--model.dropout", "1.5"], "model.dropout = 1.5: must be at least 0 and below 1"),
-    (["--train.epochs", "x"], "--train.epochs"),
-    (["--cluster.workers", "9"], "more workers than microbatches"),
-    (["--train.batch-size", "100"], "it is not a multiple of train.microbatch_size (32). Set it to 96"),
-    (["--name", "../x"], "use letters, digits"),
-    (["stray"], "Unrecognized options: stray"),
-    (["--recipe", "/nowhere/x.json"], "cannot be read"),
-])
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--mixup-alpha", "2"], "--mix.mixup-alpha"),
+        (["--modle.dropout", ".1"], "--model.dropout"),
+        (["--optimizer.momentun", ".1"], "--optimizer.momentum"),
+        (["--optimizer", "adm"], "Did you mean adam?"),
+        (["--optimizer"], "--optimizer needs a value"),
+        (["--optimizer.betas", ".9", ".99"], "Add --optimizer adamw"),
+        (["--loss.gamma", "1"], "Focal has it. Add --loss focal"),
+        (["--model.dropout", "1.5"], "model.dropout = 1.5: must be at least 0 and below 1"),
+        (["--train.epochs", "x"], "--train.epochs"),
+        (["--cluster.workers", "9"], "more workers than microbatches"),
+        (
+            ["--train.batch-size", "100"],
+            "it is not a multiple of train.microbatch_size (32). Set it to 96",
+        ),
+        (["--name", "../x"], "use letters, digits"),
+        (["stray"], "Unrecognized options: stray"),
+        (["--recipe", "/nowhere/x.json"], "cannot be read"),
+    ],
+)
 def test_a_mistake_is_answered_with_what_to_do(capsys, argv, said):
     code, text = answer(capsys, *argv)
     assert code == 2
@@ -88,7 +100,14 @@ def test_recipe_file_is_the_new_base_and_flags_go_on_top(tmp_path):
     assert (run.stage, run.seed, run.optimizer) == ("promoted", 8, AdamW())
 
 
-@pytest.mark.parametrize(("text", "said"), [("{", "line 1"), ('{"modle": {}}', "Did you mean model?"), ('{"optimizer": {"type": "Lion"}}', "needs one of AdamW")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "line 1"),
+        ('{"modle": {}}', "Did you mean model?"),
+        ('{"optimizer": {"type": "Lion"}}', "needs one of AdamW"),
+    ],
+)
 def test_a_damaged_recipe_file_is_named(capsys, tmp_path, text, said):
     file = tmp_path / "r.json"
     file.write_text(text)
@@ -108,17 +127,28 @@ def test_show_prints_a_recipe_that_reads_back(capsys, tmp_path):
 @pytest.mark.parametrize("phase", ["phase1", "phase2", "phase3"])
 def test_help_is_complete_and_needs_neither_torch_nor_ray(phase):
     """In a second of processor time, from another folder, without importing anything heavy."""
-    code = f"import sys; sys.argv = ['{phase}.py', '--help']; import runpy\ntry: runpy.run_path(r'{ROOT}/jobs/{phase}.py', run_name='__main__')\n" \
-           "finally: print('HEAVY', sorted({'torch', 'ray', 'mlflow', 'numpy', 'pyarrow'} & set(sys.modules)))"
+    code = (
+        f"import sys; sys.argv = ['{phase}.py', '--help']; import runpy\ntry: runpy.run_path(r'{ROOT}/jobs/{phase}.py', run_name='__main__')\n"
+        "finally: print('HEAVY', sorted({'torch', 'ray', 'mlflow', 'numpy', 'pyarrow'} & set(sys.modules)))"
+    )
     before, started = os.times(), time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     used = sum(os.times()[2:4]) - sum(before[2:4])
     assert done.returncode == 0, done.stderr
     assert "HEAVY []" in done.stdout
     assert used < 1.0, f"{used:.2f} s of processor time, {time.monotonic() - started:.2f} s in all"
-    for flag in [p for p in flat(Run()) if p not in ("loss", "optimizer", "schedule") and not p.startswith(("loss.", "optimizer.", "schedule."))]:
+    for flag in [
+        p
+        for p in flat(Run())
+        if p not in ("loss", "optimizer", "schedule")
+        and not p.startswith(("loss.", "optimizer.", "schedule."))
+    ]:
         assert f"--{flag.replace('_', '-')}" in done.stdout
-    assert f"python jobs/{phase}.py" in done.stdout and "--optimizer  " in done.stdout and "(default: 42)" in done.stdout
+    assert (
+        f"python jobs/{phase}.py" in done.stdout
+        and "--optimizer  " in done.stdout
+        and "(default: 42)" in done.stdout
+    )
 
 
 class Explained(ValueError):
@@ -128,13 +158,16 @@ class Explained(ValueError):
 Explained.__module__ = "ftlib.somewhere"
 
 
-@pytest.mark.parametrize(("error", "code", "said"), [
-    (ConfigError("model.x = 3: no"), 2, "error: model.x = 3: no\n"),
-    (Explained("the disk is full"), 2, "error: the disk is full\n"),
-    (KeyboardInterrupt(), 130, "Interrupted"),
-    (SystemExit(143), 143, ""),
-    (ZeroDivisionError("odd"), 1, "Traceback"),
-])
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ConfigError("model.x = 3: no"), 2, "error: model.x = 3: no\n"),
+        (Explained("the disk is full"), 2, "error: the disk is full\n"),
+        (KeyboardInterrupt(), 130, "Interrupted"),
+        (SystemExit(143), 143, ""),
+        (ZeroDivisionError("odd"), 1, "Traceback"),
+    ],
+)
 def test_exit_codes(capsys, error, code, said):
     def main():
         raise error
@@ -169,20 +202,77 @@ def test_the_phases_are_those_of_the_plan():
     """The table of phases, field by field."""
     one, two, three = (flat(phase(n)) for n in ("phase1", "phase2", "phase3"))
     for run in (one, two, three):
-        assert run["model.arch"] == "resnet50" and run["train.batch_size"] == 128 and run["train.microbatch_size"] == 32 and run["train.clip_norm"] == 1.0
-        assert run["augment.crop_scale"] == (0.08, 1.0) and run["augment.flip"] == 0.5 and run["augment.color_jitter"] == (0.4, 0.4, 0.4, 0.1) and run["augment.color_jitter_p"] == 0.2
-        assert run["loss"] == "CrossEntropy" and run["loss.label_smoothing"] == 0.1 and run["data.mean"] == (0.485, 0.456, 0.406)
-    assert (one["data.subset"], one["data.subset_seed"], two["data.subset"], two["data.subset_seed"], three["data.subset"]) == (0.2, 42, 0.2, 42, 1.0)
+        assert (
+            run["model.arch"] == "resnet50"
+            and run["train.batch_size"] == 128
+            and run["train.microbatch_size"] == 32
+            and run["train.clip_norm"] == 1.0
+        )
+        assert (
+            run["augment.crop_scale"] == (0.08, 1.0)
+            and run["augment.flip"] == 0.5
+            and run["augment.color_jitter"] == (0.4, 0.4, 0.4, 0.1)
+            and run["augment.color_jitter_p"] == 0.2
+        )
+        assert (
+            run["loss"] == "CrossEntropy"
+            and run["loss.label_smoothing"] == 0.1
+            and run["data.mean"] == (0.485, 0.456, 0.406)
+        )
+    assert (
+        one["data.subset"],
+        one["data.subset_seed"],
+        two["data.subset"],
+        two["data.subset_seed"],
+        three["data.subset"],
+    ) == (0.2, 42, 0.2, 42, 1.0)
     assert (one["augment.size"], two["augment.size"], three["augment.size"]) == (128, 224, 224)
     assert (one["model.dropout"], two["model.dropout"]) == (0.0, 0.02)
-    assert (one["model.init_from"], two["model.init_from"], three["model.init_from"]) == ("scratch", "phase1", "phase2")
-    assert (one["mix.mixup_alpha"], one["mix.cutmix_alpha"], one["augment.randaugment_n"]) == (0, 0, 0)
-    assert (two["mix.mixup_alpha"], two["mix.cutmix_alpha"], two["mix.cutmix_share"], two["mix.p"]) == (0.2, 1.0, 0.5, 1.0)
-    assert (two["augment.randaugment_n"], two["augment.randaugment_m"], two["augment.randaugment_p"]) == (2, 9, 0.3)
-    assert (one["optimizer"], one["optimizer.lr"], two["optimizer"], two["optimizer.lr"], two["optimizer.weight_decay"]) == ("Adam", 1e-3, "AdamW", 1e-4, 1e-4)
-    assert (one["schedule"], one["schedule.peak"] * one["optimizer.lr"], one["schedule.up"], one["schedule.div"], one["schedule.final_div"]) == ("OneCycle", 3e-3, 0.3, 5, 1000)
-    assert (two["schedule"], two["schedule.min_lr"], three["schedule"]) == ("Cosine", 1e-6, "Cosine")
-    assert (one["train.epochs"], two["train.epochs"]) == (30, 50) and 60 <= three["train.epochs"] <= 90 and three["train.ema_decay"] > 0
+    assert (one["model.init_from"], two["model.init_from"], three["model.init_from"]) == (
+        "scratch",
+        "phase1",
+        "phase2",
+    )
+    assert (one["mix.mixup_alpha"], one["mix.cutmix_alpha"], one["augment.randaugment_n"]) == (
+        0,
+        0,
+        0,
+    )
+    assert (
+        two["mix.mixup_alpha"],
+        two["mix.cutmix_alpha"],
+        two["mix.cutmix_share"],
+        two["mix.p"],
+    ) == (0.2, 1.0, 0.5, 1.0)
+    assert (
+        two["augment.randaugment_n"],
+        two["augment.randaugment_m"],
+        two["augment.randaugment_p"],
+    ) == (2, 9, 0.3)
+    assert (
+        one["optimizer"],
+        one["optimizer.lr"],
+        two["optimizer"],
+        two["optimizer.lr"],
+        two["optimizer.weight_decay"],
+    ) == ("Adam", 1e-3, "AdamW", 1e-4, 1e-4)
+    assert (
+        one["schedule"],
+        one["schedule.peak"] * one["optimizer.lr"],
+        one["schedule.up"],
+        one["schedule.div"],
+        one["schedule.final_div"],
+    ) == ("OneCycle", 3e-3, 0.3, 5, 1000)
+    assert (two["schedule"], two["schedule.min_lr"], three["schedule"]) == (
+        "Cosine",
+        1e-6,
+        "Cosine",
+    )
+    assert (
+        (one["train.epochs"], two["train.epochs"]) == (30, 50)
+        and 60 <= three["train.epochs"] <= 90
+        and three["train.ema_decay"] > 0
+    )
     assert phase("phase2").gates == Gates(val_top1=65, max_gap=10, gain=10)
 
 
@@ -193,6 +283,15 @@ def test_the_sample_differs_only_in_size():
         from jobs import sample
     finally:
         sys.path.remove(str(ROOT))
-    allowed = {"data.path", "data.subset", "model.arch", "augment.size", "train.epochs", "gates.val_top1", "gates.max_gap", "gates.gain"}
+    allowed = {
+        "data.path",
+        "data.subset",
+        "model.arch",
+        "augment.size",
+        "train.epochs",
+        "gates.val_top1",
+        "gates.max_gap",
+        "gates.gain",
+    }
     for small, full in ((sample.PHASE1, phase("phase1")), (sample.PHASE2, phase("phase2"))):
         assert {p for p in flat(full) if flat(full)[p] != flat(small)[p]} <= allowed

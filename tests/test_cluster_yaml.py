@@ -29,12 +29,15 @@ def test_ray_accepts_it(settings):
     validate_config(prepared(settings))
 
 
-@pytest.mark.parametrize("change", [
-    lambda s: s.update(max_worker=4),
-    lambda s: s["available_node_types"]["gpu"].update(min_workers=9),
-    lambda s: s["available_node_types"]["gpu"].pop("resources"),
-    lambda s: s.update(head_node_type="nobody"),
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.update(max_worker=4),
+        lambda s: s["available_node_types"]["gpu"].update(min_workers=9),
+        lambda s: s["available_node_types"]["gpu"].pop("resources"),
+        lambda s: s.update(head_node_type="nobody"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_the_check_is_not_empty(settings, change):
     from ray.autoscaler._private.util import validate_config
@@ -46,14 +49,22 @@ def test_the_check_is_not_empty(settings, change):
 
 @pytest.mark.filterwarnings("ignore")
 def test_no_nightly_ray_is_installed(settings):
-    commands = " ".join(str(prepared(settings)[k]) for k in ("setup_commands", "head_setup_commands", "worker_setup_commands"))
+    commands = " ".join(
+        str(prepared(settings)[k])
+        for k in ("setup_commands", "head_setup_commands", "worker_setup_commands")
+    )
     assert ".whl" not in commands and "pip install" not in commands
 
 
 def test_head_is_on_demand_without_training_and_workers_are_spot(settings):
     kinds = settings["available_node_types"]
-    assert "InstanceMarketOptions" not in kinds["head"]["node_config"] and kinds["head"]["resources"] == {"CPU": 0}
-    assert kinds["gpu"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"} and kinds["gpu"]["min_workers"] == 0
+    assert "InstanceMarketOptions" not in kinds["head"]["node_config"] and kinds["head"][
+        "resources"
+    ] == {"CPU": 0}
+    assert (
+        kinds["gpu"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+        and kinds["gpu"]["min_workers"] == 0
+    )
 
 
 def test_it_is_closed_to_the_network(settings):
@@ -64,7 +75,9 @@ def test_it_is_closed_to_the_network(settings):
 
 def test_ray_and_python_are_the_pinned_ones(settings):
     pins = (FILE.parent / "requirements.txt").read_text()
-    version = next(line.split("==")[1].split()[0] for line in pins.splitlines() if line.startswith("ray["))
+    version = next(
+        line.split("==")[1].split()[0] for line in pins.splitlines() if line.startswith("ray[")
+    )
     assert version in settings["docker"]["image"]
 
 

@@ -24,15 +24,23 @@ def test_a_folder_comes_back_as_written(tmp_path):
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["step-1"]
 
 
-@pytest.mark.parametrize("harm, words", [
-    (lambda d: (d / "a.bin").write_bytes(FILES["a.bin"][:-1]), "bytes"),
-    (lambda d: (d / "a.bin").write_bytes(b"\x01" + FILES["a.bin"][1:]), "sha256"),
-    (lambda d: (d / "a.bin").unlink(), "missing"),
-    (lambda d: (d / "manifest.json").unlink(), "never finished"),
-    (lambda d: (d / "manifest.json").write_text("{"), "not valid JSON"),
-    (lambda d: (d / "manifest.json").write_text('{"schema": 99, "files": {}}'), "newer ftlib"),
-    (lambda d: (d / "manifest.json").write_text('{"schema": 1, "files": {"../../etc/passwd": {"bytes": 1, "sha256": ""}}}'), "outside its folder"),
-])
+@pytest.mark.parametrize(
+    "harm, words",
+    [
+        (lambda d: (d / "a.bin").write_bytes(FILES["a.bin"][:-1]), "bytes"),
+        (lambda d: (d / "a.bin").write_bytes(b"\x01" + FILES["a.bin"][1:]), "sha256"),
+        (lambda d: (d / "a.bin").unlink(), "missing"),
+        (lambda d: (d / "manifest.json").unlink(), "never finished"),
+        (lambda d: (d / "manifest.json").write_text("{"), "not valid JSON"),
+        (lambda d: (d / "manifest.json").write_text('{"schema": 99, "files": {}}'), "newer ftlib"),
+        (
+            lambda d: (d / "manifest.json").write_text(
+                '{"schema": 1, "files": {"../../etc/passwd": {"bytes": 1, "sha256": ""}}}'
+            ),
+            "outside its folder",
+        ),
+    ],
+)
 def test_damage_is_always_recognised(tmp_path, harm, words):
     uri = tmp_path / "step-1"
     storage.write_folder(str(uri), FILES, {})
@@ -81,7 +89,11 @@ def test_a_kill_during_writes_never_leaves_a_folder_that_verifies_wrongly(tmp_pa
     """)
     seen = 0
     for attempt in range(6):
-        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.getcwd()})
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.getcwd()},
+        )
         process.stdout.readline()
         try:
             process.wait(0.15 + 0.037 * attempt)
@@ -98,13 +110,25 @@ def test_a_kill_during_writes_never_leaves_a_folder_that_verifies_wrongly(tmp_pa
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".tmp")]
 
 
-@pytest.mark.parametrize("code, words", [(errno.EROFS, "read-only"), (errno.EACCES, "permission denied"), (errno.EDQUOT, "quota"), (errno.ENOENT, "unmounted"), (errno.EIO, "reachable")])
+@pytest.mark.parametrize(
+    "code, words",
+    [
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "permission denied"),
+        (errno.EDQUOT, "quota"),
+        (errno.ENOENT, "unmounted"),
+        (errno.EIO, "reachable"),
+    ],
+)
 def test_storage_that_refuses_says_why_and_what_to_do(tmp_path, monkeypatch, code, words):
     def refuse(path, data):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(storage, "_write_durably", refuse)
-    for write in (lambda: storage.write_folder(str(tmp_path / "x"), FILES, {}), lambda: storage.write_file(str(tmp_path / "y"), b"")):
+    for write in (
+        lambda: storage.write_folder(str(tmp_path / "x"), FILES, {}),
+        lambda: storage.write_file(str(tmp_path / "y"), b""),
+    ):
         with pytest.raises(StorageError, match=words):
             write()
     assert list(tmp_path.iterdir()) == []
@@ -113,6 +137,7 @@ def test_storage_that_refuses_says_why_and_what_to_do(tmp_path, monkeypatch, cod
 def test_object_stores_get_the_manifest_last(tmp_path, monkeypatch):
     """Through pyarrow's file systems, as s3:// goes; the manifest is written after everything it names."""
     import pyarrow.fs as fs
+
     order = []
 
     class Recorded(fs.SubTreeFileSystem):
@@ -125,7 +150,10 @@ def test_object_stores_get_the_manifest_last(tmp_path, monkeypatch):
     storage.write_folder("s3://bucket/run/step-1", FILES, {"step": 1})
     assert order == ["a.bin", "b.json", "manifest.json"]
     assert storage.read_folder("s3://bucket/run/step-1")[0] == FILES
-    assert list(storage.folders("s3://bucket/run")) == ["step-1"] and list(storage.folders("s3://bucket/none")) == []
+    assert (
+        list(storage.folders("s3://bucket/run")) == ["step-1"]
+        and list(storage.folders("s3://bucket/none")) == []
+    )
     assert storage.read_file("s3://bucket/none") is None
     storage.write_file("s3://bucket/run/one.json", b"{}")
     assert storage.read_json("s3://bucket/run/one.json") == {}

@@ -20,10 +20,15 @@ def test_every_requirement_names_one_version():
 
 def test_the_lock_agrees_with_the_requirements_and_hashes_everything():
     text = (ROOT / "requirements.lock").read_text()
-    locked = {m[1].lower().replace("_", "-"): m[2] for m in re.finditer(r"^([\w.-]+)==([\w.+]+)", text, re.M)}
+    locked = {
+        m[1].lower().replace("_", "-"): m[2]
+        for m in re.finditer(r"^([\w.-]+)==([\w.+]+)", text, re.M)
+    }
     for line in pins("requirements.txt"):
         name, version = re.sub(r"\[.*\]", "", line).split("==")
-        assert locked[name.lower()] == version, f"requirements.lock has another {name}: run `make lock`"
+        assert locked[name.lower()] == version, (
+            f"requirements.lock has another {name}: run `make lock`"
+        )
     for entry in re.split(r"^(?=[\w.-]+==)", text, flags=re.M)[1:]:
         assert "--hash=sha256:" in entry, entry.splitlines()[0]
     assert "://" not in text, "the lock names a host"
@@ -31,8 +36,16 @@ def test_the_lock_agrees_with_the_requirements_and_hashes_everything():
 
 def test_nothing_installed_here_is_agpl_and_the_known_floors_hold():
     for d in importlib.metadata.distributions():
-        licence = " ".join(filter(None, [d.metadata.get("License-Expression"), d.metadata.get("License") if len(d.metadata.get("License") or "") < 100 else "",
-                                         *[c for c in d.metadata.get_all("Classifier") or [] if c.startswith("License")]]))
+        licence = " ".join(
+            filter(
+                None,
+                [
+                    d.metadata.get("License-Expression"),
+                    d.metadata.get("License") if len(d.metadata.get("License") or "") < 100 else "",
+                    *[c for c in d.metadata.get_all("Classifier") or [] if c.startswith("License")],
+                ],
+            )
+        )
         assert not re.search(r"AGPL|Affero", licence), f"{d.name}: {licence}"
     names = {(d.name or "").lower() for d in importlib.metadata.distributions()}
     assert "albumentationsx" not in names
@@ -40,5 +53,10 @@ def test_nothing_installed_here_is_agpl_and_the_known_floors_hold():
     def version(name):
         return tuple(int(x) for x in re.findall(r"\d+", importlib.metadata.version(name))[:3])
 
-    assert version("torch") >= (2, 10) and version("mlflow") >= (3, 17, 2) and version("ray") >= (2, 52) and version("opencv-python-headless") >= (4, 12)
+    assert (
+        version("torch") >= (2, 10)
+        and version("mlflow") >= (3, 17, 2)
+        and version("ray") >= (2, 52)
+        and version("opencv-python-headless") >= (4, 12)
+    )
     assert version("albumentations") == (2, 0, 8)

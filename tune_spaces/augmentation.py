@@ -21,6 +21,16 @@ SPACE = {
 }
 
 POINTS = [
-    {"augment.randaugment_n": 0, "augment.randaugment_m": 0.0, "augment.crop_scale[0]": 0.35, "augment.erasing_p": 0.0},  # light
-    {"augment.randaugment_n": 2, "augment.randaugment_m": 9.0, "augment.randaugment_p": 0.5, "augment.erasing_p": 0.25},  # timm's usual
+    {
+        "augment.randaugment_n": 0,
+        "augment.randaugment_m": 0.0,
+        "augment.crop_scale[0]": 0.35,
+        "augment.erasing_p": 0.0,
+    },  # light
+    {
+        "augment.randaugment_n": 2,
+        "augment.randaugment_m": 9.0,
+        "augment.randaugment_p": 0.5,
+        "augment.erasing_p": 0.25,
+    },  # timm's usual
 ]

@@ -13,7 +13,9 @@ SPACE = {
     "optimizer.weight_decay": tune.loguniform(1e-5, 0.3),
     "train.batch_size": tune.choice([64, 128, 256]),
     "schedule": tune.choice(["Cosine", "OneCycle"]),
-    "schedule.warmup_epochs": When(tune.choice([0.0, 0.5, 1.0]), given=lambda v: v["schedule"] == "Cosine"),
+    "schedule.warmup_epochs": When(
+        tune.choice([0.0, 0.5, 1.0]), given=lambda v: v["schedule"] == "Cosine"
+    ),
 }
 
 POINTS = [{"optimizer.lr": 1e-3, "optimizer.weight_decay": 0.05, "train.batch_size": 128}]

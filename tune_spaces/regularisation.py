@@ -15,7 +15,12 @@ SPACE = {
 
 POINTS = [
     # everything off: what the regularisation as a whole is worth
-    {"model.dropout": 0.0, "mix.mixup_alpha": 0.0, "mix.cutmix_alpha": 0.0, "augment.randaugment_m": 0.0},
+    {
+        "model.dropout": 0.0,
+        "mix.mixup_alpha": 0.0,
+        "mix.cutmix_alpha": 0.0,
+        "augment.randaugment_m": 0.0,
+    },
     # Wightman et al. 2021 (ResNet strikes back), A3
     {"mix.mixup_alpha": 0.1, "mix.cutmix_alpha": 1.0, "augment.randaugment_m": 6.0},
 ]

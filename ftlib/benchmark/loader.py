@@ -35,14 +35,24 @@ PLAIN = Augment(size=224, color_jitter_p=0.0)
 TORCHVISION = "torchvision reference + RandAugment(2, 9), originals"
 TIMM = "timm rand-m9-mstd0.5, originals"
 FULL_SIZE = "full-size Albumentations, three groups, float, originals"
-FFCV, DALI, TORCHVISION_PLAIN = "FFCV, crop and flip, re-encoded", "DALI on the CPU, crop and flip, re-encoded", "torchvision, crop and flip, re-encoded"
+FFCV, DALI, TORCHVISION_PLAIN = (
+    "FFCV, crop and flip, re-encoded",
+    "DALI on the CPU, crop and flip, re-encoded",
+    "torchvision, crop and flip, re-encoded",
+)
 ORIGINALS, TILED = "ftlib Phase 2, originals", "ftlib Phase 2, originals as lossless tiles"
 REENCODED, OURS_PLAIN = "ftlib Phase 2, re-encoded", "ftlib crop and flip, re-encoded"
 
 GOALS = (
-    Goal(REENCODED, TORCHVISION, "cpu", 0.16), Goal(REENCODED, TIMM, "cpu", 0.15), Goal(REENCODED, FULL_SIZE, "cpu", 0.16),
-    Goal(TILED, TORCHVISION, "cpu", 0.25), Goal(TILED, TIMM, "cpu", 0.25), Goal(TILED, FULL_SIZE, "cpu", 0.25),
-    Goal(OURS_PLAIN, FFCV, "cpu", 0.40), Goal(OURS_PLAIN, DALI, "cpu", 0.40), Goal(OURS_PLAIN, TORCHVISION_PLAIN, "cpu"),
+    Goal(REENCODED, TORCHVISION, "cpu", 0.16),
+    Goal(REENCODED, TIMM, "cpu", 0.15),
+    Goal(REENCODED, FULL_SIZE, "cpu", 0.16),
+    Goal(TILED, TORCHVISION, "cpu", 0.25),
+    Goal(TILED, TIMM, "cpu", 0.25),
+    Goal(TILED, FULL_SIZE, "cpu", 0.25),
+    Goal(OURS_PLAIN, FFCV, "cpu", 0.40),
+    Goal(OURS_PLAIN, DALI, "cpu", 0.40),
+    Goal(OURS_PLAIN, TORCHVISION_PLAIN, "cpu"),
 )
 
 
@@ -52,15 +62,33 @@ def photos(folder: Path, count: int, seed: int = 0) -> None:
     for i in range(count):
         height, width = (375, 500) if random.random() < 0.7 else (500, 375)
         picture = np.full((height, width, 3), 128.0, np.float32)
-        for cells, strength in ((4, 60), (12, 35), (40, 18), (150, 12)):  # amplitude falls with frequency, as in photographs
+        for cells, strength in (
+            (4, 60),
+            (12, 35),
+            (40, 18),
+            (150, 12),
+        ):  # amplitude falls with frequency, as in photographs
             field = random.normal(0, strength, (cells, cells, 3)).astype(np.float32)
             picture += cv2.resize(field, (width, height), interpolation=cv2.INTER_CUBIC)
         target = folder / f"class{i % 2}" / f"{i}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(target), picture.clip(0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 95])
+        cv2.imwrite(
+            str(target), picture.clip(0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 95]
+        )
 
 
-def benchmark(scratch: Path, source: Path | None, *, images: int, rounds: int, workers: int, max_side: int, size: int, only: Sequence[str] = (), say: Callable[[str], None]) -> Part:
+def benchmark(
+    scratch: Path,
+    source: Path | None,
+    *,
+    images: int,
+    rounds: int,
+    workers: int,
+    max_side: int,
+    size: int,
+    only: Sequence[str] = (),
+    say: Callable[[str], None],
+) -> Part:
     """Every loader's CPU and wall time per image.
 
     Args:
@@ -70,7 +98,9 @@ def benchmark(scratch: Path, source: Path | None, *, images: int, rounds: int, w
         max_side: longer side, in pixels, of the re-encoded pictures.
         only: measure only cases whose name contains one of these; all where there are none.
     """
-    cv2.setNumThreads(1)  # peers fork their processes, which must not inherit a thread pool whose threads are not there
+    cv2.setNumThreads(
+        1
+    )  # peers fork their processes, which must not inherit a thread pool whose threads are not there
     folder = pictures_of(source, scratch, max(8, min(images, 128)))
     say(f"preparing {folder}")
     kept = prepared(folder, scratch / "originals", Rules())
@@ -80,21 +110,32 @@ def benchmark(scratch: Path, source: Path | None, *, images: int, rounds: int, w
     batch = min(32, len(files))
     phase2, plain = sized(PHASE2, size), sized(PLAIN, size)
 
-    def torch_case(name: str, names: list[Path], transform: Callable[[int], Callable[[Path], object]]) -> Case:
+    def torch_case(
+        name: str, names: list[Path], transform: Callable[[int], Callable[[Path], object]]
+    ) -> Case:
         opened = peers.dataloader(names, transform(size), batch, workers)
         return Case(name, lambda: stream_cost(opened, images, peers.AHEAD * workers * batch))
 
     our_case = partial(ours, batch=batch, workers=workers, images=images)
     making: dict[str, Callable[[], Case]] = {
-        ORIGINALS: lambda: our_case(ORIGINALS, kept, phase2), TILED: lambda: our_case(TILED, tiles, phase2),
-        REENCODED: lambda: our_case(REENCODED, reduced, phase2), OURS_PLAIN: lambda: our_case(OURS_PLAIN, reduced, plain),
-        TORCHVISION: lambda: torch_case(TORCHVISION, files, peers.torchvision_reference), FULL_SIZE: lambda: torch_case(FULL_SIZE, files, peers.full_size_albumentations),
-        TORCHVISION_PLAIN: lambda: torch_case(TORCHVISION_PLAIN, small, peers.torchvision_plain)}
-    notes = [f"{len(files)} pictures, {_kilobytes(files):.0f} kB each; re-encoded with longer side {max_side} at quality {QUALITY} {_kilobytes(small):.0f} kB",
-             f"{size} px, {workers} loader processes, batches of {batch}, {images} images per case and round"]
+        ORIGINALS: lambda: our_case(ORIGINALS, kept, phase2),
+        TILED: lambda: our_case(TILED, tiles, phase2),
+        REENCODED: lambda: our_case(REENCODED, reduced, phase2),
+        OURS_PLAIN: lambda: our_case(OURS_PLAIN, reduced, plain),
+        TORCHVISION: lambda: torch_case(TORCHVISION, files, peers.torchvision_reference),
+        FULL_SIZE: lambda: torch_case(FULL_SIZE, files, peers.full_size_albumentations),
+        TORCHVISION_PLAIN: lambda: torch_case(TORCHVISION_PLAIN, small, peers.torchvision_plain),
+    }
+    notes = [
+        f"{len(files)} pictures, {_kilobytes(files):.0f} kB each; re-encoded with longer side {max_side} at quality {QUALITY} {_kilobytes(small):.0f} kB",
+        f"{size} px, {workers} loader processes, batches of {batch}, {images} images per case and round",
+    ]
     absent = []
-    for name, make in ((TIMM, lambda: peers.timm_reference(size, files, batch, workers)), (FFCV, lambda: peers.ffcv(small, scratch, size, batch, workers)),
-                       (DALI, lambda: peers.dali(small, size, batch, workers))):
+    for name, make in (
+        (TIMM, lambda: peers.timm_reference(size, files, batch, workers)),
+        (FFCV, lambda: peers.ffcv(small, scratch, size, batch, workers)),
+        (DALI, lambda: peers.dali(small, size, batch, workers)),
+    ):
         try:
             opened, ahead = make()
         except ImportError:
@@ -103,9 +144,13 @@ def benchmark(scratch: Path, source: Path | None, *, images: int, rounds: int, w
             making[name] = partial(Case, name, partial(stream_cost, opened, images, ahead))
     if absent:
         notes.append(f"not installed, so not measured: {', '.join(absent)}")
-    wanted = [name for name in making if not only or any(words.lower() in name.lower() for words in only)]
+    wanted = [
+        name for name in making if not only or any(words.lower() in name.lower() for words in only)
+    ]
     if not wanted:
-        raise BenchmarkError(f"--only {' '.join(only)}: no loader's name contains it. There are: {'; '.join(making)}")
+        raise BenchmarkError(
+            f"--only {' '.join(only)}: no loader's name contains it. There are: {'; '.join(making)}"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what peers warn of is not the user's concern
         cases = [making[name]() for name in wanted]
@@ -123,9 +168,18 @@ def sized(augment: Augment, size: int) -> Augment:
     return Augment(**{**vars(augment), "size": size})
 
 
-def ours(name: str, dataset: Dataset, augment: Augment, batch: int, workers: int, images: int) -> Case:
+def ours(
+    name: str, dataset: Dataset, augment: Augment, batch: int, workers: int, images: int
+) -> Case:
     """ftlib's loader on its training split without end."""
-    return Case(name, lambda: stream_cost(lambda: _ours(dataset, augment, batch, workers), images, (AHEAD * workers if workers else AHEAD + 1) * batch))
+    return Case(
+        name,
+        lambda: stream_cost(
+            lambda: _ours(dataset, augment, batch, workers),
+            images,
+            (AHEAD * workers if workers else AHEAD + 1) * batch,
+        ),
+    )
 
 
 @contextlib.contextmanager
@@ -140,7 +194,15 @@ def _ours(dataset: Dataset, augment: Augment, batch: int, workers: int) -> Itera
 def prepared(folder: Path, out: Path, rules: Rules, val_fraction: float = 0.0) -> Dataset:
     """A folder's pictures as a prepared set; where it has no train/ and val/, `val_fraction` of them are for validation."""
     split = (folder / "train").is_dir()
-    return prepare(folder, out, val_fraction=None if split else val_fraction, rules=rules, engine="here", progress=False, max_bad_fraction=0.5).dataset
+    return prepare(
+        folder,
+        out,
+        val_fraction=None if split else val_fraction,
+        rules=rules,
+        engine="here",
+        progress=False,
+        max_bad_fraction=0.5,
+    ).dataset
 
 
 def _files(dataset: Dataset, folder: Path) -> list[Path]:

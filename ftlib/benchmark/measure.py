@@ -92,12 +92,43 @@ class Part:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        cases = [{"name": name, "cpu_ms": [round(1000 * c.cpu, 4) for c in costs], "wall_ms": [round(1000 * c.wall, 4) for c in costs]} for name, costs in self.costs.items()]
-        ratios = [{**asdict(r), "median": r.median, "low": min(r.rounds), "high": max(r.rounds), "met": r.met} for r in self.ratios]
-        return {"title": self.title, "unit": self.unit, "cases": cases, "ratios": ratios, "notes": self.notes}
+        cases = [
+            {
+                "name": name,
+                "cpu_ms": [round(1000 * c.cpu, 4) for c in costs],
+                "wall_ms": [round(1000 * c.wall, 4) for c in costs],
+            }
+            for name, costs in self.costs.items()
+        ]
+        ratios = [
+            {
+                **asdict(r),
+                "median": r.median,
+                "low": min(r.rounds),
+                "high": max(r.rounds),
+                "met": r.met,
+            }
+            for r in self.ratios
+        ]
+        return {
+            "title": self.title,
+            "unit": self.unit,
+            "cases": cases,
+            "ratios": ratios,
+            "notes": self.notes,
+        }
 
 
-def by_turns(title: str, unit: str, cases: Sequence[Case], goals: Sequence[Goal], rounds: int, say: Callable[[str], None], notes: Sequence[str] = (), turns: int = 1) -> Part:
+def by_turns(
+    title: str,
+    unit: str,
+    cases: Sequence[Case],
+    goals: Sequence[Goal],
+    rounds: int,
+    say: Callable[[str], None],
+    notes: Sequence[str] = (),
+    turns: int = 1,
+) -> Part:
     """Run every case `turns` times per round, forwards and backwards in turn, and form the ratios of all goals whose cases are there. A round counts with the medians of its turns."""
     costs: dict[str, list[Cost]] = {case.name: [] for case in cases}
     for n in range(rounds):
@@ -108,19 +139,36 @@ def by_turns(title: str, unit: str, cases: Sequence[Case], goals: Sequence[Goal]
                 each.append(case.run())
                 if len(each) < turns:
                     continue
-                cost = Cost(statistics.median(c.cpu for c in each), statistics.median(c.wall for c in each))
+                cost = Cost(
+                    statistics.median(c.cpu for c in each), statistics.median(c.wall for c in each)
+                )
                 costs[case.name].append(cost)
-                say(f"{title}, round {n + 1}/{rounds}: {case.name}  {1000 * cost.cpu:.3g} ms CPU, {1000 * cost.wall:.3g} ms per {unit}")
+                say(
+                    f"{title}, round {n + 1}/{rounds}: {case.name}  {1000 * cost.cpu:.3g} ms CPU, {1000 * cost.wall:.3g} ms per {unit}"
+                )
     return Part(title, unit, costs, ratios(costs, goals), list(notes))
 
 
 def ratios(costs: dict[str, list[Cost]], goals: Sequence[Goal]) -> list[Ratio]:
     """The ratio of each goal in each round, where both of its cases were measured."""
-    return [Ratio(g.ours, g.peer, g.of, tuple(getattr(a, g.of) / max(getattr(b, g.of), 1e-12) for a, b in zip(costs[g.ours], costs[g.peer])), g.at_most)
-            for g in goals if costs.get(g.ours) and costs.get(g.peer)]
+    return [
+        Ratio(
+            g.ours,
+            g.peer,
+            g.of,
+            tuple(
+                getattr(a, g.of) / max(getattr(b, g.of), 1e-12)
+                for a, b in zip(costs[g.ours], costs[g.peer])
+            ),
+            g.at_most,
+        )
+        for g in goals
+        if costs.get(g.ours) and costs.get(g.peer)
+    ]
 
 
 # --- CPU time of several processes -----------------------------------------------------------------------------------------------------
+
 
 class ProcessTree:
     """This process and all that are below it now. Processes that start later count once they have ended and were waited for."""
@@ -137,7 +185,9 @@ class ProcessTree:
                 times = process.cpu_times()
             except psutil.NoSuchProcess:
                 continue
-            own = time.process_time() if process.pid == os.getpid() else times.user + times.system  # the system counts others' in hundredths of a second
+            own = (
+                time.process_time() if process.pid == os.getpid() else times.user + times.system
+            )  # the system counts others' in hundredths of a second
             total += own + times.children_user + times.children_system
         return total
 
@@ -151,7 +201,9 @@ class ProcessTree:
             before = now
 
 
-def stream_cost(opened: Callable[[], AbstractContextManager[Iterator[int]]], images: int, ahead: int) -> Cost:
+def stream_cost(
+    opened: Callable[[], AbstractContextManager[Iterator[int]]], images: int, ahead: int
+) -> Cost:
     """Cost per image of a loader that yields its batches' sizes without end and works `ahead` images ahead.
 
     Its queue is full at the start and at the end of what is counted as CPU time, so all the work counted made all the images counted. The
@@ -182,6 +234,7 @@ def timed(work: Callable[[], int]) -> Cost:
 
 # --- the machine ------------------------------------------------------------------------------------------------------------------------
 
+
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     import torch
@@ -189,11 +242,42 @@ def machine() -> dict[str, Any]:
     flags = _cpuinfo("flags").split()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(), "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "vector": next((name for flag, name in (("amx_tile", "AVX-512 and AMX"), ("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), ""),
-        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1), "gpus": gpus, "load": round(os.getloadavg()[0], 1), "system": f"{platform.system()} {platform.release()}",
+        "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "vector": next(
+            (
+                name
+                for flag, name in (
+                    ("amx_tile", "AVX-512 and AMX"),
+                    ("avx512f", "AVX-512"),
+                    ("avx2", "AVX2"),
+                )
+                if flag in flags
+            ),
+            "",
+        ),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "gpus": gpus,
+        "load": round(os.getloadavg()[0], 1),
+        "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: found for name in ("torch", "torchvision", "albumentations", "opencv-python-headless", "pillow", "simplejpeg", "timm", "ffcv", "nvidia-dali-cuda120") if (found := _version(name))},
+        "versions": {
+            name: found
+            for name in (
+                "torch",
+                "torchvision",
+                "albumentations",
+                "opencv-python-headless",
+                "pillow",
+                "simplejpeg",
+                "timm",
+                "ffcv",
+                "nvidia-dali-cuda120",
+            )
+            if (found := _version(name))
+        },
     }
 
 
@@ -207,7 +291,9 @@ def sentence(about: dict[str, Any]) -> str:
 def _cpuinfo(field_: str) -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next((line.partition(":")[2].strip() for line in file if line.startswith(field_)), "")
+            return next(
+                (line.partition(":")[2].strip() for line in file if line.startswith(field_)), ""
+            )
     except OSError:
         return ""
 

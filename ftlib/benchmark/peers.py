@@ -28,6 +28,7 @@ Opened = Callable[[], AbstractContextManager[Iterator[int]]]
 
 # --- torch's DataLoader over files ------------------------------------------------------------------------------------------------------
 
+
 class Files(torch.utils.data.Dataset[Any]):
     """(transform(file), label) for each file."""
 
@@ -57,12 +58,26 @@ def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def dataloader(files: Sequence[Path], transform: Callable[[Path], Any], batch_size: int, workers: int, collate: Any = None) -> Opened:
+def dataloader(
+    files: Sequence[Path],
+    transform: Callable[[Path], Any],
+    batch_size: int,
+    workers: int,
+    collate: Any = None,
+) -> Opened:
     """torch's DataLoader as everybody uses it."""
+
     @contextlib.contextmanager
     def opened() -> Iterator[Iterator[int]]:
-        loader = DataLoader(Files(files, transform), batch_size, sampler=Endless(len(files)), num_workers=workers, prefetch_factor=AHEAD if workers else None,
-                            worker_init_fn=_one_thread, collate_fn=collate)
+        loader = DataLoader(
+            Files(files, transform),
+            batch_size,
+            sampler=Endless(len(files)),
+            num_workers=workers,
+            prefetch_factor=AHEAD if workers else None,
+            worker_init_fn=_one_thread,
+            collate_fn=collate,
+        )
         batches: Any = iter(loader)
         try:
             yield (len(batch[1]) for batch in batches)
@@ -86,10 +101,17 @@ def torchvision_reference(size: int) -> Callable[[Path], torch.Tensor]:
     """torchvision's references/classification, ClassificationPresetTrain with auto_augment="ra" (RandAugment(2, 9)), PIL backend."""
     from torchvision.transforms import v2
 
-    chain = v2.Compose([
-        v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BILINEAR, antialias=True), v2.RandomHorizontalFlip(0.5),
-        v2.RandAugment(num_ops=2, magnitude=9, interpolation=v2.InterpolationMode.BILINEAR), v2.PILToTensor(), v2.ToDtype(torch.float, scale=True),
-        v2.Normalize(IMAGENET_MEAN, IMAGENET_STD), v2.ToPureTensor()])
+    chain = v2.Compose(
+        [
+            v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BILINEAR, antialias=True),
+            v2.RandomHorizontalFlip(0.5),
+            v2.RandAugment(num_ops=2, magnitude=9, interpolation=v2.InterpolationMode.BILINEAR),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float, scale=True),
+            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            v2.ToPureTensor(),
+        ]
+    )
     return lambda path: chain(_pil(path))
 
 
@@ -97,19 +119,38 @@ def torchvision_plain(size: int) -> Callable[[Path], torch.Tensor]:
     """The same without RandAugment."""
     from torchvision.transforms import v2
 
-    chain = v2.Compose([
-        v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BILINEAR, antialias=True), v2.RandomHorizontalFlip(0.5), v2.PILToTensor(),
-        v2.ToDtype(torch.float, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD), v2.ToPureTensor()])
+    chain = v2.Compose(
+        [
+            v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BILINEAR, antialias=True),
+            v2.RandomHorizontalFlip(0.5),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float, scale=True),
+            v2.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            v2.ToPureTensor(),
+        ]
+    )
     return lambda path: chain(_pil(path))
 
 
-def timm_reference(size: int, files: Sequence[Path], batch_size: int, workers: int) -> tuple[Opened, int]:
+def timm_reference(
+    size: int, files: Sequence[Path], batch_size: int, workers: int
+) -> tuple[Opened, int]:
     """(loader, images it works ahead) of timm's train.py with --aa rand-m9-mstd0.5 and its prefetcher: bytes are collated, normalised on the device."""
     from timm.data import create_transform
     from timm.data.loader import fast_collate
 
-    chain = create_transform(size, is_training=True, use_prefetcher=True, auto_augment="rand-m9-mstd0.5", interpolation="random", color_jitter=0.4, re_prob=0.0)
-    return dataloader(files, lambda path: chain(_pil(path)), batch_size, workers, fast_collate), AHEAD * workers * batch_size
+    chain = create_transform(
+        size,
+        is_training=True,
+        use_prefetcher=True,
+        auto_augment="rand-m9-mstd0.5",
+        interpolation="random",
+        color_jitter=0.4,
+        re_prob=0.0,
+    )
+    return dataloader(
+        files, lambda path: chain(_pil(path)), batch_size, workers, fast_collate
+    ), AHEAD * workers * batch_size
 
 
 def full_size_chain(size: int) -> list[Any]:
@@ -117,13 +158,46 @@ def full_size_chain(size: int) -> list[Any]:
     names, as Albumentations ships them) on the whole picture, then crop, flip, colour jitter."""
     import albumentations as A
 
-    geometric = A.OneOf([A.Affine(rotate=(-27, 27), p=1), A.Affine(shear=(-15, 15), p=1), A.Affine(translate_percent=(-0.27, 0.27), p=1), A.Affine(scale=(0.73, 1.37), p=1),
-                         A.Perspective(scale=(0.05, 0.11), p=1), A.ElasticTransform(p=1)], p=0.3)
-    noise = A.OneOf([A.GaussNoise(p=1), A.MultiplicativeNoise(p=1), A.GaussianBlur(p=1), A.MotionBlur(p=1), A.CoarseDropout(p=1)], p=0.3)
-    colour = A.OneOf([A.RandomBrightnessContrast(p=1), A.HueSaturationValue(p=1), A.Sharpen(p=1), A.RandomGamma(p=1), A.Posterize(p=1), A.Solarize(p=1),
-                      A.AutoContrast(p=1), A.Equalize(p=1)], p=0.3)
-    return [A.SomeOf([geometric, noise, colour], n=2, replace=False, p=1), A.RandomResizedCrop((size, size), scale=(0.08, 1.0), p=1), A.HorizontalFlip(p=0.5),
-            A.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.2)]
+    geometric = A.OneOf(
+        [
+            A.Affine(rotate=(-27, 27), p=1),
+            A.Affine(shear=(-15, 15), p=1),
+            A.Affine(translate_percent=(-0.27, 0.27), p=1),
+            A.Affine(scale=(0.73, 1.37), p=1),
+            A.Perspective(scale=(0.05, 0.11), p=1),
+            A.ElasticTransform(p=1),
+        ],
+        p=0.3,
+    )
+    noise = A.OneOf(
+        [
+            A.GaussNoise(p=1),
+            A.MultiplicativeNoise(p=1),
+            A.GaussianBlur(p=1),
+            A.MotionBlur(p=1),
+            A.CoarseDropout(p=1),
+        ],
+        p=0.3,
+    )
+    colour = A.OneOf(
+        [
+            A.RandomBrightnessContrast(p=1),
+            A.HueSaturationValue(p=1),
+            A.Sharpen(p=1),
+            A.RandomGamma(p=1),
+            A.Posterize(p=1),
+            A.Solarize(p=1),
+            A.AutoContrast(p=1),
+            A.Equalize(p=1),
+        ],
+        p=0.3,
+    )
+    return [
+        A.SomeOf([geometric, noise, colour], n=2, replace=False, p=1),
+        A.RandomResizedCrop((size, size), scale=(0.08, 1.0), p=1),
+        A.HorizontalFlip(p=0.5),
+        A.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.2),
+    ]
 
 
 def full_size_albumentations(size: int) -> Callable[[Path], torch.Tensor]:
@@ -131,13 +205,18 @@ def full_size_albumentations(size: int) -> Callable[[Path], torch.Tensor]:
     import albumentations as A
     from albumentations.pytorch import ToTensorV2
 
-    chain = A.Compose([*full_size_chain(size), A.Normalize(IMAGENET_MEAN, IMAGENET_STD), ToTensorV2()])
+    chain = A.Compose(
+        [*full_size_chain(size), A.Normalize(IMAGENET_MEAN, IMAGENET_STD), ToTensorV2()]
+    )
     return lambda path: chain(image=cv2.cvtColor(_cv2(path), cv2.COLOR_BGR2RGB))["image"]
 
 
 # --- FFCV and DALI: crop, flip, normalise -----------------------------------------------------------------------------------------------
 
-def ffcv(files: Sequence[Path], folder: Path, size: int, batch_size: int, workers: int) -> tuple[Opened, int]:
+
+def ffcv(
+    files: Sequence[Path], folder: Path, size: int, batch_size: int, workers: int
+) -> tuple[Opened, int]:
     """FFCV as in its ImageNet example: pictures of this size, encoded by its own writer at quality 90. Its normalisation runs in the same threads."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
@@ -147,15 +226,34 @@ def ffcv(files: Sequence[Path], folder: Path, size: int, batch_size: int, worker
 
     stored = folder / "pictures.beton"
     if not stored.exists():
-        many = [files[i % len(files)] for i in range(max(len(files), 64 * batch_size))]  # each of its epochs starts anew, which few batches would have to pay for
-        DatasetWriter(str(stored), {"image": RGBImageField(write_mode="jpg", jpeg_quality=90), "label": IntField()}, num_workers=1).from_indexed_dataset(Files(many, lambda p: np.asarray(_pil(p))))
+        many = [
+            files[i % len(files)] for i in range(max(len(files), 64 * batch_size))
+        ]  # each of its epochs starts anew, which few batches would have to pay for
+        DatasetWriter(
+            str(stored),
+            {"image": RGBImageField(write_mode="jpg", jpeg_quality=90), "label": IntField()},
+            num_workers=1,
+        ).from_indexed_dataset(Files(many, lambda p: np.asarray(_pil(p))))
 
     @contextlib.contextmanager
     def opened() -> Iterator[Iterator[int]]:
-        image = [RandomResizedCropRGBImageDecoder((size, size)), RandomHorizontalFlip(),  # without a GPU normalisation must come before tensors: behind them FFCV's compiler never ends
-                 NormalizeImage(np.array(IMAGENET_MEAN) * 255, np.array(IMAGENET_STD) * 255, np.float32), ToTensor(), ToTorchImage()]
-        loader = Loader(str(stored), batch_size=batch_size, num_workers=workers, batches_ahead=3, order=OrderOption.RANDOM, os_cache=True, drop_last=True,
-                        pipelines={"image": image, "label": [IntDecoder(), ToTensor()]})
+        image = [
+            RandomResizedCropRGBImageDecoder((size, size)),
+            RandomHorizontalFlip(),  # without a GPU normalisation must come before tensors: behind them FFCV's compiler never ends
+            NormalizeImage(np.array(IMAGENET_MEAN) * 255, np.array(IMAGENET_STD) * 255, np.float32),
+            ToTensor(),
+            ToTorchImage(),
+        ]
+        loader = Loader(
+            str(stored),
+            batch_size=batch_size,
+            num_workers=workers,
+            batches_ahead=3,
+            order=OrderOption.RANDOM,
+            os_cache=True,
+            drop_last=True,
+            pipelines={"image": image, "label": [IntDecoder(), ToTensor()]},
+        )
         yield (len(batch[0]) for _ in iter(int, 1) for batch in loader)
 
     return opened, 3 * batch_size
@@ -165,12 +263,38 @@ def dali(files: Sequence[Path], size: int, batch_size: int, workers: int) -> tup
     """DALI on the CPU as in NVIDIA's ResNet-50 example."""
     from nvidia.dali import fn, pipeline_def, types
 
-    @pipeline_def(batch_size=batch_size, num_threads=workers, device_id=None, seed=0, prefetch_queue_depth=AHEAD)
+    @pipeline_def(
+        batch_size=batch_size,
+        num_threads=workers,
+        device_id=None,
+        seed=0,
+        prefetch_queue_depth=AHEAD,
+    )
     def pipeline() -> Any:
-        jpegs, labels = fn.readers.file(files=[str(f) for f in files], labels=[0] * len(files), random_shuffle=True, name="files")
-        images = fn.decoders.image_random_crop(jpegs, device="cpu", output_type=types.RGB, random_aspect_ratio=[0.75, 1.3333], random_area=[0.08, 1.0])
-        images = fn.resize(images, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=False)
-        images = fn.crop_mirror_normalize(images, mirror=fn.random.coin_flip(), dtype=types.FLOAT, output_layout="CHW", mean=[m * 255 for m in IMAGENET_MEAN], std=[s * 255 for s in IMAGENET_STD])
+        jpegs, labels = fn.readers.file(
+            files=[str(f) for f in files],
+            labels=[0] * len(files),
+            random_shuffle=True,
+            name="files",
+        )
+        images = fn.decoders.image_random_crop(
+            jpegs,
+            device="cpu",
+            output_type=types.RGB,
+            random_aspect_ratio=[0.75, 1.3333],
+            random_area=[0.08, 1.0],
+        )
+        images = fn.resize(
+            images, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=False
+        )
+        images = fn.crop_mirror_normalize(
+            images,
+            mirror=fn.random.coin_flip(),
+            dtype=types.FLOAT,
+            output_layout="CHW",
+            mean=[m * 255 for m in IMAGENET_MEAN],
+            std=[s * 255 for s in IMAGENET_STD],
+        )
         return images, labels
 
     @contextlib.contextmanager

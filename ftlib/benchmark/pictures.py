@@ -29,12 +29,32 @@ from ftlib.data.shards import Dataset, Split
 from ftlib.launch.pace import steps
 from ftlib.learn.loop import Job, Training
 
-WAYS = tuple(Rules(max_side=side, quality=QUALITY, subsampling=chroma) for side, chroma in ((256, None), (288, None), (320, None), (352, None), (352, "keep"), (416, None), (None, None)))
+WAYS = tuple(
+    Rules(max_side=side, quality=QUALITY, subsampling=chroma)
+    for side, chroma in (
+        (256, None),
+        (288, None),
+        (320, None),
+        (352, None),
+        (352, "keep"),
+        (416, None),
+        (None, None),
+    )
+)
 """What to compare originals with."""
 FAST, PLAIN = "ftlib's transform and ops", "Albumentations' chain and ops"
 
 
-def sides(scratch: Path, source: Path | None, *, images: int, rounds: int, workers: int, size: int, say: Say) -> Part:
+def sides(
+    scratch: Path,
+    source: Path | None,
+    *,
+    images: int,
+    rounds: int,
+    workers: int,
+    size: int,
+    say: Say,
+) -> Part:
     """CPU per training image, length of a file and what is left of the picture, by the size that `prepare --max-side` keeps."""
     cv2.setNumThreads(1)
     folder = pictures_of(source, scratch, 64)
@@ -44,11 +64,15 @@ def sides(scratch: Path, source: Path | None, *, images: int, rounds: int, worke
     cases = [ours("originals", kept, augment, batch, workers, images)]
     notes = [f"originals: {_kilobytes(kept.split('train')):.0f} kB a picture"]
     for i, rules in enumerate(WAYS):
-        name = (f"longer side {rules.max_side}" if rules.max_side else f"quality {QUALITY} at full size") + (", whole chroma kept" if rules.subsampling else "")
+        name = (
+            f"longer side {rules.max_side}" if rules.max_side else f"quality {QUALITY} at full size"
+        ) + (", whole chroma kept" if rules.subsampling else "")
         say(f"preparing: {name}")
         made = prepared(folder, scratch / f"way-{i}", rules)
         cases.append(ours(name, made, augment, batch, workers, images))
-        notes.append(f"{name}: {_kilobytes(made.split('train')):.0f} kB a picture; its crops at {size} px are {crop_psnr(kept.split('train'), made.split('train'), size):.1f} dB from the originals'")
+        notes.append(
+            f"{name}: {_kilobytes(made.split('train')):.0f} kB a picture; its crops at {size} px are {crop_psnr(kept.split('train'), made.split('train'), size):.1f} dB from the originals'"
+        )
     return by_turns("Sizes of prepared pictures", "image", cases, [], rounds, say, notes)
 
 
@@ -59,12 +83,21 @@ def crop_psnr(whole: Split, reduced: Split, size: int) -> float:
         pictures = [decode(split.image(row)) for split in (whole, reduced)]
         height, width = pictures[0].shape[:2]
         randomness.rewind(key(AUGMENT, 0, 0, row))
-        top, left, down, across = crop_box(height, width, PHASE2.crop_scale, PHASE2.crop_ratio, randomness)
+        top, left, down, across = crop_box(
+            height, width, PHASE2.crop_scale, PHASE2.crop_ratio, randomness
+        )
         crops = []
         for picture in pictures:  # by fractions of pixels, so that both show the very same box
             y, x = picture.shape[0] / height, picture.shape[1] / width
             box = (left * x, top * y, (left + across) * x, (top + down) * y)
-            crops.append(np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BILINEAR, box=box), np.float32))
+            crops.append(
+                np.asarray(
+                    Image.fromarray(picture).resize(
+                        (size, size), Image.Resampling.BILINEAR, box=box
+                    ),
+                    np.float32,
+                )
+            )
         found.append(10 * np.log10(255**2 / max(float(np.mean((crops[0] - crops[1]) ** 2)), 1e-3)))
     return float(np.median(found))
 
@@ -73,14 +106,29 @@ def _kilobytes(split: Split) -> float:
     return sum(len(bytes(split.image(row))) for row in range(len(split))) / len(split) / 1000
 
 
-def accuracy(scratch: Path, source: Path | None, *, seeds: int, epochs: int, arch: str, size: int, say: Say) -> Part:
+def accuracy(
+    scratch: Path, source: Path | None, *, seeds: int, epochs: int, arch: str, size: int, say: Say
+) -> Part:
     """Validation top-1 after training from scratch on ftlib's pictures and on those of `peers.full_size_chain`: same seeds, weights, order, mixing and schedule."""
-    dataset = prepared(pictures_of(source, scratch, 96), scratch / "prepared", Rules(), val_fraction=0.25)
+    dataset = prepared(
+        pictures_of(source, scratch, 96), scratch / "prepared", Rules(), val_fraction=0.25
+    )
     scores: dict[str, list[float]] = {FAST: [], PLAIN: []}
 
-    def trained(name: str, feed: Callable[[Training], contextlib.AbstractContextManager[Iterator[Batch]]]) -> Cost:
-        run = Run(seed=len(scores[name]), data=Data(path=dataset.path, loader_workers=0), augment=sized(PHASE2, size), mix=Mix(mixup_alpha=0.2, cutmix_alpha=1.0), model=Model(arch=arch),
-                  loss=CrossEntropy(label_smoothing=0.1), optimizer=AdamW(lr=1e-3, weight_decay=1e-4), schedule=Cosine(min_lr=1e-6), train=Train(epochs=epochs, batch_size=64, microbatch_size=32))
+    def trained(
+        name: str, feed: Callable[[Training], contextlib.AbstractContextManager[Iterator[Batch]]]
+    ) -> Cost:
+        run = Run(
+            seed=len(scores[name]),
+            data=Data(path=dataset.path, loader_workers=0),
+            augment=sized(PHASE2, size),
+            mix=Mix(mixup_alpha=0.2, cutmix_alpha=1.0),
+            model=Model(arch=arch),
+            loss=CrossEntropy(label_smoothing=0.1),
+            optimizer=AdamW(lr=1e-3, weight_decay=1e-4),
+            schedule=Cosine(min_lr=1e-6),
+            train=Train(epochs=epochs, batch_size=64, microbatch_size=32),
+        )
         training = Training(Job(run, dataset, "", device()))
         with feed(training) as batches:
             cost = timed(lambda: steps(training, batches, training.total))
@@ -89,18 +137,35 @@ def accuracy(scratch: Path, source: Path | None, *, seeds: int, epochs: int, arc
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        part = by_turns("Accuracy", "image", [Case(FAST, partial(trained, FAST, _fast)), Case(PLAIN, partial(trained, PLAIN, _plain))], [], seeds, say)
+        part = by_turns(
+            "Accuracy",
+            "image",
+            [
+                Case(FAST, partial(trained, FAST, _fast)),
+                Case(PLAIN, partial(trained, PLAIN, _plain)),
+            ],
+            [],
+            seeds,
+            say,
+        )
     gains = [a - b for a, b in zip(scores[FAST], scores[PLAIN], strict=True)]
     noise = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
-    notes = [f"{arch}, {size} px, {epochs} epochs of {len(dataset.split('train'))} images from scratch, {len(dataset.split('val'))} scored, {seeds} seeds",
-             *(f"{name}: top-1 {', '.join(f'{v:.1f}' for v in values)}; mean {statistics.mean(values):.2f} %" for name, values in scores.items()),
-             f"difference of the means {statistics.mean(gains):+.2f} points, standard error over seeds {noise:.2f}"]
+    notes = [
+        f"{arch}, {size} px, {epochs} epochs of {len(dataset.split('train'))} images from scratch, {len(dataset.split('val'))} scored, {seeds} seeds",
+        *(
+            f"{name}: top-1 {', '.join(f'{v:.1f}' for v in values)}; mean {statistics.mean(values):.2f} %"
+            for name, values in scores.items()
+        ),
+        f"difference of the means {statistics.mean(gains):+.2f} points, standard error over seeds {noise:.2f}",
+    ]
     return Part(part.title, part.unit, part.costs, [], notes)
 
 
 @contextlib.contextmanager
 def _fast(training: Training) -> Iterator[Iterator[Batch]]:
-    with contextlib.closing(train_batches(training.job.dataset, training.rows, training.run, 0, 1, 0, training.total, 0)) as batches:
+    with contextlib.closing(
+        train_batches(training.job.dataset, training.rows, training.run, 0, 1, 0, training.total, 0)
+    ) as batches:
         yield batches
 
 
@@ -117,6 +182,20 @@ def _plain_batches(training: Training, dataset: Dataset) -> Iterator[Batch]:
     chain, randomness = A.Compose(peers.full_size_chain(run.augment.size)), Randomness(run.seed)
     chain.set_random_state(randomness.generator, randomness.python)
     for step in range(training.total):
-        for mb in order.owned(order.step_plan(run.seed, step, training.rows, run.train.batch_size, run.train.microbatch_size), 0, 1):
+        for mb in order.owned(
+            order.step_plan(
+                run.seed, step, training.rows, run.train.batch_size, run.train.microbatch_size
+            ),
+            0,
+            1,
+        ):
             pictures = [chain(image=decode(split.image(int(row))))["image"] for row in mb.rows]
-            yield Batch(mb.step, mb.epoch, mb.k, mb.images_in_step, torch.from_numpy(mb.rows.copy()), torch.from_numpy(split.labels[mb.rows].copy()), torch.from_numpy(np.stack(pictures)))
+            yield Batch(
+                mb.step,
+                mb.epoch,
+                mb.k,
+                mb.images_in_step,
+                torch.from_numpy(mb.rows.copy()),
+                torch.from_numpy(split.labels[mb.rows].copy()),
+                torch.from_numpy(np.stack(pictures)),
+            )

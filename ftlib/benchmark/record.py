@@ -19,12 +19,36 @@ def record(found: dict[str, Any], figure: bytes) -> str:
     Raises TrackingError when the tracking server cannot be reached.
     """
     name = time.strftime("bench-%y%m%d-%H%M%S")
-    with open_tracking(Track(), experiment="benchmark", journal_dir=home() / "runs" / name / "journal", leftovers=()) as tracking:
+    with open_tracking(
+        Track(),
+        experiment="benchmark",
+        journal_dir=home() / "runs" / name / "journal",
+        leftovers=(),
+    ) as tracking:
         about = found["machine"]
-        tracked = tracking.start_run(name, tags={"kind": "benchmark", **lineage_tags()}, params={k: about[k] for k in ("cpu", "cores", "memory_gb", "python")} | {"gpus": ", ".join(about["gpus"])})
+        tracked = tracking.start_run(
+            name,
+            tags={"kind": "benchmark", **lineage_tags()},
+            params={k: about[k] for k in ("cpu", "cores", "memory_gb", "python")}
+            | {"gpus": ", ".join(about["gpus"])},
+        )
         writer = tracked.writer()
-        writer.metrics({_key(f"{r['of']}/{r['ours']} over {r['peer']}"): r["median"] for part in found["parts"] for r in part["ratios"]}, step=0)
-        writer.metrics({_key(f"cpu_ms/{case['name']}"): sorted(case["cpu_ms"])[len(case["cpu_ms"]) // 2] for part in found["parts"] for case in part["cases"]}, step=0)
+        writer.metrics(
+            {
+                _key(f"{r['of']}/{r['ours']} over {r['peer']}"): r["median"]
+                for part in found["parts"]
+                for r in part["ratios"]
+            },
+            step=0,
+        )
+        writer.metrics(
+            {
+                _key(f"cpu_ms/{case['name']}"): sorted(case["cpu_ms"])[len(case["cpu_ms"]) // 2]
+                for part in found["parts"]
+                for case in part["cases"]
+            },
+            step=0,
+        )
         writer.json(found, "benchmark.json")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "benchmark.png"

@@ -12,11 +12,22 @@ from ftlib.report.errors import BLUE, GREY, axes, png
 def table(part: Part, out: TextIO) -> None:
     """Costs and ratios: drawn by rich on a terminal, plain aligned text elsewhere."""
     costs: list[tuple[str, ...]] = [("", f"CPU ms/{part.unit}", "", f"wall ms/{part.unit}", "")]
-    costs += [(name, *_spread([1000 * c.cpu for c in found]), *_spread([1000 * c.wall for c in found])) for name, found in part.costs.items()]
+    costs += [
+        (name, *_spread([1000 * c.cpu for c in found]), *_spread([1000 * c.wall for c in found]))
+        for name, found in part.costs.items()
+    ]
     found: list[tuple[str, ...]] = [("ratio", "of", "median", "min..max", "goal")]
     for r in part.ratios:
         goal = "" if r.goal is None else f"<= {r.goal:.2f} {'met' if r.met else 'MISSED'}"
-        found.append((f"{r.ours} / {r.peer}", r.of, f"{r.median:.3f}", f"{min(r.rounds):.3f}..{max(r.rounds):.3f}", goal))
+        found.append(
+            (
+                f"{r.ours} / {r.peer}",
+                r.of,
+                f"{r.median:.3f}",
+                f"{min(r.rounds):.3f}..{max(r.rounds):.3f}",
+                goal,
+            )
+        )
     for rows in (costs, found) if part.ratios else (costs,):
         _rows(part.title if rows is costs else f"{part.title}: ratios", rows, out)
     for note in part.notes:
@@ -37,18 +48,38 @@ def _rows(title: str, rows: list[tuple[str, ...]], out: TextIO) -> None:
         for i, name in enumerate(rows[0]):
             drawn.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
         for row in rows[1:]:
-            drawn.add_row(*(f"[red]{v}[/red]" if "MISSED" in v else f"[green]{v}[/green]" if v.endswith(" met") else v for v in row))
+            drawn.add_row(
+                *(
+                    f"[red]{v}[/red]"
+                    if "MISSED" in v
+                    else f"[green]{v}[/green]"
+                    if v.endswith(" met")
+                    else v
+                    for v in row
+                )
+            )
         Console(file=out).print(drawn)
         return
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     print(title, file=out)
     for row in rows:
-        print("  " + "  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(row, widths))).rstrip(), file=out)
+        print(
+            "  "
+            + "  ".join(
+                v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(row, widths))
+            ).rstrip(),
+            file=out,
+        )
 
 
 def as_json(parts: list[Part], about: dict[str, Any], command: str) -> dict[str, Any]:
     """All of it: machine, command, every round of every case, ratios."""
-    return {"format": "ftlib-benchmark", "machine": about, "command": command, "parts": [p.to_dict() for p in parts]}
+    return {
+        "format": "ftlib-benchmark",
+        "machine": about,
+        "command": command,
+        "parts": [p.to_dict() for p in parts],
+    }
 
 
 def figure(parts: list[Part], about: dict[str, Any]) -> bytes:
@@ -57,16 +88,34 @@ def figure(parts: list[Part], about: dict[str, Any]) -> bytes:
     drawn, panels = axes(7.5 * len(parts), 1.6 + 0.42 * longest, len(parts))
     for part, ax in zip(parts, panels):
         of: Quantity = "cpu" if part.unit == "image" else "wall"
-        names = sorted(part.costs, key=lambda n: statistics.median(getattr(c, of) for c in part.costs[n]), reverse=True)
+        names = sorted(
+            part.costs,
+            key=lambda n: statistics.median(getattr(c, of) for c in part.costs[n]),
+            reverse=True,
+        )
         values = [[1000 * getattr(c, of) for c in part.costs[n]] for n in names]
         middle = [statistics.median(v) for v in values]
-        ax.barh(range(len(names)), middle, color=[BLUE if n.startswith("ftlib") else GREY for n in names], height=0.6)
-        ax.hlines(range(len(names)), [min(v) for v in values], [max(v) for v in values], color="black", linewidth=1.2)
+        ax.barh(
+            range(len(names)),
+            middle,
+            color=[BLUE if n.startswith("ftlib") else GREY for n in names],
+            height=0.6,
+        )
+        ax.hlines(
+            range(len(names)),
+            [min(v) for v in values],
+            [max(v) for v in values],
+            color="black",
+            linewidth=1.2,
+        )
         for i, (m, v) in enumerate(zip(middle, values)):
             ax.text(max(v), i, f"  {m:.3g}", va="center", fontsize=8)
         ax.set_yticks(range(len(names)), names, fontsize=8)
         ax.set_xlim(0, 1.15 * max(max(v) for v in values))
-        ax.set_xlabel(f"{'CPU' if of == 'cpu' else 'wall'} milliseconds per {part.unit} (median; line: min to max)", fontsize=8)
+        ax.set_xlabel(
+            f"{'CPU' if of == 'cpu' else 'wall'} milliseconds per {part.unit} (median; line: min to max)",
+            fontsize=8,
+        )
         ax.set_title(part.title, fontsize=10)
     drawn.supxlabel(sentence(about), fontsize=7, color=GREY)
     return png(drawn)

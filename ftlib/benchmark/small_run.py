@@ -1,6 +1,6 @@
 """A small training as a process of its own, as a sweep's trial has it: by ftlib, or as the plain function that people give to Ray Tune.
 
-    python -m ftlib.benchmark.small_run ftlib|plain FOLDER      # FOLDER holds few/ (pictures) and few-prepared/ (the same, prepared)
+python -m ftlib.benchmark.small_run ftlib|plain FOLDER      # FOLDER holds few/ (pictures) and few-prepared/ (the same, prepared)
 """
 
 from __future__ import annotations
@@ -26,9 +26,23 @@ def by_ftlib(folder: Path) -> None:
     from ftlib.track.tracker import Handle
     from ftlib.track.writer import Place
 
-    run = Run(data=Data(path=str(folder / "few-prepared"), loader_workers=0), augment=Augment(size=SIZE), model=Model(arch="resnet18"), optimizer=AdamW(lr=1e-4),
-              train=Train(epochs=EPOCHS, batch_size=BATCH, microbatch_size=BATCH), track=Track(log_model=False, system_metrics=False))
-    launch(run, local=True, kind="trial", tracking=Handle("sqlite:////nobody/delivers/this.db", "trials", Place(str(home / "journal"), machine())), quiet=True)
+    run = Run(
+        data=Data(path=str(folder / "few-prepared"), loader_workers=0),
+        augment=Augment(size=SIZE),
+        model=Model(arch="resnet18"),
+        optimizer=AdamW(lr=1e-4),
+        train=Train(epochs=EPOCHS, batch_size=BATCH, microbatch_size=BATCH),
+        track=Track(log_model=False, system_metrics=False),
+    )
+    launch(
+        run,
+        local=True,
+        kind="trial",
+        tracking=Handle(
+            "sqlite:////nobody/delivers/this.db", "trials", Place(str(home / "journal"), machine())
+        ),
+        quiet=True,
+    )
 
 
 def plain(folder: Path) -> None:
@@ -40,10 +54,26 @@ def plain(folder: Path) -> None:
     from torchvision import transforms as T
 
     steps = [T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
-    pictures = torchvision.datasets.ImageFolder(str(folder / "few"), T.Compose([T.RandomResizedCrop(SIZE), T.RandomHorizontalFlip(), T.ColorJitter(0.4, 0.4, 0.4), *steps]))
-    scored = torchvision.datasets.ImageFolder(str(folder / "few"), T.Compose([T.Resize(round(SIZE / 0.875)), T.CenterCrop(SIZE), *steps]))
+    pictures = torchvision.datasets.ImageFolder(
+        str(folder / "few"),
+        T.Compose(
+            [
+                T.RandomResizedCrop(SIZE),
+                T.RandomHorizontalFlip(),
+                T.ColorJitter(0.4, 0.4, 0.4),
+                *steps,
+            ]
+        ),
+    )
+    scored = torchvision.datasets.ImageFolder(
+        str(folder / "few"), T.Compose([T.Resize(round(SIZE / 0.875)), T.CenterCrop(SIZE), *steps])
+    )
     held_out = set(range(0, len(pictures), 4))
-    train = torch.utils.data.DataLoader(torch.utils.data.Subset(pictures, [i for i in range(len(pictures)) if i not in held_out]), BATCH, shuffle=True)
+    train = torch.utils.data.DataLoader(
+        torch.utils.data.Subset(pictures, [i for i in range(len(pictures)) if i not in held_out]),
+        BATCH,
+        shuffle=True,
+    )
     val = torch.utils.data.DataLoader(torch.utils.data.Subset(scored, sorted(held_out)), BATCH)
     model = torchvision.models.resnet18(num_classes=2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -56,7 +86,10 @@ def plain(folder: Path) -> None:
         model.eval()
         with torch.no_grad():
             right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in val)
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "right": right}, folder / f"plain-{epoch}.pt")
+        torch.save(
+            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "right": right},
+            folder / f"plain-{epoch}.pt",
+        )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,18 @@ import torchvision
 from torch.nn import functional as F
 
 from ftlib.benchmark.measure import BenchmarkError, Case, Cost, Goal, Part, Ratio, by_turns, timed
-from ftlib.config import IMAGENET_MEAN, IMAGENET_STD, AdamW, Augment, Checkpoint, CrossEntropy, Data, Model, Run, Train
+from ftlib.config import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    AdamW,
+    Augment,
+    Checkpoint,
+    CrossEntropy,
+    Data,
+    Model,
+    Run,
+    Train,
+)
 from ftlib.launch.cluster import ROOT
 from ftlib.launch.pace import same_pixels, settle, steps
 from ftlib.learn import checkpoint
@@ -60,24 +71,44 @@ class Pictures:
 
 
 def device() -> torch.device:
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def training(s: Settings, run_dir: str = "", rank: int = 0, world: int = 1) -> Training:
     """ftlib's loop on made-up pixels: a batch of `s.batch` images per worker, one microbatch each."""
     run = Run(
-        data=Data(path="made-up"), augment=Augment(size=s.size), model=Model(arch=s.arch), loss=CrossEntropy(label_smoothing=0.1), optimizer=AdamW(lr=1e-4, weight_decay=1e-4),
-        train=Train(epochs=10_000, batch_size=s.batch * world, microbatch_size=s.batch), checkpoint=Checkpoint(every_seconds=0))
+        data=Data(path="made-up"),
+        augment=Augment(size=s.size),
+        model=Model(arch=s.arch),
+        loss=CrossEntropy(label_smoothing=0.1),
+        optimizer=AdamW(lr=1e-4, weight_decay=1e-4),
+        train=Train(epochs=10_000, batch_size=s.batch * world, microbatch_size=s.batch),
+        checkpoint=Checkpoint(every_seconds=0),
+    )
     return Training(Job(run, Pictures(), run_dir, device(), rank, world))  # type: ignore[arg-type]
 
 
-def plain_step(s: Settings, dtype: torch.dtype, wrap: Callable[[torch.nn.Module], torch.nn.Module] = lambda m: m) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def plain_step(
+    s: Settings,
+    dtype: torch.dtype,
+    wrap: Callable[[torch.nn.Module], torch.nn.Module] = lambda m: m,
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """One step of the loop that everybody writes: the same model, precision, loss, clipping and fused optimizer, and nothing else."""
     on = device()
     torch.manual_seed(0)
-    model = wrap(torchvision.models.get_model(s.arch, num_classes=CLASSES).to(on, memory_format=torch.channels_last))
+    model = wrap(
+        torchvision.models.get_model(s.arch, num_classes=CLASSES).to(
+            on, memory_format=torch.channels_last
+        )
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=1e-4, fused=True)
-    mean, std = (torch.tensor(v, device=on).view(1, 3, 1, 1) * 255 for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (
+        torch.tensor(v, device=on).view(1, 3, 1, 1) * 255 for v in (IMAGENET_MEAN, IMAGENET_STD)
+    )
 
     def step(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         images, labels = images.to(on, non_blocking=True), labels.to(on, non_blocking=True)
@@ -93,7 +124,9 @@ def plain_step(s: Settings, dtype: torch.dtype, wrap: Callable[[torch.nn.Module]
     return step
 
 
-def loops(s: Settings, ours: Training, wrap: Callable[[torch.nn.Module], torch.nn.Module] = lambda m: m) -> tuple[Callable[[int], int], Callable[[int], int]]:
+def loops(
+    s: Settings, ours: Training, wrap: Callable[[torch.nn.Module], torch.nn.Module] = lambda m: m
+) -> tuple[Callable[[int], int], Callable[[int], int]]:
     """(ftlib's, plain): each makes so many steps on the same pixels and returns their number; the device has finished when they return."""
     batches, plain = same_pixels(ours), plain_step(s, ours.dtype, wrap)
     first = next(same_pixels(ours))
@@ -124,24 +157,71 @@ def step(s: Settings, scratch: Path, say: Say) -> Part:
     run_ours, run_plain = loops(s, ours)
     run_ours(2), run_plain(2)
     turns = 1 if ours.job.device.type == "cuda" else s.steps
-    cases = [Case(name, partial(timed, partial(run, s.steps // turns))) for name, run in (("ftlib step", run_ours), ("plain PyTorch step", run_plain))]
-    return by_turns("Training step", "step", cases, [Goal("ftlib step", "plain PyTorch step", "wall", 1.01)], s.rounds, say, [words(s, ours.dtype)], turns)
+    cases = [
+        Case(name, partial(timed, partial(run, s.steps // turns)))
+        for name, run in (("ftlib step", run_ours), ("plain PyTorch step", run_plain))
+    ]
+    return by_turns(
+        "Training step",
+        "step",
+        cases,
+        [Goal("ftlib step", "plain PyTorch step", "wall", 1.01)],
+        s.rounds,
+        say,
+        [words(s, ours.dtype)],
+        turns,
+    )
 
 
 def scaling(s: Settings, scratch: Path, say: Say) -> Part:
     """Two workers beside torchrun's DistributedDataParallel, in the very same processes."""
     out = scratch / "scaling.json"
     say("Two workers: torchrun starts them")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ftlib.benchmark.two_workers", str(out), json.dumps(asdict(s))],
-                          env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "ftlib.benchmark.two_workers",
+            str(out),
+            json.dumps(asdict(s)),
+        ],
+        env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     if done.returncode or not out.exists():
-        raise BenchmarkError(f"torchrun could not run two workers: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        raise BenchmarkError(
+            f"torchrun could not run two workers: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+        )
     found = json.loads(out.read_text("utf-8"))
     costs = {name: [Cost(*pair) for pair in pairs] for name, pairs in found["costs"].items()}
     # Two workers that wait for each other run at the same pace: the ratio of images/s is the inverse of that of the seconds.
-    ratio = Ratio("ftlib, two workers", "torchrun DDP, two workers", "wall", tuple(a.wall / b.wall for a, b in zip(costs["ftlib, two workers"], costs["torchrun DDP, two workers"])), 1 / 0.98)
-    rates = ", ".join(f"{name} {2 * s.batch / statistics.median(c.wall for c in cost):.1f} images/s" for name, cost in costs.items())
-    return Part("Two workers", "step", costs, [ratio], [f"{found['words']}; {found['backend']}; per worker", rates])
+    ratio = Ratio(
+        "ftlib, two workers",
+        "torchrun DDP, two workers",
+        "wall",
+        tuple(
+            a.wall / b.wall
+            for a, b in zip(costs["ftlib, two workers"], costs["torchrun DDP, two workers"])
+        ),
+        1 / 0.98,
+    )
+    rates = ", ".join(
+        f"{name} {2 * s.batch / statistics.median(c.wall for c in cost):.1f} images/s"
+        for name, cost in costs.items()
+    )
+    return Part(
+        "Two workers",
+        "step",
+        costs,
+        [ratio],
+        [f"{found['words']}; {found['backend']}; per worker", rates],
+    )
 
 
 def checkpoints(s: Settings, scratch: Path, say: Say) -> Part:
@@ -159,10 +239,22 @@ def checkpoints(s: Settings, scratch: Path, say: Say) -> Part:
             return s.steps
 
         with_checkpoint()
-        cases = [Case("ftlib with a checkpoint", lambda: timed(with_checkpoint)), Case("ftlib without", lambda: timed(lambda: run_ours(s.steps)))]
+        cases = [
+            Case("ftlib with a checkpoint", lambda: timed(with_checkpoint)),
+            Case("ftlib without", lambda: timed(lambda: run_ours(s.steps))),
+        ]
         part = by_turns("Checkpoints", "step", cases, [], s.rounds, say)
-    extra = [s.steps * (a.wall - b.wall) for a, b in zip(part.costs["ftlib with a checkpoint"], part.costs["ftlib without"])]
-    usual = Ratio("a minute with its checkpoint", "a minute without", "wall", tuple(1 + e / 60 for e in extra), 1.01)
+    extra = [
+        s.steps * (a.wall - b.wall)
+        for a, b in zip(part.costs["ftlib with a checkpoint"], part.costs["ftlib without"])
+    ]
+    usual = Ratio(
+        "a minute with its checkpoint",
+        "a minute without",
+        "wall",
+        tuple(1 + e / 60 for e in extra),
+        1.01,
+    )
     size = sum(f.stat().st_size for f in (scratch / "run").rglob("*") if f.is_file()) / 1e6
     note = f"a checkpoint (of {size / 2:.0f} MB) takes {statistics.median(extra):.2f} s [{min(extra):.2f}..{max(extra):.2f}] in all; by default there is one a minute and one at each epoch's end"
     return Part(part.title, part.unit, part.costs, [usual], [words(s, ours.dtype), note])
@@ -175,29 +267,56 @@ def startup(s: Settings, scratch: Path, say: Say) -> Part:
     from ftlib.data.prepare import prepare
 
     photos(scratch / "few", PHOTOS)
-    prepare(scratch / "few", scratch / "few-prepared", val_fraction=0.25, engine="here", progress=False)
+    prepare(
+        scratch / "few", scratch / "few-prepared", val_fraction=0.25, engine="here", progress=False
+    )
     here, jobs = str(scratch), Path(ROOT, "jobs")
     commands = {
-        "ftlib --help": [str(jobs / "phase2.py"), "--help"], "ftlib wrong flag": [str(jobs / "phase2.py"), "--model.dropuot", "0.1"],
-        "ftlib one-worker trial": ["-m", "ftlib.benchmark.small_run", "ftlib", here], "plain Tune function": ["-m", "ftlib.benchmark.small_run", "plain", here]}
-    cases = [Case(name, partial(_process, arguments, expect=2 if "wrong" in name else 0)) for name, arguments in commands.items()]
+        "ftlib --help": [str(jobs / "phase2.py"), "--help"],
+        "ftlib wrong flag": [str(jobs / "phase2.py"), "--model.dropuot", "0.1"],
+        "ftlib one-worker trial": ["-m", "ftlib.benchmark.small_run", "ftlib", here],
+        "plain Tune function": ["-m", "ftlib.benchmark.small_run", "plain", here],
+    }
+    cases = [
+        Case(name, partial(_process, arguments, expect=2 if "wrong" in name else 0))
+        for name, arguments in commands.items()
+    ]
     part = by_turns("Start-up", "start", cases, [], s.rounds, say)
-    more = [a.wall - b.wall for a, b in zip(part.costs["ftlib one-worker trial"], part.costs["plain Tune function"])]
-    notes = [f"{name}: goal < 1 s, {'met' if statistics.median(c.wall for c in part.costs[name]) < 1 else 'MISSED'}" for name in ("ftlib --help", "ftlib wrong flag")]
-    notes.append(f"the trial takes {statistics.median(more):+.2f} s [{min(more):+.2f}..{max(more):+.2f}] against the plain function (resnet18, {EPOCHS} epochs of {PHOTOS} pictures, whole processes): "
-                 f"goal <= +3 s, {'met' if statistics.median(more) <= 3 else 'MISSED'}")
+    more = [
+        a.wall - b.wall
+        for a, b in zip(part.costs["ftlib one-worker trial"], part.costs["plain Tune function"])
+    ]
+    notes = [
+        f"{name}: goal < 1 s, {'met' if statistics.median(c.wall for c in part.costs[name]) < 1 else 'MISSED'}"
+        for name in ("ftlib --help", "ftlib wrong flag")
+    ]
+    notes.append(
+        f"the trial takes {statistics.median(more):+.2f} s [{min(more):+.2f}..{max(more):+.2f}] against the plain function (resnet18, {EPOCHS} epochs of {PHOTOS} pictures, whole processes): "
+        f"goal <= +3 s, {'met' if statistics.median(more) <= 3 else 'MISSED'}"
+    )
     return Part(part.title, part.unit, part.costs, [], notes)
 
 
 def _process(arguments: list[str], expect: int) -> Cost:
     """CPU and wall time of a Python process and all that it started and waited for."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run([sys.executable, *arguments], env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": ROOT},
+        capture_output=True,
+        text=True,
+    )
     wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode != expect:
-        raise BenchmarkError(f"{' '.join(arguments)} ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        raise BenchmarkError(
+            f"{' '.join(arguments)} ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+        )
     return Cost(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall)
 
 
-MEASURES: dict[str, Callable[[Settings, Path, Say], Part]] = {"step": step, "scaling": scaling, "checkpoint": checkpoints, "startup": startup}
-
+MEASURES: dict[str, Callable[[Settings, Path, Say], Part]] = {
+    "step": step,
+    "scaling": scaling,
+    "checkpoint": checkpoints,
+    "startup": startup,
+}

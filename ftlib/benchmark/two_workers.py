@@ -1,6 +1,6 @@
 """What each of torchrun's two workers does: DistributedDataParallel and ftlib's loop by turns, in the same process group.
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 -m ftlib.benchmark.two_workers OUT.json SETTINGS_AS_JSON
+python -m torch.distributed.run --standalone --nproc-per-node 2 -m ftlib.benchmark.two_workers OUT.json SETTINGS_AS_JSON
 """
 
 from __future__ import annotations
@@ -24,8 +24,13 @@ def main(out: str, settings: Settings) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(1)
     ours = training(settings, rank=rank, world=world)
-    run_ours, run_plain = loops(settings, ours, lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True))
-    cases: dict[str, Callable[[int], int]] = {"ftlib, two workers": run_ours, "torchrun DDP, two workers": run_plain}
+    run_ours, run_plain = loops(
+        settings, ours, lambda model: DistributedDataParallel(model, gradient_as_bucket_view=True)
+    )
+    cases: dict[str, Callable[[int], int]] = {
+        "ftlib, two workers": run_ours,
+        "torchrun DDP, two workers": run_plain,
+    }
     costs: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for run in cases.values():
         run(2)
@@ -35,9 +40,17 @@ def main(out: str, settings: Settings) -> None:
             cpu, began = time.process_time(), time.perf_counter()
             cases[name](settings.steps)
             dist.barrier()
-            costs[name].append(((time.process_time() - cpu) / settings.steps, (time.perf_counter() - began) / settings.steps))
+            costs[name].append(
+                (
+                    (time.process_time() - cpu) / settings.steps,
+                    (time.perf_counter() - began) / settings.steps,
+                )
+            )
     if rank == 0:
-        Path(out).write_text(json.dumps({"costs": costs, "words": words(settings, ours.dtype), "backend": backend}), "utf-8")
+        Path(out).write_text(
+            json.dumps({"costs": costs, "words": words(settings, ours.dtype), "backend": backend}),
+            "utf-8",
+        )
     dist.destroy_process_group()
 
 

@@ -31,8 +31,14 @@ Image.MAX_IMAGE_PIXELS = None  # sizes are checked here, from the header, before
 
 Kind = Literal["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "PPM"]
 EXTENSIONS: dict[str, tuple[str, ...]] = {
-    "JPEG": ("jpg", "jpeg", "jpe", "jfif"), "PNG": ("png", "apng"), "GIF": ("gif",), "BMP": ("bmp", "dib"), "TIFF": ("tif", "tiff"),
-    "WEBP": ("webp",), "AVIF": ("avif",), "PPM": ("ppm", "pgm", "pbm", "pnm"),
+    "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
+    "PNG": ("png", "apng"),
+    "GIF": ("gif",),
+    "BMP": ("bmp", "dib"),
+    "TIFF": ("tif", "tiff"),
+    "WEBP": ("webp",),
+    "AVIF": ("avif",),
+    "PPM": ("ppm", "pgm", "pbm", "pnm"),
 }
 
 
@@ -41,7 +47,11 @@ def admit(data: bytes, name: str, rules: Rules) -> Admitted:
     kind = kind_of(data)
     repairs: list[str] = []
     extension = name.rpartition(".")[2].lower() if "." in name else ""
-    if extension and extension not in EXTENSIONS[kind] and any(extension in known for known in EXTENSIONS.values()):
+    if (
+        extension
+        and extension not in EXTENSIONS[kind]
+        and any(extension in known for known in EXTENSIONS.values())
+    ):
         repairs.append("wrong_extension")
     if kind == "JPEG":
         pixels, subsampling, changes = _read_jpeg(data, rules)
@@ -67,7 +77,10 @@ def admit(data: bytes, name: str, rules: Rules) -> Admitted:
     if jpeg is not data:
         stored = simplejpeg.decode_jpeg(jpeg, "RGB", strict=True)
         if stored.shape != pixels.shape:
-            raise Refused("not_reproducible", f"encoded again it is {stored.shape[1]} x {stored.shape[0]} pixels, not {pixels.shape[1]} x {pixels.shape[0]}")
+            raise Refused(
+                "not_reproducible",
+                f"encoded again it is {stored.shape[1]} x {stored.shape[0]} pixels, not {pixels.shape[1]} x {pixels.shape[0]}",
+            )
     return Admitted(jpeg, pixels.shape[0], pixels.shape[1], tuple(repairs), _moments(pixels))
 
 
@@ -75,7 +88,12 @@ def _in_tiles(data: bytes, pixels: np.ndarray) -> bytes:
     """The JPEG as tiles; as it is where it cannot be, or where a decoder would see any other pixel in them."""
     jpeg = tiled(data)
     try:
-        return jpeg if jpeg != data and np.array_equal(simplejpeg.decode_jpeg(jpeg, "RGB", strict=True), pixels) else data
+        return (
+            jpeg
+            if jpeg != data
+            and np.array_equal(simplejpeg.decode_jpeg(jpeg, "RGB", strict=True), pixels)
+            else data
+        )
     except ValueError:
         return data
 
@@ -86,6 +104,7 @@ def finalise(jpeg: bytes) -> bytes:
 
 
 # --- kinds and headers ------------------------------------------------------------------------------------------------------------
+
 
 def kind_of(data: bytes) -> Kind:
     """The file's kind by its first bytes. Raises Refused for what is not a picture, saying what it looks like."""
@@ -105,29 +124,61 @@ def kind_of(data: bytes) -> Kind:
     if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis"):
         return "AVIF"
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
-        raise Refused("unsupported_kind", "a HEIC/HEIF picture, which cannot be decoded here; convert it to JPEG")
+        raise Refused(
+            "unsupported_kind",
+            "a HEIC/HEIF picture, which cannot be decoded here; convert it to JPEG",
+        )
     if head[:2] == b"BM":
         return "BMP"
     if head[:1] == b"P" and head[1:2] in b"123456" and head[2:3].isspace():
         return "PPM"
     if not any(data):
-        raise Refused("not_a_picture", f"all {len(data):,} bytes are zero: the file was never written to the end")
+        raise Refused(
+            "not_a_picture",
+            f"all {len(data):,} bytes are zero: the file was never written to the end",
+        )
     start = data[:512].lstrip().lower()
-    looks = next((word for mark, word in ((b"<!doctype", "an HTML page"), (b"<html", "an HTML page"), (b"<svg", "an SVG drawing"), (b"<?xml", "an XML or SVG file"),
-                                          (b"pk\x03\x04", "a ZIP archive"), (b"%pdf", "a PDF")) if start.startswith(mark)), "")
-    raise Refused("not_a_picture", f"looks like {looks}" if looks else f"begins with the bytes {head[:8].hex(' ')}, which no known kind of picture does")
+    looks = next(
+        (
+            word
+            for mark, word in (
+                (b"<!doctype", "an HTML page"),
+                (b"<html", "an HTML page"),
+                (b"<svg", "an SVG drawing"),
+                (b"<?xml", "an XML or SVG file"),
+                (b"pk\x03\x04", "a ZIP archive"),
+                (b"%pdf", "a PDF"),
+            )
+            if start.startswith(mark)
+        ),
+        "",
+    )
+    raise Refused(
+        "not_a_picture",
+        f"looks like {looks}"
+        if looks
+        else f"begins with the bytes {head[:8].hex(' ')}, which no known kind of picture does",
+    )
 
 
 def _check_size(width: int, height: int, rules: Rules) -> None:
     if width * height > rules.max_megapixels * 1e6:
-        raise Refused("too_large", f"{width} x {height} is {width * height / 1e6:.1f} megapixels, more than --max-megapixels {rules.max_megapixels:g}")
+        raise Refused(
+            "too_large",
+            f"{width} x {height} is {width * height / 1e6:.1f} megapixels, more than --max-megapixels {rules.max_megapixels:g}",
+        )
     if min(width, height) < MIN_SIDE:
-        raise Refused("too_small", f"{width} x {height}: the shorter side is under {MIN_SIDE} pixels")
+        raise Refused(
+            "too_small", f"{width} x {height}: the shorter side is under {MIN_SIDE} pixels"
+        )
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise Refused("too_narrow", f"{width} x {height}: one side is over {MAX_ASPECT} times the other")
+        raise Refused(
+            "too_narrow", f"{width} x {height}: one side is over {MAX_ASPECT} times the other"
+        )
 
 
 # --- JPEG -------------------------------------------------------------------------------------------------------------------------
+
 
 def _read_jpeg(data: bytes, rules: Rules) -> tuple[np.ndarray, str, list[str]]:
     """(uint8[H, W, 3], chroma subsampling to encode with, repairs)."""
@@ -166,7 +217,11 @@ def _read_jpeg(data: bytes, rules: Rules) -> tuple[np.ndarray, str, list[str]]:
     if turn != 1:
         pixels = upright(pixels, turn)
         changes.append("orientation")
-    return pixels, subsampling if subsampling in ("444", "422", "420", "440", "411") else REPAIR_SUBSAMPLING, changes
+    return (
+        pixels,
+        subsampling if subsampling in ("444", "422", "420", "440", "411") else REPAIR_SUBSAMPLING,
+        changes,
+    )
 
 
 def _size_by_pil(data: bytes) -> tuple[int, int]:
@@ -200,6 +255,7 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 # --- everything else --------------------------------------------------------------------------------------------------------------
 
+
 def _read_other(data: bytes, kind: Kind, rules: Rules) -> tuple[np.ndarray, list[str]]:
     """(uint8[H, W, 3], repairs) of a picture that is no JPEG, through PIL."""
     with warnings.catch_warnings():
@@ -211,9 +267,33 @@ def _read_other(data: bytes, kind: Kind, rules: Rules) -> tuple[np.ndarray, list
             raise Refused("damaged", f"{kind} header: {error}") from None
         _check_size(*image.size, rules)
         if frames > 1:
-            raise Refused("animation", f"{kind} with {frames} frames or pages; which of them shows the class is not known. Extract one")
-        if image.mode in ("F", "I") or (kind == "TIFF" and image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I;16", "I;16B", "I;16L")):
-            raise Refused("unsupported_depth", f"{kind} with 32-bit pixels (mode {image.mode}); convert it to 8 bit, choosing the range")
+            raise Refused(
+                "animation",
+                f"{kind} with {frames} frames or pages; which of them shows the class is not known. Extract one",
+            )
+        if image.mode in ("F", "I") or (
+            kind == "TIFF"
+            and image.mode
+            not in (
+                "1",
+                "L",
+                "LA",
+                "P",
+                "PA",
+                "RGB",
+                "RGBA",
+                "CMYK",
+                "YCbCr",
+                "LAB",
+                "I;16",
+                "I;16B",
+                "I;16L",
+            )
+        ):
+            raise Refused(
+                "unsupported_depth",
+                f"{kind} with 32-bit pixels (mode {image.mode}); convert it to 8 bit, choosing the range",
+            )
         try:
             image.load()
             return _to_rgb(image, data, kind, rules)
@@ -223,7 +303,9 @@ def _read_other(data: bytes, kind: Kind, rules: Rules) -> tuple[np.ndarray, list
             raise Refused("damaged", f"{kind}: {error or type(error).__name__}") from None
 
 
-def _to_rgb(image: Image.Image, data: bytes, kind: Kind, rules: Rules) -> tuple[np.ndarray, list[str]]:
+def _to_rgb(
+    image: Image.Image, data: bytes, kind: Kind, rules: Rules
+) -> tuple[np.ndarray, list[str]]:
     changes: list[str] = []
     if kind == "PNG" and cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) is None:
         raise Refused("damaged", "PNG: a second decoder (OpenCV) cannot read it")
@@ -233,7 +315,9 @@ def _to_rgb(image: Image.Image, data: bytes, kind: Kind, rules: Rules) -> tuple[
     if image.mode.startswith("I;16"):
         changes.append("16_bit")
         wide = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))  # PIL's own conversion clips to white
+        image = Image.fromarray(
+            ((wide * 255 + 32767) // 65535).astype(np.uint8)
+        )  # PIL's own conversion clips to white
     if image.mode == "P":
         changes.append("palette")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -252,7 +336,11 @@ def _reduce(pixels: np.ndarray, max_side: int) -> np.ndarray:
     """The longer side at `max_side` pixels, by area averaging, aspect ratio kept."""
     height, width = pixels.shape[:2]
     scale = max_side / max(height, width)
-    return cv2.resize(pixels, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=cv2.INTER_AREA)
+    return cv2.resize(
+        pixels,
+        (max(1, round(width * scale)), max(1, round(height * scale))),
+        interpolation=cv2.INTER_AREA,
+    )
 
 
 def _moments(pixels: np.ndarray) -> tuple[float, ...]:

@@ -39,11 +39,15 @@ class Rules:
         if self.subsampling not in (None, "420", "444", "keep"):
             raise ValueError(f"subsampling = {self.subsampling!r}: needs to be 420, 444 or keep")
         if self.subsampling is not None and self.chroma is None:
-            raise ValueError(f"subsampling = {self.subsampling!r} is for pictures that are encoded again: give max_side or quality as well")
+            raise ValueError(
+                f"subsampling = {self.subsampling!r} is for pictures that are encoded again: give max_side or quality as well"
+            )
         if not self.max_megapixels > 0:
             raise ValueError(f"max_megapixels = {self.max_megapixels}: needs to be above 0")
         if len(self.background) != 3 or not all(0 <= c <= 255 for c in self.background):
-            raise ValueError(f"background = {self.background}: needs red, green and blue from 0 to 255")
+            raise ValueError(
+                f"background = {self.background}: needs red, green and blue from 0 to 255"
+            )
 
     @property
     def chroma(self) -> str | None:

@@ -27,12 +27,15 @@ def check(cfg: config.Augment) -> None:
     known = [op.name for op in ops.OPS]
     for name in cfg.randaugment_ops:
         if name not in known:
-            raise ConfigError(f"augment.randaugment_ops: there is no op {name}.{nearest(name, known)} There are {', '.join(known)}")
+            raise ConfigError(
+                f"augment.randaugment_ops: there is no op {name}.{nearest(name, known)} There are {', '.join(known)}"
+            )
     groups = len(grouped(chosen(cfg)))
     if cfg.randaugment_n > groups:
         raise ConfigError(
             f"augment.randaugment_n = {cfg.randaugment_n}: augment.randaugment_ops leaves ops of only {groups} group(s). "
-            f"Lower it to {groups}, or add ops of other groups")
+            f"Lower it to {groups}, or add ops of other groups"
+        )
 
 
 def chosen(cfg: config.Augment) -> tuple[ops.Op, ...]:
@@ -42,7 +45,9 @@ def chosen(cfg: config.Augment) -> tuple[ops.Op, ...]:
 
 def grouped(table: tuple[ops.Op, ...]) -> list[tuple[ops.Op, ...]]:
     """The ops by group, empty groups left out."""
-    return [found for group in ops.GROUPS if (found := tuple(op for op in table if op.group == group))]
+    return [
+        found for group in ops.GROUPS if (found := tuple(op for op in table if op.group == group))
+    ]
 
 
 class TrainTransform:
@@ -61,7 +66,13 @@ class TrainTransform:
     def __reduce__(self) -> tuple[type[TrainTransform], tuple[config.Augment, int]]:
         return TrainTransform, (self.cfg, self.seed)
 
-    def __call__(self, jpeg: bytes | memoryview | np.ndarray, epoch: int, image_id: int, out: np.ndarray | None = None) -> np.ndarray:
+    def __call__(
+        self,
+        jpeg: bytes | memoryview | np.ndarray,
+        epoch: int,
+        image_id: int,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
         """uint8[S, S, 3], in `out` where that is given. Raises DecodeError."""
         cfg, randomness = self.cfg, self._randomness
         randomness.rewind(key(AUGMENT, self.seed, epoch, image_id))
@@ -95,16 +106,26 @@ class EvalTransform:
         self.size = size
         self.short = max(size, round(size / crop))
 
-    def __call__(self, jpeg: bytes | memoryview | np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    def __call__(
+        self, jpeg: bytes | memoryview | np.ndarray, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """uint8[S, S, 3], in `out` where that is given. Raises DecodeError."""
         height, width = dimensions(jpeg)
         scale = self.short / min(height, width)
-        rows, cols = (self.short, int(self.short * width / height)) if height <= width else (int(self.short * height / width), self.short)
+        rows, cols = (
+            (self.short, int(self.short * width / height))
+            if height <= width
+            else (int(self.short * height / width), self.short)
+        )
         top, left = round((rows - self.size) / 2), round((cols - self.size) / 2)
         image = decode(jpeg, _dct(0.5 / scale))
         y, x = image.shape[0] / rows, image.shape[1] / cols
         box = (left * x, top * y, (left + self.size) * x, (top + self.size) * y)
-        image = np.asarray(Image.fromarray(image).resize((self.size, self.size), Image.Resampling.BILINEAR, box=box))
+        image = np.asarray(
+            Image.fromarray(image).resize(
+                (self.size, self.size), Image.Resampling.BILINEAR, box=box
+            )
+        )
         if out is None:
             return image.copy()
         np.copyto(out, image)
@@ -117,7 +138,13 @@ Box = tuple[int, int, int, int]
 """top, left, height, width."""
 
 
-def crop_box(height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], randomness: Randomness) -> Box:
+def crop_box(
+    height: int,
+    width: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    randomness: Randomness,
+) -> Box:
     """RandomResizedCrop's box (Szegedy et al. 2015), drawn as torchvision's `RandomResizedCrop.get_params` draws it: ten tries, then
     the largest central box within the aspect ratios."""
     uniform, below = randomness.python.uniform, randomness.python.randrange
@@ -142,7 +169,13 @@ def _dct(factor: float) -> int:
     return 8 if factor >= 8 else 4 if factor >= 4 else 2 if factor >= 2 else 1
 
 
-def crop_and_resize(jpeg: bytes | bytearray | memoryview | np.ndarray, tiles: Tiles | None, box: Box, size: int, out: np.ndarray | None = None) -> np.ndarray:
+def crop_and_resize(
+    jpeg: bytes | bytearray | memoryview | np.ndarray,
+    tiles: Tiles | None,
+    box: Box,
+    size: int,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """uint8[size, size, 3]: the box (in pixels of the whole picture), resized. Only the box is decoded where the file has `tiles`. Shrinking
     to half or less happens in the decoder, the rest by linear interpolation (by area where even an eighth leaves more than twice the size). `out`, uint8[size, size, 3], may serve for the result."""
     top, left, height, width = box
@@ -157,19 +190,30 @@ def crop_and_resize(jpeg: bytes | bytearray | memoryview | np.ndarray, tiles: Ti
     image = image[top : top + height, left : left + width]
     if (height, width) == (size, size):
         return image
-    return cv2.resize(image, (size, size), out, interpolation=cv2.INTER_AREA if min(height, width) > 2 * size else cv2.INTER_LINEAR)
+    return cv2.resize(
+        image,
+        (size, size),
+        out,
+        interpolation=cv2.INTER_AREA if min(height, width) > 2 * size else cv2.INTER_LINEAR,
+    )
 
 
 class ColorJitter:
     """torchvision's ColorJitter with probability p: brightness, contrast, saturation and hue in random order, factors uniform
     from max(0, 1 - strength) to 1 + strength, hue from -strength to strength turns."""
 
-    def __init__(self, brightness: float, contrast: float, saturation: float, hue: float, p: float) -> None:
+    def __init__(
+        self, brightness: float, contrast: float, saturation: float, hue: float, p: float
+    ) -> None:
         self.p = p
         self.steps = [
             (function, max(0.0, centre - strength) if centre else -strength, centre + strength)
             for function, strength, centre in (
-                (colour.brightness, brightness, 1.0), (colour.contrast, contrast, 1.0), (colour.saturation, saturation, 1.0), (colour.hue, hue, 0.0))
+                (colour.brightness, brightness, 1.0),
+                (colour.contrast, contrast, 1.0),
+                (colour.saturation, saturation, 1.0),
+                (colour.hue, hue, 0.0),
+            )
             if strength > 0
         ]
 
@@ -183,6 +227,7 @@ class ColorJitter:
 
 
 # --- policies -----------------------------------------------------------------------------------------------------------------------
+
 
 class RandAugment:
     """RandAugment (Cubuk et al. 2020) over groups: n groups without replacement, each acting with probability p through one of its ops,
@@ -225,11 +270,18 @@ def policy(cfg: config.Augment) -> RandAugment | TrivialAugment | None:
     if cfg.trivialaugment:
         return TrivialAugment(chosen(cfg), cfg.size)
     if cfg.randaugment_n:
-        return RandAugment(chosen(cfg), cfg.randaugment_n, cfg.randaugment_m, cfg.randaugment_p, cfg.size)
+        return RandAugment(
+            chosen(cfg), cfg.randaugment_n, cfg.randaugment_m, cfg.randaugment_p, cfg.size
+        )
     return None
 
 
-def erase(image: np.ndarray, scale: tuple[float, float], randomness: Randomness, ratio: tuple[float, float] = (0.3, 1 / 0.3)) -> None:
+def erase(
+    image: np.ndarray,
+    scale: tuple[float, float],
+    randomness: Randomness,
+    ratio: tuple[float, float] = (0.3, 1 / 0.3),
+) -> None:
     """RandomErasing (Zhong et al. 2017): a box of uint8[H, W, 3] filled, in place, with random values (the paper's RE-R)."""
     height, width = image.shape[:2]
     for _ in range(10):
@@ -237,6 +289,11 @@ def erase(image: np.ndarray, scale: tuple[float, float], randomness: Randomness,
         aspect = math.exp(randomness.python.uniform(math.log(ratio[0]), math.log(ratio[1])))
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if h < height and w < width:
-            top, left = randomness.python.randrange(height - h + 1), randomness.python.randrange(width - w + 1)
-            image[top : top + h, left : left + w] = np.frombuffer(randomness.generator.bytes(h * w * 3), np.uint8).reshape(h, w, 3)
+            top, left = (
+                randomness.python.randrange(height - h + 1),
+                randomness.python.randrange(width - w + 1),
+            )
+            image[top : top + h, left : left + w] = np.frombuffer(
+                randomness.generator.bytes(h * w * 3), np.uint8
+            ).reshape(h, w, 3)
             return

@@ -43,12 +43,16 @@ class Cache:
             if _has(target, size):
                 return target
             if shutil.disk_usage(self.folder).free < size:
-                raise OSError(f"the cache {self.folder} has no room for {size:,} bytes; free some, or set FTLIB_HOME to a larger disk")
+                raise OSError(
+                    f"the cache {self.folder} has no room for {size:,} bytes; free some, or set FTLIB_HOME to a larger disk"
+                )
             temporary = self.folder / f".tmp-{file}-{os.getpid()}"
             try:
                 digest = self._copy(file, temporary)
                 if digest != sha256:
-                    raise ValueError(f"its sha256 is {digest[:12]}..., the manifest says {sha256[:12]}...")
+                    raise ValueError(
+                        f"its sha256 is {digest[:12]}..., the manifest says {sha256[:12]}..."
+                    )
                 os.replace(temporary, target)
             finally:
                 temporary.unlink(missing_ok=True)

@@ -20,7 +20,9 @@ def brightness(img: np.ndarray, factor: float) -> np.ndarray:
 def contrast(img: np.ndarray, factor: float) -> np.ndarray:
     """PIL's ImageEnhance.Contrast, up to rounding: away from the picture's mean grey by `factor`."""
     grey = (1 - factor) * math.floor(float(LUMA @ cv2.mean(img)[:3]) + 0.5)
-    return cv2.transform(img, np.array([[factor, 0, 0, grey], [0, factor, 0, grey], [0, 0, factor, grey]]))
+    return cv2.transform(
+        img, np.array([[factor, 0, 0, grey], [0, factor, 0, grey], [0, 0, factor, grey]])
+    )
 
 
 def saturation(img: np.ndarray, factor: float) -> np.ndarray:
@@ -36,7 +38,9 @@ def hue(img: np.ndarray, turns: float) -> np.ndarray:
     hsv = cv2.cvtColor(img, cv2.COLOR_RGB2HSV_FULL)
     turn = np.zeros(3 * img.shape[1], np.uint8)
     turn[::3] = by % 256
-    hsv.reshape(len(hsv), -1)[:] += turn  # by whole rows: three times faster than by every third value
+    hsv.reshape(len(hsv), -1)[:] += (
+        turn  # by whole rows: three times faster than by every third value
+    )
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 

@@ -21,7 +21,13 @@ def decode(jpeg: bytes | bytearray | memoryview | np.ndarray, shrink: int = 1) -
         if shrink == 1:
             return simplejpeg.decode_jpeg(jpeg, "RGB")
         height, width, _, _ = simplejpeg.decode_jpeg_header(jpeg)
-        return simplejpeg.decode_jpeg(jpeg, "RGB", min_factor=shrink, min_height=-(-height // shrink), min_width=-(-width // shrink))
+        return simplejpeg.decode_jpeg(
+            jpeg,
+            "RGB",
+            min_factor=shrink,
+            min_height=-(-height // shrink),
+            min_width=-(-width // shrink),
+        )
     except ValueError as error:
         raise DecodeError(_why(jpeg, error)) from None
 

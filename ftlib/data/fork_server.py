@@ -46,6 +46,8 @@ def context(module: str) -> multiprocessing.context.ForkServerContext:
     found.set_forkserver_preload([module])
     root = str(Path(__file__).parents[2])
     # The server looks for the module there.
-    with environment(PYTHONPATH=os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))):
+    with environment(
+        PYTHONPATH=os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    ):
         forkserver.ensure_running()
     return found

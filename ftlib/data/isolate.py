@@ -58,10 +58,24 @@ class Examiner:
     def _start(self) -> None:
         ours, theirs = Pipe()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by _end()
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]),
-                       "OMP_NUM_THREADS": "1"}
-        self._child = subprocess.Popen([sys.executable, "-m", "ftlib.data.isolate", str(theirs.fileno())], stdin=subprocess.DEVNULL, stdout=self._log,
-                                       stderr=self._log, pass_fds=[theirs.fileno()], env=environment)
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(
+                [
+                    str(Path(__file__).resolve().parents[2]),
+                    *filter(None, [os.environ.get("PYTHONPATH")]),
+                ]
+            ),
+            "OMP_NUM_THREADS": "1",
+        }
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", "ftlib.data.isolate", str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            pass_fds=[theirs.fileno()],
+            env=environment,
+        )
         theirs.close()
         self._pipe = ours
         try:

@@ -31,7 +31,11 @@ def fault(data: bytes) -> str | None:
     if not tables:
         return None
     changed, allowed = _clamped(data), ALLOWED_OVERFLOW + _rounding(tables[0])
-    return f"its brightness leaves the range by {changed:.0f} grey levels, which no encoder writes: damaged bytes" if changed > allowed else None
+    return (
+        f"its brightness leaves the range by {changed:.0f} grey levels, which no encoder writes: damaged bytes"
+        if changed > allowed
+        else None
+    )
 
 
 def segments(data: bytes) -> Iterator[tuple[int, bytes]]:
@@ -91,5 +95,14 @@ def _clamped(data: bytes) -> float:
     rows, columns = full.shape[0] // 8, full.shape[1] // 8
     if small.shape != (-(-full.shape[0] // 8), -(-full.shape[1] // 8)) or not rows or not columns:
         return 0.0
-    means = np.add.reduceat(np.add.reduceat(full[: rows * 8, : columns * 8], np.arange(0, rows * 8, 8), axis=0, dtype=np.int32), np.arange(0, columns * 8, 8), axis=1) / 64
+    means = (
+        np.add.reduceat(
+            np.add.reduceat(
+                full[: rows * 8, : columns * 8], np.arange(0, rows * 8, 8), axis=0, dtype=np.int32
+            ),
+            np.arange(0, columns * 8, 8),
+            axis=1,
+        )
+        / 64
+    )
     return float(np.abs(means - small[:rows, :columns]).max())

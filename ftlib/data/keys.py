@@ -27,7 +27,9 @@ def _mix(x: int) -> int:
 
 def key(domain: int, *parts: int) -> int:
     """A uint64 from a domain and whole numbers (taken modulo 2**64), well mixed and dependent on their order and number."""
-    return _mix(_before(domain, parts[:-1]) ^ _mix(int(parts[-1]) & _MASK)) if parts else _mix(domain)
+    return (
+        _mix(_before(domain, parts[:-1]) ^ _mix(int(parts[-1]) & _MASK)) if parts else _mix(domain)
+    )
 
 
 @lru_cache(maxsize=256)
@@ -83,7 +85,10 @@ class Randomness:
         self.python.gauss_next = None  # the second half of a pair drawn before
 
     def __reduce__(self) -> tuple[type[Randomness], tuple[()]]:
-        return Randomness, ()  # it has no state of its own worth keeping: it is rewound before each use
+        return (
+            Randomness,
+            (),
+        )  # it has no state of its own worth keeping: it is rewound before each use
 
 
 def raw(key: int, n: int) -> np.ndarray:

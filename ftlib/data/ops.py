@@ -23,13 +23,24 @@ from math import ceil, cos, radians, sin
 from random import Random
 from typing import Any, Literal
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing it would ask the network for a newer version
+os.environ.setdefault(
+    "NO_ALBUMENTATIONS_UPDATE", "1"
+)  # importing it would ask the network for a newer version
 
 import albumentations as A
 import cv2
 import numpy as np
 
-from ftlib.data.colour import autocontrast, brightness, contrast, equalize, gamma, hue, saturation, sharpness
+from ftlib.data.colour import (
+    autocontrast,
+    brightness,
+    contrast,
+    equalize,
+    gamma,
+    hue,
+    saturation,
+    sharpness,
+)
 from ftlib.data.keys import AUGMENT, key
 
 Group = Literal["geometric", "noise", "colour"]
@@ -78,17 +89,26 @@ def signed(amount: float, python: Random) -> float:
     return -amount if python.random() < 0.5 else amount
 
 
-def in_fours(warp: Callable[..., np.ndarray], image: np.ndarray, *arguments: Any, **options: Any) -> np.ndarray:
+def in_fours(
+    warp: Callable[..., np.ndarray], image: np.ndarray, *arguments: Any, **options: Any
+) -> np.ndarray:
     """An OpenCV function of a three-channel picture by way of a fourth channel: it interpolates four channels in half the time of three, and to the same values."""
-    return cv2.cvtColor(warp(cv2.cvtColor(image, cv2.COLOR_RGB2RGBA), *arguments, **options), cv2.COLOR_RGBA2RGB)
+    return cv2.cvtColor(
+        warp(cv2.cvtColor(image, cv2.COLOR_RGB2RGBA), *arguments, **options), cv2.COLOR_RGBA2RGB
+    )
 
 
 # --- geometric ----------------------------------------------------------------------------------------------------------------------
 
+
 class Warp(Pixels):
     """An affine warp about the centre, one way or the other: linear interpolation, grey outside."""
 
-    def __init__(self, matrix: Callable[[float], tuple[float, float, float, float, float, float]], amount: float) -> None:
+    def __init__(
+        self,
+        matrix: Callable[[float], tuple[float, float, float, float, float, float]],
+        amount: float,
+    ) -> None:
         super().__init__(amount)
         self.matrix = matrix
 
@@ -96,8 +116,18 @@ class Warp(Pixels):
         height, width = image.shape[:2]
         a, b, tx, c, d, ty = self.matrix(signed(self.amount, python))
         x, y = (width - 1) / 2, (height - 1) / 2  # x' = M (x - centre) + centre + t * side
-        around = np.array([[a, b, x - a * x - b * y + tx * width], [c, d, y - c * x - d * y + ty * height]])
-        return in_fours(cv2.warpAffine, image, around, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=(GREY,) * 4)
+        around = np.array(
+            [[a, b, x - a * x - b * y + tx * width], [c, d, y - c * x - d * y + ty * height]]
+        )
+        return in_fours(
+            cv2.warpAffine,
+            image,
+            around,
+            (width, height),
+            flags=cv2.INTER_LINEAR,
+            borderMode=cv2.BORDER_CONSTANT,
+            borderValue=(GREY,) * 4,
+        )
 
 
 def rotation(degrees: float) -> tuple[float, float, float, float, float, float]:
@@ -133,8 +163,17 @@ class Perspective(Pixels):
         right, bottom = width - 1, height - 1
         corners = np.array([[0, 0], [right, 0], [right, bottom], [0, bottom]], np.float32)
         inwards = np.array([[right, bottom], [-right, bottom], [-right, -bottom], [right, -bottom]])
-        points = corners + inwards * np.minimum(np.abs(generator.normal(0, self.amount, (4, 2))), 0.32)
-        return in_fours(cv2.warpPerspective, image, cv2.getPerspectiveTransform(points.astype(np.float32), corners), (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        points = corners + inwards * np.minimum(
+            np.abs(generator.normal(0, self.amount, (4, 2))), 0.32
+        )
+        return in_fours(
+            cv2.warpPerspective,
+            image,
+            cv2.getPerspectiveTransform(points.astype(np.float32), corners),
+            (width, height),
+            flags=cv2.INTER_LINEAR,
+            borderMode=cv2.BORDER_REPLICATE,
+        )
 
 
 class Elastic(Pixels):
@@ -151,18 +190,29 @@ class Elastic(Pixels):
     def field(self, height: int, width: int, generator: np.random.Generator) -> np.ndarray:
         """float32[height, width, 2]: displacement in x and y, in pixels."""
         edge = 3  # grid points that the blur's border reaches, cut off again
-        rows, cols = ceil(height / self.sigma) + 3, ceil(width / self.sigma) + 3  # 3: what the cubic's border reaches
+        rows, cols = (
+            ceil(height / self.sigma) + 3,
+            ceil(width / self.sigma) + 3,
+        )  # 3: what the cubic's border reaches
         coarse = generator.standard_normal((rows + 2 * edge, cols + 2 * edge, 2), np.float32)
         coarse = cv2.GaussianBlur(coarse, (0, 0), 1.0)[edge:-edge, edge:-edge]
-        fine = cv2.resize(coarse, (ceil(cols * self.sigma), ceil(rows * self.sigma)), interpolation=cv2.INTER_CUBIC)
+        fine = cv2.resize(
+            coarse,
+            (ceil(cols * self.sigma), ceil(rows * self.sigma)),
+            interpolation=cv2.INTER_CUBIC,
+        )
         start = int(self.sigma)
         fine = fine[start : start + height, start : start + width]
-        return fine * np.float32(self.amount * 2 * np.sqrt(np.pi))  # the blur left a standard deviation of 1 / (2 sqrt pi)
+        return fine * np.float32(
+            self.amount * 2 * np.sqrt(np.pi)
+        )  # the blur left a standard deviation of 1 / (2 sqrt pi)
 
     def act(self, image: np.ndarray, generator: np.random.Generator, python: Random) -> np.ndarray:
         height, width = image.shape[:2]
         places = _pixel_grid(height, width) + self.field(height, width, generator)
-        return in_fours(cv2.remap, image, places, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
+        return in_fours(
+            cv2.remap, image, places, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101
+        )
 
 
 @lru_cache(maxsize=4)
@@ -174,10 +224,13 @@ def _pixel_grid(height: int, width: int) -> np.ndarray:
 
 # --- noise --------------------------------------------------------------------------------------------------------------------------
 
+
 @lru_cache(maxsize=4)
 def _normals(n: int) -> np.ndarray:
     """A pool of standard normal float32 numbers to cut n neighbours out of: drawing anew for each picture costs ten times more."""
-    pool = np.random.Generator(np.random.Philox(key=key(AUGMENT, 0))).standard_normal(n + (1 << 20), np.float32)
+    pool = np.random.Generator(np.random.Philox(key=key(AUGMENT, 0))).standard_normal(
+        n + (1 << 20), np.float32
+    )
     pool.setflags(write=False)
     return pool
 
@@ -192,7 +245,9 @@ class Additive(Pixels):
     """picture + amount * normals, independent for every value; `amount` in grey levels."""
 
     def act(self, image: np.ndarray, generator: np.random.Generator, python: Random) -> np.ndarray:
-        return cv2.addWeighted(image, 1, normals_of(image.shape, python), self.amount, 0, dtype=cv2.CV_8U)
+        return cv2.addWeighted(
+            image, 1, normals_of(image.shape, python), self.amount, 0, dtype=cv2.CV_8U
+        )
 
 
 class Multiplicative(Pixels):
@@ -200,7 +255,9 @@ class Multiplicative(Pixels):
 
     def act(self, image: np.ndarray, generator: np.random.Generator, python: Random) -> np.ndarray:
         normals = normals_of(image.shape, python)
-        return cv2.multiply(image, cv2.addWeighted(normals, self.amount, normals, 0, 1), dtype=cv2.CV_8U)
+        return cv2.multiply(
+            image, cv2.addWeighted(normals, self.amount, normals, 0, 1), dtype=cv2.CV_8U
+        )
 
 
 class MotionBlur(Pixels):
@@ -213,9 +270,14 @@ class MotionBlur(Pixels):
         """float32[amount, amount], sum 1. `angle` in degrees; `direction` from -1 (one side of the centre only) to 1 (the other)."""
         length = int(self.amount)
         reach = length // 2
-        along = np.linspace(-reach * (1 - max(direction, 0)), reach * (1 + min(direction, 0)), length)
+        along = np.linspace(
+            -reach * (1 - max(direction, 0)), reach * (1 + min(direction, 0)), length
+        )
         kernel = np.zeros((length, length), np.float32)
-        kernel[np.rint(reach + sin(radians(angle)) * along).astype(int), np.rint(reach + cos(radians(angle)) * along).astype(int)] = 1
+        kernel[
+            np.rint(reach + sin(radians(angle)) * along).astype(int),
+            np.rint(reach + cos(radians(angle)) * along).astype(int),
+        ] = 1
         return kernel / kernel.sum()
 
 
@@ -233,10 +295,16 @@ class Dropout(Pixels):
 
 # --- colour -------------------------------------------------------------------------------------------------------------------------
 
+
 class Enhance(Pixels):
     """A function of `ftlib.data.colour` at `centre` plus or minus `amount`."""
 
-    def __init__(self, function: Callable[[np.ndarray, float], np.ndarray], amount: float, centre: float = 1.0) -> None:
+    def __init__(
+        self,
+        function: Callable[[np.ndarray, float], np.ndarray],
+        amount: float,
+        centre: float = 1.0,
+    ) -> None:
         super().__init__(amount)
         self.function = function
         self.centre = centre
@@ -256,12 +324,19 @@ class Tables(Pixels):
         same = np.arange(256)
         tables = np.empty((1, 256, 3), np.uint8)
         for channel in range(3):
-            found = self.table(cv2.calcHist([image], [channel], None, [256], [0, 256]).ravel().astype(np.int64))
-            tables[0, :, channel] = same if found is None else np.rint((1 - self.amount) * same + self.amount * np.clip(found, 0, 255))
+            found = self.table(
+                cv2.calcHist([image], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
+            )
+            tables[0, :, channel] = (
+                same
+                if found is None
+                else np.rint((1 - self.amount) * same + self.amount * np.clip(found, 0, 255))
+            )
         return cv2.LUT(image, tables)
 
 
 # --- the table ----------------------------------------------------------------------------------------------------------------------
+
 
 def _blur(s: float, size: int) -> A.BasicTransform:
     sigma = 0.012 * size * s**0.5  # what a blur takes away grows with sigma squared
@@ -271,26 +346,85 @@ def _blur(s: float, size: int) -> A.BasicTransform:
 
 OPS: tuple[Op, ...] = (
     Op("rotate", "geometric", lambda s, _: Warp(rotation, 30 * s), "30 degrees either way"),
-    Op("shear_x", "geometric", lambda s, _: Warp(shear_x, 0.3 * s), "0.3 of the height, either way"),
+    Op(
+        "shear_x", "geometric", lambda s, _: Warp(shear_x, 0.3 * s), "0.3 of the height, either way"
+    ),
     Op("shear_y", "geometric", lambda s, _: Warp(shear_y, 0.3 * s), "0.3 of the width, either way"),
-    Op("translate_x", "geometric", lambda s, _: Warp(shift_x, 0.3 * s), "0.3 of the width, either way"),
-    Op("translate_y", "geometric", lambda s, _: Warp(shift_y, 0.3 * s), "0.3 of the height, either way"),
+    Op(
+        "translate_x",
+        "geometric",
+        lambda s, _: Warp(shift_x, 0.3 * s),
+        "0.3 of the width, either way",
+    ),
+    Op(
+        "translate_y",
+        "geometric",
+        lambda s, _: Warp(shift_y, 0.3 * s),
+        "0.3 of the height, either way",
+    ),
     Op("zoom", "geometric", lambda s, _: Warp(zoom, 0.5 * s), "1.41 times larger or smaller"),
-    Op("perspective", "geometric", lambda s, _: Perspective(0.12 * s), "corners moved inwards by 0.12 of the side (standard deviation)"),
-    Op("elastic", "geometric", lambda s, size: Elastic(0.02 * s * size, 0.05 * size), "smooth displacement of 0.02 of the side (rms)"),
-    Op("gauss_noise", "noise", lambda s, _: Additive(50 * s), "standard deviation of 50 grey levels"),
-    Op("multiplicative_noise", "noise", lambda s, _: Multiplicative(0.5 * s), "speckle, standard deviation of half the value"),
+    Op(
+        "perspective",
+        "geometric",
+        lambda s, _: Perspective(0.12 * s),
+        "corners moved inwards by 0.12 of the side (standard deviation)",
+    ),
+    Op(
+        "elastic",
+        "geometric",
+        lambda s, size: Elastic(0.02 * s * size, 0.05 * size),
+        "smooth displacement of 0.02 of the side (rms)",
+    ),
+    Op(
+        "gauss_noise",
+        "noise",
+        lambda s, _: Additive(50 * s),
+        "standard deviation of 50 grey levels",
+    ),
+    Op(
+        "multiplicative_noise",
+        "noise",
+        lambda s, _: Multiplicative(0.5 * s),
+        "speckle, standard deviation of half the value",
+    ),
     Op("blur", "noise", _blur, "Gaussian, sigma of 0.012 of the side"),
-    Op("motion_blur", "noise", lambda s, size: MotionBlur(1 + 2 * ceil(s * size * 0.02)), "a line of 0.04 of the side in any direction"),
-    Op("coarse_dropout", "noise", lambda s, size: Dropout(ceil(s * size * 0.2)), "six grey squares of 0.2 of the side"),
+    Op(
+        "motion_blur",
+        "noise",
+        lambda s, size: MotionBlur(1 + 2 * ceil(s * size * 0.02)),
+        "a line of 0.04 of the side in any direction",
+    ),
+    Op(
+        "coarse_dropout",
+        "noise",
+        lambda s, size: Dropout(ceil(s * size * 0.2)),
+        "six grey squares of 0.2 of the side",
+    ),
     Op("brightness", "colour", lambda s, _: Enhance(brightness, 0.9 * s), "factor 0.1 or 1.9"),
     Op("contrast", "colour", lambda s, _: Enhance(contrast, 0.9 * s), "factor 0.1 or 1.9"),
     Op("saturation", "colour", lambda s, _: Enhance(saturation, 0.9 * s), "factor 0.1 or 1.9"),
     Op("sharpness", "colour", lambda s, _: Enhance(sharpness, 0.9 * s), "factor 0.1 or 1.9"),
     Op("hue", "colour", lambda s, _: Enhance(hue, 0.2 * s, centre=0.0), "0.2 turns either way"),
     Op("gamma", "colour", lambda s, _: Enhance(gamma, s, centre=0.0), "exponent 0.5 or 2"),
-    Op("posterize", "colour", lambda s, _: A.Posterize(num_bits=(8 - ceil(4 * s),) * 2, p=1), "4 bits per channel"),
-    Op("solarize", "colour", lambda s, _: A.Solarize(threshold_range=(1 - s, 1 - s), p=1), "all values inverted"),
-    Op("autocontrast", "colour", lambda s, _: Tables(autocontrast, s), "each channel stretched to 0..255"),
-    Op("equalize", "colour", lambda s, _: Tables(equalize, s), "each channel's histogram equalized"),
+    Op(
+        "posterize",
+        "colour",
+        lambda s, _: A.Posterize(num_bits=(8 - ceil(4 * s),) * 2, p=1),
+        "4 bits per channel",
+    ),
+    Op(
+        "solarize",
+        "colour",
+        lambda s, _: A.Solarize(threshold_range=(1 - s, 1 - s), p=1),
+        "all values inverted",
+    ),
+    Op(
+        "autocontrast",
+        "colour",
+        lambda s, _: Tables(autocontrast, s),
+        "each channel stretched to 0..255",
+    ),
+    Op(
+        "equalize", "colour", lambda s, _: Tables(equalize, s), "each channel's histogram equalized"
+    ),
 )

@@ -43,12 +43,16 @@ def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
 def steps_per_epoch(n: int, batch_size: int) -> int:
     """ceil(n / batch_size), except that a last step of a single image is left out: BatchNorm cannot train on one image."""
     if n < 2 and batch_size > 1:
-        raise ValueError(f"{n} training image(s): needs at least 2. Take a larger data.subset, or a smaller data.tuning_fraction")
+        raise ValueError(
+            f"{n} training image(s): needs at least 2. Take a larger data.subset, or a smaller data.tuning_fraction"
+        )
     full, rest = divmod(n, batch_size)
     return full + (rest > 1)
 
 
-def step_plan(seed: int, step: int, rows: np.ndarray, batch_size: int, microbatch_size: int) -> list[Microbatch]:
+def step_plan(
+    seed: int, step: int, rows: np.ndarray, batch_size: int, microbatch_size: int
+) -> list[Microbatch]:
     """The microbatches of one step (from 0, over the whole run) of training on `rows` (int64[n]).
 
     A full step has batch_size / microbatch_size of them. The rest of an epoch is split into as few as hold it, as evenly as
@@ -61,7 +65,10 @@ def step_plan(seed: int, step: int, rows: np.ndarray, batch_size: int, microbatc
     count = -(-r // microbatch_size)
     if microbatch_size > 1:
         count = min(count, r // 2)
-    return [Microbatch(step, epoch, k, rows[part], r) for k, part in enumerate(np.array_split(order, count))]
+    return [
+        Microbatch(step, epoch, k, rows[part], r)
+        for k, part in enumerate(np.array_split(order, count))
+    ]
 
 
 T = TypeVar("T")
@@ -72,7 +79,9 @@ def owned(plan: Sequence[T], rank: int, world: int) -> list[T]:
     return list(plan[rank::world])
 
 
-def _ranks(labels: np.ndarray, rows: np.ndarray, random: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _ranks(
+    labels: np.ndarray, rows: np.ndarray, random: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """For each of `rows`: its place (from 0) in a random order of its class, and the size of its class."""
     of = labels[rows]
     by_class = np.lexsort((random, of))
@@ -92,7 +101,9 @@ def subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return rows[place < np.maximum(1, np.floor(size * fraction + 1e-9))]
 
 
-def tuning_split(labels: np.ndarray, rows: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def tuning_split(
+    labels: np.ndarray, rows: np.ndarray, fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """`rows` in two, (train, tuning), both in the order of `rows`; stratified: of each class round(fraction * size) are for
     tuning, at least 1 where the class has 2 or more, and at least 1 stays for training. Fraction 0 leaves tuning empty.
 

@@ -29,7 +29,18 @@ from ftlib.data import prepare_engine, sources
 from ftlib.data.admit_rules import Rules
 from ftlib.data.prepare_report import Progress, Report
 from ftlib.data.prepare_shard import PART, ShardTask, cannot_write, part_index, plan
-from ftlib.data.shards import FORMAT, INDEX, MANIFEST, PARTS, SCHEMA, SPLITS, DataError, Dataset, canonical, checksum
+from ftlib.data.shards import (
+    FORMAT,
+    INDEX,
+    MANIFEST,
+    PARTS,
+    SCHEMA,
+    SPLITS,
+    DataError,
+    Dataset,
+    canonical,
+    checksum,
+)
 
 MAX_BAD_FRACTION = 0.01
 ROOM = 1.05
@@ -52,8 +63,17 @@ class Prepared:
 
 
 def prepare(
-    source: str | Path, out: str | Path | None = None, *, val_fraction: float | None = None, seed: int = 42, rules: Rules | None = None,
-    max_bad_fraction: float = MAX_BAD_FRACTION, workers: int = 0, engine: str = "auto", overwrite: bool = False, progress: bool = True,
+    source: str | Path,
+    out: str | Path | None = None,
+    *,
+    val_fraction: float | None = None,
+    seed: int = 42,
+    rules: Rules | None = None,
+    max_bad_fraction: float = MAX_BAD_FRACTION,
+    workers: int = 0,
+    engine: str = "auto",
+    overwrite: bool = False,
+    progress: bool = True,
 ) -> Prepared:
     """Prepare `source` (a folder, or a built-in name such as digits) as the set `out` (default: a folder under $FTLIB_HOME/data).
 
@@ -63,22 +83,39 @@ def prepare(
     started = time.monotonic()
     rules = rules or Rules()
     if not 0 <= max_bad_fraction < 1:
-        raise DataError(f"--max-bad-fraction {max_bad_fraction:g}: needs to be from 0 to below 1, such as {MAX_BAD_FRACTION}")
+        raise DataError(
+            f"--max-bad-fraction {max_bad_fraction:g}: needs to be from 0 to below 1, such as {MAX_BAD_FRACTION}"
+        )
     name, root = _resolve(str(source), val_fraction)
     out = home.data_path(str(out)) if out else str(home.home() / "data" / name)
     found = sources.scan(root, val_fraction, seed)
     _keep_apart(found.root, out)
     tasks = plan(found.root, out, found.classes, found.entries, rules)
-    inputs = hashlib.sha256(canonical([[t.digest for t in tasks], [list(link) for link in found.refused_links]])).hexdigest()
+    inputs = hashlib.sha256(
+        canonical([[t.digest for t in tasks], [list(link) for link in found.refused_links]])
+    ).hexdigest()
     with _writing(out):
         if (done := _already_there(out, inputs, overwrite)) is not None:
-            return Prepared(out, done, json.loads(storage.read_file(storage.join(out, "report.json")) or b"{}"), True, time.monotonic() - started)
+            return Prepared(
+                out,
+                done,
+                json.loads(storage.read_file(storage.join(out, "report.json")) or b"{}"),
+                True,
+                time.monotonic() - started,
+            )
         _check_room(out, found.entries, ROOM_FOR_TILES if rules.tiles else ROOM)
         kind = prepare_engine.choose(tasks, engine)
         with Progress(len(found.entries), f"preparing {name}", progress) as bar:
             records = prepare_engine.run(tasks, kind, workers, bar.advance)
-        made = {"source": name, "folder": found.root, "rules": rules.to_dict(), "val_fraction": val_fraction, "seed": seed if val_fraction else None,
-                "at": datetime.now(timezone.utc).isoformat(timespec="seconds"), "versions": {p: version(p) for p in ("pyarrow", "simplejpeg", "pillow", "numpy")}}
+        made = {
+            "source": name,
+            "folder": found.root,
+            "rules": rules.to_dict(),
+            "val_fraction": val_fraction,
+            "seed": seed if val_fraction else None,
+            "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": {p: version(p) for p in ("pyarrow", "simplejpeg", "pillow", "numpy")},
+        }
         dataset, report = _finish(out, found, tasks, records, inputs, made, max_bad_fraction)
     return Prepared(out, dataset, report.summary, False, time.monotonic() - started)
 
@@ -87,7 +124,9 @@ def _resolve(source: str, val_fraction: float | None) -> tuple[str, Path]:
     """(name, folder) of a source. A folder of that name wins over a built-in set only when it is written as a path."""
     if source in sources.names():
         if val_fraction is not None:
-            raise DataError(f"--val-fraction would do nothing: {source} has its own val split. Leave the option out")
+            raise DataError(
+                f"--val-fraction would do nothing: {source} has its own val split. Leave the option out"
+            )
         return source, sources.make_folders(source, home.home() / "sources" / source)
     path = Path(os.path.abspath(Path(source).expanduser()))
     if not path.exists() and os.sep not in source:
@@ -100,9 +139,13 @@ def _keep_apart(root: str, out: str) -> None:
         return
     real, source = os.path.realpath(out), os.path.realpath(root)
     if real == source or source.startswith(real + os.sep):
-        raise DataError(f"--out {out} holds the source pictures. Choose another folder for the prepared set")
+        raise DataError(
+            f"--out {out} holds the source pictures. Choose another folder for the prepared set"
+        )
     if real.startswith(source + os.sep):
-        raise DataError(f"--out {out} lies within the source folder, where it would be taken for pictures. Choose another folder")
+        raise DataError(
+            f"--out {out} lies within the source folder, where it would be taken for pictures. Choose another folder"
+        )
 
 
 @contextlib.contextmanager
@@ -112,7 +155,9 @@ def _writing(out: str) -> Iterator[None]:
         try:
             storage.write_file(storage.join(out, PARTS, "started"), b"")
         except (OSError, storage.StorageError) as error:
-            raise DataError(f"cannot write {out} ({error}). Check the address and the credentials, or choose another --out") from error
+            raise DataError(
+                f"cannot write {out} ({error}). Check the address and the credentials, or choose another --out"
+            ) from error
         yield
         return
     folder = Path(out)
@@ -125,7 +170,9 @@ def _writing(out: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise DataError(f"another process is preparing {out} right now. Wait for it, or choose another --out") from None
+            raise DataError(
+                f"another process is preparing {out} right now. Wait for it, or choose another --out"
+            ) from None
         yield
 
 
@@ -133,32 +180,54 @@ def _already_there(out: str, inputs: str, overwrite: bool) -> Dataset | None:
     """The set at `out` if it is whole and made of the same; None when there is work to do."""
     if storage.read_file(storage.join(out, MANIFEST)) is None:
         if not storage.is_remote(out):
-            strange = [e.name for e in os.scandir(out) if not e.name.startswith(".") and not OURS.fullmatch(e.name) and e.name not in ("report.json", "report.csv")]
+            strange = [
+                e.name
+                for e in os.scandir(out)
+                if not e.name.startswith(".")
+                and not OURS.fullmatch(e.name)
+                and e.name not in ("report.json", "report.csv")
+            ]
             if strange:
-                raise DataError(f"--out {out} is not empty and holds no prepared set ({', '.join(sorted(strange)[:3])}). Choose a new folder")
+                raise DataError(
+                    f"--out {out} is not empty and holds no prepared set ({', '.join(sorted(strange)[:3])}). Choose a new folder"
+                )
         return None
     if overwrite:
         _delete(out, MANIFEST)
         return None
     dataset = Dataset.open(out)
     if dataset.manifest["inputs"] != inputs:
-        raise DataError(f"{out} holds a set made from other files or with other options. Choose another --out, or give --overwrite to replace it")
+        raise DataError(
+            f"{out} holds a set made from other files or with other options. Choose another --out, or give --overwrite to replace it"
+        )
     return dataset
 
 
 def _check_room(out: str, entries: tuple[sources.Entry, ...], room: float) -> None:
     if storage.is_remote(out):
         return
-    need = int(sum(e.bytes for e in entries) * room) - sum(e.stat().st_size for e in os.scandir(out) if e.name.endswith(".parquet"))
+    need = int(sum(e.bytes for e in entries) * room) - sum(
+        e.stat().st_size for e in os.scandir(out) if e.name.endswith(".parquet")
+    )
     free = shutil.disk_usage(out).free
     if free < need:
-        raise DataError(f"cannot write {out}: about {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free. Free some space, or choose another --out")
+        raise DataError(
+            f"cannot write {out}: about {need / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free. Free some space, or choose another --out"
+        )
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------------------
 
-def _finish(out: str, found: sources.Found, tasks: list[ShardTask], records: list[dict[str, Any]], inputs: str, made: dict[str, Any],
-            max_bad_fraction: float) -> tuple[Dataset, Report]:
+
+def _finish(
+    out: str,
+    found: sources.Found,
+    tasks: list[ShardTask],
+    records: list[dict[str, Any]],
+    inputs: str,
+    made: dict[str, Any],
+    max_bad_fraction: float,
+) -> tuple[Dataset, Report]:
     report = Report(out, found, records, max_bad_fraction)
     splits, indexes = {}, {}
     for split in SPLITS:
@@ -169,18 +238,33 @@ def _finish(out: str, found: sources.Found, tasks: list[ShardTask], records: lis
         indexes[split] = np.concatenate(parts) if parts else np.zeros(0, PART)
         splits[split] = {
             "rows": len(indexes[split]),
-            "per_class": np.bincount(indexes[split]["label"], minlength=len(found.classes)).tolist(),
-            "shards": [{key: r[key] for key in ("file", "rows", "bytes", "sha256", "content")} for _, r in kept],
+            "per_class": np.bincount(
+                indexes[split]["label"], minlength=len(found.classes)
+            ).tolist(),
+            "shards": [
+                {key: r[key] for key in ("file", "rows", "bytes", "sha256", "content")}
+                for _, r in kept
+            ],
         }
     try:
         report.write()
         report.check(splits["train"]["per_class"], splits["val"]["per_class"])
         for split in SPLITS:
             splits[split]["index"] = _write_index(out, split, indexes[split])
-        content = {"classes": list(found.classes), **{s: [shard["content"] for shard in splits[s]["shards"]] for s in SPLITS}}
+        content = {
+            "classes": list(found.classes),
+            **{s: [shard["content"] for shard in splits[s]["shards"]] for s in SPLITS},
+        }
         manifest = {
-            "format": FORMAT, "schema": SCHEMA, "name": out.rstrip("/").rpartition("/")[2], "digest": hashlib.sha256(canonical(content)).hexdigest(),
-            "classes": list(found.classes), "splits": splits, "statistics": _statistics(indexes, records), "inputs": inputs, "made": made,
+            "format": FORMAT,
+            "schema": SCHEMA,
+            "name": out.rstrip("/").rpartition("/")[2],
+            "digest": hashlib.sha256(canonical(content)).hexdigest(),
+            "classes": list(found.classes),
+            "splits": splits,
+            "statistics": _statistics(indexes, records),
+            "inputs": inputs,
+            "made": made,
             "report": report.counts,
         }
         dataset = Dataset(out, manifest, None) if not storage.is_remote(out) else None
@@ -203,18 +287,33 @@ def _write_index(out: str, split: str, parts: np.ndarray) -> dict[str, Any]:
     np.save(buffer, index, allow_pickle=False)
     data = buffer.getvalue()
     storage.write_file(storage.join(out, f"{split}.index.npy"), data)
-    return {"file": f"{split}.index.npy", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return {
+        "file": f"{split}.index.npy",
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
 
 
 def _statistics(indexes: dict[str, np.ndarray], records: list[dict[str, Any]]) -> dict[str, Any]:
     """Per-channel mean and standard deviation of train's pixels (0..1, every picture counting the same) and the spread of sizes."""
     train = indexes["train"]
-    sums = sum((np.array(r["moments"]) for r in records if r["split"] == "train"), np.zeros(6)) / max(1, len(train))
+    sums = sum(
+        (np.array(r["moments"]) for r in records if r["split"] == "train"), np.zeros(6)
+    ) / max(1, len(train))
     spread = {}
     for field, name in (("width", "width"), ("height", "height"), ("length", "bytes")):
         values = np.concatenate([indexes[s][field] for s in SPLITS])
-        spread[name] = dict(zip(("min", "p5", "median", "p95", "max"), np.percentile(values, (0, 5, 50, 95, 100)).round().astype(int).tolist()))
-    return {"mean": sums[:3].round(4).tolist(), "std": np.sqrt(np.maximum(sums[3:] - sums[:3] ** 2, 0)).round(4).tolist(), **spread}
+        spread[name] = dict(
+            zip(
+                ("min", "p5", "median", "p95", "max"),
+                np.percentile(values, (0, 5, 50, 95, 100)).round().astype(int).tolist(),
+            )
+        )
+    return {
+        "mean": sums[:3].round(4).tolist(),
+        "std": np.sqrt(np.maximum(sums[3:] - sums[:3] ** 2, 0)).round(4).tolist(),
+        **spread,
+    }
 
 
 def _delete(out: str, file: str) -> None:
@@ -228,7 +327,9 @@ def _delete(out: str, file: str) -> None:
 def _tidy(out: str, manifest: dict[str, Any]) -> None:
     """Remove what only the making needed, and shards of a set that was replaced. Left behind, they would do no harm."""
     storage.delete_folder(storage.join(out, PARTS))
-    keep = {shard["file"] for split in manifest["splits"].values() for shard in split["shards"]} | {split["index"]["file"] for split in manifest["splits"].values()}
+    keep = {shard["file"] for split in manifest["splits"].values() for shard in split["shards"]} | {
+        split["index"]["file"] for split in manifest["splits"].values()
+    }
     if not storage.is_remote(out):
         for entry in os.scandir(out):
             if OURS.fullmatch(entry.name) and entry.name not in keep:

@@ -86,7 +86,9 @@ def _on_ray(tasks: list[ShardTask], workers: int, tick: Tick) -> list[dict[str, 
         _connect(ray)
     try:
         counter: Any = ray.remote(num_cpus=0)(_Counter).remote()
-        make = ray.remote(num_cpus=1, max_retries=3)(_task)  # a node may go; making a shard twice does no harm
+        make = ray.remote(num_cpus=1, max_retries=3)(
+            _task
+        )  # a node may go; making a shard twice does no harm
         at_once = workers or len(tasks)
         todo, told = list(enumerate(tasks)), 0
         running: dict[Any, int] = {}
@@ -113,13 +115,33 @@ def _connect(ray: Any) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-        ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=None if inside_job else _environment())
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level="error",
+            runtime_env=None if inside_job else _environment(),
+        )
     else:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error", runtime_env=_environment())
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            runtime_env=_environment(),
+        )
 
 
 def _environment() -> dict[str, Any]:
-    return {"env_vars": {"PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])}}
+    return {
+        "env_vars": {
+            "PYTHONPATH": os.pathsep.join(
+                [
+                    str(Path(__file__).resolve().parents[2]),
+                    *filter(None, [os.environ.get("PYTHONPATH")]),
+                ]
+            )
+        }
+    }
 
 
 def _result(ray: Any, reference: Any) -> dict[str, Any]:
@@ -133,7 +155,9 @@ def _result(ray: Any, reference: Any) -> dict[str, Any]:
 
 def _task(task: ShardTask, counter: Any) -> dict[str, Any]:
     if not os.path.isdir(task.root):
-        raise DataError(f"{task.root} is not there on node {os.uname().nodename}. On several machines the pictures must lie on storage that all of them share")
+        raise DataError(
+            f"{task.root} is not there on node {os.uname().nodename}. On several machines the pictures must lie on storage that all of them share"
+        )
     tell = _Batched(lambda n: counter.add.remote(n))
     record = build(task, _examiner(task.rules), tell)
     tell.flush()

@@ -45,15 +45,29 @@ def meaning(repair: str) -> str:
 class Report:
     """report.json and report.csv of a set, and the verdict on it."""
 
-    def __init__(self, out: str, found: Found, records: list[dict[str, Any]], max_bad_fraction: float) -> None:
+    def __init__(
+        self, out: str, found: Found, records: list[dict[str, Any]], max_bad_fraction: float
+    ) -> None:
         self.out = out
         self._classes = found.classes
         self._limit = max_bad_fraction
         self._found = found
-        self.refused = [[file, split, name, "link", why] for file, split, name, why in found.refused_links] + [row for r in records for row in r["refused"]]
-        self.repaired = [[file, split, name, kept] for r in records for file, split, name, all_ in r["repaired"]
-                         if (kept := " ".join(word for word in all_.split() if word not in ON_PURPOSE))]
-        self._on_purpose = Counter(word for r in records for *_, all_ in r["repaired"] for word in all_.split() if word in ON_PURPOSE)
+        self.refused = [
+            [file, split, name, "link", why] for file, split, name, why in found.refused_links
+        ] + [row for r in records for row in r["refused"]]
+        self.repaired = [
+            [file, split, name, kept]
+            for r in records
+            for file, split, name, all_ in r["repaired"]
+            if (kept := " ".join(word for word in all_.split() if word not in ON_PURPOSE))
+        ]
+        self._on_purpose = Counter(
+            word
+            for r in records
+            for *_, all_ in r["repaired"]
+            for word in all_.split()
+            if word in ON_PURPOSE
+        )
         self.files = len(found.entries) + len(found.refused_links)
         self.warnings = list(found.warnings)
         self.duplicates: dict[str, Any] = {}
@@ -62,23 +76,43 @@ class Report:
     def counts(self) -> dict[str, Any]:
         """The part that the manifest carries."""
         changed = Counter(word for *_, words in self.repaired for word in words.split())
-        return {"files": self.files, "refused": len(self.refused), "refused_by_reason": dict(Counter(row[3] for row in self.refused).most_common()),
-                "repaired": len(self.repaired), "repaired_by_kind": dict(changed.most_common()), "on_purpose": dict(self._on_purpose),
-                "left_aside_by_extension": self._found.ignored, "warnings": self.warnings}
+        return {
+            "files": self.files,
+            "refused": len(self.refused),
+            "refused_by_reason": dict(Counter(row[3] for row in self.refused).most_common()),
+            "repaired": len(self.repaired),
+            "repaired_by_kind": dict(changed.most_common()),
+            "on_purpose": dict(self._on_purpose),
+            "left_aside_by_extension": self._found.ignored,
+            "warnings": self.warnings,
+        }
 
     @property
     def summary(self) -> dict[str, Any]:
-        return {**self.counts, "identical": self.duplicates,
-                "refused_files": [dict(zip(("file", "split", "class", "reason", "detail"), row)) for row in self.refused],
-                "repaired_files": [dict(zip(("file", "split", "class", "repairs"), row)) for row in self.repaired]}
+        return {
+            **self.counts,
+            "identical": self.duplicates,
+            "refused_files": [
+                dict(zip(("file", "split", "class", "reason", "detail"), row))
+                for row in self.refused
+            ],
+            "repaired_files": [
+                dict(zip(("file", "split", "class", "repairs"), row)) for row in self.repaired
+            ],
+        }
 
     def write(self) -> None:
-        storage.write_file(storage.join(self.out, "report.json"), json.dumps(self.summary, indent=1, ensure_ascii=False).encode())
+        storage.write_file(
+            storage.join(self.out, "report.json"),
+            json.dumps(self.summary, indent=1, ensure_ascii=False).encode(),
+        )
         table = io.StringIO()
         rows = csv.writer(table)
         rows.writerow(("action", "file", "split", "class", "why", "detail"))
         rows.writerows(("refused", *row) for row in self.refused)
-        rows.writerows(("repaired", *row, "; ".join(map(meaning, row[3].split()))) for row in self.repaired)
+        rows.writerows(
+            ("repaired", *row, "; ".join(map(meaning, row[3].split()))) for row in self.repaired
+        )
         storage.write_file(storage.join(self.out, "report.csv"), table.getvalue().encode())
 
     def check(self, train: list[int], val: list[int]) -> None:
@@ -86,14 +120,20 @@ class Report:
         first = "; ".join(f"{file}: {detail}" for file, _, _, _, detail in self.refused[:3])
         where = f"All of them, with reasons: {storage.join(self.out, 'report.csv')}"
         if lost := [name for name, n in zip(self._classes, train) if n == 0]:
-            raise DataError(f"no usable training picture is left of {len(lost)} of {len(train)} classes ({', '.join(lost[:5])}). First refused: {first}. {where}")
+            raise DataError(
+                f"no usable training picture is left of {len(lost)} of {len(train)} classes ({', '.join(lost[:5])}). First refused: {first}. {where}"
+            )
         share = len(self.refused) / self.files
         if share > self._limit:
-            raise DataError(f"{len(self.refused):,} of {self.files:,} files were refused ({100 * share:.3g} %), more than --max-bad-fraction {self._limit:g} allows. First: {first}. {where}. "
-                            "Repair or delete them, or raise --max-bad-fraction; the same command goes on where it stopped")
+            raise DataError(
+                f"{len(self.refused):,} of {self.files:,} files were refused ({100 * share:.3g} %), more than --max-bad-fraction {self._limit:g} allows. First: {first}. {where}. "
+                "Repair or delete them, or raise --max-bad-fraction; the same command goes on where it stopped"
+            )
         had = {e.label for e in self._found.entries if e.split == "val"}
         if gone := [self._classes[label] for label in sorted(had) if val[label] == 0]:
-            self.warnings.append(f"no usable validation picture is left of {', '.join(gone[:5])}{' ...' if len(gone) > 5 else ''}")
+            self.warnings.append(
+                f"no usable validation picture is left of {', '.join(gone[:5])}{' ...' if len(gone) > 5 else ''}"
+            )
 
     def identical(self, indexes: dict[str, np.ndarray], dataset: Dataset | None) -> None:
         """Find pictures stored with the same bytes: between the splits (scores would flatter), and under two labels (one is wrong)."""
@@ -105,13 +145,25 @@ class Report:
         pairs = np.stack([order[same], order[same + 1]], axis=1)
         across = pairs[held_out[pairs[:, 0]] != held_out[pairs[:, 1]]]
         contradictory = pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]]
-        self.duplicates = {"pictures": len(pairs), "in_train_and_val": len(across), "under_two_labels": len(contradictory)}
-        for found, text in ((across, "in val is also in train, byte for byte: scores will flatter"),
-                            (contradictory, "lies in two classes: one of the labels is wrong")):
+        self.duplicates = {
+            "pictures": len(pairs),
+            "in_train_and_val": len(across),
+            "under_two_labels": len(contradictory),
+        }
+        for found, text in (
+            (across, "in val is also in train, byte for byte: scores will flatter"),
+            (contradictory, "lies in two classes: one of the labels is wrong"),
+        ):
             if len(found):
-                names = [[self._name(dataset, indexes, int(i)) for i in pair] for pair in found[:EXAMPLES]]
+                names = [
+                    [self._name(dataset, indexes, int(i)) for i in pair]
+                    for pair in found[:EXAMPLES]
+                ]
                 self.duplicates[f"examples_{'across' if found is across else 'labels'}"] = names
-                self.warnings.append(f"{names[0][0]} = {names[0][1]}: a picture {text}" + (f" ({len(found):,} such pairs, see report.json)" if len(found) > 1 else ""))
+                self.warnings.append(
+                    f"{names[0][0]} = {names[0][1]}: a picture {text}"
+                    + (f" ({len(found):,} such pairs, see report.json)" if len(found) > 1 else "")
+                )
 
     @staticmethod
     def _name(dataset: Dataset | None, indexes: dict[str, np.ndarray], position: int) -> str:
@@ -120,19 +172,39 @@ class Report:
         return dataset.split(split).path(row) if dataset is not None else f"{split} row {row}"
 
 
-def text(path: str, dataset: Dataset, report: dict[str, Any], seconds: float, already_done: bool) -> str:
+def text(
+    path: str, dataset: Dataset, report: dict[str, Any], seconds: float, already_done: bool
+) -> str:
     """The last words of jobs/prepare.py: counts, what was refused and repaired, where the report is, what to do next."""
     train, val = len(dataset.split("train")), len(dataset.split("val"))
-    size = sum(shard["bytes"] for split in dataset.manifest["splits"].values() for shard in split["shards"])
-    counts, spread = dataset.manifest["splits"]["train"]["per_class"], dataset.manifest["statistics"]
-    each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
+    size = sum(
+        shard["bytes"] for split in dataset.manifest["splits"].values() for shard in split["shards"]
+    )
+    counts, spread = (
+        dataset.manifest["splits"]["train"]["per_class"],
+        dataset.manifest["statistics"],
+    )
+    each = (
+        f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
+    )
     lines = [
-        f"{'Already prepared, nothing to do' if already_done else 'Prepared'}: {dataset.name} ({dataset.digest[:12]}) at {path}" + ("" if already_done else f" in {seconds:.1f} s"),
+        f"{'Already prepared, nothing to do' if already_done else 'Prepared'}: {dataset.name} ({dataset.digest[:12]}) at {path}"
+        + ("" if already_done else f" in {seconds:.1f} s"),
         f"  {train:,} training and {val:,} validation pictures of {len(dataset.classes)} classes ({each} each in train), {_size(size)}",
         f"  median picture {spread['width']['median']} x {spread['height']['median']} pixels, {_size(spread['bytes']['median'])}; mean {_floats(spread['mean'])}, std {_floats(spread['std'])}",
     ]
-    for title, total, kinds in (("refused", report["refused"], report["refused_by_reason"]), ("repaired", report["repaired"], report["repaired_by_kind"])):
-        lines.append(f"  {title} {total:,} of {report['files']:,} files" + (": " + ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in kinds.items()) if total else ""))
+    for title, total, kinds in (
+        ("refused", report["refused"], report["refused_by_reason"]),
+        ("repaired", report["repaired"], report["repaired_by_kind"]),
+    ):
+        lines.append(
+            f"  {title} {total:,} of {report['files']:,} files"
+            + (
+                ": " + ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in kinds.items())
+                if total
+                else ""
+            )
+        )
     for row in report["refused_files"][:5]:
         lines.append(f"    {row['file']}: {row['detail']}")
     if report["refused"] > 5:
@@ -170,12 +242,24 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
-            self._bar = Bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn(), console=Console(stderr=True))
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[speed]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
             self._bar.start()
             self._task = self._bar.add_task(self._title, total=self._total, speed="")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
         elif self._shown and kind is None:
@@ -184,7 +268,9 @@ class Progress:
     def advance(self, n: int) -> None:
         self._done += n
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done, speed=f"{self._speed():,.0f} files/s")
+            self._bar.update(
+                self._task, completed=self._done, speed=f"{self._speed():,.0f} files/s"
+            )
         elif self._shown and time.monotonic() - self._last >= 10:
             self._line()
 
@@ -193,4 +279,8 @@ class Progress:
 
     def _line(self) -> None:
         self._last = time.monotonic()
-        print(f"{self._title}: {self._done:,} of {self._total:,} files, {self._speed():,.0f} files/s", file=sys.stderr, flush=True)
+        print(
+            f"{self._title}: {self._done:,} of {self._total:,} files, {self._speed():,.0f} files/s",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -48,18 +48,30 @@ class ShardTask:
     def digest(self) -> str:
         """sha256 (hex) of what goes in: rules, classes, and every file's name, size and time. The same digest gives the same shard."""
         files = [[e.file, e.split, e.label, e.bytes, e.mtime_ns] for e in self.entries]
-        return hashlib.sha256(canonical([SCHEMA, ADMISSION, self.name, list(self.classes), self.rules.to_dict(), files])).hexdigest()
+        return hashlib.sha256(
+            canonical(
+                [SCHEMA, ADMISSION, self.name, list(self.classes), self.rules.to_dict(), files]
+            )
+        ).hexdigest()
 
 
-def plan(root: str, out: str, classes: tuple[str, ...], entries: tuple[Entry, ...], rules: Rules) -> list[ShardTask]:
+def plan(
+    root: str, out: str, classes: tuple[str, ...], entries: tuple[Entry, ...], rules: Rules
+) -> list[ShardTask]:
     """Entries, in their order, cut into shards. The cuts depend on the files alone, never on workers or machine."""
     tasks: list[ShardTask] = []
     for split in ("train", "val"):
         waiting: list[Entry] = []
         size = number = 0
         for entry in [*(e for e in entries if e.split == split), None]:
-            if waiting and (entry is None or len(waiting) >= ROWS_PER_SHARD or size + entry.bytes > BYTES_PER_SHARD):
-                tasks.append(ShardTask(f"{split}-{number:05d}", root, out, classes, tuple(waiting), rules))
+            if waiting and (
+                entry is None
+                or len(waiting) >= ROWS_PER_SHARD
+                or size + entry.bytes > BYTES_PER_SHARD
+            ):
+                tasks.append(
+                    ShardTask(f"{split}-{number:05d}", root, out, classes, tuple(waiting), rules)
+                )
                 waiting, size, number = [], 0, number + 1
             if entry is not None:
                 waiting.append(entry)
@@ -85,10 +97,21 @@ def finished(task: ShardTask) -> dict[str, Any] | None:
         fs, path = storage.filesystem(target)
         return record if fs.get_file_info(path).size == record["bytes"] else None
     local = Path(target.removeprefix("file://"))
-    return record if local.is_file() and local.stat().st_size == record["bytes"] and file_sha256(local) == record["sha256"] else None
+    return (
+        record
+        if local.is_file()
+        and local.stat().st_size == record["bytes"]
+        and file_sha256(local) == record["sha256"]
+        else None
+    )
 
 
-def build(task: ShardTask, examiner: Examiner, tick: Callable[[int], None], stopped: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+def build(
+    task: ShardTask,
+    examiner: Examiner,
+    tick: Callable[[int], None],
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
     """Make the shard, or find that it is made; returns its record. `tick(n)` is told of every n files done.
 
     The examiner's rules are the task's; it stays with the caller, who uses it for the next shard.
@@ -98,7 +121,11 @@ def build(task: ShardTask, examiner: Examiner, tick: Callable[[int], None], stop
         tick(len(task.entries))
         return record
     remote = storage.is_remote(task.out)
-    folder = Path(tempfile.mkdtemp(prefix="ftlib-")) if remote else Path(task.out.removeprefix("file://"))
+    folder = (
+        Path(tempfile.mkdtemp(prefix="ftlib-"))
+        if remote
+        else Path(task.out.removeprefix("file://"))
+    )
     temporary = folder / f".tmp-{task.name}-{uuid.uuid4().hex[:8]}"
     try:
         return _build(task, temporary, examiner, tick, stopped)
@@ -110,7 +137,13 @@ def build(task: ShardTask, examiner: Examiner, tick: Callable[[int], None], stop
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _build(task: ShardTask, temporary: Path, examiner: Examiner, tick: Callable[[int], None], stopped: Callable[[], bool]) -> dict[str, Any]:
+def _build(
+    task: ShardTask,
+    temporary: Path,
+    examiner: Examiner,
+    tick: Callable[[int], None],
+    stopped: Callable[[], bool],
+) -> dict[str, Any]:
     refused: list[list[str]] = []
     repaired: list[list[str]] = []
     moments = np.zeros(6)
@@ -125,13 +158,24 @@ def _build(task: ShardTask, temporary: Path, examiner: Examiner, tick: Callable[
             except Refused as error:
                 refused.append([_text(entry.file), entry.split, name, error.reason, error.detail])
             except OSError as error:
-                raise DataError(f"{os.path.join(task.root, entry.file)} cannot be read ({error.strerror or error}). If the disk is well, "
-                                "make the file readable or delete it; then give the same command again: it goes on where it stopped") from error
+                raise DataError(
+                    f"{os.path.join(task.root, entry.file)} cannot be read ({error.strerror or error}). If the disk is well, "
+                    "make the file readable or delete it; then give the same command again: it goes on where it stopped"
+                ) from error
             else:
-                writer.add(picture.jpeg, entry.label, _text(name), _text(entry.file), picture.height, picture.width)
+                writer.add(
+                    picture.jpeg,
+                    entry.label,
+                    _text(name),
+                    _text(entry.file),
+                    picture.height,
+                    picture.width,
+                )
                 moments += picture.moments
                 if picture.repairs:
-                    repaired.append([_text(entry.file), entry.split, name, " ".join(picture.repairs)])
+                    repaired.append(
+                        [_text(entry.file), entry.split, name, " ".join(picture.repairs)]
+                    )
             tick(1)
         written = writer.finish()
     finally:
@@ -143,9 +187,18 @@ def _build(task: ShardTask, temporary: Path, examiner: Examiner, tick: Callable[
     buffer = io.BytesIO()
     np.save(buffer, index, allow_pickle=False)
     record = {
-        "task": task.digest, "name": task.name, "split": task.name.partition("-")[0], "file": f"{task.name}.parquet",
-        "rows": written.rows, "bytes": written.bytes, "sha256": written.sha256, "content": written.content,
-        "index_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(), "refused": refused, "repaired": repaired, "moments": moments.tolist(),
+        "task": task.digest,
+        "name": task.name,
+        "split": task.name.partition("-")[0],
+        "file": f"{task.name}.parquet",
+        "rows": written.rows,
+        "bytes": written.bytes,
+        "sha256": written.sha256,
+        "content": written.content,
+        "index_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+        "refused": refused,
+        "repaired": repaired,
+        "moments": moments.tolist(),
     }
     if written.rows:
         publish(temporary, storage.join(task.out, str(record["file"])))
@@ -158,7 +211,9 @@ def part_index(task: ShardTask) -> np.ndarray:
     """The `PART` records of a finished shard."""
     data = storage.read_file(_part(task, "npy"))
     if data is None:
-        raise DataError(f"{task.out} does not hold what the workers wrote. On several machines --out must be storage that all of them share, or s3://... or gs://...")
+        raise DataError(
+            f"{task.out} does not hold what the workers wrote. On several machines --out must be storage that all of them share, or s3://... or gs://..."
+        )
     return np.load(io.BytesIO(data), allow_pickle=False)
 
 
@@ -193,7 +248,9 @@ def cannot_write(out: str, error: Exception) -> DataError:
         errno.ENOTDIR: "a part of the path is a file. Choose another --out",
         errno.EEXIST: "there is a file of that name. Choose another --out",
     }.get(getattr(error, "errno", None) or 0, f"{error}. Check that the storage is there")
-    return DataError(f"cannot write {out}: {remedy}. What is finished is kept: the same command goes on where it stopped")
+    return DataError(
+        f"cannot write {out}: {remedy}. What is finished is kept: the same command goes on where it stopped"
+    )
 
 
 def _part(task: ShardTask, kind: str) -> str:

@@ -62,7 +62,9 @@ class _Mapped:
 
     def view(self, slot: int, shape: Sequence[int]) -> np.ndarray:
         """uint8[shape] at the slot's beginning."""
-        return np.frombuffer(self._bytes.data, np.uint8, int(np.prod(shape)), slot * self.size).reshape(shape)
+        return np.frombuffer(
+            self._bytes.data, np.uint8, int(np.prod(shape)), slot * self.size
+        ).reshape(shape)
 
 
 def lease(number: int, slot: int, shape: Sequence[int]) -> np.ndarray:
@@ -74,7 +76,12 @@ def lease(number: int, slot: int, shape: Sequence[int]) -> np.ndarray:
 class _Lease:
     def __init__(self, ring: Ring, slot: int, shape: tuple[int, ...]) -> None:
         self.ring, self.slot = ring, slot
-        self.__array_interface__ = {"version": 3, "shape": shape, "typestr": "|u1", "data": (ring._bytes.ctypes.data + slot * ring.size, False)}
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": shape,
+            "typestr": "|u1",
+            "data": (ring._bytes.ctypes.data + slot * ring.size, False),
+        }
 
     def __del__(self) -> None:
         self.ring._free.append(self.slot)

@@ -18,15 +18,17 @@ from ftlib.data.shards import INDEX, canonical
 
 ROW_GROUP_ROWS = 256
 ROW_GROUP_BYTES = 32 << 20
-COLUMNS = pa.schema([
-    pa.field("image", pa.binary(), nullable=False),
-    pa.field("label", pa.int32(), nullable=False),
-    pa.field("class", pa.string(), nullable=False),
-    pa.field("path", pa.string(), nullable=False),
-    pa.field("height", pa.int32(), nullable=False),
-    pa.field("width", pa.int32(), nullable=False),
-    pa.field("sha256", pa.string(), nullable=False),
-])
+COLUMNS = pa.schema(
+    [
+        pa.field("image", pa.binary(), nullable=False),
+        pa.field("label", pa.int32(), nullable=False),
+        pa.field("class", pa.string(), nullable=False),
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,22 @@ class ShardWriter:
         self.ids: list[int] = []
         """The first 8 bytes of each picture's sha256."""
         self._writer = pq.ParquetWriter(
-            self._sink, COLUMNS,
+            self._sink,
+            COLUMNS,
             compression={name: "NONE" if name == "image" else "SNAPPY" for name in COLUMNS.names},
-            use_dictionary=["class"], column_encoding={"image": "PLAIN"},
-            write_statistics=["label", "height", "width"],  # of the pictures they would be whole pictures in the footer
+            use_dictionary=["class"],
+            column_encoding={"image": "PLAIN"},
+            write_statistics=[
+                "label",
+                "height",
+                "width",
+            ],  # of the pictures they would be whole pictures in the footer
             write_page_checksum=True,
         )
 
-    def add(self, jpeg: bytes, label: int, class_name: str, path: str, height: int, width: int) -> None:
+    def add(
+        self, jpeg: bytes, label: int, class_name: str, path: str, height: int, width: int
+    ) -> None:
         sha256 = hashlib.sha256(jpeg).hexdigest()
         self.ids.append(int(sha256[:16], 16))
         self._content.update(canonical([label, path, sha256]))
@@ -110,17 +120,30 @@ class ShardWriter:
         os.fsync(self._sink.fileno())
         self._sink.close()
         index = locate(self.path, np.array(self._index, dtype=INDEX))
-        return Written(self.rows, self.path.stat().st_size, self._sink.sha256.hexdigest(), self._content.hexdigest(), index)
+        return Written(
+            self.rows,
+            self.path.stat().st_size,
+            self._sink.sha256.hexdigest(),
+            self._content.hexdigest(),
+            index,
+        )
 
     def abandon(self) -> None:
         """Close without finishing, after an error."""
-        self._writer.is_open = False  # or it would write a footer into the closed file when it is collected
+        self._writer.is_open = (
+            False  # or it would write a footer into the closed file when it is collected
+        )
         self._sink.close()
 
     def _write_group(self) -> None:
         if self._waiting:
-            columns = [pa.array(values, type=field.type) for values, field in zip(zip(*self._waiting), COLUMNS)]
-            self._writer.write_table(pa.Table.from_arrays(columns, schema=COLUMNS), row_group_size=len(self._waiting))
+            columns = [
+                pa.array(values, type=field.type)
+                for values, field in zip(zip(*self._waiting), COLUMNS)
+            ]
+            self._writer.write_table(
+                pa.Table.from_arrays(columns, schema=COLUMNS), row_group_size=len(self._waiting)
+            )
             self._waiting, self._waiting_bytes = [], 0
 
 
@@ -143,7 +166,9 @@ def locate(path: Path, index: np.ndarray) -> np.ndarray:
                 break
             at = _next(data, prefix, at + 1)
             if at < 0:
-                raise ValueError(f"row {row} is not in {path}: pyarrow {pa.__version__} did not write it PLAIN and uncompressed")
+                raise ValueError(
+                    f"row {row} is not in {path}: pyarrow {pa.__version__} did not write it PLAIN and uncompressed"
+                )
         index[row]["offset"] = at + 4
         at += 4 + length
     return index

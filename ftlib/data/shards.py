@@ -32,7 +32,17 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 PARTS = ".parts"
 SPLITS = ("train", "val")
-INDEX = np.dtype([("shard", "<i4"), ("label", "<i4"), ("height", "<i4"), ("width", "<i4"), ("offset", "<i8"), ("length", "<i8"), ("crc32", "<u4")])
+INDEX = np.dtype(
+    [
+        ("shard", "<i4"),
+        ("label", "<i4"),
+        ("height", "<i4"),
+        ("width", "<i4"),
+        ("offset", "<i8"),
+        ("length", "<i8"),
+        ("crc32", "<u4"),
+    ]
+)
 """One picture. `shard` counts within the split; `offset` is where its JPEG begins in that file, in bytes."""
 
 
@@ -47,7 +57,9 @@ def canonical(value: Any) -> bytes:
 
 def checksum(manifest: Mapping[str, Any]) -> str:
     """sha256 (hex) of a manifest less its own `checksum` entry."""
-    return hashlib.sha256(canonical({k: v for k, v in manifest.items() if k != "checksum"})).hexdigest()
+    return hashlib.sha256(
+        canonical({k: v for k, v in manifest.items() if k != "checksum"})
+    ).hexdigest()
 
 
 def file_sha256(path: str | Path) -> str:
@@ -63,7 +75,9 @@ def read_manifest(path: str) -> dict[str, Any]:
     try:
         data = storage.read_file(storage.join(path, MANIFEST))
     except (OSError, storage.StorageError) as error:
-        raise DataError(f"{path} cannot be read ({error}). Check the address, the credentials and the network") from error
+        raise DataError(
+            f"{path} cannot be read ({error}). Check the address, the credentials and the network"
+        ) from error
     if data is None:
         raise DataError(_why_no_manifest(path))
     try:
@@ -71,11 +85,17 @@ def read_manifest(path: str) -> dict[str, Any]:
     except ValueError:
         raise DataError(f"{path}/{MANIFEST} is damaged: it is not valid JSON. {_REMEDY}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{path}/{MANIFEST} does not belong to a prepared data set. Name a folder that jobs/prepare.py wrote")
+        raise DataError(
+            f"{path}/{MANIFEST} does not belong to a prepared data set. Name a folder that jobs/prepare.py wrote"
+        )
     if not isinstance(manifest.get("schema"), int) or manifest["schema"] > SCHEMA:
-        raise DataError(f"{path} was prepared by a newer ftlib (schema {manifest.get('schema')}, this one reads up to {SCHEMA}). Update ftlib, or prepare the set again")
+        raise DataError(
+            f"{path} was prepared by a newer ftlib (schema {manifest.get('schema')}, this one reads up to {SCHEMA}). Update ftlib, or prepare the set again"
+        )
     if manifest.get("checksum") != checksum(manifest):
-        raise DataError(f"{path}/{MANIFEST} is damaged or was edited: its checksum does not fit. {_REMEDY}")
+        raise DataError(
+            f"{path}/{MANIFEST} is damaged or was edited: its checksum does not fit. {_REMEDY}"
+        )
     return manifest
 
 
@@ -127,7 +147,9 @@ class Dataset:
         path = str(path).rstrip("/") or "/"
         manifest = read_manifest(path)
         if storage.is_remote(path):
-            dataset = Dataset(path, manifest, Cache.of(path, manifest["name"], manifest["digest"], cache))
+            dataset = Dataset(
+                path, manifest, Cache.of(path, manifest["name"], manifest["digest"], cache)
+            )
         else:
             dataset = Dataset(str(Path(path.removeprefix("file://")).absolute()), manifest, None)
             dataset._check_sizes()
@@ -155,7 +177,9 @@ class Dataset:
             self._check_sizes()
         for entry in self._files():
             if deep and (found := file_sha256(self.file(entry))) != entry["sha256"]:
-                raise DataError(f"{self.path}/{entry['file']} is damaged: its sha256 is {found[:12]}..., the manifest says {entry['sha256'][:12]}.... {_REMEDY}")
+                raise DataError(
+                    f"{self.path}/{entry['file']} is damaged: its sha256 is {found[:12]}..., the manifest says {entry['sha256'][:12]}.... {_REMEDY}"
+                )
 
     def fetch(self) -> None:
         """Copy all files of a remote set to the cache now, not when they are first needed."""
@@ -169,7 +193,9 @@ class Dataset:
         try:
             return self._cache.get(entry["file"], entry["bytes"], entry["sha256"])
         except (OSError, ValueError, storage.StorageError) as error:
-            raise DataError(f"{self.path}/{entry['file']} cannot be fetched: {error}. {_REMEDY}") from error
+            raise DataError(
+                f"{self.path}/{entry['file']} cannot be fetched: {error}. {_REMEDY}"
+            ) from error
 
     def _files(self) -> Iterator[dict[str, Any]]:
         for split in self.manifest["splits"].values():
@@ -184,10 +210,14 @@ class Dataset:
             except OSError as error:
                 raise DataError(f"{path} is missing ({error.strerror}). {_REMEDY}") from None
             if size != entry["bytes"]:
-                raise DataError(f"{path} has {size:,} bytes, the manifest says {entry['bytes']:,}: it is damaged. {_REMEDY}")
+                raise DataError(
+                    f"{path} has {size:,} bytes, the manifest says {entry['bytes']:,}: it is damaged. {_REMEDY}"
+                )
 
 
-_REMEDY = "Restore the file, or prepare the set again: the same jobs/prepare.py command with --overwrite"
+_REMEDY = (
+    "Restore the file, or prepare the set again: the same jobs/prepare.py command with --overwrite"
+)
 
 
 class Split:
@@ -230,7 +260,9 @@ class Split:
         view = (self._maps[shard] or self._map(shard))[offset : offset + length]
         if not self._checked[row]:
             if zlib.crc32(view) != crc:
-                raise DataError(f"{self.where(row)}: the stored bytes were altered since the set was prepared. {_REMEDY}")
+                raise DataError(
+                    f"{self.where(row)}: the stored bytes were altered since the set was prepared. {_REMEDY}"
+                )
             self._checked[row] = 1
         return view
 
@@ -264,14 +296,20 @@ class Split:
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error}). {_REMEDY}") from error
         if len(view) != self.shards[shard].bytes:
-            raise DataError(f"{path} has {len(view):,} bytes, the manifest says {self.shards[shard].bytes:,}: it is damaged. {_REMEDY}")
+            raise DataError(
+                f"{path} has {len(view):,} bytes, the manifest says {self.shards[shard].bytes:,}: it is damaged. {_REMEDY}"
+            )
         self._maps[shard] = view
         return view
 
     def _read_paths(self, shard: int) -> list[str]:
         import pyarrow.parquet as pq
 
-        return pq.read_table(self.dataset.file(self._entries[shard]), columns=["path"], page_checksum_verification=True)["path"].to_pylist()
+        return pq.read_table(
+            self.dataset.file(self._entries[shard]),
+            columns=["path"],
+            page_checksum_verification=True,
+        )["path"].to_pylist()
 
 
 def _shards(entries: list[dict[str, Any]]) -> tuple[Shard, ...]:

@@ -55,7 +55,9 @@ class _Layout(NamedTuple):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tiles."""
-        return -(-self.height // self.mcu_height), -(-self.width // (self.interval * self.mcu_width))
+        return -(-self.height // self.mcu_height), -(
+            -self.width // (self.interval * self.mcu_width)
+        )
 
 
 def interval(width: int, mcu: int) -> int:
@@ -69,7 +71,14 @@ def encode(pixels: np.ndarray, quality: int, subsampling: str = "420") -> bytes:
     """uint8[H, W, 3] as a baseline JPEG of tiles. `subsampling` of the chroma is 444, 422 or 420; for any other it is left out (444)."""
     halved = {"422": 1, "420": 2}.get(subsampling, 0)
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "JPEG", quality=quality, subsampling=halved, optimize=True, restart_marker_blocks=interval(pixels.shape[1], 16 if halved else 8))
+    Image.fromarray(pixels).save(
+        out,
+        "JPEG",
+        quality=quality,
+        subsampling=halved,
+        optimize=True,
+        restart_marker_blocks=interval(pixels.shape[1], 16 if halved else 8),
+    )
     return with_table(out.getvalue())
 
 
@@ -85,8 +94,20 @@ def with_table(jpeg: bytes) -> bytes:
     if length > 0xFFFF:
         return jpeg
     at, _ = _table_at(data)
-    moved = layout._replace(size_at=layout.size_at + 2 + length, data_at=layout.data_at + 2 + length)
-    return b"".join([jpeg[:at], b"\xff\xeb", length.to_bytes(2, "big"), TABLE, _FIELDS.pack(*moved), numbers, jpeg[at:]])
+    moved = layout._replace(
+        size_at=layout.size_at + 2 + length, data_at=layout.data_at + 2 + length
+    )
+    return b"".join(
+        [
+            jpeg[:at],
+            b"\xff\xeb",
+            length.to_bytes(2, "big"),
+            TABLE,
+            _FIELDS.pack(*moved),
+            numbers,
+            jpeg[at:],
+        ]
+    )
 
 
 class Tiles(NamedTuple):
@@ -105,23 +126,41 @@ class Tiles(NamedTuple):
         `shrink`: the result will be decoded to 1/shrink of each side (up to 1/8; the cut begins at a multiple of 8 pixels)."""
         data, table_at, table_end, layout, ends = self
         size_at, data_at, full_height, full_width, tile_height, mcu_width, interval = layout
-        tile_width, context = interval * mcu_width, 0 if mcu_width == tile_height == 8 else CONTEXT * shrink
+        tile_width, context = (
+            interval * mcu_width,
+            0 if mcu_width == tile_height == 8 else CONTEXT * shrink,
+        )
         rows, columns = layout.grid
-        x0, x1 = max(left - context, 0) // tile_width, min(-(-(left + width + context) // tile_width), columns)
-        y0, y1 = max(top - context, 0) // tile_height, min(-(-(top + height + context) // tile_height), rows)
+        x0, x1 = (
+            max(left - context, 0) // tile_width,
+            min(-(-(left + width + context) // tile_width), columns),
+        )
+        y0, y1 = (
+            max(top - context, 0) // tile_height,
+            min(-(-(top + height + context) // tile_height), rows),
+        )
         if (x1 - x0) * (y1 - y0) > 0.9 * columns * rows:
             return None
         if ends is None and (ends := _found(data, layout)) is None:
             return None  # damaged, or more than one scan: for the decoder to judge, whole
         # Where each row's tiles begin and end, in plain numbers: for so few, numpy's calls would cost more than its arithmetic.
         first = y0 * columns + x0
-        begins = ends[first - 1 : y1 * columns - 1 : columns].tolist() if first else [0, *ends[columns - 1 : (y1 - 1) * columns : columns].tolist()]
+        begins = (
+            ends[first - 1 : y1 * columns - 1 : columns].tolist()
+            if first
+            else [0, *ends[columns - 1 : (y1 - 1) * columns : columns].tolist()]
+        )
         stops = ends[y0 * columns + x1 - 1 : (y1 - 1) * columns + x1 : columns].tolist()
         header = bytearray(data[: table_at if table_end else data_at])
         if table_end:  # a tile's table is of no use to a decoder
             header += data[table_end:data_at]
             size_at -= table_end - table_at
-        _SIZE.pack_into(header, size_at, min(y1 * tile_height, full_height) - y0 * tile_height, min(x1 * tile_width, full_width) - x0 * tile_width)
+        _SIZE.pack_into(
+            header,
+            size_at,
+            min(y1 * tile_height, full_height) - y0 * tile_height,
+            min(x1 * tile_width, full_width) - x0 * tile_width,
+        )
         pieces, moved, length = [header], [], len(header)
         for begin, stop in zip(begins, stops):
             pieces.append(data[data_at + begin : data_at + stop])
@@ -129,7 +168,9 @@ class Tiles(NamedTuple):
             length += stop - begin
         spliced = bytearray().join(pieces)
         at = (ends.reshape(rows, columns)[y0:y1, x0:x1] + np.array(moved)[:, None]).ravel()
-        np.frombuffer(spliced, np.uint8)[at] = _NUMBERS[: len(at)] if len(at) <= len(_NUMBERS) else np.resize(_NUMBERS, len(at))
+        np.frombuffer(spliced, np.uint8)[at] = (
+            _NUMBERS[: len(at)] if len(at) <= len(_NUMBERS) else np.resize(_NUMBERS, len(at))
+        )
         spliced[-1] = 0xD9
         return Cut(spliced, y0 * tile_height, x0 * tile_width)
 
@@ -155,7 +196,9 @@ def _table_at(data: memoryview) -> tuple[int, int]:
     return at, 0
 
 
-def _listed(data: memoryview, table_at: int, table_end: int) -> tuple[_Layout, np.ndarray] | tuple[None, None]:
+def _listed(
+    data: memoryview, table_at: int, table_end: int
+) -> tuple[_Layout, np.ndarray] | tuple[None, None]:
     """The layout and the tiles' ends as the file's table says; None where the table is not this file's."""
     numbers_at = table_at + 4 + len(TABLE) + _FIELDS.size
     if not numbers_at <= table_end <= len(data):
@@ -170,7 +213,11 @@ def _listed(data: memoryview, table_at: int, table_end: int) -> tuple[_Layout, n
     ends = np.frombuffer(data, _U2 if of_two else _U4, rows * columns, numbers_at)
     if layout.data_at + int(ends[-1]) != len(data) or data[-2] != 0xFF or data[-1] != 0xD9:
         return None, None
-    if layout.size_at < table_end or data[layout.size_at - 5 : layout.size_at - 3] != b"\xff\xc0" or _SIZE.unpack_from(data, layout.size_at) != (layout.height, layout.width):
+    if (
+        layout.size_at < table_end
+        or data[layout.size_at - 5 : layout.size_at - 3] != b"\xff\xc0"
+        or _SIZE.unpack_from(data, layout.size_at) != (layout.height, layout.width)
+    ):
         return None, None
     return layout, ends
 
@@ -208,7 +255,9 @@ def _layout(data: memoryview) -> _Layout | None:
     height, width = data[frame] << 8 | data[frame + 1], data[frame + 2] << 8 | data[frame + 3]
     count = data[frame + 4]
     factors = [data[frame + 6 + 3 * i] for i in range(count)]
-    across, down = (1, 1) if count == 1 else (max(f >> 4 for f in factors), max(f & 15 for f in factors))
+    across, down = (
+        (1, 1) if count == 1 else (max(f >> 4 for f in factors), max(f & 15 for f in factors))
+    )
     if height == 0 or -(-width // (8 * across)) % spacing:
         return None
     return _Layout(frame, at + 2 + length, height, width, 8 * down, 8 * across, spacing)

@@ -120,7 +120,10 @@ def _read(jpeg: bytes) -> _Frame:
             continue
         if marker == 0xC0:
             height, width = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
-            sizes = {body[6 + 3 * i]: (body[7 + 3 * i] >> 4, body[7 + 3 * i] & 15) for i in range(body[5])}
+            sizes = {
+                body[6 + 3 * i]: (body[7 + 3 * i] >> 4, body[7 + 3 * i] & 15)
+                for i in range(body[5])
+            }
         elif 0xC1 <= marker <= 0xCF or marker == 0xDD:
             raise _Other
         head.append(segment)
@@ -129,14 +132,29 @@ def _read(jpeg: bytes) -> _Frame:
     data = jpeg[at:-2]
     if data.count(b"\xff") != data.count(b"\xff\x00"):
         raise _Other  # other markers, or more scans
-    components = tuple(_Component(sizes[body[1 + 2 * i]][0] * sizes[body[1 + 2 * i]][1], body[2 + 2 * i] >> 4, 16 + (body[2 + 2 * i] & 15)) for i in range(3))
+    components = tuple(
+        _Component(
+            sizes[body[1 + 2 * i]][0] * sizes[body[1 + 2 * i]][1],
+            body[2 + 2 * i] >> 4,
+            16 + (body[2 + 2 * i] & 15),
+        )
+        for i in range(3)
+    )
     if any(c.dc not in codes or c.ac not in codes for c in components):
         raise _Other
     mcu_width, mcu_height = (8 * max(size[i] for size in sizes.values()) for i in (0, 1))
     if not 8 <= mcu_width <= 32 or not 8 <= mcu_height <= 32:
         raise _Other
     mcus = -(-height // mcu_height) * -(-width // mcu_width)
-    return _Frame(b"".join(head), segment, data.replace(b"\xff\x00", b"\xff"), codes, components, mcus, interval(width, mcu_width))
+    return _Frame(
+        b"".join(head),
+        segment,
+        data.replace(b"\xff\x00", b"\xff"),
+        codes,
+        components,
+        mcus,
+        interval(width, mcu_width),
+    )
 
 
 def _windows(data: bytes) -> np.ndarray:
@@ -153,11 +171,17 @@ def _blocks(frame: _Frame, windows: np.ndarray) -> tuple[np.ndarray, int]:
     runs: dict[int, bytes] = {}
     for key in {c.dc for c in frame.components} | {c.ac for c in frame.components}:
         symbol, size = frame.codes[key].by_window()
-        steps[key] = np.where(size > 0, size + (symbol & 15), 0).astype(np.uint8)[windows].tobytes() + beyond
+        steps[key] = (
+            np.where(size > 0, size + (symbol & 15), 0).astype(np.uint8)[windows].tobytes() + beyond
+        )
         if key >= 16:
             run = np.where(symbol == 0, _END, (symbol >> 4) + 1)
-            runs[key] = np.where(size > 0, run, 2 * _END).astype(np.uint8)[windows].tobytes() + b"\xff" * 64
-    order = [(steps[c.dc], steps[c.ac], runs[c.ac]) for c in frame.components for _ in range(c.blocks)]
+            runs[key] = (
+                np.where(size > 0, run, 2 * _END).astype(np.uint8)[windows].tobytes() + b"\xff" * 64
+            )
+    order = [
+        (steps[c.dc], steps[c.ac], runs[c.ac]) for c in frame.components for _ in range(c.blocks)
+    ]
     starts, at = [], 0
     for _ in range(frame.mcus):
         for dc, step, run in order:
@@ -177,13 +201,25 @@ def _blocks(frame: _Frame, windows: np.ndarray) -> tuple[np.ndarray, int]:
 def _write(frame: _Frame, windows: np.ndarray, starts: np.ndarray, end: int) -> bytes:
     firsts = np.arange(0, frame.mcus, frame.interval)
     codes = dict(frame.codes)
-    column, changes = 0, []  # of each component: its table, and per tile where its first difference begins and ends and what takes its place
+    column, changes = (
+        0,
+        [],
+    )  # of each component: its table, and per tile where its first difference begins and ends and what takes its place
     for component in frame.components:
-        values, ends = _differences(windows, starts[:, column : column + component.blocks].ravel(), codes[component.dc])
+        values, ends = _differences(
+            windows, starts[:, column : column + component.blocks].ravel(), codes[component.dc]
+        )
         absolute = values.cumsum()[firsts * component.blocks]
         wanted = {int(value).bit_length() for value in np.unique(np.abs(absolute))}
         codes[component.dc] = codes[component.dc].with_symbols(wanted)
-        changes.append((component.dc, starts[firsts, column].tolist(), ends[firsts * component.blocks].tolist(), absolute.tolist()))
+        changes.append(
+            (
+                component.dc,
+                starts[firsts, column].tolist(),
+                ends[firsts * component.blocks].tolist(),
+                absolute.tolist(),
+            )
+        )
         column += component.blocks
     new = [_coder(codes[key]) for key, *_ in changes]
     bits, ones = np.unpackbits(np.frombuffer(frame.data, np.uint8)), np.ones(8, np.uint8)
@@ -201,21 +237,40 @@ def _write(frame: _Frame, windows: np.ndarray, starts: np.ndarray, end: int) -> 
     packed = np.packbits(np.concatenate(pieces)).tobytes()
     at, coded = 0, []
     for tile, length in enumerate(lengths):
-        coded += [packed[at : at + length].replace(b"\xff", b"\xff\x00"), bytes((0xFF, 0xD0 + tile % 8))]
+        coded += [
+            packed[at : at + length].replace(b"\xff", b"\xff\x00"),
+            bytes((0xFF, 0xD0 + tile % 8)),
+        ]
         at += length
     coded[-1] = b"\xff\xd9"
-    tables = [b"\xff\xc4" + (19 + len(c.symbols)).to_bytes(2, "big") + bytes([key, *c.counts]) + c.symbols for key, c in codes.items()]
-    return b"".join([frame.head, *tables, b"\xff\xdd\0\4", frame.interval.to_bytes(2, "big"), frame.scan, *coded])
+    tables = [
+        b"\xff\xc4" + (19 + len(c.symbols)).to_bytes(2, "big") + bytes([key, *c.counts]) + c.symbols
+        for key, c in codes.items()
+    ]
+    return b"".join(
+        [
+            frame.head,
+            *tables,
+            b"\xff\xdd\0\4",
+            frame.interval.to_bytes(2, "big"),
+            frame.scan,
+            *coded,
+        ]
+    )
 
 
-def _differences(windows: np.ndarray, at: np.ndarray, codes: _Codes) -> tuple[np.ndarray, np.ndarray]:
+def _differences(
+    windows: np.ndarray, at: np.ndarray, codes: _Codes
+) -> tuple[np.ndarray, np.ndarray]:
     """int64[n] twice: the difference of each block that begins at a bit, and where its bits end (F.2.2.1)."""
     symbol, size = codes.by_window()
     category, length = symbol[windows[at]].astype(np.int64), size[windows[at]].astype(np.int64)
     if category.max(initial=0) > 11 or (at + length).max(initial=0) > len(windows):
         raise _Other
     extra = windows[np.minimum(at + length, len(windows) - 1)].astype(np.int64) >> 16 - category
-    return np.where(extra < (1 << category) >> 1, extra - (1 << category) + 1, extra), at + length + category
+    return np.where(
+        extra < (1 << category) >> 1, extra - (1 << category) + 1, extra
+    ), at + length + category
 
 
 def _coder(codes: _Codes) -> Callable[[int], np.ndarray]:
@@ -226,6 +281,8 @@ def _coder(codes: _Codes) -> Callable[[int], np.ndarray]:
     def bits(value: int) -> np.ndarray:
         category = abs(value).bit_length()
         extra = value if value >= 0 else value + (1 << category) - 1
-        return np.array(list(words[category] + (f"{extra:0{category}b}" if category else "")), np.uint8)
+        return np.array(
+            list(words[category] + (f"{extra:0{category}b}" if category else "")), np.uint8
+        )
 
     return bits

@@ -17,15 +17,34 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm", "pgm")
+EXTENSIONS = (
+    "jpg",
+    "jpeg",
+    "jpe",
+    "jfif",
+    "png",
+    "webp",
+    "bmp",
+    "tif",
+    "tiff",
+    "gif",
+    "ppm",
+    "pgm",
+)
 PART = 512
 """Pictures per part: what is lost when the job is killed."""
 SMALL = 2000
 """Fewer pictures than this are not worth starting Ray for."""
-SCHEMA = pa.schema([
-    ("path", pa.string()), ("class", pa.string()), ("probability", pa.float64()),
-    ("top_classes", pa.list_(pa.string())), ("top_probabilities", pa.list_(pa.float64())), ("error", pa.string()),
-])
+SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("class", pa.string()),
+        ("probability", pa.float64()),
+        ("top_classes", pa.list_(pa.string())),
+        ("top_probabilities", pa.list_(pa.float64())),
+        ("error", pa.string()),
+    ]
+)
 
 
 class PredictError(ValueError):
@@ -38,7 +57,12 @@ def pictures(source: Path) -> list[str]:
         return [source.name]
     if not source.is_dir():
         raise PredictError(f"{source}: there is no such folder or file")
-    found = sorted(str(Path(root, name).relative_to(source)) for root, _, names in os.walk(source) for name in names if name.rpartition(".")[2].lower() in EXTENSIONS)
+    found = sorted(
+        str(Path(root, name).relative_to(source))
+        for root, _, names in os.walk(source)
+        for name in names
+        if name.rpartition(".")[2].lower() in EXTENSIONS
+    )
     if not found:
         raise PredictError(f"{source} holds no pictures ({', '.join(EXTENSIONS)})")
     return found
@@ -54,17 +78,40 @@ class Classifier:
 
     def rows(self, paths: Sequence[str]) -> pa.Table:
         base = self.source if self.source.is_dir() else self.source.parent
-        answers = self.model.predict([base / p for p in paths], params={"top_k": self.top_k, "on_error": "row"})
-        return pa.Table.from_pylist([{
-            "path": path, "class": a.get("class"), "probability": a.get("probability"), "top_classes": [t["class"] for t in a.get("top", [])],
-            "top_probabilities": [t["probability"] for t in a.get("top", [])], "error": a.get("error")} for path, a in zip(paths, answers)], schema=SCHEMA)
+        answers = self.model.predict(
+            [base / p for p in paths], params={"top_k": self.top_k, "on_error": "row"}
+        )
+        return pa.Table.from_pylist(
+            [
+                {
+                    "path": path,
+                    "class": a.get("class"),
+                    "probability": a.get("probability"),
+                    "top_classes": [t["class"] for t in a.get("top", [])],
+                    "top_probabilities": [t["probability"] for t in a.get("top", [])],
+                    "error": a.get("error"),
+                }
+                for path, a in zip(paths, answers)
+            ],
+            schema=SCHEMA,
+        )
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return self.rows(batch["path"].to_pylist())
 
 
-def predict_folder(model: str, source: str | Path, out: str | Path, *, tracking: str = "", top_k: int = 5, engine: str = "auto", workers: int = 1, gpus: float = 0.0,
-                   tick: Callable[[int, int], None] = lambda done, total: None) -> pa.Table:
+def predict_folder(
+    model: str,
+    source: str | Path,
+    out: str | Path,
+    *,
+    tracking: str = "",
+    top_k: int = 5,
+    engine: str = "auto",
+    workers: int = 1,
+    gpus: float = 0.0,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> pa.Table:
     """Write `out` (Parquet, rows in the order of file names) and return it. A finished `out` of the same job is returned as it is.
 
     Args:
@@ -84,10 +131,16 @@ def predict_folder(model: str, source: str | Path, out: str | Path, *, tracking:
     if out.exists():
         if (pq.read_schema(out).metadata or {}).get(b"ftlib.job", b"").decode() == job:
             return pq.read_table(out)
-        raise PredictError(f"{out} is there already, from another model or other pictures. Choose another --out, or delete it")
+        raise PredictError(
+            f"{out} is there already, from another model or other pictures. Choose another --out, or delete it"
+        )
     parts = out.with_name(f".{out.name}.parts-{job[:12]}")
     parts.mkdir(parents=True, exist_ok=True)
-    done = {path for part in parts.glob("part-*.parquet") for path in pq.read_table(part, columns=["path"])["path"].to_pylist()}
+    done = {
+        path
+        for part in parts.glob("part-*.parquet")
+        for path in pq.read_table(part, columns=["path"])["path"].to_pylist()
+    }
     left = [n for n in names if n not in done]
     tick(len(names) - len(left), len(names))
     use_ray = engine == "ray" or (engine == "auto" and len(left) >= SMALL)
@@ -96,8 +149,13 @@ def predict_folder(model: str, source: str | Path, out: str | Path, *, tracking:
         _keep(table, parts)
         done.update(table["path"].to_pylist())
         tick(len(done), len(names))
-    whole = pa.concat_tables([pq.read_table(part) for part in parts.glob("part-*.parquet")]).sort_by("path")
-    pq.write_table(whole.replace_schema_metadata({b"ftlib.job": job.encode(), b"ftlib.model": model.encode()}), out.with_name(f".{out.name}.tmp"))
+    whole = pa.concat_tables(
+        [pq.read_table(part) for part in parts.glob("part-*.parquet")]
+    ).sort_by("path")
+    pq.write_table(
+        whole.replace_schema_metadata({b"ftlib.job": job.encode(), b"ftlib.model": model.encode()}),
+        out.with_name(f".{out.name}.tmp"),
+    )
     os.replace(out.with_name(f".{out.name}.tmp"), out)
     shutil.rmtree(parts, ignore_errors=True)
     return whole
@@ -118,7 +176,9 @@ def _here(arguments: tuple[Any, ...], names: list[str]) -> Iterator[pa.Table]:
         yield classifier.rows(names[start : start + PART])
 
 
-def _with_ray(arguments: tuple[Any, ...], names: list[str], workers: int, gpus: float) -> Iterator[pa.Table]:
+def _with_ray(
+    arguments: tuple[Any, ...], names: list[str], workers: int, gpus: float
+) -> Iterator[pa.Table]:
     """Batches of rows in the order in which they are done."""
     if not names:
         return
@@ -129,8 +189,19 @@ def _with_ray(arguments: tuple[Any, ...], names: list[str], workers: int, gpus: 
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
-        rows = ray.data.from_arrow(pa.table({"path": names})).repartition(max(1, -(-len(names) // PART))).map_batches(
-            Classifier, fn_constructor_args=arguments, batch_format="pyarrow", batch_size=PART, concurrency=workers, num_cpus=1, num_gpus=gpus)
+        rows = (
+            ray.data.from_arrow(pa.table({"path": names}))
+            .repartition(max(1, -(-len(names) // PART)))
+            .map_batches(
+                Classifier,
+                fn_constructor_args=arguments,
+                batch_format="pyarrow",
+                batch_size=PART,
+                concurrency=workers,
+                num_cpus=1,
+                num_gpus=gpus,
+            )
+        )
         for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
             if len(batch):
                 yield batch.select(SCHEMA.names).cast(SCHEMA)

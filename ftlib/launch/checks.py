@@ -90,13 +90,26 @@ def _recipe(run: Run, dataset: Dataset, found: list[preflight.Plan]) -> str:
 def _start(run: Run, found: list[trainer.Prepared]) -> tuple[Literal["ok", "warn"], str] | str:
     ready = trainer.prepare(run)
     found.append(ready)
-    source = run.model.init_from if ready.source is None else ready.source.run_name or ready.source.uri
-    text = source + (f", {ready.source.top1:.2f} % top-1" if ready.source is not None and ready.source.top1 is not None else "")
+    source = (
+        run.model.init_from if ready.source is None else ready.source.run_name or ready.source.uri
+    )
+    text = source + (
+        f", {ready.source.top1:.2f} % top-1"
+        if ready.source is not None and ready.source.top1 is not None
+        else ""
+    )
     if ready.note:
         return "warn", ready.note
     if ready.result and ready.result.get("status") == "completed":
-        return "warn", f"{text}; but this run is finished already ({ready.run_dir}): launching it again trains nothing"
-    return f"{text}; an earlier launch of {ready.run.name} will be gone on with" if ready.record is not None else text
+        return (
+            "warn",
+            f"{text}; but this run is finished already ({ready.run_dir}): launching it again trains nothing",
+        )
+    return (
+        f"{text}; an earlier launch of {ready.run.name} will be gone on with"
+        if ready.record is not None
+        else text
+    )
 
 
 def _devices(run: Run, found: list[cluster.Placement]) -> tuple[Literal["ok", "warn"], str] | str:
@@ -112,13 +125,21 @@ def _devices(run: Run, found: list[cluster.Placement]) -> tuple[Literal["ok", "w
     workers = f"{placement.high} worker{'s' if placement.high != 1 else ''}, {each} each"
     if not placement.gpus:
         return "warn", f"{workers}: training on CPUs"
-    return f"{workers}; here: {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else f"{workers} (this machine has no GPU: what is timed below is its CPU)"
+    return (
+        f"{workers}; here: {torch.cuda.get_device_name(0)}"
+        if torch.cuda.is_available()
+        else f"{workers} (this machine has no GPU: what is timed below is its CPU)"
+    )
 
 
 def _storage(run: Run, needed: int) -> str:
     root = runs_root(run)
     preflight.check_storage(root, needed)
-    return f"{root}: written and read back" + ("" if is_remote(root) else f"; {psutil.disk_usage(root).free / 1e9:,.0f} GB free, {needed / 1e9:.2g} GB needed")
+    return f"{root}: written and read back" + (
+        ""
+        if is_remote(root)
+        else f"; {psutil.disk_usage(root).free / 1e9:,.0f} GB free, {needed / 1e9:.2g} GB needed"
+    )
 
 
 def _tracking(run: Run) -> tuple[Literal["ok", "warn"], str] | str:
@@ -130,6 +151,9 @@ def _tracking(run: Run) -> tuple[Literal["ok", "warn"], str] | str:
         reach(uri)
     except TrackingError as error:
         if run.track.offline:
-            return "warn", f"{redact(uri)} does not answer; with --track.offline the run is journalled and delivered later"
+            return (
+                "warn",
+                f"{redact(uri)} does not answer; with --track.offline the run is journalled and delivered later",
+            )
         raise error
     return redact(uri)

@@ -48,7 +48,9 @@ def connect(*, dashboard: bool = False) -> bool:
         os.environ.setdefault(name, value)
     joining = bool(os.environ.get("RAY_ADDRESS"))
     if not joining:
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process that waits for a notice that this machine is going
+        os.environ.setdefault(
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0"
+        )  # a process that waits for a notice that this machine is going
     if not joining and "RAY_AUTH_MODE" not in os.environ and not _initialized():
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -62,7 +64,9 @@ def connect(*, dashboard: bool = False) -> bool:
 
     if ray.is_initialized():
         return False
-    path = os.pathsep.join(dict.fromkeys([ROOT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
+    path = os.pathsep.join(
+        dict.fromkeys([ROOT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
+    )
     # Workers' warnings come through the desk; what Ray's own processes print there is of no use to a user, and is in Ray's logs.
     common: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
@@ -72,10 +76,15 @@ def connect(*, dashboard: bool = False) -> bool:
             _start(ray, include_dashboard=dashboard, **common)
         return True
     try:
-        ray.init(**common, runtime_env={"env_vars": {"PYTHONPATH": path, "NO_ALBUMENTATIONS_UPDATE": "1"}})
+        ray.init(
+            **common,
+            runtime_env={"env_vars": {"PYTHONPATH": path, "NO_ALBUMENTATIONS_UPDATE": "1"}},
+        )
     except ConnectionError as error:
-        raise LaunchError(f"RAY_ADDRESS = {os.environ['RAY_ADDRESS']}: no Ray cluster answers there ({str(error).splitlines()[0]}). "
-                          "Start one (ray start --head), or unset RAY_ADDRESS to train on this machine alone") from None
+        raise LaunchError(
+            f"RAY_ADDRESS = {os.environ['RAY_ADDRESS']}: no Ray cluster answers there ({str(error).splitlines()[0]}). "
+            "Start one (ray start --head), or unset RAY_ADDRESS to train on this machine alone"
+        ) from None
     except ValueError as error:
         if "env_vars" not in str(error) and "runtime_env" not in str(error):
             raise
@@ -94,8 +103,10 @@ def _start(ray: Any, **settings: Any) -> None:
                 raise
             ray.shutdown()
             if attempt + 1 == START_ATTEMPTS:
-                raise LaunchError(f"Ray did not start on this machine within its time, {START_ATTEMPTS} times over ({str(error).splitlines()[0]}). "
-                                  "Other programs may be taking all of its CPU or memory: wait for them, or see the newest folder of /tmp/ray for Ray's own logs") from None
+                raise LaunchError(
+                    f"Ray did not start on this machine within its time, {START_ATTEMPTS} times over ({str(error).splitlines()[0]}). "
+                    "Other programs may be taking all of its CPU or memory: wait for them, or see the newest folder of /tmp/ray for Ray's own logs"
+                ) from None
 
 
 def _initialized() -> bool:
@@ -117,9 +128,11 @@ def refuse_open(allow_open: bool) -> None:
     addresses = sorted({str(n["NodeManagerAddress"]) for n in ray.nodes() if n["Alive"]})
     outside = [a for a in addresses if not _loopback(a)]
     if outside:
-        raise LaunchError(f"this Ray cluster ({', '.join(outside)}) is open: token authentication is off, so anybody who reaches its ports can run code on it. "
-                          "Restart it with RAY_AUTH_MODE=token (`ray get-auth-token --generate` makes the token) and set the same here, "
-                          "or add --cluster.allow-open if its network is closed to others")
+        raise LaunchError(
+            f"this Ray cluster ({', '.join(outside)}) is open: token authentication is off, so anybody who reaches its ports can run code on it. "
+            "Restart it with RAY_AUTH_MODE=token (`ray get-auth-token --generate` makes the token) and set the same here, "
+            "or add --cluster.allow-open if its network is closed to others"
+        )
 
 
 def _loopback(address: str) -> bool:
@@ -129,6 +142,7 @@ def _loopback(address: str) -> bool:
 
 
 # --- what fits --------------------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Node:
@@ -179,9 +193,17 @@ def capacity() -> Capacity:
     """Of the cluster this process is connected to."""
     import ray
 
-    nodes = tuple(Node(n["Resources"].get("CPU", 0), n["Resources"].get("GPU", 0)) for n in ray.nodes() if n["Alive"])
+    nodes = tuple(
+        Node(n["Resources"].get("CPU", 0), n["Resources"].get("GPU", 0))
+        for n in ray.nodes()
+        if n["Alive"]
+    )
     unknown = bool(os.environ.get("KUBERNETES_SERVICE_HOST") and os.environ.get("RAY_CLUSTER_NAME"))
-    return Capacity(nodes, _autoscaler_nodes(BOOTSTRAP.expanduser()) if os.environ.get("RAY_ADDRESS") else (), unknown)
+    return Capacity(
+        nodes,
+        _autoscaler_nodes(BOOTSTRAP.expanduser()) if os.environ.get("RAY_ADDRESS") else (),
+        unknown,
+    )
 
 
 def this_machine() -> Capacity:
@@ -202,7 +224,9 @@ def _autoscaler_nodes(file: Path) -> tuple[Node, ...]:
     for name, kind in settings.get("available_node_types", {}).items():
         if name != settings.get("head_node_type"):
             resources = kind.get("resources", {})
-            nodes += [Node(resources.get("CPU", 0), resources.get("GPU", 0))] * min(int(kind.get("max_workers", 0)), 1000)
+            nodes += [Node(resources.get("CPU", 0), resources.get("GPU", 0))] * min(
+                int(kind.get("max_workers", 0)), 1000
+            )
     return tuple(nodes[: int(settings.get("max_workers", len(nodes)))])
 
 
@@ -212,15 +236,21 @@ def placement(cluster: Cluster, capacity: Capacity) -> Placement:
     has_gpus = any(n.gpus for n in nodes)
     gpus = cluster.gpus_per_worker if cluster.gpus_per_worker >= 0 else float(has_gpus)
     if gpus and not has_gpus and not capacity.unknown:
-        raise LaunchError(f"cluster.gpus_per_worker = {gpus:g}: there is no GPU here. Set it to 0 to train on CPUs, or submit the job to a cluster with GPUs")
+        raise LaunchError(
+            f"cluster.gpus_per_worker = {gpus:g}: there is no GPU here. Set it to 0 to train on CPUs, or submit the job to a cluster with GPUs"
+        )
     if capacity.unknown:  # the autoscaler decides; ask for what was said
         return Placement(cluster.low, cluster.high, gpus, cluster.cpus_per_worker or 1)
     most = _fit(nodes, gpus, cluster.cpus_per_worker or 1)
     if most < cluster.low:
-        each = " and ".join(filter(None, [f"{gpus:g} GPU" if gpus else "", f"{cluster.cpus_per_worker or 1} CPU"]))
+        each = " and ".join(
+            filter(None, [f"{gpus:g} GPU" if gpus else "", f"{cluster.cpus_per_worker or 1} CPU"])
+        )
         total = f"{sum(n.cpus for n in nodes):g} CPUs and {sum(n.gpus for n in nodes):g} GPUs on {len(nodes)} node{'s' if len(nodes) != 1 else ''}"
         advice = f"Set cluster.workers to {most}" if most else "Ask for less per worker"
-        raise LaunchError(f"cluster.workers = {cluster.workers} with {each} each: only {most} fit on this cluster ({total}). {advice}, or use a larger cluster")
+        raise LaunchError(
+            f"cluster.workers = {cluster.workers} with {each} each: only {most} fit on this cluster ({total}). {advice}, or use a larger cluster"
+        )
     workers = min(cluster.high, most)
     cpus = cluster.cpus_per_worker
     if not cpus:
@@ -232,4 +262,6 @@ def placement(cluster: Cluster, capacity: Capacity) -> Placement:
 
 def _fit(nodes: tuple[Node, ...], gpus: float, cpus: int) -> int:
     """Workers of that size that the nodes hold, if nothing else runs on them."""
-    return sum(int(min(n.cpus // cpus, (n.gpus + 1e-9) // gpus if gpus else n.cpus // cpus)) for n in nodes)
+    return sum(
+        int(min(n.cpus // cpus, (n.gpus + 1e-9) // gpus if gpus else n.cpus // cpus)) for n in nodes
+    )

@@ -91,7 +91,9 @@ class Remote:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        return cls(ray.remote(Desk).options(num_cpus=0, max_restarts=3, scheduling_strategy=here).remote())
+        return cls(
+            ray.remote(Desk).options(num_cpus=0, max_restarts=3, scheduling_strategy=here).remote()
+        )
 
     def tell(self, method: str, *args: Any) -> None:
         """Fire and forget."""

@@ -48,16 +48,22 @@ class Price:
 
 
 PRICES = {
-    "g4dn.xlarge": Price(0.526, 1, "AWS, 1 T4, 4 vCPU"), "g4dn.12xlarge": Price(3.912, 4, "AWS, 4 T4, 48 vCPU"),
-    "g5.xlarge": Price(1.006, 1, "AWS, 1 A10G, 4 vCPU"), "g5.2xlarge": Price(1.212, 1, "AWS, 1 A10G, 8 vCPU"), "g5.12xlarge": Price(5.672, 4, "AWS, 4 A10G, 48 vCPU"),
-    "g6.xlarge": Price(0.805, 1, "AWS, 1 L4, 4 vCPU"), "g6.2xlarge": Price(0.978, 1, "AWS, 1 L4, 8 vCPU"),
-    "p4d.24xlarge": Price(21.96, 8, "AWS, 8 A100, 96 vCPU"), "p5.48xlarge": Price(55.04, 8, "AWS, 8 H100, 192 vCPU"),
+    "g4dn.xlarge": Price(0.526, 1, "AWS, 1 T4, 4 vCPU"),
+    "g4dn.12xlarge": Price(3.912, 4, "AWS, 4 T4, 48 vCPU"),
+    "g5.xlarge": Price(1.006, 1, "AWS, 1 A10G, 4 vCPU"),
+    "g5.2xlarge": Price(1.212, 1, "AWS, 1 A10G, 8 vCPU"),
+    "g5.12xlarge": Price(5.672, 4, "AWS, 4 A10G, 48 vCPU"),
+    "g6.xlarge": Price(0.805, 1, "AWS, 1 L4, 4 vCPU"),
+    "g6.2xlarge": Price(0.978, 1, "AWS, 1 L4, 8 vCPU"),
+    "p4d.24xlarge": Price(21.96, 8, "AWS, 8 A100, 96 vCPU"),
+    "p5.48xlarge": Price(55.04, 8, "AWS, 8 H100, 192 vCPU"),
     "c7i.4xlarge": Price(0.714, 0, "AWS, 16 vCPU, no GPU"),
 }
 """On demand in us-east-1, in USD, as of 2025. They change: --price takes today's."""
 
 
 # --- the timing -------------------------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -92,7 +98,9 @@ class Estimate:
     @property
     def total_s(self) -> float:
         """All epochs and evaluations, without start-up and the report at the end."""
-        return self.epochs * self.epoch_s + self.evaluations * (self.evaluation_s + self.checkpoint_s)
+        return self.epochs * self.epoch_s + self.evaluations * (
+            self.evaluation_s + self.checkpoint_s
+        )
 
     @property
     def device_hours(self) -> float:
@@ -108,11 +116,26 @@ class Estimate:
         return self.images_per_step / max(seconds, 1e-9)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self), "epoch_s": self.epoch_s, "total_s": self.total_s, "device_hours": self.device_hours, "bound": self.bound,
-                "images_per_s": {"whole": self.rate(self.step_s), "device": self.rate(self.device_step_s), "loader": self.rate(self.loader_step_s)}}
+        return {
+            **dataclasses.asdict(self),
+            "epoch_s": self.epoch_s,
+            "total_s": self.total_s,
+            "device_hours": self.device_hours,
+            "bound": self.bound,
+            "images_per_s": {
+                "whole": self.rate(self.step_s),
+                "device": self.rate(self.device_step_s),
+                "loader": self.rate(self.loader_step_s),
+            },
+        }
 
 
-def measure(ready: trainer.Prepared, placement: cluster.Placement, seconds: float = 40.0, say: Callable[[str], None] = lambda text: None) -> Estimate:
+def measure(
+    ready: trainer.Prepared,
+    placement: cluster.Placement,
+    seconds: float = 40.0,
+    say: Callable[[str], None] = lambda text: None,
+) -> Estimate:
     """Time the run's own steps here for about `seconds`. A run of several workers is timed as one of them: its share of each batch,
     without the traffic between them.
 
@@ -122,13 +145,28 @@ def measure(ready: trainer.Prepared, placement: cluster.Placement, seconds: floa
     workers, train = placement.high, run.train
     share = -(-train.microbatches // workers) * train.microbatch_size
     # More epochs only so that the data suffice for timing; nothing that is timed depends on their number. Frozen epochs are timed as others.
-    mine = override(run, {"train.batch_size": share, "train.epochs": max(train.epochs, 100_000), "train.max_nonfinite": 2**31, "checkpoint.every_seconds": 0.0, "checkpoint.every_steps": 0,
-                          "model.freeze_epochs": min(run.model.freeze_epochs, 0), "cluster.workers": "1"})
+    mine = override(
+        run,
+        {
+            "train.batch_size": share,
+            "train.epochs": max(train.epochs, 100_000),
+            "train.max_nonfinite": 2**31,
+            "checkpoint.every_seconds": 0.0,
+            "checkpoint.every_steps": 0,
+            "model.freeze_epochs": min(run.model.freeze_epochs, 0),
+            "cluster.workers": "1",
+        },
+    )
     device = torch.device("cuda" if placement.gpus and torch.cuda.is_available() else "cpu")
     processes = loader_workers(run.data.loader_workers, placement.cpus)
-    with tempfile.TemporaryDirectory(prefix="ftlib-estimate-") as scratch, _threads(training_threads(placement.cpus, processes)):
+    with (
+        tempfile.TemporaryDirectory(prefix="ftlib-estimate-") as scratch,
+        _threads(training_threads(placement.cpus, processes)),
+    ):
         say("building the model")
-        training = Training(Job(mine, dataset, scratch, device, source=ready.source, loader_workers=processes))
+        training = Training(
+            Job(mine, dataset, scratch, device, source=ready.source, loader_workers=processes)
+        )
         training.freeze_for(0)
         memory: dict[str, int] = {}
         say("a few steps with everything")
@@ -144,12 +182,28 @@ def measure(ready: trainer.Prepared, placement: cluster.Placement, seconds: floa
         memory |= _memory(device)
         largest = _largest_microbatch(training) if device.type == "cuda" else None
     every = run.evaluate.every_epochs
-    evaluations = sum(1 for epoch in range(1, train.epochs + 1) if epoch % every == 0 or epoch == train.epochs) + (ready.source is not None and not run.model.reset_head)
+    evaluations = sum(
+        1 for epoch in range(1, train.epochs + 1) if epoch % every == 0 or epoch == train.epochs
+    ) + (ready.source is not None and not run.model.reset_head)
     per_epoch = order.steps_per_epoch(len(training.rows), train.batch_size)
     # The last step of an epoch may be a short one.
     counted = len(training.rows) / train.batch_size
-    return Estimate(per_epoch, train.epochs, evaluations, workers, whole * counted / per_epoch, device_step * counted / per_epoch, loader_step * counted / per_epoch, saving, evaluation,
-                    len(training.rows) / per_epoch, timed_steps, spread, memory, largest)
+    return Estimate(
+        per_epoch,
+        train.epochs,
+        evaluations,
+        workers,
+        whole * counted / per_epoch,
+        device_step * counted / per_epoch,
+        loader_step * counted / per_epoch,
+        saving,
+        evaluation,
+        len(training.rows) / per_epoch,
+        timed_steps,
+        spread,
+        memory,
+        largest,
+    )
 
 
 @contextlib.contextmanager
@@ -162,14 +216,18 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _paced(training: Training, batches: Iterator[Batch], seconds: float, warm_up: int) -> tuple[float, float, int]:
+def _paced(
+    training: Training, batches: Iterator[Batch], seconds: float, warm_up: int
+) -> tuple[float, float, int]:
     """(seconds per full step, relative standard error, steps timed)."""
     full = training.run.train.batch_size
     pace.steps(training, batches, warm_up)
     times: list[float] = []
     began = before = pace.settle(training.job.device)
     while len(times) < LEAST_STEPS or before - began < seconds:
-        at_once = 1 if training.job.device.type == "cpu" else 10  # waiting for a GPU after every step would slow it down
+        at_once = (
+            1 if training.job.device.type == "cpu" else 10
+        )  # waiting for a GPU after every step would slow it down
         images = pace.steps(training, batches, at_once)
         now = pace.settle(training.job.device)
         times.append((now - before) * full / images)
@@ -178,10 +236,25 @@ def _paced(training: Training, batches: Iterator[Batch], seconds: float, warm_up
     return float(np.mean(times)), spread, len(times)
 
 
-def _whole(training: Training, processes: int, seconds: float, memory: dict[str, int]) -> tuple[float, float, int]:
+def _whole(
+    training: Training, processes: int, seconds: float, memory: dict[str, int]
+) -> tuple[float, float, int]:
     run, microbatches = training.run, training.run.train.microbatches
-    ahead = -(-AHEAD * max(processes, 1) // microbatches)  # steps whose images were loaded before the clock starts
-    with contextlib.closing(train_batches(training.job.dataset, training.rows, run, 0, 1, training.state.step, training.total, processes)) as batches:
+    ahead = -(
+        -AHEAD * max(processes, 1) // microbatches
+    )  # steps whose images were loaded before the clock starts
+    with contextlib.closing(
+        train_batches(
+            training.job.dataset,
+            training.rows,
+            run,
+            0,
+            1,
+            training.state.step,
+            training.total,
+            processes,
+        )
+    ) as batches:
         found = _paced(training, batches, seconds, WARM_UP + ahead)
         memory["loaders"] = _loaders_memory()
     return found
@@ -191,8 +264,12 @@ def _loading(training: Training, processes: int, seconds: float) -> float:
     """Seconds to load a full step's images when nothing else is done."""
     run = training.run
     images, ahead = 0, AHEAD * max(processes, 1) + 1
-    with contextlib.closing(train_batches(training.job.dataset, training.rows, run, 0, 1, 0, training.total, processes)) as batches:
-        for _ in itertools.islice(batches, ahead):  # by then the processes are at work, and the queue is empty
+    with contextlib.closing(
+        train_batches(training.job.dataset, training.rows, run, 0, 1, 0, training.total, processes)
+    ) as batches:
+        for _ in itertools.islice(
+            batches, ahead
+        ):  # by then the processes are at work, and the queue is empty
             pass
         began = now = time.perf_counter()
         while now - began < seconds or images < run.train.batch_size:
@@ -211,7 +288,11 @@ def _saving(training: Training, scratch: str) -> float:
         stalled, cpu = time.perf_counter() - began, time.process_time()
         writer.wait()
         training.writer = None
-    return stalled + ((time.process_time() - cpu) / torch.get_num_threads() if training.job.device.type == "cpu" else 0.0)
+    return stalled + (
+        (time.process_time() - cpu) / torch.get_num_threads()
+        if training.job.device.type == "cpu"
+        else 0.0
+    )
 
 
 def _evaluation(training: Training, workers: int, processes: int, seconds: float) -> float:
@@ -222,8 +303,20 @@ def _evaluation(training: Training, workers: int, processes: int, seconds: float
 
     def score(rows: np.ndarray) -> float:
         began = pace.settle(job.device)
-        with contextlib.closing(eval_batches(split, rows, run.eval_size, run.evaluate.crop, run.evaluate.batch_size, processes)) as batches:
-            count(training.state.scored_model, batches, training.classes, job.device, run.data.mean, run.data.std, training.dtype)
+        with contextlib.closing(
+            eval_batches(
+                split, rows, run.eval_size, run.evaluate.crop, run.evaluate.batch_size, processes
+            )
+        ) as batches:
+            count(
+                training.state.scored_model,
+                batches,
+                training.classes,
+                job.device,
+                run.data.mean,
+                run.data.std,
+                training.dtype,
+            )
         return pace.settle(job.device) - began
 
     size = min(len(mine), run.evaluate.batch_size)
@@ -239,7 +332,9 @@ def _evaluation(training: Training, workers: int, processes: int, seconds: float
 
 def _memory(device: torch.device) -> dict[str, int]:
     found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    return found | ({"device": torch.cuda.max_memory_reserved(device)} if device.type == "cuda" else {})
+    return found | (
+        {"device": torch.cuda.max_memory_reserved(device)} if device.type == "cuda" else {}
+    )
 
 
 def _loaders_memory() -> int:
@@ -286,39 +381,78 @@ def _largest_microbatch(training: Training, limit: int = 4096) -> int:
 
 # --- words ------------------------------------------------------------------------------------------------------------------------------
 
+
 def machines(placement: cluster.Placement, workers: int, price: Price) -> int:
     """How many of a machine the run needs."""
-    return max(1, -(-int(np.ceil(workers * placement.gpus)) // price.gpus)) if price.gpus and placement.gpus else 1
+    return (
+        max(1, -(-int(np.ceil(workers * placement.gpus)) // price.gpus))
+        if price.gpus and placement.gpus
+        else 1
+    )
 
 
 def price_of(name: str) -> Price:
     """Raises ConfigError with the nearest name."""
     if name not in PRICES:
-        raise ConfigError(f"--machine {name}: its price is not known.{nearest(name, list(PRICES))} There are {', '.join(PRICES)}; or give --price USD_PER_HOUR")
+        raise ConfigError(
+            f"--machine {name}: its price is not known.{nearest(name, list(PRICES))} There are {', '.join(PRICES)}; or give --price USD_PER_HOUR"
+        )
     return PRICES[name]
 
 
-
-def text(found: Estimate, run: Run, placement: cluster.Placement, price: Price | None = None, machine: str = "") -> str:
+def text(
+    found: Estimate,
+    run: Run,
+    placement: cluster.Placement,
+    price: Price | None = None,
+    machine: str = "",
+) -> str:
     """What was found, for a person."""
-    rates = {name: found.rate(seconds) for name, seconds in (("together", found.step_s), ("device alone", found.device_step_s), ("loader alone", found.loader_step_s))}
-    advice = {"loader": "reserve more CPUs (cluster.cpus_per_worker), or prepare the pictures smaller (jobs/prepare.py --max-side)", "device": "more CPUs would not help"}[found.bound]
+    rates = {
+        name: found.rate(seconds)
+        for name, seconds in (
+            ("together", found.step_s),
+            ("device alone", found.device_step_s),
+            ("loader alone", found.loader_step_s),
+        )
+    }
+    advice = {
+        "loader": "reserve more CPUs (cluster.cpus_per_worker), or prepare the pictures smaller (jobs/prepare.py --max-side)",
+        "device": "more CPUs would not help",
+    }[found.bound]
     lines = [
         "",
         f"time            {duration(found.total_s)} for {found.epochs} epochs: {duration_short(found.epoch_s)} an epoch and {duration_short(found.evaluation_s)} an evaluation ({found.evaluations} of them)",
         f"device-hours    {found.device_hours:.3g} ({found.workers} worker{'s' if found.workers != 1 else ''})",
         "images/s        " + ", ".join(f"{rate:,.0f} {name}" for name, rate in rates.items()),
         f"bound           the {found.bound}: {advice}",
-        "peak memory     " + ", ".join(f"{size / 1e9:.2g} GB {where}" for where, size in (
-            ("on the GPU", found.memory.get("device", 0)), ("in the training process", found.memory.get("process", 0)), ("in the loader's processes", found.memory.get("loaders", 0))) if size)]
+        "peak memory     "
+        + ", ".join(
+            f"{size / 1e9:.2g} GB {where}"
+            for where, size in (
+                ("on the GPU", found.memory.get("device", 0)),
+                ("in the training process", found.memory.get("process", 0)),
+                ("in the loader's processes", found.memory.get("loaders", 0)),
+            )
+            if size
+        ),
+    ]
     if found.largest_microbatch is not None:
-        lines.append(f"microbatch      {found.largest_microbatch} is the largest that fits (the recipe has {run.train.microbatch_size}; another one is another run)")
+        lines.append(
+            f"microbatch      {found.largest_microbatch} is the largest that fits (the recipe has {run.train.microbatch_size}; another one is another run)"
+        )
     if price is not None:
         count = machines(placement, found.workers, price)
-        lines.append(f"cost            {count * price.usd_per_hour * found.total_s / 3600:,.2f} USD: {count} x {machine or price.what} at {price.usd_per_hour:g} USD/h, if this machine is like it")
-    lines.append(f"                from {found.steps_timed} timed steps (standard error {100 * found.spread:.0f} %); start-up and the report at the end come on top")
+        lines.append(
+            f"cost            {count * price.usd_per_hour * found.total_s / 3600:,.2f} USD: {count} x {machine or price.what} at {price.usd_per_hour:g} USD/h, if this machine is like it"
+        )
+    lines.append(
+        f"                from {found.steps_timed} timed steps (standard error {100 * found.spread:.0f} %); start-up and the report at the end come on top"
+    )
     if found.workers > 1:
-        lines.append("                timed as one of the workers, without the traffic between them")
+        lines.append(
+            "                timed as one of the workers, without the traffic between them"
+        )
     return "\n".join(lines)
 
 

@@ -45,8 +45,17 @@ class Fit:
     """ray.train.UserCallback objects, on the cluster."""
 
     def config(self, desk: Here | Remote, local: bool) -> dict[str, Any]:
-        values = {"run": tree.to_dict(self.run), "data": self.dataset.path, "run_dir": self.run_dir, "source": self.source, "writer": self.writer,
-                  "desk": desk, "cpus": self.placement.cpus, "gpus": self.placement.gpus, "local": local}
+        values = {
+            "run": tree.to_dict(self.run),
+            "data": self.dataset.path,
+            "run_dir": self.run_dir,
+            "source": self.source,
+            "writer": self.writer,
+            "desk": desk,
+            "cpus": self.placement.cpus,
+            "gpus": self.placement.gpus,
+            "local": local,
+        }
         return {**values, "on_report": self.on_report} if local else values
 
 
@@ -61,8 +70,12 @@ def here(fit: Fit, screen: Screen) -> dict[str, Any]:
         desk.stop = True
 
     with Signals(stop) as signals:
-        trainer = torch_train.TorchTrainer(worker.train_loop, train_loop_config=fit.config(Here(desk), local=True), scaling_config=train.ScalingConfig(num_workers=0),
-                                           run_config=train.RunConfig(name=fit.run.name))
+        trainer = torch_train.TorchTrainer(
+            worker.train_loop,
+            train_loop_config=fit.config(Here(desk), local=True),
+            scaling_config=train.ScalingConfig(num_workers=0),
+            run_config=train.RunConfig(name=fit.run.name),
+        )
         result = trainer.fit().return_value
     return _answer(result, signals)
 
@@ -91,8 +104,15 @@ def on_cluster(fit: Fit, screen: Screen) -> dict[str, Any]:
                 asked = time.monotonic()
                 screen.say(f"{signals.name}: stopping with a checkpoint (once more stops at once)")
                 desk.tell("ask_to_stop")
-            if asked and (signals.count > 1 or time.monotonic() - asked > grace_seconds()) and thread.is_alive():
-                raise Stopped(signals.number or 15, "stopped without waiting for a checkpoint; the same command goes on from the newest one")
+            if (
+                asked
+                and (signals.count > 1 or time.monotonic() - asked > grace_seconds())
+                and thread.is_alive()
+            ):
+                raise Stopped(
+                    signals.number or 15,
+                    "stopped without waiting for a checkpoint; the same command goes on from the newest one",
+                )
             if time.monotonic() - drained > DRAIN_SECONDS:
                 drained = time.monotonic()
                 _pass_on_drains(desk)
@@ -113,19 +133,38 @@ def _trainer(fit: Fit, desk: Remote) -> Any:
     quietly(lambda: storage.delete_folder(scratch))
     limit = START_ATTEMPTS_GROWING if fit.can_grow else START_ATTEMPTS
     return _without_idle_helpers(torch_train.TorchTrainer)(
-        worker.train_loop, train_loop_config=fit.config(desk, local=False), torch_config=torch_train.TorchConfig(timeout_s=600),
-        scaling_config=train.ScalingConfig(num_workers=place.num_workers, use_gpu=bool(place.gpus), resources_per_worker=place.resources, elastic_resize_monitor_interval_s=15.0),
+        worker.train_loop,
+        train_loop_config=fit.config(desk, local=False),
+        torch_config=torch_train.TorchConfig(timeout_s=600),
+        scaling_config=train.ScalingConfig(
+            num_workers=place.num_workers,
+            use_gpu=bool(place.gpus),
+            resources_per_worker=place.resources,
+            elastic_resize_monitor_interval_s=15.0,
+        ),
         run_config=train.RunConfig(
-            name=f"{run.name}-{uuid.uuid4().hex[:8]}", storage_path=scratch,
-            failure_config=train.FailureConfig(max_failures=run.cluster.max_failures, controller_failure_limit=limit),
-            checkpoint_config=train.CheckpointConfig(num_to_keep=1), callbacks=[worker.EndOnFinalError(desk), *fit.callbacks], logging_config=train.LoggingConfig(log_level="WARNING")))
+            name=f"{run.name}-{uuid.uuid4().hex[:8]}",
+            storage_path=scratch,
+            failure_config=train.FailureConfig(
+                max_failures=run.cluster.max_failures, controller_failure_limit=limit
+            ),
+            checkpoint_config=train.CheckpointConfig(num_to_keep=1),
+            callbacks=[worker.EndOnFinalError(desk), *fit.callbacks],
+            logging_config=train.LoggingConfig(log_level="WARNING"),
+        ),
+    )
 
 
 def _without_idle_helpers(trainer: Any) -> Any:
     """Ray's trainer without its manager of Ray Datasets, of which ftlib uses none: one process less to start before training does."""
+
     class Trainer(trainer):  # type: ignore[misc]
         def _create_default_callbacks(self) -> list[Any]:
-            return [c for c in super()._create_default_callbacks() if type(c).__name__ != "DatasetsCallback"]
+            return [
+                c
+                for c in super()._create_default_callbacks()
+                if type(c).__name__ != "DatasetsCallback"
+            ]
 
     return Trainer
 
@@ -150,7 +189,10 @@ def _explained(error: BaseException, last_words: tuple[str, str] | None) -> Exce
         return RunFailed(last_words[1])
     failures = getattr(error, "worker_failures", None)
     if failures:
-        rank, first = min(failures.items(), key=lambda item: ("reset" in str(item[1]) or "closed" in str(item[1]), item[0]))
+        rank, first = min(
+            failures.items(),
+            key=lambda item: ("reset" in str(item[1]) or "closed" in str(item[1]), item[0]),
+        )
         if "StorageError" in type(first).__name__ or "StorageError" in str(first)[:2000]:
             return StorageError(str(first).strip().splitlines()[-1])
         return RunFailed(f"worker {rank} failed, and so did its restarts: {first}")

@@ -24,7 +24,11 @@ class Gate:
     passed: bool
 
     def __str__(self) -> str:
-        words = {"val_top1": "best validation top-1 at least", "max_gap": "train minus validation top-1 at most", "gain": "gain over the starting model at least"}
+        words = {
+            "val_top1": "best validation top-1 at least",
+            "max_gap": "train minus validation top-1 at most",
+            "gain": "gain over the starting model at least",
+        }
         got = "not measured" if self.got is None else f"{self.got:.2f}"
         return f"{'passed' if self.passed else 'FAILED'}  {words[self.name]} {self.wanted:g}: {got}"
 
@@ -41,9 +45,13 @@ def check(gates: Gates, metrics: Mapping[str, float], start_top1: float | None) 
     off = Gates()
     checked = []
     if gates.val_top1 != off.val_top1:
-        checked.append(Gate("val_top1", gates.val_top1, best, best is not None and best >= gates.val_top1))
+        checked.append(
+            Gate("val_top1", gates.val_top1, best, best is not None and best >= gates.val_top1)
+        )
     if gates.max_gap != off.max_gap:
-        checked.append(Gate("max_gap", gates.max_gap, gap, gap is not None and gap <= gates.max_gap))
+        checked.append(
+            Gate("max_gap", gates.max_gap, gap, gap is not None and gap <= gates.max_gap)
+        )
     if gates.gain != off.gain:
         checked.append(Gate("gain", gates.gain, gain, gain is not None and gain >= gates.gain))
     return checked
@@ -57,7 +65,10 @@ def as_json(gates: list[Gate]) -> dict[str, Any]:
 def tags(gates: list[Gate]) -> dict[str, str]:
     """MLflow tags: `gates` = passed, failed or none, and one per gate."""
     overall = "none" if not gates else "passed" if all(g.passed for g in gates) else "failed"
-    return {"gates": overall, **{f"gate.{g.name}": "passed" if g.passed else "failed" for g in gates}}
+    return {
+        "gates": overall,
+        **{f"gate.{g.name}": "passed" if g.passed else "failed" for g in gates},
+    }
 
 
 def refuse_failed(run: Run, source_name: str, result: Mapping[str, Any]) -> str:
@@ -66,12 +77,19 @@ def refuse_failed(run: Run, source_name: str, result: Mapping[str, Any]) -> str:
     failed = [g for g in outcome.get("gates", []) if not g.get("passed")]
     if not failed:
         return ""
-    what = "; ".join(f"{g['name']} wanted {g['wanted']:g}, got {'nothing' if g['got'] is None else format(g['got'], '.2f')}" for g in failed)
+    what = "; ".join(
+        f"{g['name']} wanted {g['wanted']:g}, got {'nothing' if g['got'] is None else format(g['got'], '.2f')}"
+        for g in failed
+    )
     if run.gates.force:
         return f"started from {source_name}, which failed its gates ({what}), because: {run.gates.force}"
-    raise LaunchError(f"model.init_from = {run.model.init_from}: {source_name} failed its success criteria ({what}). Improve that phase, set its --gates to what you "
-                      'expect of your data, or start all the same with --gates.force "the reason"')
+    raise LaunchError(
+        f"model.init_from = {run.model.init_from}: {source_name} failed its success criteria ({what}). Improve that phase, set its --gates to what you "
+        'expect of your data, or start all the same with --gates.force "the reason"'
+    )
 
 
 def _first(metrics: Mapping[str, float], *names: str) -> float | None:
-    return next((float(metrics[n]) for n in names if n in metrics and math.isfinite(metrics[n])), None)
+    return next(
+        (float(metrics[n]) for n in names if n in metrics and math.isfinite(metrics[n])), None
+    )

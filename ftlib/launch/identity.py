@@ -77,10 +77,14 @@ class Record:
                 return None
             return cls(**{k: v for k, v in values.items() if k in cls.__dataclass_fields__})
         except (storage.Damaged, TypeError, AttributeError) as error:
-            raise LaunchError(f"{run_dir}/run.json cannot be read ({error}). Move that folder away, or give the run another --name") from None
+            raise LaunchError(
+                f"{run_dir}/run.json cannot be read ({error}). Move that folder away, or give the run another --name"
+            ) from None
 
 
-def refuse_other_settings(run: Run, run_dir: str, record: Record, wanted: str, data_digest: str) -> None:
+def refuse_other_settings(
+    run: Run, run_dir: str, record: Record, wanted: str, data_digest: str
+) -> None:
     """Raise LaunchError if the run in `run_dir` has another fingerprint than `wanted`, naming what differs."""
     if record.fingerprint == wanted:
         return
@@ -89,14 +93,26 @@ def refuse_other_settings(run: Run, run_dir: str, record: Record, wanted: str, d
     else:
         try:
             changed = tree.differences(tree.from_dict(Run, record.run), run)
-            changed = {p: v for p, v in changed.items() if not any(p == o or p.startswith(o + ".") for o in NOT_IN_FINGERPRINT)}
-            what = "other settings: " + ", ".join(f"{p} was {a!r}, now {b!r}" for p, (a, b) in list(changed.items())[:6]) if changed else "other starting weights"
+            changed = {
+                p: v
+                for p, v in changed.items()
+                if not any(p == o or p.startswith(o + ".") for o in NOT_IN_FINGERPRINT)
+            }
+            what = (
+                "other settings: "
+                + ", ".join(f"{p} was {a!r}, now {b!r}" for p, (a, b) in list(changed.items())[:6])
+                if changed
+                else "other starting weights"
+            )
         except tree.ConfigError as error:
             what = f"its recipe is of another version of ftlib ({error})"
-    raise LaunchError(f"the name {run.name!r} is taken by a run with {what}. Leave --name out, choose another, or repeat the first settings to go on with that run ({run_dir})")
+    raise LaunchError(
+        f"the name {run.name!r} is taken by a run with {what}. Leave --name out, choose another, or repeat the first settings to go on with that run ({run_dir})"
+    )
 
 
 # --- the lease --------------------------------------------------------------------------------------------------------------------
+
 
 class Lease:
     """Keeps two launches from writing one run. Held by the launching process, in `<run>/lease.json`; a context manager.
@@ -139,12 +155,17 @@ class Lease:
             if alive is None:  # on another machine: does it still move?
                 if holder.get("renewed") != first.get("renewed"):
                     alive = True
-                elif time.monotonic() - started < EXPIRE_SECONDS and abs(time.time() - float(holder.get("renewed", 0))) < 10 * EXPIRE_SECONDS:
+                elif (
+                    time.monotonic() - started < EXPIRE_SECONDS
+                    and abs(time.time() - float(holder.get("renewed", 0))) < 10 * EXPIRE_SECONDS
+                ):
                     time.sleep(1)
                     continue
             if alive:
-                raise LaunchError(f"the run {self.name!r} is being trained already, by process {holder.get('pid')} on {holder.get('host')}. "
-                                  "Wait for it, stop it, or give this one another --name")
+                raise LaunchError(
+                    f"the run {self.name!r} is being trained already, by process {holder.get('pid')} on {holder.get('host')}. "
+                    "Wait for it, stop it, or give this one another --name"
+                )
             self._evict(holder)
 
     def _mine(self) -> bytes:
@@ -162,7 +183,9 @@ class Lease:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_bytes(self._mine())
-            os.link(temporary, path)  # fails if it exists; whole at once, unlike open(O_EXCL) and then write
+            os.link(
+                temporary, path
+            )  # fails if it exists; whole at once, unlike open(O_EXCL) and then write
             return True
         except FileExistsError:
             return False
@@ -188,7 +211,9 @@ class Lease:
         with contextlib.suppress(FileNotFoundError):
             os.rename(self.file, aside)
             with contextlib.suppress(ValueError):
-                if json.loads(aside.read_bytes()).get("token") != holder.get("token"):  # somebody else was faster: give it back
+                if json.loads(aside.read_bytes()).get("token") != holder.get(
+                    "token"
+                ):  # somebody else was faster: give it back
                     os.rename(aside, self.file)
                     return
             aside.unlink()
@@ -203,12 +228,19 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._end.wait(RENEW_SECONDS):
-            with contextlib.suppress(storage.StorageError, OSError):  # storage that is away for a while must not end the run
+            with contextlib.suppress(
+                storage.StorageError, OSError
+            ):  # storage that is away for a while must not end the run
                 storage.write_file(self.file, self._mine())
 
 
 def _me() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    return {
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": os.getpid(),
+        "started": psutil.Process().create_time(),
+    }
 
 
 def _machine() -> str:
@@ -228,5 +260,8 @@ def _alive(holder: dict[str, Any]) -> bool | None:
         return None
     with contextlib.suppress(psutil.Error, TypeError, ValueError):
         process = psutil.Process(int(holder["pid"]))
-        return abs(process.create_time() - float(holder["started"])) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        return (
+            abs(process.create_time() - float(holder["started"])) < 1
+            and process.status() != psutil.STATUS_ZOMBIE
+        )
     return False

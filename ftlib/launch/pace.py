@@ -16,13 +16,31 @@ def same_pixels(training: Training, step: int = 0) -> Iterator[Batch]:
     """Batches that fit the plan from `step` on without end, all with the same random pixels: training on them never waits for a loader."""
     run, job, train = training.run, training.job, training.run.train
     side = run.augment.size
-    images = torch.randint(0, 256, (train.microbatch_size + 1, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(
+        0,
+        256,
+        (train.microbatch_size + 1, side, side, 3),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(0),
+    )
     if job.device.type == "cuda":
         images = images.pin_memory()
     labels = job.dataset.split("train").labels
     while True:
-        for mb in order.owned(order.step_plan(run.seed, step, training.rows, train.batch_size, train.microbatch_size), job.rank, job.world):
-            yield Batch(mb.step, mb.epoch, mb.k, mb.images_in_step, torch.from_numpy(mb.rows.copy()), torch.from_numpy(labels[mb.rows].copy()), images[: len(mb.rows)])
+        for mb in order.owned(
+            order.step_plan(run.seed, step, training.rows, train.batch_size, train.microbatch_size),
+            job.rank,
+            job.world,
+        ):
+            yield Batch(
+                mb.step,
+                mb.epoch,
+                mb.k,
+                mb.images_in_step,
+                torch.from_numpy(mb.rows.copy()),
+                torch.from_numpy(labels[mb.rows].copy()),
+                images[: len(mb.rows)],
+            )
         step += 1
 
 
@@ -36,7 +54,9 @@ def steps(training: Training, batches: Iterator[Batch], count: int) -> int:
         training.state.step += 1
         if read:
             training.read()
-        within = (training.state.step - 1) % training.steps_per_epoch * training.run.train.batch_size
+        within = (
+            (training.state.step - 1) % training.steps_per_epoch * training.run.train.batch_size
+        )
         images += min(training.run.train.batch_size, len(training.rows) - within)
     return images
 

@@ -35,31 +35,45 @@ class Plan:
     """What its checkpoints will need at most at one time."""
 
     def __str__(self) -> str:
-        return (f"{self.images:,} training images, {self.scored:,} scored; {self.steps_per_epoch:,} steps an epoch, {self.steps:,} in all; "
-                f"{self.parameters / 1e6:.1f} M parameters; up to {self.disk_bytes / 1e9:.2g} GB of checkpoints")
+        return (
+            f"{self.images:,} training images, {self.scored:,} scored; {self.steps_per_epoch:,} steps an epoch, {self.steps:,} in all; "
+            f"{self.parameters / 1e6:.1f} M parameters; up to {self.disk_bytes / 1e9:.2g} GB of checkpoints"
+        )
 
 
 def check_data(run: Run, dataset: Dataset) -> tuple[int, int]:
     """(training images, scored images) after subset and tuning split. Raises ConfigError where they cannot be trained on."""
     if len(dataset.classes) < 2:
-        raise ConfigError(f"data.path = {run.data.path}: it has {len(dataset.classes)} class; a classifier needs two at least")
+        raise ConfigError(
+            f"data.path = {run.data.path}: it has {len(dataset.classes)} class; a classifier needs two at least"
+        )
     labels = dataset.split("train").labels
     rows = order.subset(labels, run.data.subset, run.data.subset_seed)
     scored = len(dataset.split("val"))
     if run.data.tuning_fraction:
-        rows, held_out = order.tuning_split(labels, rows, run.data.tuning_fraction, run.data.subset_seed)
+        rows, held_out = order.tuning_split(
+            labels, rows, run.data.tuning_fraction, run.data.subset_seed
+        )
         scored = len(held_out)
     counts = np.bincount(labels[rows], minlength=len(dataset.classes))
     if (counts == 0).any():
         empty = [dataset.classes[i] for i in np.flatnonzero(counts == 0)[:5]]
-        raise ConfigError(f"data.path = {run.data.path}: no training images are left of {', '.join(empty)}. Raise data.subset, lower data.tuning_fraction, or prepare the set without these classes")
+        raise ConfigError(
+            f"data.path = {run.data.path}: no training images are left of {', '.join(empty)}. Raise data.subset, lower data.tuning_fraction, or prepare the set without these classes"
+        )
     if not scored:
         if run.data.tuning_fraction:
-            raise ConfigError(f"data.tuning_fraction = {run.data.tuning_fraction}: of {len(rows)} images it leaves none to score. Raise it, or data.subset")
-        raise ConfigError(f"data.path = {run.data.path}: there is nothing to score: no validation images. "
-                          "Prepare the set with --val-fraction 0.1, or set data.tuning_fraction")
+            raise ConfigError(
+                f"data.tuning_fraction = {run.data.tuning_fraction}: of {len(rows)} images it leaves none to score. Raise it, or data.subset"
+            )
+        raise ConfigError(
+            f"data.path = {run.data.path}: there is nothing to score: no validation images. "
+            "Prepare the set with --val-fraction 0.1, or set data.tuning_fraction"
+        )
     if order.steps_per_epoch(len(rows), run.train.batch_size) < 1:
-        raise ConfigError(f"data.subset = {run.data.subset}: {len(rows)} training image is too few for one step. Raise it")
+        raise ConfigError(
+            f"data.subset = {run.data.subset}: {len(rows)} training image is too few for one step. Raise it"
+        )
     return len(rows), scored
 
 
@@ -70,7 +84,10 @@ def plan(run: Run, dataset: Dataset) -> Plan:
     images, scored = check_data(run, dataset)
     augment.check(run.augment)
     models.check(run.model, run.augment.size, run.eval_size)
-    parameters = sum(p.numel() for p in models.outline(run.model, len(dataset.classes), run.augment.size).parameters())
+    parameters = sum(
+        p.numel()
+        for p in models.outline(run.model, len(dataset.classes), run.augment.size).parameters()
+    )
     size = 4 * parameters * (COPIES[type(run.optimizer).__name__] + bool(run.train.ema_decay))
     steps = order.steps_per_epoch(images, run.train.batch_size)
     disk = size * (run.checkpoint.keep_last + 1) + 4 * parameters * (run.checkpoint.keep_best + 1)
@@ -83,14 +100,18 @@ def check_storage(run_dir: str, needed_bytes: int) -> None:
     storage.write_file(probe, b"ftlib")
     try:
         if storage.read_file(probe) != b"ftlib":
-            raise StorageError(f"{run_dir}: a file that was just written does not read back. Check that storage, or set checkpoint.storage to another place")
+            raise StorageError(
+                f"{run_dir}: a file that was just written does not read back. Check that storage, or set checkpoint.storage to another place"
+            )
     finally:
         remove(probe)
     if not is_remote(run_dir):
         free = shutil.disk_usage(run_dir).free
         if free < needed_bytes:
-            raise LaunchError(f"{run_dir}: {free / 1e9:.2g} GB are free, but this run's checkpoints need up to {needed_bytes / 1e9:.2g} GB. "
-                              "Free some space, set checkpoint.storage to another place, or lower checkpoint.keep_last or checkpoint.keep_best")
+            raise LaunchError(
+                f"{run_dir}: {free / 1e9:.2g} GB are free, but this run's checkpoints need up to {needed_bytes / 1e9:.2g} GB. "
+                "Free some space, set checkpoint.storage to another place, or lower checkpoint.keep_last or checkpoint.keep_best"
+            )
 
 
 def remove(uri: str) -> None:
@@ -115,22 +136,32 @@ def check_shared(run_dir: str, data: str) -> None:
     storage.write_file(probe, b"ftlib")
     look = ray.remote(_sees)
     try:
-        asked = {n["NodeManagerAddress"]: look.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False)).remote(
-            None if is_remote(run_dir) else probe, None if is_remote(data) else data) for n in others}
+        asked = {
+            n["NodeManagerAddress"]: look.options(
+                num_cpus=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False),
+            ).remote(None if is_remote(run_dir) else probe, None if is_remote(data) else data)
+            for n in others
+        }
         for address, answer in asked.items():
             try:
                 sees_runs, sees_data = ray.get(answer, timeout=120)
             except ray.exceptions.RayError as error:
-                raise LaunchError(f"the node {address} does not answer ({type(error).__name__}). Look at `ray status`") from None
+                raise LaunchError(
+                    f"the node {address} does not answer ({type(error).__name__}). Look at `ray status`"
+                ) from None
             if not sees_runs:
-                raise LaunchError(f"checkpoint.storage: the node {address} does not see {run_dir}, so a restart there would find no checkpoint. "
-                                  "Set checkpoint.storage to a folder that all nodes share, or to s3://... or gs://...")
+                raise LaunchError(
+                    f"checkpoint.storage: the node {address} does not see {run_dir}, so a restart there would find no checkpoint. "
+                    "Set checkpoint.storage to a folder that all nodes share, or to s3://... or gs://..."
+                )
             if not sees_data:
-                raise LaunchError(f"data.path: the node {address} does not see {data}. Put the prepared data set on storage that all nodes share, or on s3://... or gs://...")
+                raise LaunchError(
+                    f"data.path: the node {address} does not see {data}. Put the prepared data set on storage that all nodes share, or on s3://... or gs://..."
+                )
     finally:
         remove(probe)
 
 
 def _sees(probe: str | None, data: str | None) -> tuple[bool, bool]:
     return probe is None or os.path.exists(probe), data is None or os.path.exists(data)
-

@@ -25,7 +25,13 @@ class Screen:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-            self._bar = Progress(TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn(), TextColumn("{task.fields[numbers]}"), console=Console(file=self.out))
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(None),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                console=Console(file=self.out),
+            )
             self._bar.start()
         return self
 

@@ -31,7 +31,14 @@ BATCH = 16
 """Most pictures per batch."""
 WAIT_SECONDS = 0.005
 """How long a batch waits for company."""
-ROUTES = {"/": "GET", "/predict": "POST", "/explain": "POST", "/health": "GET", "/about": "GET", "/metrics": "GET"}
+ROUTES = {
+    "/": "GET",
+    "/predict": "POST",
+    "/explain": "POST",
+    "/health": "GET",
+    "/about": "GET",
+    "/metrics": "GET",
+}
 
 
 class Refused(Exception):
@@ -45,7 +52,9 @@ class Refused(Exception):
 class Service:
     """The model and its routes. `respond` takes a Starlette request."""
 
-    def __init__(self, model: str, tracking: str = "", max_megabytes: float = MAX_MEGABYTES) -> None:
+    def __init__(
+        self, model: str, tracking: str = "", max_megabytes: float = MAX_MEGABYTES
+    ) -> None:
         from ftlib.track.package import load
 
         loaded = load(model, tracking)
@@ -84,13 +93,29 @@ class Service:
         return JSONResponse({"status": "ok", "model": self.meta["run"] or self.meta["arch"]})
 
     async def about(self, request: Request) -> Response:
-        return JSONResponse({"arch": self.meta["arch"], "run": self.meta["run"], "classes": len(self.meta["classes"]), "size": self.meta["size"],
-                             "scores": self.meta["scores"], "explains": self.explainer is not None, "max_megabytes": self.max_bytes / 1e6})
+        return JSONResponse(
+            {
+                "arch": self.meta["arch"],
+                "run": self.meta["run"],
+                "classes": len(self.meta["classes"]),
+                "size": self.meta["size"],
+                "scores": self.meta["scores"],
+                "explains": self.explainer is not None,
+                "max_megabytes": self.max_bytes / 1e6,
+            }
+        )
 
     async def metrics(self, request: Request) -> Response:
         lines = ["# TYPE ftlib_requests_total counter"]
-        lines += [f'ftlib_requests_total{{route="{route}",status="{status}"}} {count}' for (route, status), count in sorted(self.requests.items())]
-        for name, value in (("pictures", self.pictures), ("batches", self.batches), ("batch_seconds", self.seconds)):
+        lines += [
+            f'ftlib_requests_total{{route="{route}",status="{status}"}} {count}'
+            for (route, status), count in sorted(self.requests.items())
+        ]
+        for name, value in (
+            ("pictures", self.pictures),
+            ("batches", self.batches),
+            ("batch_seconds", self.seconds),
+        ):
             lines += [f"# TYPE ftlib_{name}_total counter", f"ftlib_{name}_total {value:g}"]
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
 
@@ -109,25 +134,35 @@ class Service:
     async def explain(self, request: Request) -> Response:
         name = request.query_params.get("class", "")
         if self.explainer is None:
-            raise Refused(404, "this package cannot be explained: it was made without its weights, or for an unknown architecture")
+            raise Refused(
+                404,
+                "this package cannot be explained: it was made without its weights, or for an unknown architecture",
+            )
         if name not in self.meta["classes"]:
             raise Refused(400, f"there is no class {name!r}")
         pixels = await self.prepared(request)
-        png = await asyncio.get_running_loop().run_in_executor(None, self.explainer, pixels, self.meta["classes"].index(name))
+        png = await asyncio.get_running_loop().run_in_executor(
+            None, self.explainer, pixels, self.meta["classes"].index(name)
+        )
         return Response(png, media_type="image/png")
 
     async def prepared(self, request: Request) -> Any:
         """uint8[S, S, 3] of the picture in the body."""
         tell = request.headers.get("content-length", "")
         if tell.isdigit() and int(tell) > self.max_bytes:
-            raise Refused(413, f"{int(tell) / 1e6:.1f} MB are more than {self.max_bytes / 1e6:g} MB. Send a smaller picture")
+            raise Refused(
+                413,
+                f"{int(tell) / 1e6:.1f} MB are more than {self.max_bytes / 1e6:g} MB. Send a smaller picture",
+            )
         body = bytearray()
         async for chunk in request.stream():
             body += chunk
             if len(body) > self.max_bytes:
                 raise Refused(413, f"more than {self.max_bytes / 1e6:g} MB. Send a smaller picture")
         try:
-            return await asyncio.get_running_loop().run_in_executor(None, self.classifier.prepare, bytes(body))
+            return await asyncio.get_running_loop().run_in_executor(
+                None, self.classifier.prepare, bytes(body)
+            )
         except ValueError as error:
             raise Refused(400, str(error)) from None
 
@@ -150,13 +185,19 @@ class Service:
                 batch.append(queue.get_nowait())
             started = time.perf_counter()
             try:
-                found = await asyncio.get_running_loop().run_in_executor(None, self.classifier.probabilities, np.stack([pixels for pixels, _ in batch]))
+                found = await asyncio.get_running_loop().run_in_executor(
+                    None, self.classifier.probabilities, np.stack([pixels for pixels, _ in batch])
+                )
             except Exception as error:
                 for _, answer in batch:
                     if not answer.done():
                         answer.set_exception(error)
                 continue
-            self.pictures, self.batches, self.seconds = self.pictures + len(batch), self.batches + 1, self.seconds + time.perf_counter() - started
+            self.pictures, self.batches, self.seconds = (
+                self.pictures + len(batch),
+                self.batches + 1,
+                self.seconds + time.perf_counter() - started,
+            )
             for (_, answer), p in zip(batch, found):
                 if not answer.done():  # its caller may have gone away
                     answer.set_result(p)
@@ -186,7 +227,12 @@ def _explainer(meta: dict[str, Any], loaded: Any) -> Any:
 
     def explain(pixels: Any, index: int) -> bytes:
         with lock:  # hooks on the model's layers are not for two threads at once
-            cam = grad_cam(model, normalise(torch.from_numpy(np.array(pixels)[None]), meta["mean"], meta["std"]), np.array([index]), layer)[0]
+            cam = grad_cam(
+                model,
+                normalise(torch.from_numpy(np.array(pixels)[None]), meta["mean"], meta["std"]),
+                np.array([index]),
+                layer,
+            )[0]
         buffer = io.BytesIO()
         Image.fromarray(overlay(np.asarray(pixels), cam, 224)).save(buffer, "PNG")
         return buffer.getvalue()
@@ -194,7 +240,15 @@ def _explainer(meta: dict[str, Any], loaded: Any) -> Any:
     return explain
 
 
-def deployment(model: str, tracking: str = "", *, replicas: int = 1, cpus: float = 1.0, gpus: float = 0.0, max_megabytes: float = MAX_MEGABYTES) -> Any:
+def deployment(
+    model: str,
+    tracking: str = "",
+    *,
+    replicas: int = 1,
+    cpus: float = 1.0,
+    gpus: float = 0.0,
+    max_megabytes: float = MAX_MEGABYTES,
+) -> Any:
     """A Ray Serve application of the service."""
     from ray import serve
 
@@ -205,5 +259,11 @@ def deployment(model: str, tracking: str = "", *, replicas: int = 1, cpus: float
         async def __call__(self, request: Request) -> Response:
             return await self.service.respond(request)
 
-    made = serve.deployment(Endpoint, name="ftlib", num_replicas=replicas, max_ongoing_requests=4 * BATCH, ray_actor_options={"num_cpus": cpus, "num_gpus": gpus})
+    made = serve.deployment(
+        Endpoint,
+        name="ftlib",
+        num_replicas=replicas,
+        max_ongoing_requests=4 * BATCH,
+        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
+    )
     return made.bind()

@@ -27,7 +27,12 @@ class Signals:
     Enter it after ray.init, which installs a handler of its own. `on_first` runs within the handler and must only set something.
     """
 
-    def __init__(self, on_first: Callable[[], None] = lambda: None, raise_second: bool = True, at_once: bool = False) -> None:
+    def __init__(
+        self,
+        on_first: Callable[[], None] = lambda: None,
+        raise_second: bool = True,
+        at_once: bool = False,
+    ) -> None:
         self.on_first, self.raise_second, self.at_once = on_first, raise_second, at_once
         self.number: int | None = None
         self.count = 0
@@ -54,4 +59,6 @@ class Signals:
         if self.count == 1:
             self.on_first()
         elif self.raise_second:
-            raise Stopped(number, "stopped at once; the same command goes on from the newest checkpoint")
+            raise Stopped(
+                number, "stopped at once; the same command goes on from the newest checkpoint"
+            )

@@ -14,10 +14,19 @@ from ftlib.learn.weights import Source
 
 def starting(run: Run, run_dir: str, url: str, placement: Placement, resumed: bool) -> str:
     each = ", ".join(f"{v:g} {k}" for k, v in placement.resources.items())
-    workers = f"{placement.low}" if placement.low == placement.high else f"{placement.low} to {placement.high}"
-    lines = [f"{run.name}: {'going on' if resumed else 'training'} with {workers} worker{'s' if workers != '1' else ''} ({each} each)", f"  kept in  {run_dir}"]
+    workers = (
+        f"{placement.low}"
+        if placement.low == placement.high
+        else f"{placement.low} to {placement.high}"
+    )
+    lines = [
+        f"{run.name}: {'going on' if resumed else 'training'} with {workers} worker{'s' if workers != '1' else ''} ({each} each)",
+        f"  kept in  {run_dir}",
+    ]
     if run.train.microbatches > 1:
-        lines.append(f"  a batch of {run.train.batch_size} = {run.train.microbatches} microbatches of {run.train.microbatch_size}, shared out among the workers")
+        lines.append(
+            f"  a batch of {run.train.batch_size} = {run.train.microbatches} microbatches of {run.train.microbatch_size}, shared out among the workers"
+        )
     if url:
         lines.append(f"  MLflow   {url}")
     return "\n".join(lines)
@@ -28,15 +37,23 @@ def finished(run: Run, outcome: Any) -> str:
     lines = [f"{outcome.name}: finished in {duration(outcome.seconds)}.  {scores(outcome)}"]
     lines += [f"  {gate}" for gate in outcome.gates]
     if not outcome.passed:
-        lines.append("  This run failed its success criteria; the next phase will not start from it without --gates.force \"reason\".")
+        lines.append(
+            '  This run failed its success criteria; the next phase will not start from it without --gates.force "reason".'
+        )
     lines += _places(outcome)
     return "\n".join(lines)
 
 
 def already_finished(outcome: Any) -> str:
     """For a command that was given again."""
-    return "\n".join([f"{outcome.name}: this run is finished already.  {scores(outcome)}", *(f"  {gate}" for gate in outcome.gates), *_places(outcome),
-                      "  Change a setting to make another run, or give it another --name to repeat this one."])
+    return "\n".join(
+        [
+            f"{outcome.name}: this run is finished already.  {scores(outcome)}",
+            *(f"  {gate}" for gate in outcome.gates),
+            *_places(outcome),
+            "  Change a setting to make another run, or give it another --name to repeat this one.",
+        ]
+    )
 
 
 def scores(outcome: Any) -> str:
@@ -69,21 +86,33 @@ def note(run: Run, outcome: Any, source: Source | None, report_link: str) -> str
         lines.append(f"- started from {source.run_name or source.uri}")
     if report_link:
         lines.append(f"- [Report of its errors and its calibration]({report_link})")
-    lines += [f"- best model: `{outcome.best_dir}`", f"- run folder: `{outcome.run_dir}`", f"- took {duration(outcome.seconds)} in this launch"]
+    lines += [
+        f"- best model: `{outcome.best_dir}`",
+        f"- run folder: `{outcome.run_dir}`",
+        f"- took {duration(outcome.seconds)} in this launch",
+    ]
     return "\n".join(lines)
 
 
-def sample(phase1: Any, phase2: Any, tracking_uri: str, commands: list[tuple[str, str]], seconds: float) -> str:
+def sample(
+    phase1: Any, phase2: Any, tracking_uri: str, commands: list[tuple[str, str]], seconds: float
+) -> str:
     """The end of `make run`."""
     one, two = phase1.metrics["best/val_top1"], phase2.metrics["best/val_top1"]
-    rows = [("Phase 1", f"{one:6.2f} % top-1", phase1), ("Phase 2", f"{two:6.2f} % top-1   ({two - one:+.2f} points)", phase2)]
+    rows = [
+        ("Phase 1", f"{one:6.2f} % top-1", phase1),
+        ("Phase 2", f"{two:6.2f} % top-1   ({two - one:+.2f} points)", phase2),
+    ]
     lines = ["", f"Done in {duration(seconds)}: scikit-learn's digits, held-out images", ""]
     lines += [f"  {name}  {text}" for name, text, _ in rows]
     lines += ["", "Where it is", f"  home         {home()}"]
     for name, _, outcome in rows:
-        lines += [f"  {name}      {outcome.run_dir}/", f"    best model {os.path.relpath(outcome.best_dir, outcome.run_dir)}", "    to resume  checkpoints/",
-                  f"    figures    {', '.join(os.path.relpath(f, outcome.run_dir) for f in outcome.figures if f.endswith(('.png', '.html')))}"]
+        lines += [
+            f"  {name}      {outcome.run_dir}/",
+            f"    best model {os.path.relpath(outcome.best_dir, outcome.run_dir)}",
+            "    to resume  checkpoints/",
+            f"    figures    {', '.join(os.path.relpath(f, outcome.run_dir) for f in outcome.figures if f.endswith(('.png', '.html')))}",
+        ]
     lines += [f"  MLflow       {tracking_uri}", "", "What next"]
     lines += [f"  {what:<28} {command}" for what, command in commands]
     return "\n".join(lines)
-

@@ -88,25 +88,57 @@ def prepare(run: Run) -> Prepared:
     source, known = _source(run, dataset, root, record)
     digest = source.sha256 if source else None
     print_ = identity.fingerprint(run, dataset.digest, digest)
-    run = dataclasses.replace(run, name=run.name or identity.default_name(run, dataset.name, print_))
+    run = dataclasses.replace(
+        run, name=run.name or identity.default_name(run, dataset.name, print_)
+    )
     run_dir = join(root, run.name)
     record = record or identity.Record.read(run_dir)
     if record is not None:
         identity.refuse_other_settings(run, run_dir, record, print_, dataset.digest)
-    note = gates.refuse_failed(run, source.run_name or source.uri, source.result) if source and not known else ""
-    return Prepared(run, dataset, source, print_, run_dir, record, storage.read_json(join(run_dir, "result.json")), plan, note)
+    note = (
+        gates.refuse_failed(run, source.run_name or source.uri, source.result)
+        if source and not known
+        else ""
+    )
+    return Prepared(
+        run,
+        dataset,
+        source,
+        print_,
+        run_dir,
+        record,
+        storage.read_json(join(run_dir, "result.json")),
+        plan,
+        note,
+    )
 
 
-def _source(run: Run, dataset: Dataset, root: str, record: identity.Record | None) -> tuple[weights.Source | None, bool]:
+def _source(
+    run: Run, dataset: Dataset, root: str, record: identity.Record | None
+) -> tuple[weights.Source | None, bool]:
     """(the starting weights, whether they are those of an earlier launch). A run that has begun keeps the weights it began with."""
-    if record is not None and record.init is not None and record.run.get("model", {}).get("init_from") == run.model.init_from:
+    if (
+        record is not None
+        and record.init is not None
+        and record.run.get("model", {}).get("init_from") == run.model.init_from
+    ):
         return weights.Source.from_dict(record.init), True
-    return weights.resolve_init(run, dataset.name, dataset.digest, dataset.classes, root, fetch=closing.fetch(run, root)), False
+    return weights.resolve_init(
+        run, dataset.name, dataset.digest, dataset.classes, root, fetch=closing.fetch(run, root)
+    ), False
 
 
 def launch(
-    run: Run, *, local: bool = False, kind: str = "train", tags: Mapping[str, Any] | None = None, parent_run_id: str | None = None, tracking: Tracking | Handle | None = None,
-    on_report: Callable[[dict[str, float]], None] | None = None, callbacks: Sequence[Any] = (), quiet: bool = False,
+    run: Run,
+    *,
+    local: bool = False,
+    kind: str = "train",
+    tags: Mapping[str, Any] | None = None,
+    parent_run_id: str | None = None,
+    tracking: Tracking | Handle | None = None,
+    on_report: Callable[[dict[str, float]], None] | None = None,
+    callbacks: Sequence[Any] = (),
+    quiet: bool = False,
 ) -> Outcome:
     """Train `run`, or go on with it, or say that it is finished.
 
@@ -138,7 +170,9 @@ def launch(
         if local:
             capacity = cluster.this_machine()
             here = capacity.nodes[0]
-            placement = cluster.Placement(1, 1, float(bool(here.gpus) and run.cluster.gpus_per_worker != 0), int(here.cpus))
+            placement = cluster.Placement(
+                1, 1, float(bool(here.gpus) and run.cluster.gpus_per_worker != 0), int(here.cpus)
+            )
         else:
             say(f"{run.name}: {ready.plan}")
             if tracking is None:
@@ -150,53 +184,147 @@ def launch(
             placement = cluster.placement(run.cluster, capacity)
             preflight.check_shared(ready.run_dir, ready.dataset.path)
         if tracking is None:
-            tracking = stack.enter_context(open_tracking(run.track, experiment=ready.dataset.name, journal_dir=journal_dir(ready.run_dir), resuming=bool(_known_to_mlflow(ready))))
-        all_tags = run_tags(run, kind=kind, dataset=(ready.dataset.name, ready.dataset.digest), extra={**_lineage(ready), **(tags or {})})
-        tracked = tracking.start_run(run.name, tags=all_tags, params=params_of(run), parent=parent_run_id, run_id=_known_to_mlflow(ready) or None)
+            tracking = stack.enter_context(
+                open_tracking(
+                    run.track,
+                    experiment=ready.dataset.name,
+                    journal_dir=journal_dir(ready.run_dir),
+                    resuming=bool(_known_to_mlflow(ready)),
+                )
+            )
+        all_tags = run_tags(
+            run,
+            kind=kind,
+            dataset=(ready.dataset.name, ready.dataset.digest),
+            extra={**_lineage(ready), **(tags or {})},
+        )
+        tracked = tracking.start_run(
+            run.name,
+            tags=all_tags,
+            params=params_of(run),
+            parent=parent_run_id,
+            run_id=_known_to_mlflow(ready) or None,
+        )
         record = _record(ready, tracked)
         record.write(ready.run_dir)
         writer = tracked.writer()
         closing.open_run(writer, run, ready.dataset)
-        say(summary.starting(run, ready.run_dir, tracked.url, placement, resumed=ready.record is not None))
+        say(
+            summary.starting(
+                run, ready.run_dir, tracked.url, placement, resumed=ready.record is not None
+            )
+        )
         hook = _Hook(on_report)
-        job = fit.Fit(run, ready.dataset, ready.run_dir, ready.source.to_dict() if ready.source else None, writer, placement, capacity.can_grow, hook if on_report else None, callbacks)
+        job = fit.Fit(
+            run,
+            ready.dataset,
+            ready.run_dir,
+            ready.source.to_dict() if ready.source else None,
+            writer,
+            placement,
+            capacity.can_grow,
+            hook if on_report else None,
+            callbacks,
+        )
         try:
-            with Screen(run.name, _nowhere(stack) if quiet else None) as screen, closing.system_metrics(run, writer):
+            with (
+                Screen(run.name, _nowhere(stack) if quiet else None) as screen,
+                closing.system_metrics(run, writer),
+            ):
                 result = fit.here(job, screen) if local else fit.on_cluster(job, screen)
         except Stopped as stop:
             tracked.finish("killed", stop.message)
             say(f"{run.name}: {stop.message}")
             raise
         except BaseException as error:
-            outcome_word = "pruned" if hook.raised is error else "killed" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+            outcome_word = (
+                "pruned"
+                if hook.raised is error
+                else "killed"
+                if isinstance(error, KeyboardInterrupt | SystemExit)
+                else "failed"
+            )
             tracked.finish(outcome_word, f"{type(error).__name__}: {error}")
             raise
-        outcome = _complete(ready, tracked, writer, result, time.monotonic() - started, draw=kind == "train")
+        outcome = _complete(
+            ready, tracked, writer, result, time.monotonic() - started, draw=kind == "train"
+        )
     say(summary.finished(run, outcome))
     return outcome
 
 
 def journal_dir(run_dir: str) -> Path:
     """The tracking journal lies with the run, or below $FTLIB_HOME where the run is on an object store."""
-    return (home() / "runs" / run_dir.rstrip("/").rsplit("/", 1)[-1] if is_remote(run_dir) else Path(run_dir)) / "journal"
+    return (
+        home() / "runs" / run_dir.rstrip("/").rsplit("/", 1)[-1]
+        if is_remote(run_dir)
+        else Path(run_dir)
+    ) / "journal"
 
 
-def _complete(ready: Prepared, tracked: Any, writer: Any, result: dict[str, Any], seconds: float, draw: bool) -> Outcome:
+def _complete(
+    ready: Prepared, tracked: Any, writer: Any, result: dict[str, Any], seconds: float, draw: bool
+) -> Outcome:
     """Score against the gates, keep the result, log figures (a trial has its curves in MLflow and in the sweep's report) and model, end the MLflow run."""
     metrics = {k: float(v) for k, v in result["metrics"].items()}
     start = ready.source.top1 if ready.source else None
     checked = gates.check(ready.run.gates, metrics, start)
     best = closing.best_folder(ready.run_dir)
-    figures = closing.figures(ready.run_dir, result, ready.run, ready.dataset, ready.source.to_dict() if ready.source else None) if draw else []
-    outcome = Outcome(ready.run.name, "completed", metrics, ready.run_dir, best, tracked.run_id, tracked.url, checked, start, figures, seconds)
+    figures = (
+        closing.figures(
+            ready.run_dir,
+            result,
+            ready.run,
+            ready.dataset,
+            ready.source.to_dict() if ready.source else None,
+        )
+        if draw
+        else []
+    )
+    outcome = Outcome(
+        ready.run.name,
+        "completed",
+        metrics,
+        ready.run_dir,
+        best,
+        tracked.run_id,
+        tracked.url,
+        checked,
+        start,
+        figures,
+        seconds,
+    )
     epochs = int(result["history"][-1]["epoch"]) if result["history"] else 0
-    storage.write_file(join(ready.run_dir, "result.json"), json.dumps({
-        "status": "completed", "epochs": epochs, "step": result["step"], "split": result["split"], "metrics": metrics, "best": best.removeprefix(ready.run_dir).strip("/"),
-        "gates": gates.as_json(checked), "start_top1": start, "figures": figures, "history": result["history"]}, indent=2).encode())
+    storage.write_file(
+        join(ready.run_dir, "result.json"),
+        json.dumps(
+            {
+                "status": "completed",
+                "epochs": epochs,
+                "step": result["step"],
+                "split": result["split"],
+                "metrics": metrics,
+                "best": best.removeprefix(ready.run_dir).strip("/"),
+                "gates": gates.as_json(checked),
+                "start_top1": start,
+                "figures": figures,
+                "history": result["history"],
+            },
+            indent=2,
+        ).encode(),
+    )
     report = closing.close_run(tracked, writer, ready.run, ready.dataset, outcome, metrics, checked)
     outcome = dataclasses.replace(outcome, figures=figures + report)
     written = any(f.endswith("/report.html") for f in report)
-    tracked.finish("completed", summary.note(ready.run, outcome, ready.source, tracked.artifact_link("report/report.html") if written else ""))
+    tracked.finish(
+        "completed",
+        summary.note(
+            ready.run,
+            outcome,
+            ready.source,
+            tracked.artifact_link("report/report.html") if written else "",
+        ),
+    )
     with contextlib.suppress(OSError):
         storage.delete_folder(join(ready.run_dir, "ray"))
     return outcome
@@ -206,17 +334,40 @@ def _finished(ready: Prepared) -> Outcome:
     result = ready.result or {}
     mlflow = (ready.record.mlflow if ready.record else None) or {}
     checked = [gates.Gate(**g) for g in result.get("gates", {}).get("gates", [])]
-    return Outcome(ready.run.name, "finished", result.get("metrics", {}), ready.run_dir, join(ready.run_dir, result["best"]) if result.get("best") else "",
-                   mlflow.get("run_id", ""), "", checked, result.get("start_top1"), result.get("figures", []))
+    return Outcome(
+        ready.run.name,
+        "finished",
+        result.get("metrics", {}),
+        ready.run_dir,
+        join(ready.run_dir, result["best"]) if result.get("best") else "",
+        mlflow.get("run_id", ""),
+        "",
+        checked,
+        result.get("start_top1"),
+        result.get("figures", []),
+    )
 
 
 def _record(ready: Prepared, tracked: Any) -> identity.Record:
     old, dataset = ready.record, ready.dataset
     return identity.Record(
-        run=tree.to_dict(ready.run), fingerprint=ready.fingerprint,
-        data={"name": dataset.name, "digest": dataset.digest, "classes": list(dataset.classes), "path": dataset.path},
-        init=ready.source.to_dict() if ready.source else None, mlflow={"uri": tracked.uri, "experiment_id": tracked.experiment_id, "run_id": tracked.run_id},
-        launches=(old.launches if old else 0) + 1, created=old.created if old else time.time())
+        run=tree.to_dict(ready.run),
+        fingerprint=ready.fingerprint,
+        data={
+            "name": dataset.name,
+            "digest": dataset.digest,
+            "classes": list(dataset.classes),
+            "path": dataset.path,
+        },
+        init=ready.source.to_dict() if ready.source else None,
+        mlflow={
+            "uri": tracked.uri,
+            "experiment_id": tracked.experiment_id,
+            "run_id": tracked.run_id,
+        },
+        launches=(old.launches if old else 0) + 1,
+        created=old.created if old else time.time(),
+    )
 
 
 def _known_to_mlflow(ready: Prepared) -> str:
@@ -224,8 +375,14 @@ def _known_to_mlflow(ready: Prepared) -> str:
 
 
 def _lineage(ready: Prepared) -> dict[str, str]:
-    return {"run_name": ready.run.name, "run_dir": ready.run_dir, "fingerprint": ready.fingerprint[:12], "init": ready.source.run_name or ready.source.uri if ready.source else "",
-            "forced_gate": ready.note, "strict_elastic": str(ready.run.cluster.strict_elastic).lower()}
+    return {
+        "run_name": ready.run.name,
+        "run_dir": ready.run_dir,
+        "fingerprint": ready.fingerprint[:12],
+        "init": ready.source.run_name or ready.source.uri if ready.source else "",
+        "forced_gate": ready.note,
+        "strict_elastic": str(ready.run.cluster.strict_elastic).lower(),
+    }
 
 
 class _Hook:

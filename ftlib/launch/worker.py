@@ -37,7 +37,11 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     desk = config["desk"]
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would print every report
     context = ray.train.get_context()
-    device = ray.train.torch.get_device() if torch.cuda.is_available() and config["gpus"] else torch.device("cpu")
+    device = (
+        ray.train.torch.get_device()
+        if torch.cuda.is_available() and config["gpus"]
+        else torch.device("cpu")
+    )
     if not config["local"]:
         logging.getLogger("ftlib").addHandler(ToDesk(desk))
         desk.tell("hello", ray.get_runtime_context().get_node_id())
@@ -46,13 +50,22 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(training_threads(config["cpus"], loaders))
     notices = Notices(desk)
     try:
-        return loop.train(loop.Job(
-            run=run, dataset=Dataset.open(config["data"]), run_dir=config["run_dir"], device=device,
-            rank=context.get_world_rank(), world=context.get_world_size(),
-            source=Source.from_dict(config["source"]) if config["source"] else None,
-            loader_workers=loaders,
-            tracking=config["writer"], report=reporter(config.get("on_report"), config["local"]),
-            progress=lambda values: desk.tell("show", values), notice=notices))
+        return loop.train(
+            loop.Job(
+                run=run,
+                dataset=Dataset.open(config["data"]),
+                run_dir=config["run_dir"],
+                device=device,
+                rank=context.get_world_rank(),
+                world=context.get_world_size(),
+                source=Source.from_dict(config["source"]) if config["source"] else None,
+                loader_workers=loaders,
+                tracking=config["writer"],
+                report=reporter(config.get("on_report"), config["local"]),
+                progress=lambda values: desk.tell("show", values),
+                notice=notices,
+            )
+        )
     except loop.Interrupted as error:
         return {"interrupted": str(error)}
     except Exception as error:
@@ -75,6 +88,7 @@ def training_threads(cpus: int, loaders: int) -> int:
 
 def reporter(on_report: Any, local: bool) -> Any:
     """The loop's `report`: plain finite floats to Ray, with a tiny checkpoint that only names ours; then the caller's own hook."""
+
     def report(metrics: dict[str, float], checkpoint: str | None) -> None:
         if local:
             ray.train.report(metrics)
@@ -82,7 +96,12 @@ def reporter(on_report: Any, local: bool) -> Any:
             with tempfile.TemporaryDirectory() as folder:
                 # On every rank: Ray matches the calls up and keeps rank 0's numbers.
                 Path(folder, "pointer.json").write_text(json.dumps({"checkpoint": checkpoint}))
-                ray.train.report(metrics, Checkpoint.from_directory(folder) if ray.train.get_context().get_world_rank() == 0 else None)
+                ray.train.report(
+                    metrics,
+                    Checkpoint.from_directory(folder)
+                    if ray.train.get_context().get_world_rank() == 0
+                    else None,
+                )
         if on_report is not None:
             on_report(metrics)
 
@@ -107,4 +126,3 @@ class EndOnFinalError(UserCallback):
             return
         if error is not None:
             raise RuntimeError(f"{error[0]}: {error[1]}")
-

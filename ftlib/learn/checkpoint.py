@@ -36,7 +36,10 @@ def step_name(step: int) -> str:
 
 def steps(uri: str) -> list[int]:
     """Steps of the folders below `uri`, newest first."""
-    return sorted((int(n[5:]) for n in storage.folders(uri) if n.startswith("step-") and n[5:].isdigit()), reverse=True)
+    return sorted(
+        (int(n[5:]) for n in storage.folders(uri) if n.startswith("step-") and n[5:].isdigit()),
+        reverse=True,
+    )
 
 
 def snapshot(tree: Any) -> Any:
@@ -58,9 +61,22 @@ def latest(uri: str, only: int | None = None) -> tuple[int, dict[str, Any]] | No
         try:
             files, _ = storage.read_folder(folder)
             # weights_only: a checkpoint is data; nothing in it is ever run.
-            return step, torch.load(io.BytesIO(files["state.pt"]), map_location="cpu", weights_only=True)
-        except (Damaged, KeyError, RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            log.warning("checkpoint %s cannot be used (%s); going back to the one before it", folder, str(error).splitlines()[0])
+            return step, torch.load(
+                io.BytesIO(files["state.pt"]), map_location="cpu", weights_only=True
+            )
+        except (
+            Damaged,
+            KeyError,
+            RuntimeError,
+            EOFError,
+            OSError,
+            pickle.UnpicklingError,
+        ) as error:
+            log.warning(
+                "checkpoint %s cannot be used (%s); going back to the one before it",
+                folder,
+                str(error).splitlines()[0],
+            )
     return None
 
 
@@ -81,15 +97,21 @@ class CheckpointWriter:
         for uri in (self.checkpoints, self.best):
             storage.sweep_temporary(uri)
 
-    def save(self, step: int, state: dict[str, Any], done: Callable[[], None] | None = None) -> None:
+    def save(
+        self, step: int, state: dict[str, Any], done: Callable[[], None] | None = None
+    ) -> None:
         """Write the training state of `step`; `done` is called in the writing thread once it is safe on disk."""
         copy = snapshot(state)
 
         def write() -> None:
             buffer = io.BytesIO()
             torch.save(copy, buffer)
-            storage.write_folder(join(self.checkpoints, step_name(step)), {"state.pt": buffer.getvalue()}, {"step": step})
-            for old in steps(self.checkpoints)[self.keep_last:]:
+            storage.write_folder(
+                join(self.checkpoints, step_name(step)),
+                {"state.pt": buffer.getvalue()},
+                {"step": step},
+            )
+            for old in steps(self.checkpoints)[self.keep_last :]:
                 storage.delete_folder(join(self.checkpoints, step_name(old)))
 
         self._submit(write, done)
@@ -99,9 +121,12 @@ class CheckpointWriter:
         copy = {k: v.contiguous() for k, v in snapshot(weights).items()}
 
         def write() -> None:
-            files = {"model.safetensors": safetensors_save(copy), "model.json": json.dumps(about, indent=2).encode()}
+            files = {
+                "model.safetensors": safetensors_save(copy),
+                "model.json": json.dumps(about, indent=2).encode(),
+            }
             storage.write_folder(join(self.best, step_name(step)), files, {"step": step})
-            for old in steps(self.best)[self.keep_best:]:
+            for old in steps(self.best)[self.keep_best :]:
                 storage.delete_folder(join(self.best, step_name(old)))
 
         self._submit(write, None)
@@ -127,7 +152,9 @@ class CheckpointWriter:
                         done()
                     return
 
-        while len(self._pending) > 1:  # at most two copies of the weights wait in memory: a best model and the state after it
+        while (
+            len(self._pending) > 1
+        ):  # at most two copies of the weights wait in memory: a best model and the state after it
             self._pending.pop(0).result()
         self._pending.append(self._pool.submit(guarded))
 
@@ -135,7 +162,9 @@ class CheckpointWriter:
         """Raise when the storage has failed for too long."""
         with self._lock:
             if len(self._failed) >= MAX_FAILED_WRITES:
-                raise StorageError(f"{len(self._failed)} checkpoints in a row could not be written: {self._failed[-1]}")
+                raise StorageError(
+                    f"{len(self._failed)} checkpoints in a row could not be written: {self._failed[-1]}"
+                )
         for future in [f for f in self._pending if f.done()]:
             self._pending.remove(future)
             future.result()

@@ -33,7 +33,9 @@ class Ema:
 
     def current_decay(self) -> float:
         """d of the next update."""
-        return min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        return (
+            min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        )
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
@@ -43,7 +45,9 @@ class Ema:
             raise ValueError("the model is not the one that the average was made from")
         moving = [(a, c) for a, c in zip(averages, currents) if a.is_floating_point()]
         fixed = [(a, c) for a, c in zip(averages, currents) if not a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in moving], [c for _, c in moving], 1.0 - self.current_decay())
+        torch._foreach_lerp_(
+            [a for a, _ in moving], [c for _, c in moving], 1.0 - self.current_decay()
+        )
         if fixed:
             torch._foreach_copy_([a for a, _ in fixed], [c for _, c in fixed])
         self.updates += 1

@@ -26,7 +26,11 @@ def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 
 def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     """Autocast to `dtype`; none for float32."""
-    return torch.autocast(device.type, dtype=dtype if dtype != torch.float32 else torch.bfloat16, enabled=dtype != torch.float32)
+    return torch.autocast(
+        device.type,
+        dtype=dtype if dtype != torch.float32 else torch.bfloat16,
+        enabled=dtype != torch.float32,
+    )
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,11 @@ class Counts:
     def metrics(self, split: str) -> dict[str, float]:
         """`val/loss`, `val/top1`, `val/top5`: mean nats, percent."""
         n = max(self.images, 1)
-        return {f"{split}/loss": round(self.loss / n, 6), f"{split}/top1": percent(self.top1, n), f"{split}/top5": percent(self.top5, n)}
+        return {
+            f"{split}/loss": round(self.loss / n, 6),
+            f"{split}/top1": percent(self.top1, n),
+            f"{split}/top5": percent(self.top5, n),
+        }
 
 
 def percent(part: float, whole: float) -> float:
@@ -55,8 +63,16 @@ def percent(part: float, whole: float) -> float:
 
 
 @torch.no_grad()
-def count(model: nn.Module, batches: Iterable[Batch], classes: int, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...],
-          dtype: torch.dtype = torch.float32, world: int = 1) -> Counts:
+def count(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    classes: int,
+    device: torch.device,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: torch.dtype = torch.float32,
+    world: int = 1,
+) -> Counts:
     """Score this worker's `batches` and sum over the `world` workers. top5 is top-C where there are fewer than five classes."""
     training = model.training
     model.eval()
@@ -69,16 +85,28 @@ def count(model: nn.Module, batches: Iterable[Batch], classes: int, device: torc
         logits = logits.float()
         hits = logits.topk(k).indices == labels[:, None]
         first = hits[:, 0].double()
-        sums[:4] += torch.stack([F.cross_entropy(logits, labels, reduction="sum").double(), first.sum(), hits.sum().double(),
-                                 torch.tensor(float(len(labels)), dtype=torch.float64, device=device)])
-        sums[4:4 + classes].index_add_(0, labels, first)
-        sums[4 + classes:].index_add_(0, labels, torch.ones_like(first))
+        sums[:4] += torch.stack(
+            [
+                F.cross_entropy(logits, labels, reduction="sum").double(),
+                first.sum(),
+                hits.sum().double(),
+                torch.tensor(float(len(labels)), dtype=torch.float64, device=device),
+            ]
+        )
+        sums[4 : 4 + classes].index_add_(0, labels, first)
+        sums[4 + classes :].index_add_(0, labels, torch.ones_like(first))
     if world > 1:
         dist.all_reduce(sums)
     model.train(training)
     values = sums.cpu().numpy()
-    return Counts(float(values[0]), int(values[1]), int(values[2]), int(values[3]),
-                  values[4:4 + classes].astype(np.int64), values[4 + classes:].astype(np.int64))
+    return Counts(
+        float(values[0]),
+        int(values[1]),
+        int(values[2]),
+        int(values[3]),
+        values[4 : 4 + classes].astype(np.int64),
+        values[4 + classes :].astype(np.int64),
+    )
 
 
 @dataclass(frozen=True)
@@ -96,12 +124,25 @@ class Predictions:
         return self.logits.argmax(1) == self.labels
 
     def save(self, path: str) -> None:
-        np.savez_compressed(path, rows=self.rows, labels=self.labels, correct=self.correct, logits=self.logits.astype(np.float16))
+        np.savez_compressed(
+            path,
+            rows=self.rows,
+            labels=self.labels,
+            correct=self.correct,
+            logits=self.logits.astype(np.float16),
+        )
 
 
 @torch.no_grad()
-def predict(model: nn.Module, batches: Iterable[Batch], device: torch.device, mean: tuple[float, ...], std: tuple[float, ...],
-            dtype: torch.dtype = torch.float32, flip: bool = False) -> Predictions:
+def predict(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: torch.dtype = torch.float32,
+    flip: bool = False,
+) -> Predictions:
     """Logits for every image of `batches`, in their order. `flip` averages the logits with those of the mirrored image."""
     training = model.training
     model.eval()

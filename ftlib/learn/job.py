@@ -60,6 +60,8 @@ class Job:
         data, train = self.run.data, self.dataset.split("train")
         rows = order.subset(train.labels, data.subset, data.subset_seed)
         if data.tuning_fraction:
-            rows, held_out = order.tuning_split(train.labels, rows, data.tuning_fraction, data.subset_seed)
+            rows, held_out = order.tuning_split(
+                train.labels, rows, data.tuning_fraction, data.subset_seed
+            )
             return rows, held_out, "tuning"
         return rows, np.arange(len(self.dataset.split("val")), dtype=np.int64), "val"

@@ -38,7 +38,9 @@ def balanced_weights(counts: Tensor | np.ndarray | Sequence[int]) -> Tensor:
     counts = torch.as_tensor(counts, dtype=torch.float64)
     if counts.ndim != 1 or counts.numel() == 0 or bool((counts < 1).any()):
         empty = [int(i) for i in torch.nonzero(counts.flatten() < 1).flatten()[:5]]
-        raise ValueError(f"loss.class_weights = balanced: every class needs a training image, and classes number {empty} have none. Set loss.class_weights to none")
+        raise ValueError(
+            f"loss.class_weights = balanced: every class needs a training image, and classes number {empty} have none. Set loss.class_weights to none"
+        )
     return (counts.sum() / (len(counts) * counts)).to(torch.float32)
 
 
@@ -65,10 +67,19 @@ def bce(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tenso
     """sum_c w_c BCEWithLogits(z_c, t_c): one against all, summed over classes, so that its gradient is about as large as
     cross-entropy's whatever C is (Wightman et al. 2021, section 4.1). torch's mean over classes is this divided by C."""
     z = _wide(logits)
-    return _weighed(F.binary_cross_entropy_with_logits(z, targets.to(z), reduction="none"), weights).sum(1)
+    return _weighed(
+        F.binary_cross_entropy_with_logits(z, targets.to(z), reduction="none"), weights
+    ).sum(1)
 
 
-def focal(logits: Tensor, targets: Tensor, weights: Tensor | None = None, *, gamma: float = 2.0, alpha: float = 1.0) -> Tensor:
+def focal(
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+    *,
+    gamma: float = 2.0,
+    alpha: float = 1.0,
+) -> Tensor:
     """- alpha sum_c w_c t_c (1 - p_c)^gamma log p_c with p = softmax(z): Lin et al. 2017, eq. 5, over soft targets.
     gamma = 0 is alpha times cross-entropy."""
     lp = F.log_softmax(_wide(logits), dim=1)
@@ -80,7 +91,9 @@ def focal(logits: Tensor, targets: Tensor, weights: Tensor | None = None, *, gam
 def build(cfg: config.Loss, class_weights: Tensor | None = None) -> PerImageLoss:
     """The loss that `cfg` names. `class_weights` float32[C], on the logits' device, exactly where cfg asks for them."""
     if (cfg.class_weights == "balanced") != (class_weights is not None):
-        raise ValueError(f"loss.class_weights = {cfg.class_weights}: class weights were {'not ' if class_weights is None else ''}given")
+        raise ValueError(
+            f"loss.class_weights = {cfg.class_weights}: class weights were {'not ' if class_weights is None else ''}given"
+        )
     w = class_weights
     match cfg:
         case config.CrossEntropy():
@@ -90,5 +103,7 @@ def build(cfg: config.Loss, class_weights: Tensor | None = None) -> PerImageLoss
         case config.BCE():
             return lambda logits, targets: bce(logits, targets, w)
         case config.Focal():
-            return lambda logits, targets: focal(logits, targets, w, gamma=cfg.gamma, alpha=cfg.alpha)
+            return lambda logits, targets: focal(
+                logits, targets, w, gamma=cfg.gamma, alpha=cfg.alpha
+            )
     raise TypeError(f"no loss for {type(cfg).__name__}")

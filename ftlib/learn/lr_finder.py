@@ -65,10 +65,14 @@ class Reading:
         return min(self.steepest, self.minimum / 3)
 
 
-def range_test(step: Callable[[float], float], low: float = 1e-7, high: float = 10.0, steps: int = 100) -> Curve:
+def range_test(
+    step: Callable[[float], float], low: float = 1e-7, high: float = 10.0, steps: int = 100
+) -> Curve:
     """Call `step(rate)` -> loss with rates from `low` to `high`, a constant factor apart, until the loss has diverged."""
     if not 0 < low < high or steps < LEAST:
-        raise RangeTestError(f"rates from {low:g} to {high:g} in {steps} steps: needs 0 < lowest < highest and at least {LEAST} steps")
+        raise RangeTestError(
+            f"rates from {low:g} to {high:g} in {steps} steps: needs 0 < lowest < highest and at least {LEAST} steps"
+        )
     rates, losses = np.geomspace(low, high, steps), []
     for rate in rates:
         loss = step(float(rate))
@@ -81,24 +85,54 @@ def range_test(step: Callable[[float], float], low: float = 1e-7, high: float = 
 def read(curve: Curve) -> Reading:
     """Raises RangeTestError where the loss never fell."""
     if len(curve.losses) < LEAST:
-        raise RangeTestError(f"the loss diverged after {len(curve.losses)} steps, at a rate of {curve.rates[len(curve.losses) - 1] if len(curve.losses) else 0:.2g}. Start lower with --low")
+        raise RangeTestError(
+            f"the loss diverged after {len(curve.losses)} steps, at a rate of {curve.rates[len(curve.losses) - 1] if len(curve.losses) else 0:.2g}. Start lower with --low"
+        )
     smooth = curve.smooth
     lowest = int(smooth.argmin())
     slope = np.gradient(smooth, np.log(curve.rates))[: lowest + 1]
     fall = smooth[: lowest + 1].max() - smooth[lowest]
     if lowest < 2 or slope.min() >= 0 or fall < 0.01 * abs(smooth[lowest]):
-        raise RangeTestError(f"the loss never fell between rates of {curve.rates[0]:.2g} and {curve.rates[-1]:.2g}. Widen the range (--low, --high), take more --steps, or look at the recipe")
+        raise RangeTestError(
+            f"the loss never fell between rates of {curve.rates[0]:.2g} and {curve.rates[-1]:.2g}. Widen the range (--low, --high), take more --steps, or look at the recipe"
+        )
     return Reading(float(curve.rates[int(slope.argmin())]), float(curve.rates[lowest]))
 
 
 @contextlib.contextmanager
-def recipe_step(run: Run, dataset: Dataset, source: Source | None = None, steps: int = 100, device: torch.device | None = None, workers: int = 0) -> Iterator[Callable[[float], float]]:
+def recipe_step(
+    run: Run,
+    dataset: Dataset,
+    source: Source | None = None,
+    steps: int = 100,
+    device: torch.device | None = None,
+    workers: int = 0,
+) -> Iterator[Callable[[float], float]]:
     """A `step(rate)` -> mean training loss that carries out the recipe's own optimizer steps, one after the other."""
-    epochs = max(run.train.epochs, steps // max(1, len(dataset.split("train")) // run.train.batch_size) + 2 + run.mix.off_epochs)
-    run = override(run, {"train.ema_decay": 0.0, "train.epochs": epochs})  # more epochs only so that the data suffice
-    training = _RangeTraining(Job(run, dataset, run_dir="", device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"), source=source, loader_workers=workers))
+    epochs = max(
+        run.train.epochs,
+        steps // max(1, len(dataset.split("train")) // run.train.batch_size)
+        + 2
+        + run.mix.off_epochs,
+    )
+    run = override(
+        run, {"train.ema_decay": 0.0, "train.epochs": epochs}
+    )  # more epochs only so that the data suffice
+    training = _RangeTraining(
+        Job(
+            run,
+            dataset,
+            run_dir="",
+            device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+            source=source,
+            loader_workers=workers,
+        )
+    )
     training.freeze_for(0)
-    with contextlib.closing(train_batches(dataset, training.rows, run, 0, 1, 0, steps, workers)) as batches:
+    with contextlib.closing(
+        train_batches(dataset, training.rows, run, 0, 1, 0, steps, workers)
+    ) as batches:
+
         def step(rate: float) -> float:
             training.rate_now = rate
             training.train_step(batches, ask=False)

@@ -48,10 +48,20 @@ def draw(cfg: config.Mix, key: int, batch: int, height: int, width: int) -> Plan
     if mixed >= cfg.p:
         return None
     partner = torch.from_numpy(rng.permutation(batch))
-    share = cfg.cutmix_share if cfg.mixup_alpha > 0 and cfg.cutmix_alpha > 0 else float(cfg.cutmix_alpha > 0)
+    share = (
+        cfg.cutmix_share
+        if cfg.mixup_alpha > 0 and cfg.cutmix_alpha > 0
+        else float(cfg.cutmix_alpha > 0)
+    )
     if which >= share:
         return Plan("mixup", partner, float(rng.beta(cfg.mixup_alpha, cfg.mixup_alpha)))
-    box = cutmix_box(float(rng.beta(cfg.cutmix_alpha, cfg.cutmix_alpha)), int(x * width), int(y * height), height, width)
+    box = cutmix_box(
+        float(rng.beta(cfg.cutmix_alpha, cfg.cutmix_alpha)),
+        int(x * width),
+        int(y * height),
+        height,
+        width,
+    )
     return Plan("cutmix", partner, cutmix_lam(box, height, width), box)
 
 
@@ -96,4 +106,6 @@ def cutmix(images: Tensor, targets: Tensor, partner: Tensor, box: Box) -> tuple[
 
 
 def _blend(x: Tensor, partner: Tensor, lam: float) -> Tensor:
-    return (x * lam).add_(x[partner], alpha=1.0 - lam)  # x[partner] keeps channels_last, index_select would not
+    return (x * lam).add_(
+        x[partner], alpha=1.0 - lam
+    )  # x[partner] keeps channels_last, index_select would not

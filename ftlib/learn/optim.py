@@ -1,5 +1,4 @@
-"""Optimizers: parameter groups, fused kernels, and a step that skips itself when the gradients are not finite.
-"""
+"""Optimizers: parameter groups, fused kernels, and a step that skips itself when the gradients are not finite."""
 
 from __future__ import annotations
 
@@ -20,29 +19,46 @@ def parameter_groups(model: nn.Module, cfg: config.Optimizer) -> list[dict[str, 
     """Every parameter exactly once, frozen ones too (they get no gradient, and may thaw later): first those that are decayed,
     then biases (any parameter with `bias` in its own name) and the parameters of norm layers, with weight_decay 0 unless
     cfg.decay_norm_and_bias. Empty groups are left out."""
-    norms = {id(p) for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)}
+    norms = {
+        id(p) for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)
+    }
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
     for name, p in model.named_parameters():
-        spare = not cfg.decay_norm_and_bias and (id(p) in norms or "bias" in name.rpartition(".")[2])
+        spare = not cfg.decay_norm_and_bias and (
+            id(p) in norms or "bias" in name.rpartition(".")[2]
+        )
         (spared if spare else decayed).append(p)
-    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": cfg.weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]
     return [g for g in groups if g["params"]]
 
 
-def build(cfg: config.Optimizer, model: nn.Module, device: torch.device | str) -> torch.optim.Optimizer:
+def build(
+    cfg: config.Optimizer, model: nn.Module, device: torch.device | str
+) -> torch.optim.Optimizer:
     """The optimizer that `cfg` names, fused where torch has a fused kernel for the device (RMSprop has none)."""
     groups = parameter_groups(model, cfg)
     fused = torch.device(device).type in FUSED_DEVICES
     match cfg:
         case config.AdamW():
-            optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused)
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+                groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused
+            )
         case config.Adam():
-            optimizer = torch.optim.Adam(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused)
+            optimizer = torch.optim.Adam(
+                groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused
+            )
         case config.SGD():
-            optimizer = torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=fused)
+            optimizer = torch.optim.SGD(
+                groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, fused=fused
+            )
         case config.RMSprop():
-            return torch.optim.RMSprop(groups, lr=cfg.lr, alpha=cfg.alpha, momentum=cfg.momentum, eps=cfg.eps)
+            return torch.optim.RMSprop(
+                groups, lr=cfg.lr, alpha=cfg.alpha, momentum=cfg.momentum, eps=cfg.eps
+            )
         case _:
             raise TypeError(f"no optimizer for {type(cfg).__name__}")
     if fused:
@@ -64,7 +80,9 @@ def _before_fused_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             # SGD makes its momentum with empty_like in the first step, for the kernel to fill. If just that step is skipped, the next one
             # reads uninitialised memory; and a parameter that thaws later gets none at all. Zeros give the same first step.
             if group.get("momentum") and optimizer.state[p].get("momentum_buffer") is None:
-                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(
+                    p, memory_format=torch.preserve_format
+                )
 
 
 def _match_layout(optimizer: torch.optim.Optimizer) -> None:

@@ -28,22 +28,36 @@ class StepBuffer:
     in the step, `after(k)`; then `reduce(count)` once on every worker, also on one that had no microbatch, and `commit_statistics`.
     """
 
-    def __init__(self, model: nn.Module, rank: int = 0, world: int = 1, strict: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, rank: int = 0, world: int = 1, strict: bool = False
+    ) -> None:
         self.rank, self.world, self.strict = rank, world, strict and world > 1
         # Last parameters first: backward reaches them first, so their buckets can leave first.
         self.parameters = [p for p in reversed(list(model.parameters())) if p.requires_grad]
-        stats = [(m, name) for m in model.modules() for name, b in m.named_buffers(recurse=False) if b.is_floating_point()]
+        stats = [
+            (m, name)
+            for m in model.modules()
+            for name, b in m.named_buffers(recurse=False)
+            if b.is_floating_point()
+        ]
         device = next(model.parameters()).device
-        n_grad, n_stat = sum(p.numel() for p in self.parameters), sum(getattr(m, n).numel() for m, n in stats)
+        n_grad, n_stat = (
+            sum(p.numel() for p in self.parameters),
+            sum(getattr(m, n).numel() for m, n in stats),
+        )
         self.flat = torch.zeros(n_grad + n_stat + len(TALLIES), device=device)
-        self.grads, self.stat_moves, self.tallies = self.flat[:n_grad], self.flat[n_grad:n_grad + n_stat], self.flat[n_grad + n_stat:]
+        self.grads, self.stat_moves, self.tallies = (
+            self.flat[:n_grad],
+            self.flat[n_grad : n_grad + n_stat],
+            self.flat[n_grad + n_stat :],
+        )
         self._bind_gradients()
         # The model's floating-point buffers become views of `stats`, so that they are reset and read with one copy each.
         self.stats = torch.empty(n_stat, device=device)
         start = 0
         for module, name in stats:
             old = getattr(module, name)
-            view = self.stats[start:start + old.numel()].view(old.shape)
+            view = self.stats[start : start + old.numel()].view(old.shape)
             view.copy_(old)
             module._buffers[name] = view
             start += old.numel()
@@ -57,7 +71,7 @@ class StepBuffer:
         start = 0
         for p in self.parameters:
             # The gradient takes the parameter's own memory order (channels_last too), so that accumulating needs no conversion.
-            p.grad = self.flat[start:start + p.numel()].as_strided(p.shape, p.stride(), start)
+            p.grad = self.flat[start : start + p.numel()].as_strided(p.shape, p.stride(), start)
             start += p.numel()
 
     def _plan_buckets(self) -> list[tuple[Tensor, list[int]]]:
@@ -68,12 +82,16 @@ class StepBuffer:
             members.append(i)
             size += p.numel()
             if size >= BUCKET or i == len(self.parameters) - 1:
-                buckets.append((self.flat[start:start + size], members))
+                buckets.append((self.flat[start : start + size], members))
                 start, size, members = start + size, 0, []
         self._armed, self._waiting, self._next = False, [0] * len(buckets), 0
         for b, (_, members) in enumerate(buckets):
             for i in members:
-                self._hooks.append(self.parameters[i].register_post_accumulate_grad_hook(lambda _, b=b: self._ready(b)))
+                self._hooks.append(
+                    self.parameters[i].register_post_accumulate_grad_hook(
+                        lambda _, b=b: self._ready(b)
+                    )
+                )
         return buckets
 
     def _ready(self, bucket: int) -> None:
@@ -97,7 +115,11 @@ class StepBuffer:
         self.flat.zero_()
         self._kept.clear()
         if self._buckets:
-            self._armed, self._next, self._waiting = False, 0, [len(members) for _, members in self._buckets]
+            self._armed, self._next, self._waiting = (
+                False,
+                0,
+                [len(members) for _, members in self._buckets],
+            )
 
     def before(self, k: int, last: bool) -> None:
         """Before the forward pass of microbatch k; `last` says that it is this worker's last in the step."""
@@ -117,9 +139,9 @@ class StepBuffer:
         if self.strict:
             self._reduce_in_order(microbatches)
         elif self.world > 1:
-            for chunk, _ in self._buckets[self._next:]:
+            for chunk, _ in self._buckets[self._next :]:
                 self._works.append(dist.all_reduce(chunk, async_op=True))
-            self._works.append(dist.all_reduce(self.flat[self.grads.numel():], async_op=True))
+            self._works.append(dist.all_reduce(self.flat[self.grads.numel() :], async_op=True))
             for work in self._works:
                 work.wait()
             self._works.clear()

@@ -35,7 +35,14 @@ def plateau_update(cfg: config.Plateau, state: PlateauState, score: float) -> Pl
     return replace(state, bad_epochs=state.bad_epochs + 1)
 
 
-def learning_rate(cfg: config.Schedule, base_lr: float, step: int, total_steps: int, steps_per_epoch: int, plateau: PlateauState | None = None) -> float:
+def learning_rate(
+    cfg: config.Schedule,
+    base_lr: float,
+    step: int,
+    total_steps: int,
+    steps_per_epoch: int,
+    plateau: PlateauState | None = None,
+) -> float:
     """Learning rate of the optimizer step number `step`, 0 <= step < total_steps. Pass `plateau` for Plateau only."""
     match cfg:
         case config.Cosine():
@@ -47,7 +54,11 @@ def learning_rate(cfg: config.Schedule, base_lr: float, step: int, total_steps: 
             return one_cycle(base_lr * cfg.peak, step, total_steps, cfg.up, cfg.div, cfg.final_div)
         case config.Step():
             drops = step // steps_per_epoch // cfg.every_epochs
-            return base_lr * cfg.gamma**drops * warmup_factor(step, warmup_steps(cfg.warmup_epochs, steps_per_epoch))
+            return (
+                base_lr
+                * cfg.gamma**drops
+                * warmup_factor(step, warmup_steps(cfg.warmup_epochs, steps_per_epoch))
+            )
         case config.Plateau():
             return max(base_lr * (plateau or PlateauState()).factor, cfg.min_lr)
         case config.Constant():
@@ -70,7 +81,9 @@ def cosine(base_lr: float, min_lr: float, step: int, steps: int) -> float:
     return min_lr + (base_lr - min_lr) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def one_cycle(max_lr: float, step: int, steps: int, up: float, div: float, final_div: float) -> float:
+def one_cycle(
+    max_lr: float, step: int, steps: int, up: float, div: float, final_div: float
+) -> float:
     """From max_lr/div to max_lr at step up*steps - 1, then to max_lr/div/final_div at the last step; both parts half cosines
     (Smith and Topin 2018, in the shape of torch's OneCycleLR). Momentum stays constant."""
     first, top = max_lr / div, up * steps - 1

@@ -18,7 +18,11 @@ class Conv2d(nn.Conv2d):
         """float[b, C, H, W] -> float[b, D, H', W']."""
         height, width = x.shape[-2:]
         (down, right), (above, left) = self.stride, self.padding
-        one = x.device.type == "cpu" and height + 2 * above - self.kernel_size[0] < down and width + 2 * left - self.kernel_size[1] < right
+        one = (
+            x.device.type == "cpu"
+            and height + 2 * above - self.kernel_size[0] < down
+            and width + 2 * left - self.kernel_size[1] < right
+        )
         if not one or above + height > self.kernel_size[0] or left + width > self.kernel_size[1]:
             return super().forward(x)
         taps = self.weight[:, :, above : above + height, left : left + width]
@@ -28,6 +32,12 @@ class Conv2d(nn.Conv2d):
 def shorten(model: nn.Module) -> None:
     """Let every convolution of the model that can take the shorter way do so, in place."""
     for module in model.modules():
-        if type(module) is nn.Conv2d and module.kernel_size != (1, 1) and module.groups == 1 and module.dilation == (1, 1) and module.padding_mode == "zeros" \
-                and not isinstance(module.padding, str):
+        if (
+            type(module) is nn.Conv2d
+            and module.kernel_size != (1, 1)
+            and module.groups == 1
+            and module.dilation == (1, 1)
+            and module.padding_mode == "zeros"
+            and not isinstance(module.padding, str)
+        ):
             module.__class__ = Conv2d

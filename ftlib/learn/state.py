@@ -30,14 +30,20 @@ class LossScale:
 
     @classmethod
     def create(cls, enabled: bool, device: torch.device) -> LossScale:
-        return cls(torch.tensor(65536.0 if enabled else 1.0, device=device), torch.tensor(0, device=device), enabled)
+        return cls(
+            torch.tensor(65536.0 if enabled else 1.0, device=device),
+            torch.tensor(0, device=device),
+            enabled,
+        )
 
     def update(self, finite: Tensor) -> None:
         if not self.enabled:
             return
         self.good_steps.copy_(torch.where(finite, self.good_steps + 1, 0))
         grow = self.good_steps >= self.interval
-        self.scale.copy_(torch.where(finite, torch.where(grow, self.scale * 2, self.scale), self.scale / 2))
+        self.scale.copy_(
+            torch.where(finite, torch.where(grow, self.scale * 2, self.scale), self.scale / 2)
+        )
         self.good_steps.copy_(torch.where(grow, 0, self.good_steps))
 
 
@@ -70,9 +76,13 @@ class TrainState:
     @classmethod
     def create(cls, run: Run, model: nn.Module, device: torch.device, fp16: bool) -> TrainState:
         return cls(
-            model=model, optimizer=optim.build(run.optimizer, model, device), device=device,
+            model=model,
+            optimizer=optim.build(run.optimizer, model, device),
+            device=device,
             ema=Ema(model, run.train.ema_decay) if run.train.ema_decay else None,
-            scale=LossScale.create(fp16, device), sums=torch.zeros(3, dtype=torch.float64, device=device))
+            scale=LossScale.create(fp16, device),
+            sums=torch.zeros(3, dtype=torch.float64, device=device),
+        )
 
     def settle(self) -> None:
         """Set BatchNorm's counters of batches seen to the step: what they hold must not depend on workers or restarts."""
@@ -85,10 +95,18 @@ class TrainState:
         """Tensors and plain types only, so that it loads with weights_only=True."""
         self.settle()
         return {
-            "step": self.step, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None, "scale": [self.scale.scale, self.scale.good_steps], "sums": self.sums,
-            "plateau": None if self.plateau is None else vars(self.plateau).copy(), "best": self.best, "best_epoch": self.best_epoch,
-            "best_step": self.best_step, "nonfinite": self.nonfinite, "history": [dict(row) for row in self.history],
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "scale": [self.scale.scale, self.scale.good_steps],
+            "sums": self.sums,
+            "plateau": None if self.plateau is None else vars(self.plateau).copy(),
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "best_step": self.best_step,
+            "nonfinite": self.nonfinite,
+            "history": [dict(row) for row in self.history],
             "points": [list(p) for p in self.points],
         }
 

@@ -68,11 +68,19 @@ def fingerprint(image: np.ndarray) -> Fingerprint:
     import hashlib
 
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    digest = hashlib.sha256(np.asarray(image.shape, "<i4").tobytes() + np.ascontiguousarray(image).tobytes()).digest()[:16]
+    digest = hashlib.sha256(
+        np.asarray(image.shape, "<i4").tobytes() + np.ascontiguousarray(image).tobytes()
+    ).digest()[:16]
     cells = cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA).astype(np.int16)
     small = cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
     low = cv2.dct(small)[:8, :8].ravel()
-    return Fingerprint(digest, _bits(cells[:, :-1] > cells[:, 1:]), _bits(low > np.median(low)), bool(grey.std() < FLAT), features(image))
+    return Fingerprint(
+        digest,
+        _bits(cells[:, :-1] > cells[:, 1:]),
+        _bits(low > np.median(low)),
+        bool(grey.std() < FLAT),
+        features(image),
+    )
 
 
 def _bits(flags: np.ndarray) -> int:
@@ -82,12 +90,18 @@ def _bits(flags: np.ndarray) -> int:
 def features(image: np.ndarray) -> NDArray[np.float32]:
     """float32[F]: 8 x 8 colours, and histograms of gradient directions over 4 x 4 cells (Dalal and Triggs 2005) at 32 px."""
     small = cv2.resize(image, (32, 32), interpolation=cv2.INTER_AREA)
-    colours = cv2.resize(small, (8, 8), interpolation=cv2.INTER_AREA).astype(np.float32).ravel() / 255
+    colours = (
+        cv2.resize(small, (8, 8), interpolation=cv2.INTER_AREA).astype(np.float32).ravel() / 255
+    )
     grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY).astype(np.float32)
     dx, dy = cv2.Sobel(grey, cv2.CV_32F, 1, 0, ksize=1), cv2.Sobel(grey, cv2.CV_32F, 0, 1, ksize=1)
     strength, direction = np.hypot(dx, dy), (np.arctan2(dy, dx) % np.pi) * (8 / np.pi)
     cell = (np.arange(32) // 8)[:, None] * 4 + (np.arange(32) // 8)[None, :]
-    histogram = np.bincount((cell * 8 + np.minimum(direction.astype(int), 7)).ravel(), weights=strength.ravel(), minlength=128).reshape(16, 8)
+    histogram = np.bincount(
+        (cell * 8 + np.minimum(direction.astype(int), 7)).ravel(),
+        weights=strength.ravel(),
+        minlength=128,
+    ).reshape(16, 8)
     histogram /= np.linalg.norm(histogram, axis=1, keepdims=True) + 8.0
     return np.concatenate([colours, histogram.ravel().astype(np.float32)])
 
@@ -104,7 +118,9 @@ def exact_pairs(digests: Sequence[bytes]) -> list[Pair]:
     return pairs
 
 
-def near_pairs(gradient: Hashes, frequency: Hashes, near: int = NEAR, skip: Iterable[Pair] = ()) -> list[Pair]:
+def near_pairs(
+    gradient: Hashes, frequency: Hashes, near: int = NEAR, skip: Iterable[Pair] = ()
+) -> list[Pair]:
     """Pairs whose hashes of both kinds differ in at most `near` bits. Searched by bands of the gradient hash: no pair is missed, and one
     in 32 is compared."""
     if near >= BANDS:
@@ -119,7 +135,13 @@ def near_pairs(gradient: Hashes, frequency: Hashes, near: int = NEAR, skip: Iter
     return [Pair(a, b, 1 + bits) for (a, b), bits in sorted(found.items()) if (a, b) not in known]
 
 
-def _compare(members: NDArray[np.int64], gradient: Hashes, frequency: Hashes, near: int, found: dict[tuple[int, int], int]) -> None:
+def _compare(
+    members: NDArray[np.int64],
+    gradient: Hashes,
+    frequency: Hashes,
+    near: int,
+    found: dict[tuple[int, int], int],
+) -> None:
     members = np.sort(members)
     for place, a in enumerate(members[:-1]):
         others = members[place + 1 :]
@@ -131,7 +153,12 @@ def _compare(members: NDArray[np.int64], gradient: Hashes, frequency: Hashes, ne
                 found[int(a), int(b)] = int(distance)
 
 
-def suspects(features: NDArray[np.float32], labels: NDArray[np.int64], least_margin: float = 0.75, seed: int = 0) -> tuple[list[Suspect], float]:
+def suspects(
+    features: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    least_margin: float = 0.75,
+    seed: int = 0,
+) -> tuple[list[Suspect], float]:
     """Pictures to which logistic regressions trained on the other folds give another class, more confidently than that class is usually
     given to its own (confident learning, Northcutt et al. 2021, section 3.1), and than the label by `least_margin`. The surest first; and the
     share of pictures on which those regressions agree with the label, which says how much their word is worth.
@@ -149,13 +176,26 @@ def suspects(features: NDArray[np.float32], labels: NDArray[np.int64], least_mar
         return [], 0.0
     x, y = features[kept], np.searchsorted(present, labels[kept])
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.02, max_iter=200))
-    p = cross_val_predict(model, x, y, cv=StratifiedKFold(FOLDS, shuffle=True, random_state=seed), method="predict_proba")
+    p = cross_val_predict(
+        model,
+        x,
+        y,
+        cv=StratifiedKFold(FOLDS, shuffle=True, random_state=seed),
+        method="predict_proba",
+    )
     usual = np.array([p[y == c, c].mean() for c in range(len(present))])
     said = p.argmax(axis=1)
     rows = np.arange(len(y))
-    doubtful = np.flatnonzero((said != y) & (p[rows, said] >= usual[said]) & (p[rows, said] - p[rows, y] >= least_margin))
-    order = doubtful[np.argsort(p[doubtful, y[doubtful]] - p[doubtful, said[doubtful]], kind="stable")]
-    return [Suspect(int(kept[i]), int(present[said[i]]), float(p[i, y[i]]), float(p[i, said[i]])) for i in order], float((said == y).mean())
+    doubtful = np.flatnonzero(
+        (said != y) & (p[rows, said] >= usual[said]) & (p[rows, said] - p[rows, y] >= least_margin)
+    )
+    order = doubtful[
+        np.argsort(p[doubtful, y[doubtful]] - p[doubtful, said[doubtful]], kind="stable")
+    ]
+    return [
+        Suspect(int(kept[i]), int(present[said[i]]), float(p[i, y[i]]), float(p[i, said[i]]))
+        for i in order
+    ], float((said == y).mean())
 
 
 def odd_sizes(sizes: NDArray[np.int32], limit: int) -> NDArray[np.int64]:
@@ -168,7 +208,12 @@ def odd_sizes(sizes: NDArray[np.int32], limit: int) -> NDArray[np.int64]:
     return odd[np.argsort(-away[odd], kind="stable")][:limit]
 
 
-def scan(count: int, image: Callable[[int], np.ndarray], tick: Callable[[], None] = lambda: None, workers: int = 2) -> list[Fingerprint]:
+def scan(
+    count: int,
+    image: Callable[[int], np.ndarray],
+    tick: Callable[[], None] = lambda: None,
+    workers: int = 2,
+) -> list[Fingerprint]:
     """Fingerprints of pictures 0..count-1, in threads: decoding and OpenCV let the interpreter go."""
     from concurrent.futures import ThreadPoolExecutor
 

@@ -12,7 +12,16 @@ import numpy as np
 from ftlib.data.decode import decode
 from ftlib.data.shards import Dataset
 from ftlib.report import page
-from ftlib.report.audit import Fingerprint, Pair, Suspect, exact_pairs, near_pairs, odd_sizes, scan, suspects
+from ftlib.report.audit import (
+    Fingerprint,
+    Pair,
+    Suspect,
+    exact_pairs,
+    near_pairs,
+    odd_sizes,
+    scan,
+    suspects,
+)
 from ftlib.report.errors import BLUE, GREY, RED, axes, png
 
 SHOWN = 24
@@ -73,7 +82,14 @@ class Audit:
         return decode(self.dataset.split(split).image(row))
 
 
-def audit(dataset: Dataset, *, features: Callable[[Dataset], np.ndarray] | None = None, label_sample: int = 20_000, workers: int = 2, tick: Callable[[], None] = lambda: None) -> Audit:
+def audit(
+    dataset: Dataset,
+    *,
+    features: Callable[[Dataset], np.ndarray] | None = None,
+    label_sample: int = 20_000,
+    workers: int = 2,
+    tick: Callable[[], None] = lambda: None,
+) -> Audit:
     """Look at every picture of both splits.
 
     features: gives float32[n, F] for all pictures (train, then val), such as a trained model's; by default small descriptors are used.
@@ -81,41 +97,95 @@ def audit(dataset: Dataset, *, features: Callable[[Dataset], np.ndarray] | None 
     """
     train, val = dataset.split("train"), dataset.split("val")
     labels = np.concatenate([train.labels, val.labels])
-    prints: list[Fingerprint] = [*scan(len(train), lambda i: decode(train.image(i)), tick, workers), *scan(len(val), lambda i: decode(val.image(i)), tick, workers)]
+    prints: list[Fingerprint] = [
+        *scan(len(train), lambda i: decode(train.image(i)), tick, workers),
+        *scan(len(val), lambda i: decode(val.image(i)), tick, workers),
+    ]
     exact = exact_pairs([p.exact for p in prints])
     lively = np.array([i for i, p in enumerate(prints) if not p.flat], dtype=np.int64)
-    gradient, frequency = (np.array([getattr(prints[i], name) for i in lively], dtype=np.uint64) for name in ("gradient", "frequency"))
+    gradient, frequency = (
+        np.array([getattr(prints[i], name) for i in lively], dtype=np.uint64)
+        for name in ("gradient", "frequency")
+    )
     place = {int(position): k for k, position in enumerate(lively)}
     repeats = [Pair(place[p.a], place[p.b], 0) for p in exact if p.a in place and p.b in place]
     same = {p.b for p in exact}
-    near = [Pair(int(lively[p.a]), int(lively[p.b]), p.distance) for p in near_pairs(gradient, frequency, skip=repeats)]
-    near = [p for p in near if p.a not in same and p.b not in same]  # the repeat of a picture is near to all that the picture is near to
+    near = [
+        Pair(int(lively[p.a]), int(lively[p.b]), p.distance)
+        for p in near_pairs(gradient, frequency, skip=repeats)
+    ]
+    near = [
+        p for p in near if p.a not in same and p.b not in same
+    ]  # the repeat of a picture is near to all that the picture is near to
     described = features(dataset) if features else np.stack([p.features for p in prints])
-    chosen = np.unique(np.linspace(0, len(labels) - 1, min(len(labels), label_sample)).round().astype(np.int64))
+    chosen = np.unique(
+        np.linspace(0, len(labels) - 1, min(len(labels), label_sample)).round().astype(np.int64)
+    )
     doubtful, agreement = suspects(described[chosen], labels[chosen])
     doubtful = [Suspect(int(chosen[s.position]), s.said, s.own, s.confidence) for s in doubtful]
     sizes = np.concatenate([train.sizes, val.sizes])
-    return Audit(dataset, labels, len(train), exact, near, len(prints) - len(lively), odd_sizes(sizes, 10 * SHOWN), doubtful, len(chosen), agreement)
+    return Audit(
+        dataset,
+        labels,
+        len(train),
+        exact,
+        near,
+        len(prints) - len(lively),
+        odd_sizes(sizes, 10 * SHOWN),
+        doubtful,
+        len(chosen),
+        agreement,
+    )
 
 
 def summary(found: Audit) -> list[tuple[str, int, str]]:
     """(what, how many, what to do) for the screen and the page."""
     across = found.leaks
     return [
-        ("same picture in train and val", sum(p.distance == 0 for p in across), "the validation score counts them as known: delete one of each"),
-        ("nearly the same in train and val", sum(p.distance > 0 for p in across), "look at them: the same scene, or the same picture at another quality"),
-        ("same or nearly, but another label", len(found.conflicts), "one of the two labels is wrong"),
-        ("same picture twice in a split", sum(p.distance == 0 for p in found.within), "it weighs double: delete one"),
-        ("nearly the same twice in a split", sum(p.distance > 0 for p in found.within), "look at them"),
-        ("suspicious labels", len(found.suspects), f"of {found.looked:,} looked at; {_judge(found)}"),
+        (
+            "same picture in train and val",
+            sum(p.distance == 0 for p in across),
+            "the validation score counts them as known: delete one of each",
+        ),
+        (
+            "nearly the same in train and val",
+            sum(p.distance > 0 for p in across),
+            "look at them: the same scene, or the same picture at another quality",
+        ),
+        (
+            "same or nearly, but another label",
+            len(found.conflicts),
+            "one of the two labels is wrong",
+        ),
+        (
+            "same picture twice in a split",
+            sum(p.distance == 0 for p in found.within),
+            "it weighs double: delete one",
+        ),
+        (
+            "nearly the same twice in a split",
+            sum(p.distance > 0 for p in found.within),
+            "look at them",
+        ),
+        (
+            "suspicious labels",
+            len(found.suspects),
+            f"of {found.looked:,} looked at; {_judge(found)}",
+        ),
         ("odd sizes", len(found.odd), "far from the others in area or shape"),
     ]
 
 
 def _judge(found: Audit) -> str:
     """How much the judgement on labels is worth."""
-    return f"a model trained on the other pictures is sure of another class; it agrees with {found.agreement:.0%} of all labels" + (
-        ", so most of its doubts are its own mistakes: judge again with --run and a trained run" if found.agreement < 0.8 else "")
+    return (
+        f"a model trained on the other pictures is sure of another class; it agrees with {found.agreement:.0%} of all labels"
+        + (
+            ", so most of its doubts are its own mistakes: judge again with --run and a trained run"
+            if found.agreement < 0.8
+            else ""
+        )
+    )
 
 
 def write(found: Audit, out: Path) -> list[Path]:
@@ -126,38 +196,98 @@ def write(found: Audit, out: Path) -> list[Path]:
     exact_within = [p for p in found.within if p.distance == 0]
     near_within = [p for p in found.within if p.distance > 0]
     sections = [
-        page.section("Findings", page.table(("what", "pictures or pairs", "what to do"), summary(found), words=(2,))),
-        _pairs(found, "In train and in val", found.leaks, "A model has seen these validation pictures, or nearly, while it was trained."),
-        _pairs(found, "One picture, two labels", found.conflicts, "The same picture, or nearly, under different classes."),
+        page.section(
+            "Findings",
+            page.table(("what", "pictures or pairs", "what to do"), summary(found), words=(2,)),
+        ),
+        _pairs(
+            found,
+            "In train and in val",
+            found.leaks,
+            "A model has seen these validation pictures, or nearly, while it was trained.",
+        ),
+        _pairs(
+            found,
+            "One picture, two labels",
+            found.conflicts,
+            "The same picture, or nearly, under different classes.",
+        ),
         _suspects(found),
         _pairs(found, "Twice in a split", exact_within, "Pixel for pixel the same."),
-        _pairs(found, "Nearly twice in a split", near_within, "Hashes of both kinds differ in a few bits of 64."),
+        _pairs(
+            found,
+            "Nearly twice in a split",
+            near_within,
+            "Hashes of both kinds differ in a few bits of 64.",
+        ),
         _odd(found),
         page.section("Classes", page.plot(figure, "pictures per class and split")),
     ]
-    lead = page.paragraph(f"{found.train:,} training and {len(found.labels) - found.train:,} validation pictures of {len(classes)} classes"
-                          + (f"; {found.flat:,} are too uniform to be compared with others" if found.flat else ""), soft=True)
-    lead += page.facts([(f"{count:,}", what) for what, count, _ in summary(found)[:3]] + [(f"{len(found.suspects):,}", "suspicious labels")])
-    (out / "audit.html").write_text(page.document(f"Audit of {found.dataset.name}", lead, sections), "utf-8")
+    lead = page.paragraph(
+        f"{found.train:,} training and {len(found.labels) - found.train:,} validation pictures of {len(classes)} classes"
+        + (f"; {found.flat:,} are too uniform to be compared with others" if found.flat else ""),
+        soft=True,
+    )
+    lead += page.facts(
+        [(f"{count:,}", what) for what, count, _ in summary(found)[:3]]
+        + [(f"{len(found.suspects):,}", "suspicious labels")]
+    )
+    (out / "audit.html").write_text(
+        page.document(f"Audit of {found.dataset.name}", lead, sections), "utf-8"
+    )
     (out / "classes.png").write_bytes(figure)
     with open(out / "findings.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("finding", "file", "class", "other file", "other class", "detail"))
         for p in (*found.exact, *found.near):
-            kind = ("same" if p.distance == 0 else "near") + (" across splits" if found.crosses(p) else "") + (", labels differ" if found.disagrees(p) else "")
-            writer.writerow((kind, found.file(p.a), classes[found.labels[p.a]], found.file(p.b), classes[found.labels[p.b]], f"{max(p.distance - 1, 0)} bits"))
+            kind = (
+                ("same" if p.distance == 0 else "near")
+                + (" across splits" if found.crosses(p) else "")
+                + (", labels differ" if found.disagrees(p) else "")
+            )
+            writer.writerow(
+                (
+                    kind,
+                    found.file(p.a),
+                    classes[found.labels[p.a]],
+                    found.file(p.b),
+                    classes[found.labels[p.b]],
+                    f"{max(p.distance - 1, 0)} bits",
+                )
+            )
         for s in found.suspects:
-            writer.writerow(("suspicious label", found.file(s.position), classes[found.labels[s.position]], "", classes[s.said], f"{s.confidence:.3f} against {s.own:.3f}"))
+            writer.writerow(
+                (
+                    "suspicious label",
+                    found.file(s.position),
+                    classes[found.labels[s.position]],
+                    "",
+                    classes[s.said],
+                    f"{s.confidence:.3f} against {s.own:.3f}",
+                )
+            )
         for i in found.odd:
             height, width = found.image(int(i)).shape[:2]
-            writer.writerow(("odd size", found.file(int(i)), classes[found.labels[i]], "", "", f"{width} x {height}"))
+            writer.writerow(
+                (
+                    "odd size",
+                    found.file(int(i)),
+                    classes[found.labels[i]],
+                    "",
+                    "",
+                    f"{width} x {height}",
+                )
+            )
     return [out / "audit.html", out / "classes.png", out / "findings.csv"]
 
 
 def classes_figure(found: Audit) -> bytes:
     """PNG: pictures per class, train and val; of more than 60 classes the 30 smallest and the 30 largest."""
     count = len(found.dataset.classes)
-    train, val = np.bincount(found.labels[: found.train], minlength=count), np.bincount(found.labels[found.train :], minlength=count)
+    train, val = (
+        np.bincount(found.labels[: found.train], minlength=count),
+        np.bincount(found.labels[found.train :], minlength=count),
+    )
     order = np.argsort(train, kind="stable")
     shown = order if count <= 60 else np.concatenate([order[:30], order[-30:]])
     figure, (ax,) = axes(9, max(2.2, 0.8 + 0.22 * len(shown)))
@@ -166,7 +296,11 @@ def classes_figure(found: Audit) -> bytes:
     ax.barh(at - 0.2, val[shown], 0.4, color=RED, label="val")
     ax.set_yticks(at, [found.dataset.classes[i][:28] for i in shown], fontsize=8, color=GREY)
     ax.set_xlabel("pictures", fontsize=9)
-    ax.set_title(f"smallest class {train.min():,}, largest {train.max():,} training pictures" + ("" if count <= 60 else "; the 30 smallest and the 30 largest"), fontsize=10)
+    ax.set_title(
+        f"smallest class {train.min():,}, largest {train.max():,} training pictures"
+        + ("" if count <= 60 else "; the 30 smallest and the 30 largest"),
+        fontsize=10,
+    )
     ax.legend(fontsize=8, frameon=False, loc="lower right")
     return png(figure)
 
@@ -177,7 +311,11 @@ def _picture(found: Audit, position: int, extra: str = "") -> str:
     if step > 1:
         import cv2
 
-        image = cv2.resize(image, (max(1, round(image.shape[1] / step)), max(1, round(image.shape[0] / step))), interpolation=cv2.INTER_AREA)
+        image = cv2.resize(
+            image,
+            (max(1, round(image.shape[1] / step)), max(1, round(image.shape[0] / step))),
+            interpolation=cv2.INTER_AREA,
+        )
     return page.picture(image, f"{found.file(position)}{extra}")
 
 
@@ -188,7 +326,13 @@ def _pairs(found: Audit, title: str, pairs: Sequence[Pair], note: str) -> str:
     cards = []
     for p in pairs[:SHOWN]:
         a, b = classes[found.labels[p.a]], classes[found.labels[p.b]]
-        cards.append(page.card((a if a == b else f"{a} or {b}") + (", the same pixels" if p.distance == 0 else f", {p.distance - 1} bits apart"), [_picture(found, p.a), _picture(found, p.b)]))
+        cards.append(
+            page.card(
+                (a if a == b else f"{a} or {b}")
+                + (", the same pixels" if p.distance == 0 else f", {p.distance - 1} bits apart"),
+                [_picture(found, p.a), _picture(found, p.b)],
+            )
+        )
     return page.section(f"{title}: {len(pairs):,}", page.grid(cards), note=note + _more(len(pairs)))
 
 
@@ -196,8 +340,18 @@ def _suspects(found: Audit) -> str:
     if not found.suspects:
         return ""
     classes = found.dataset.classes
-    cards = [page.card(f"{classes[found.labels[s.position]]}? rather {classes[s.said]}", [_picture(found, s.position, f" ({s.confidence:.0%} against {s.own:.0%})")]) for s in found.suspects[:SHOWN]]
-    return page.section(f"Suspicious labels: {len(found.suspects):,}", page.grid(cards), note=f"{_judge(found).capitalize()}. The surest first." + _more(len(found.suspects)))
+    cards = [
+        page.card(
+            f"{classes[found.labels[s.position]]}? rather {classes[s.said]}",
+            [_picture(found, s.position, f" ({s.confidence:.0%} against {s.own:.0%})")],
+        )
+        for s in found.suspects[:SHOWN]
+    ]
+    return page.section(
+        f"Suspicious labels: {len(found.suspects):,}",
+        page.grid(cards),
+        note=f"{_judge(found).capitalize()}. The surest first." + _more(len(found.suspects)),
+    )
 
 
 def _odd(found: Audit) -> str:
@@ -207,7 +361,11 @@ def _odd(found: Audit) -> str:
     for i in found.odd[:SHOWN]:
         height, width = found.image(int(i)).shape[:2]
         cards.append(page.card(f"{width} x {height}", [_picture(found, int(i))]))
-    return page.section(f"Odd sizes: {len(found.odd):,}", page.grid(cards), note="Far from the others in area or shape." + _more(len(found.odd)))
+    return page.section(
+        f"Odd sizes: {len(found.odd):,}",
+        page.grid(cards),
+        note="Far from the others in area or shape." + _more(len(found.odd)),
+    )
 
 
 def _more(count: int) -> str:

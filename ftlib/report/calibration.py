@@ -40,14 +40,20 @@ def temperature(logits: Floats, labels: Ints) -> float:
     def objective(log_t: float) -> float:
         return float(-log_softmax(logits / exp(log_t))[rows, labels].sum() + 0.5 * log_t**2)
 
-    found = minimize_scalar(objective, bounds=(log(LOWEST), log(HIGHEST)), method="bounded", options={"xatol": 1e-5})
+    found = minimize_scalar(
+        objective, bounds=(log(LOWEST), log(HIGHEST)), method="bounded", options={"xatol": 1e-5}
+    )
     return exp(found.x)
 
 
-def held_out(logits: Floats, labels: Ints, tuning_logits: Floats, tuning_labels: Ints) -> Calibration:
+def held_out(
+    logits: Floats, labels: Ints, tuning_logits: Floats, tuning_labels: Ints
+) -> Calibration:
     """Fitted on the tuning split, applied to the scored images."""
     t = temperature(tuning_logits, tuning_labels)
-    return Calibration(t, logits.astype(np.float64) / t, f"{len(tuning_labels):,} images of the tuning split")
+    return Calibration(
+        t, logits.astype(np.float64) / t, f"{len(tuning_labels):,} images of the tuning split"
+    )
 
 
 def cross_fitted(logits: Floats, labels: Ints, seed: int = 0) -> Calibration:
@@ -61,4 +67,6 @@ def cross_fitted(logits: Floats, labels: Ints, seed: int = 0) -> Calibration:
     scaled = logits.astype(np.float64)
     for fit, apply in ((order[: n // 2], order[n // 2 :]), (order[n // 2 :], order[: n // 2])):
         scaled[apply] = logits[apply] / temperature(logits[fit], labels[fit])
-    return Calibration(temperature(logits, labels), scaled, f"the other half of the {n:,} scored images, both ways")
+    return Calibration(
+        temperature(logits, labels), scaled, f"the other half of the {n:,} scored images, both ways"
+    )

@@ -63,7 +63,16 @@ def contact_sheet(dataset: Dataset, run: Run, path: str | Path, step: int = 0) -
     """Draws the sheet of a run on a data set at `path` (.png, or .jpg for a tenth of the bytes): the network's own view of step `step`, some
     images over many epochs, Mixup and CutMix, and the table of ops."""
     head = f"{run.stage} on {dataset.name}"
-    sheet = draw_sheet(head, _summary(run), [network_section(dataset, run, step), epochs_section(dataset, run), mixing_section(dataset, run), ops_section(dataset, run)])
+    sheet = draw_sheet(
+        head,
+        _summary(run),
+        [
+            network_section(dataset, run, step),
+            epochs_section(dataset, run),
+            mixing_section(dataset, run),
+            ops_section(dataset, run),
+        ],
+    )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, quality=88)
@@ -72,41 +81,83 @@ def contact_sheet(dataset: Dataset, run: Run, path: str | Path, step: int = 0) -
 
 # --- sections -----------------------------------------------------------------------------------------------------------------------
 
+
 def network_section(dataset: Dataset, run: Run, step: int) -> Section:
     """The first microbatches of a step exactly as training makes and mixes them, with their soft targets."""
     rows: list[Row] = []
     for batch, plan in seen_by_the_network(dataset, run, step):
         images, targets = mixed(batch, plan, run, len(dataset.classes))
         what = "not mixed" if plan is None else f"{NAMES[plan.kind]}, λ {plan.lam:.2f}"
-        rows.append(Row(f"microbatch {batch.k}", what, [Tile(i, targets_text(t, dataset.classes, run)) for i, t in zip(images[:COLUMNS], targets)]))
+        rows.append(
+            Row(
+                f"microbatch {batch.k}",
+                what,
+                [
+                    Tile(i, targets_text(t, dataset.classes, run))
+                    for i, t in zip(images[:COLUMNS], targets)
+                ],
+            )
+        )
         if len(rows) == 4:
             break
-    return Section(f"What the network sees at step {step}", "the recipe's own pictures, crops, partners and targets (before normalisation)", rows)
+    return Section(
+        f"What the network sees at step {step}",
+        "the recipe's own pictures, crops, partners and targets (before normalisation)",
+        rows,
+    )
 
 
-def seen_by_the_network(dataset: Dataset, run: Run, step: int) -> Iterator[tuple[Batch, mix.Plan | None]]:
+def seen_by_the_network(
+    dataset: Dataset, run: Run, step: int
+) -> Iterator[tuple[Batch, mix.Plan | None]]:
     """The microbatches of a step of the run, on one worker, with the mixing plan of each."""
-    with train_batches(dataset, training_rows(dataset, run), run, 0, 1, step, step + 1, 0) as batches:
+    with train_batches(
+        dataset, training_rows(dataset, run), run, 0, 1, step, step + 1, 0
+    ) as batches:
         for batch in batches:
             mixing = batch.epoch < run.train.epochs - run.mix.off_epochs
             height, width = batch.images.shape[1:3]
-            yield batch, mix.draw(run.mix, key(MIX, run.seed, batch.step, batch.k), len(batch.rows), height, width) if mixing else None
+            yield (
+                batch,
+                mix.draw(
+                    run.mix, key(MIX, run.seed, batch.step, batch.k), len(batch.rows), height, width
+                )
+                if mixing
+                else None,
+            )
 
 
 def training_rows(dataset: Dataset, run: Run) -> np.ndarray:
     """int64[n]: the rows of the train split that the run trains on."""
     labels = dataset.split("train").labels
-    return tuning_split(labels, subset(labels, run.data.subset, run.data.subset_seed), run.data.tuning_fraction, run.data.subset_seed)[0]
+    return tuning_split(
+        labels,
+        subset(labels, run.data.subset, run.data.subset_seed),
+        run.data.tuning_fraction,
+        run.data.subset_seed,
+    )[0]
 
 
 def epochs_section(dataset: Dataset, run: Run, images: int = 4) -> Section:
     """A few images whole, then as the first epochs will have them."""
-    split, whole, train = dataset.split("train"), EvalTransform(run.eval_size, run.evaluate.crop), TrainTransform(run.augment, run.seed)
+    split, whole, train = (
+        dataset.split("train"),
+        EvalTransform(run.eval_size, run.evaluate.crop),
+        TrainTransform(run.augment, run.seed),
+    )
     rows = []
     for row in _examples(dataset, run, images):
         jpeg = split.image(row)
-        tiles = [Tile(whole(jpeg), "at evaluation")] + [Tile(train(jpeg, epoch, row), f"epoch {epoch + 1}") for epoch in range(COLUMNS - 1)]
-        rows.append(Row(dataset.classes[int(split.labels[row])], _fit(Path(split.path(row)).name, LABEL - 24, _font(13)), tiles))
+        tiles = [Tile(whole(jpeg), "at evaluation")] + [
+            Tile(train(jpeg, epoch, row), f"epoch {epoch + 1}") for epoch in range(COLUMNS - 1)
+        ]
+        rows.append(
+            Row(
+                dataset.classes[int(split.labels[row])],
+                _fit(Path(split.path(row)).name, LABEL - 24, _font(13)),
+                tiles,
+            )
+        )
     return Section("The same image, epoch by epoch", _policy(run), rows)
 
 
@@ -118,16 +169,47 @@ def mixing_section(dataset: Dataset, run: Run) -> Section:
     labels = torch.from_numpy(split.labels[np.array(examples)])
     batch = Batch(0, 0, 0, len(examples), torch.tensor(examples), labels, torch.from_numpy(images))
     rows = []
-    for kind, alpha, usual, share in (("mixup", run.mix.mixup_alpha, 0.2, 0.0), ("cutmix", run.mix.cutmix_alpha, 1.0, 1.0)):
-        cfg = override(run.mix, {"off_epochs": 0, "p": 1.0, "mixup_alpha": (alpha or usual) if kind == "mixup" else 0.0,
-                                 "cutmix_alpha": (alpha or usual) if kind == "cutmix" else 0.0, "cutmix_share": share})
-        plans = [mix.draw(cfg, key(MIX, run.seed, 0, k), len(examples), *images.shape[1:3]) for k in range(64)]
-        plan = min((p for p in plans if p is not None), key=lambda p: abs(p.lam - 0.65) + 0.05 * int((p.partner == torch.arange(len(examples))).sum()))
+    for kind, alpha, usual, share in (
+        ("mixup", run.mix.mixup_alpha, 0.2, 0.0),
+        ("cutmix", run.mix.cutmix_alpha, 1.0, 1.0),
+    ):
+        cfg = override(
+            run.mix,
+            {
+                "off_epochs": 0,
+                "p": 1.0,
+                "mixup_alpha": (alpha or usual) if kind == "mixup" else 0.0,
+                "cutmix_alpha": (alpha or usual) if kind == "cutmix" else 0.0,
+                "cutmix_share": share,
+            },
+        )
+        plans = [
+            mix.draw(cfg, key(MIX, run.seed, 0, k), len(examples), *images.shape[1:3])
+            for k in range(64)
+        ]
+        plan = min(
+            (p for p in plans if p is not None),
+            key=lambda p: (
+                abs(p.lam - 0.65) + 0.05 * int((p.partner == torch.arange(len(examples))).sum())
+            ),
+        )
         images, targets = mixed(batch, plan, run, len(dataset.classes))
-        note = f"α {alpha or usual:g}, here λ {plan.lam:.2f}" + ("" if alpha else "\noff in this recipe")
-        rows.append(Row(NAMES[kind], note, [Tile(i, targets_text(t, dataset.classes, run)) for i, t in zip(images, targets)]))
+        note = f"α {alpha or usual:g}, here λ {plan.lam:.2f}" + (
+            "" if alpha else "\noff in this recipe"
+        )
+        rows.append(
+            Row(
+                NAMES[kind],
+                note,
+                [Tile(i, targets_text(t, dataset.classes, run)) for i, t in zip(images, targets)],
+            )
+        )
     smoothing = run.loss.label_smoothing
-    return Section("Mixing", f"soft targets below each picture{f', label smoothing {smoothing:g} included' if smoothing else ''}; λ drawn from Beta(α, α)", rows)
+    return Section(
+        "Mixing",
+        f"soft targets below each picture{f', label smoothing {smoothing:g} included' if smoothing else ''}; λ drawn from Beta(α, α)",
+        rows,
+    )
 
 
 def ops_section(dataset: Dataset, run: Run) -> Section:
@@ -141,12 +223,27 @@ def ops_section(dataset: Dataset, run: Run) -> Section:
         tiles = []
         for strength in range(COLUMNS):
             randomness.rewind(key(AUGMENT, run.seed, 0, i))
-            mark = on and op in used and not cfg.trivialaugment and strength == round(cfg.randaugment_m)
-            tiles.append(Tile(apply(op.at(strength / 10, cfg.size), image, randomness), str(strength), mark))
+            mark = (
+                on
+                and op in used
+                and not cfg.trivialaugment
+                and strength == round(cfg.randaugment_m)
+            )
+            tiles.append(
+                Tile(apply(op.at(strength / 10, cfg.size), image, randomness), str(strength), mark)
+            )
         note = op.at_most if op in used else f"{op.at_most}\nnot in this recipe"
         rows.append(Row(op.name, f"{op.group}\nat 10: {note}", tiles, COLOURS[op.group]))
-    framed = f"; framed: this recipe's M = {cfg.randaugment_m:g}" if on and not cfg.trivialaugment else ""
-    return Section("Every op at strengths 0 to 10", f"0 changes nothing; signed ops draw their sign{framed}", rows)
+    framed = (
+        f"; framed: this recipe's M = {cfg.randaugment_m:g}"
+        if on and not cfg.trivialaugment
+        else ""
+    )
+    return Section(
+        "Every op at strengths 0 to 10",
+        f"0 changes nothing; signed ops draw their sign{framed}",
+        rows,
+    )
 
 
 def _examples(dataset: Dataset, run: Run, n: int) -> list[int]:
@@ -162,7 +259,9 @@ def _liveliness(image: np.ndarray) -> float:
     return float((r - g).std() + ((r + g) / 2 - b).std() + image.std())
 
 
-def mixed(batch: Batch, plan: mix.Plan | None, run: Run, classes: int) -> tuple[np.ndarray, torch.Tensor]:
+def mixed(
+    batch: Batch, plan: mix.Plan | None, run: Run, classes: int
+) -> tuple[np.ndarray, torch.Tensor]:
     """(uint8[b, S, S, 3], targets [b, classes])."""
     targets = losses.soft_targets(batch.labels, classes, run.loss.label_smoothing)
     images, targets = mix.apply(plan, batch.images.permute(0, 3, 1, 2), targets)
@@ -173,14 +272,22 @@ def targets_text(target: torch.Tensor, classes: Sequence[str], run: Run) -> str:
     """The two largest entries of a soft target, if they are above what label smoothing gives to all."""
     values, indices = target.topk(min(2, len(classes)))
     floor = run.loss.label_smoothing / len(classes) + 1e-6
-    return "\n".join(f"{v:.2f} {classes[i]}" for v, i in zip(values.tolist(), indices.tolist()) if v > floor)
+    return "\n".join(
+        f"{v:.2f} {classes[i]}" for v, i in zip(values.tolist(), indices.tolist()) if v > floor
+    )
 
 
 def _policy(run: Run) -> str:
     a = run.augment
-    parts = [f"crop {a.crop_scale[0]:g}-{a.crop_scale[1]:g} of the area", f"flip {a.flip:g}", f"colour jitter {a.color_jitter_p:g}"]
+    parts = [
+        f"crop {a.crop_scale[0]:g}-{a.crop_scale[1]:g} of the area",
+        f"flip {a.flip:g}",
+        f"colour jitter {a.color_jitter_p:g}",
+    ]
     if a.randaugment_n:
-        parts.append(f"RandAugment N {a.randaugment_n}, M {a.randaugment_m:g}, each with probability {a.randaugment_p:g}")
+        parts.append(
+            f"RandAugment N {a.randaugment_n}, M {a.randaugment_m:g}, each with probability {a.randaugment_p:g}"
+        )
     if a.trivialaugment:
         parts.append("TrivialAugment")
     if a.erasing_p:
@@ -189,11 +296,19 @@ def _policy(run: Run) -> str:
 
 
 def _summary(run: Run) -> str:
-    mixing = " and ".join(f"{name} α {alpha:g}" for name, alpha in (("Mixup", run.mix.mixup_alpha), ("CutMix", run.mix.cutmix_alpha)) if alpha) or "no mixing"
+    mixing = (
+        " and ".join(
+            f"{name} α {alpha:g}"
+            for name, alpha in (("Mixup", run.mix.mixup_alpha), ("CutMix", run.mix.cutmix_alpha))
+            if alpha
+        )
+        or "no mixing"
+    )
     return f"{run.augment.size} px · {_policy(run)} · {mixing} · seed {run.seed}"
 
 
 # --- drawing ------------------------------------------------------------------------------------------------------------------------
+
 
 def draw_sheet(head: str, summary: str, sections: Sequence[Section]) -> Image.Image:
     """The sections below each other under a heading."""
@@ -224,7 +339,12 @@ def _row(row: Row, width: int) -> Image.Image:
     pen = ImageDraw.Draw(part)
     top = 3  # room for a frame
     pen.rectangle((MARGIN, top, MARGIN + 3, top + TILE - 1), row.colour)
-    pen.text((MARGIN + 14, top + 2), _fit(row.title, LABEL - 24, _font(16, bold=True)), row.colour, _font(16, bold=True))
+    pen.text(
+        (MARGIN + 14, top + 2),
+        _fit(row.title, LABEL - 24, _font(16, bold=True)),
+        row.colour,
+        _font(16, bold=True),
+    )
     note = "\n".join(line for text in row.note.split("\n") for line in textwrap.wrap(text, 23))
     pen.multiline_text((MARGIN + 14, top + 27), note, QUIET, _font(13), spacing=3)
     for column, tile in enumerate(row.tiles):
@@ -235,14 +355,22 @@ def _row(row: Row, width: int) -> Image.Image:
         for line, text in enumerate(tile.caption.split("\n")):
             font = _font(13, bold=tile.marked)
             text = _fit(text, TILE, font)
-            pen.text((left + TILE / 2, top + TILE + 11 + 17 * line), text, MARK if tile.marked else INK if line == 0 else QUIET, font, anchor="mm")
+            pen.text(
+                (left + TILE / 2, top + TILE + 11 + 17 * line),
+                text,
+                MARK if tile.marked else INK if line == 0 else QUIET,
+                font,
+                anchor="mm",
+            )
     return part
 
 
 def _shown(image: np.ndarray) -> np.ndarray:
     """At the tile's size: large pictures averaged, small ones with their pixels visible."""
     small = min(image.shape[:2]) < TILE
-    return cv2.resize(image, (TILE, TILE), interpolation=cv2.INTER_NEAREST if small else cv2.INTER_AREA)
+    return cv2.resize(
+        image, (TILE, TILE), interpolation=cv2.INTER_NEAREST if small else cv2.INTER_AREA
+    )
 
 
 def _fit(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
@@ -257,4 +385,6 @@ def _fit(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
 @lru_cache(maxsize=16)
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib and knows most scripts' class names."""
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans{'-Bold' if bold else ''}.ttf", size)
+    return ImageFont.truetype(
+        f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans{'-Bold' if bold else ''}.ttf", size
+    )

@@ -22,7 +22,13 @@ BAND_POINTS = 3.0
 """Half width, in points of top-1, of the band around an expected course."""
 
 
-def curves(history: Sequence[Row], path: str | Path, *, title: str = "", expected: Mapping[int, tuple[float, float]] | None = None) -> Figure:
+def curves(
+    history: Sequence[Row],
+    path: str | Path,
+    *,
+    title: str = "",
+    expected: Mapping[int, tuple[float, float]] | None = None,
+) -> Figure:
     """One run's curves as a picture.
 
     Args:
@@ -36,7 +42,12 @@ def curves(history: Sequence[Row], path: str | Path, *, title: str = "", expecte
     return _save(_figure({title: history}, {title: expected or {}}), path)
 
 
-def compared(histories: Mapping[str, Sequence[Row]], path: str | Path, *, expected: Mapping[str, Mapping[int, tuple[float, float]]] | None = None) -> Figure:
+def compared(
+    histories: Mapping[str, Sequence[Row]],
+    path: str | Path,
+    *,
+    expected: Mapping[str, Mapping[int, tuple[float, float]]] | None = None,
+) -> Figure:
     """Several runs beside each other, a row of panels each, the panels of a column on one scale, so that heights can be compared.
 
     Args:
@@ -55,28 +66,47 @@ def split_of(history: Sequence[Row]) -> str:
 
 def series(history: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
     """(epochs, values) of the rows that have the metric. Rows without `epoch` count from 1."""
-    points = [(float(row.get("epoch", number)), float(row[key])) for number, row in enumerate(history, 1) if row.get(key) is not None]
+    points = [
+        (float(row.get("epoch", number)), float(row[key]))
+        for number, row in enumerate(history, 1)
+        if row.get(key) is not None
+    ]
     return [x for x, _ in points], [y for _, y in points]
 
 
 def gap(history: Sequence[Row], split: str) -> tuple[list[float], list[float]]:
     """(epochs, training top-1 minus `split`'s) in points."""
-    points = [(float(row.get("epoch", number)), row["train/top1"] - row[f"{split}/top1"]) for number, row in enumerate(history, 1) if "train/top1" in row and f"{split}/top1" in row]
+    points = [
+        (float(row.get("epoch", number)), row["train/top1"] - row[f"{split}/top1"])
+        for number, row in enumerate(history, 1)
+        if "train/top1" in row and f"{split}/top1" in row
+    ]
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _figure(histories: Mapping[str, Sequence[Row]], expected: Mapping[str, Mapping[int, tuple[float, float]]]) -> Figure:
+def _figure(
+    histories: Mapping[str, Sequence[Row]],
+    expected: Mapping[str, Mapping[int, tuple[float, float]]],
+) -> Figure:
     alone = len(histories) == 1
-    figure = Figure(figsize=(11, 6) if alone else (18, 3.1 * len(histories) + 0.3), dpi=150 if alone else 110, layout="constrained")
+    figure = Figure(
+        figsize=(11, 6) if alone else (18, 3.1 * len(histories) + 0.3),
+        dpi=150 if alone else 110,
+        layout="constrained",
+    )
     FigureCanvasAgg(figure)
     if alone:
-        (name, history), = histories.items()
-        axes = figure.subplot_mosaic([["top1", "top1", "loss"], ["lr", "gap", "speed"]], height_ratios=[3, 2])
+        ((name, history),) = histories.items()
+        axes = figure.subplot_mosaic(
+            [["top1", "top1", "loss"], ["lr", "gap", "speed"]], height_ratios=[3, 2]
+        )
         _draw(axes, history, expected.get(name, {}))
         if name:
             figure.suptitle(name, x=0.01, ha="left", fontsize=12, fontweight="bold")
         return figure
-    grid = figure.subplots(len(histories), 5, squeeze=False, sharey="col", width_ratios=[1.5, 1.2, 1, 1, 1])
+    grid = figure.subplots(
+        len(histories), 5, squeeze=False, sharey="col", width_ratios=[1.5, 1.2, 1, 1, 1]
+    )
     for panels, (name, history) in zip(grid, histories.items()):
         axes = dict(zip(("top1", "loss", "gap", "lr", "speed"), panels))
         _draw(axes, history, expected.get(name, {}))
@@ -86,11 +116,16 @@ def _figure(histories: Mapping[str, Sequence[Row]], expected: Mapping[str, Mappi
     return figure
 
 
-def _draw(axes: Mapping[str, Axes], history: Sequence[Row], expected: Mapping[int, tuple[float, float]]) -> None:
+def _draw(
+    axes: Mapping[str, Axes], history: Sequence[Row], expected: Mapping[int, tuple[float, float]]
+) -> None:
     split = split_of(history)
     scored = {"val": "validation", "tuning": "tuning split"}[split]
     _top1(axes["top1"], history, split, scored, expected)
-    for key, colour, style, label in (("train/loss", ORANGE, "--", "training"), (f"{split}/loss", BLUE, "-", scored)):
+    for key, colour, style, label in (
+        ("train/loss", ORANGE, "--", "training"),
+        (f"{split}/loss", BLUE, "-", scored),
+    ):
         _line(axes["loss"], *series(history, key), color=colour, linestyle=style, label=label)
     _finish(axes["loss"], "Loss", legend=True)
     _line(axes["lr"], *series(history, "train/lr"), color=PURPLE)
@@ -105,12 +140,26 @@ def _draw(axes: Mapping[str, Axes], history: Sequence[Row], expected: Mapping[in
     _finish(axes["speed"], "Images per second")
 
 
-def _top1(axis: Axes, history: Sequence[Row], split: str, scored: str, expected: Mapping[int, tuple[float, float]]) -> None:
+def _top1(
+    axis: Axes,
+    history: Sequence[Row],
+    split: str,
+    scored: str,
+    expected: Mapping[int, tuple[float, float]],
+) -> None:
     epochs = sorted(expected)
     for which, colour, label in ((1, BLUE, f"expected {scored}"), (0, ORANGE, "expected training")):
         if epochs:
             middle = [expected[e][which] for e in epochs]
-            axis.fill_between(epochs, [m - BAND_POINTS for m in middle], [m + BAND_POINTS for m in middle], color=colour, alpha=0.15, linewidth=0, label=label)
+            axis.fill_between(
+                epochs,
+                [m - BAND_POINTS for m in middle],
+                [m + BAND_POINTS for m in middle],
+                color=colour,
+                alpha=0.15,
+                linewidth=0,
+                label=label,
+            )
     _line(axis, *series(history, "train/top1"), color=ORANGE, linestyle="--", label="training")
     x, y = series(history, f"{split}/top1")
     _line(axis, x, y, color=BLUE, label=scored)
@@ -118,7 +167,17 @@ def _top1(axis: Axes, history: Sequence[Row], split: str, scored: str, expected:
     if known:
         best, epoch = max(known, key=lambda pair: (pair[0], -pair[1]))
         axis.plot([epoch], [best], "o", color=BLUE, markersize=6, markeredgecolor="white", zorder=5)
-        axis.text(0.98, 0.04, f"best {best:.2f} % (epoch {epoch:g})", transform=axis.transAxes, ha="right", va="bottom", fontsize=10, fontweight="bold", color=BLUE)
+        axis.text(
+            0.98,
+            0.04,
+            f"best {best:.2f} % (epoch {epoch:g})",
+            transform=axis.transAxes,
+            ha="right",
+            va="bottom",
+            fontsize=10,
+            fontweight="bold",
+            color=BLUE,
+        )
     _finish(axis, "Top-1 (%)", legend=True)
 
 
@@ -126,7 +185,16 @@ def _line(axis: Axes, x: list[float], y: list[float], **style: Any) -> None:
     if x:
         axis.plot(x, y, linewidth=1.8, marker="." if len(x) <= 15 else "", **style)
     else:
-        axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", va="center", color=GREY, fontsize=9)
+        axis.text(
+            0.5,
+            0.5,
+            "not recorded",
+            transform=axis.transAxes,
+            ha="center",
+            va="center",
+            color=GREY,
+            fontsize=9,
+        )
 
 
 def _finish(axis: Axes, title: str, legend: bool = False) -> None:

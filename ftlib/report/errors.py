@@ -24,7 +24,9 @@ def worst(probabilities: Floats, labels: Ints, limit: int) -> Ints:
     return wrong[np.argsort(own[wrong], kind="stable")][:limit]
 
 
-def examples(predicted: Ints, labels: Ints, probabilities: Floats, true: int, said: int, limit: int) -> Ints:
+def examples(
+    predicted: Ints, labels: Ints, probabilities: Floats, true: int, said: int, limit: int
+) -> Ints:
     """Positions of images of class `true` taken for `said`, the surest first."""
     found = np.flatnonzero((labels == true) & (predicted == said))
     return found[np.argsort(-probabilities[found, said], kind="stable")][:limit]
@@ -60,28 +62,62 @@ def confusion_figure(matrix: Ints, classes: Sequence[str]) -> bytes:
     ax.set_ylabel("true", fontsize=9)
     if len(shown) <= 30:
         for i, j in zip(*np.nonzero(part)):
-            ax.text(j, i, str(part[i, j]), ha="center", va="center", fontsize=7, color="white" if shares[i, j] > 0.55 else "#1c2430")
-    figure.colorbar(drawn, ax=ax, fraction=0.04, pad=0.02).set_label("share of the true class", fontsize=8)
+            ax.text(
+                j,
+                i,
+                str(part[i, j]),
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if shares[i, j] > 0.55 else "#1c2430",
+            )
+    figure.colorbar(drawn, ax=ax, fraction=0.04, pad=0.02).set_label(
+        "share of the true class", fontsize=8
+    )
     ax.spines[:].set_visible(False)
     if len(classes) > MANY:
         ax.set_title(f"the {MANY} most confused of {len(classes)} classes", fontsize=10)
     return png(figure)
 
 
-def calibration_figure(before: Reliability, after: Reliability, confidence: Floats, right: np.ndarray) -> bytes:
+def calibration_figure(
+    before: Reliability, after: Reliability, confidence: Floats, right: np.ndarray
+) -> bytes:
     """Left: accuracy against confidence per bin, before and after temperature scaling. Right: how sure the model was (after scaling),
     where it was right and where it was wrong."""
     figure, (left, hist) = axes(10, 4, columns=2)
     left.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="perfect")
-    left.plot(before.confidence, before.accuracy, "o-", color=GREY, markersize=4, linewidth=1.2, label=f"as trained, ECE {before.error:.3f}")
-    left.plot(after.confidence, after.accuracy, "o-", color=BLUE, markersize=4, linewidth=1.6, label=f"calibrated, ECE {after.error:.3f}")
+    left.plot(
+        before.confidence,
+        before.accuracy,
+        "o-",
+        color=GREY,
+        markersize=4,
+        linewidth=1.2,
+        label=f"as trained, ECE {before.error:.3f}",
+    )
+    left.plot(
+        after.confidence,
+        after.accuracy,
+        "o-",
+        color=BLUE,
+        markersize=4,
+        linewidth=1.6,
+        label=f"calibrated, ECE {after.error:.3f}",
+    )
     left.set(xlim=(0, 1.02), ylim=(0, 1.03), aspect="equal")
     left.set_xlabel("confidence", fontsize=9)
     left.set_ylabel("accuracy", fontsize=9)
     left.set_title("Is it right as often as it is sure?", fontsize=10)
     left.legend(fontsize=8, frameon=False, loc="upper left")
     bins = np.linspace(0, 1, 26)
-    hist.hist([confidence[right], confidence[~right]], bins=bins, stacked=True, color=[BLUE, RED], label=[f"right ({right.sum():,})", f"wrong ({(~right).sum():,})"])
+    hist.hist(
+        [confidence[right], confidence[~right]],
+        bins=bins,
+        stacked=True,
+        color=[BLUE, RED],
+        label=[f"right ({right.sum():,})", f"wrong ({(~right).sum():,})"],
+    )
     hist.set_xlabel("confidence (calibrated)", fontsize=9)
     hist.set_ylabel("images", fontsize=9)
     hist.set_yscale("symlog", linthresh=10)
@@ -105,7 +141,9 @@ def sheet(tiles: Sequence[tuple[str, Sequence[np.ndarray]]], heads: Sequence[str
             cell = cells[row, start * len(heads) + j]
             cell.imshow(image, interpolation="nearest")
             cell.set_title((title + "\n" if j == 0 else "\n") + heads[j], fontsize=7, loc="left")
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02, top=1 - 0.42 / (down * 1.95), wspace=0.06, hspace=0.42)
+    figure.subplots_adjust(
+        left=0.01, right=0.99, bottom=0.02, top=1 - 0.42 / (down * 1.95), wspace=0.06, hspace=0.42
+    )
     return png(figure)
 
 

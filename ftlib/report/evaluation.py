@@ -52,7 +52,11 @@ class Scored:
     def plain(self) -> dict[str, float]:
         """Metric name -> value, for tracking: top1, top5, nll, ece, nll_calibrated, ece_calibrated, temperature."""
         values = {name: round(e.value, 4) for name, e in self.before.items()}
-        return values | {f"{name}_calibrated": round(self.after[name].value, 4) for name in ("nll", "ece")} | {"temperature": round(self.calibration.temperature, 4)}
+        return (
+            values
+            | {f"{name}_calibrated": round(self.after[name].value, 4) for name in ("nll", "ece")}
+            | {"temperature": round(self.calibration.temperature, 4)}
+        )
 
 
 def load(run_dir: str, weights: Weights = "best") -> LoadedModel:
@@ -67,12 +71,20 @@ def load(run_dir: str, weights: Weights = "best") -> LoadedModel:
         return loaded
     found = checkpoint.latest(join(run_dir, "checkpoints"))
     if found is None:
-        raise EvaluationError(f"{run_dir} has no checkpoint left, so only its best weights can be scored. Leave out --weights {weights}")
+        raise EvaluationError(
+            f"{run_dir} has no checkpoint left, so only its best weights can be scored. Leave out --weights {weights}"
+        )
     step, state = found
     averaged = weights == "last" and state["ema"] is not None
     loaded.model.load_state_dict(state["ema"]["module"] if averaged else state["model"])
     about = {**loaded.about, "step": step, "ema": averaged}
-    return LoadedModel(loaded.model.eval(), loaded.run, loaded.classes, about, join(run_dir, "checkpoints", checkpoint.step_name(step)))
+    return LoadedModel(
+        loaded.model.eval(),
+        loaded.run,
+        loaded.classes,
+        about,
+        join(run_dir, "checkpoints", checkpoint.step_name(step)),
+    )
 
 
 def rows_of(run: Run, dataset: Dataset, name: str) -> tuple[Split, Ints]:
@@ -80,13 +92,20 @@ def rows_of(run: Run, dataset: Dataset, name: str) -> tuple[Split, Ints]:
     train = dataset.split("train")
     if name == "val":
         return dataset.split("val"), np.arange(len(dataset.split("val")), dtype=np.int64)
-    kept, tuning = order.tuning_split(train.labels, order.subset(train.labels, run.data.subset, run.data.subset_seed), run.data.tuning_fraction, run.data.subset_seed)
+    kept, tuning = order.tuning_split(
+        train.labels,
+        order.subset(train.labels, run.data.subset, run.data.subset_seed),
+        run.data.tuning_fraction,
+        run.data.subset_seed,
+    )
     if name == "train":
         return train, kept
     if name != "tuning":
         raise EvaluationError(f"--split {name}: needs to be val, tuning or train")
     if not len(tuning):
-        raise EvaluationError("--split tuning: this run kept no tuning split (its data.tuning_fraction is 0). Use --split val")
+        raise EvaluationError(
+            "--split tuning: this run kept no tuning split (its data.tuning_fraction is 0). Use --split val"
+        )
     return train, tuning
 
 
@@ -94,18 +113,45 @@ def same_classes(loaded: LoadedModel, dataset: Dataset) -> None:
     """EvaluationError, naming the first difference, where the data's classes are not the model's."""
     if dataset.classes == loaded.classes:
         return
-    missing, extra = sorted(set(loaded.classes) - set(dataset.classes)), sorted(set(dataset.classes) - set(loaded.classes))
-    what = f"the data have no {missing[0]!r}" if missing else f"the model does not know {extra[0]!r}" if extra else "they are in another order"
-    raise EvaluationError(f"{dataset.name} has {len(dataset.classes)} classes and the model {len(loaded.classes)}, and they differ: {what}. Evaluate on data with the model's classes")
+    missing, extra = (
+        sorted(set(loaded.classes) - set(dataset.classes)),
+        sorted(set(dataset.classes) - set(loaded.classes)),
+    )
+    what = (
+        f"the data have no {missing[0]!r}"
+        if missing
+        else f"the model does not know {extra[0]!r}"
+        if extra
+        else "they are in another order"
+    )
+    raise EvaluationError(
+        f"{dataset.name} has {len(dataset.classes)} classes and the model {len(loaded.classes)}, and they differ: {what}. Evaluate on data with the model's classes"
+    )
 
 
 def thinned(rows: Ints, limit: int) -> Ints:
     """At most `limit` of the rows, evenly spread (rows lie in class order, so every class keeps its share); 0 keeps all."""
-    return rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), limit)).round().astype(np.int64))] if limit and len(rows) else rows
+    return (
+        rows[
+            np.unique(np.linspace(0, len(rows) - 1, min(len(rows), limit)).round().astype(np.int64))
+        ]
+        if limit and len(rows)
+        else rows
+    )
 
 
-def score(loaded: LoadedModel, dataset: Dataset, split: str = "val", *, size: int = 0, flip: bool = False, limit: int = 0, workers: int = 0,
-          device: torch.device | None = None, calibration_data: Dataset | None = None) -> Scored:
+def score(
+    loaded: LoadedModel,
+    dataset: Dataset,
+    split: str = "val",
+    *,
+    size: int = 0,
+    flip: bool = False,
+    limit: int = 0,
+    workers: int = 0,
+    device: torch.device | None = None,
+    calibration_data: Dataset | None = None,
+) -> Scored:
     """Predict and score.
 
     size: side of the input in pixels, 0 for the run's own. flip: average the logits with those of the mirrored pictures. limit: score
@@ -121,16 +167,30 @@ def score(loaded: LoadedModel, dataset: Dataset, split: str = "val", *, size: in
     chosen, rows = rows_of(run, dataset, split)
     rows = thinned(rows, limit)
     if not len(rows):
-        raise EvaluationError(f"{dataset.name} has no picture in its {split} split. Choose another with --split")
+        raise EvaluationError(
+            f"{dataset.name} has no picture in its {split} split. Choose another with --split"
+        )
 
     def answers(of: Split, which: Ints) -> tuple[Ints, Floats]:
-        with contextlib.closing(eval_batches(of, which, size, run.evaluate.crop, run.evaluate.batch_size, workers)) as batches:
+        with contextlib.closing(
+            eval_batches(of, which, size, run.evaluate.crop, run.evaluate.batch_size, workers)
+        ) as batches:
             try:
-                found = predict(loaded.model.to(device), batches, device, run.data.mean, run.data.std, precision(run, device), flip)
+                found = predict(
+                    loaded.model.to(device),
+                    batches,
+                    device,
+                    run.data.mean,
+                    run.data.std,
+                    precision(run, device),
+                    flip,
+                )
             except (RuntimeError, AssertionError) as error:
                 if size == run.eval_size:
                     raise
-                raise EvaluationError(f"--sizes {size}: a {run.model.arch} trained at {run.eval_size} px does not take it ({str(error).splitlines()[0]}). Choose another size") from None
+                raise EvaluationError(
+                    f"--sizes {size}: a {run.model.arch} trained at {run.eval_size} px does not take it ({str(error).splitlines()[0]}). Choose another size"
+                ) from None
         return found.labels, found.logits
 
     labels, logits = answers(chosen, rows)
@@ -141,21 +201,44 @@ def score(loaded: LoadedModel, dataset: Dataset, split: str = "val", *, size: in
         calibration = held_out(logits, labels, tuning_logits, tuning_labels)
     else:
         calibration = cross_fitted(logits, labels)
-    return Scored(chosen, rows, labels, logits, size, flip, calibration, scores(logits, labels), scores(calibration.scaled, labels))
+    return Scored(
+        chosen,
+        rows,
+        labels,
+        logits,
+        size,
+        flip,
+        calibration,
+        scores(logits, labels),
+        scores(calibration.scaled, labels),
+    )
 
 
 @torch.no_grad()
-def features_of(loaded: LoadedModel, dataset: Dataset, workers: int = 0, device: torch.device | None = None) -> Floats:
+def features_of(
+    loaded: LoadedModel, dataset: Dataset, workers: int = 0, device: torch.device | None = None
+) -> Floats:
     """float32[n, F]: what the model's classifier sees of every picture, train first, then val. The classes need not be the model's."""
     run = loaded.run
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = loaded.model.to(device)
     kept: list[Floats] = []
-    hook = models.head(model).register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0].flatten(1).float().cpu().numpy()))
+    hook = models.head(model).register_forward_pre_hook(
+        lambda module, inputs: kept.append(inputs[0].flatten(1).float().cpu().numpy())
+    )
     try:
         for name in ("train", "val"):
             split = dataset.split(name)
-            with contextlib.closing(eval_batches(split, np.arange(len(split)), run.eval_size, run.evaluate.crop, run.evaluate.batch_size, workers)) as batches:
+            with contextlib.closing(
+                eval_batches(
+                    split,
+                    np.arange(len(split)),
+                    run.eval_size,
+                    run.evaluate.crop,
+                    run.evaluate.batch_size,
+                    workers,
+                )
+            ) as batches:
                 for batch in batches:
                     model(normalise(batch.images.to(device), run.data.mean, run.data.std))
     finally:

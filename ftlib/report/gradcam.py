@@ -22,7 +22,9 @@ LEAST = 4
 def target_layer(model: nn.Module, images: Tensor) -> nn.Module:
     """The layer whose activations Grad-CAM weighs, found by running `images` (float[b, 3, H, W]) through the model."""
     if isinstance(model, VisionTransformer):
-        return model.encoder.layers[-1].ln_1  # after the last attention only the class token is used (Gildenblat, grad-cam's documentation)
+        return model.encoder.layers[
+            -1
+        ].ln_1  # after the last attention only the class token is used (Gildenblat, grad-cam's documentation)
     seen: list[tuple[int, nn.Module]] = []
 
     def remember(module: nn.Module, _: object, output: object) -> None:
@@ -31,7 +33,9 @@ def target_layer(model: nn.Module, images: Tensor) -> nn.Module:
             if height == width and not (channels == height != width) and height > 1:
                 seen.append((height, module))
 
-    hooks = [module.register_forward_hook(remember) for name, module in model.named_modules() if name]
+    hooks = [
+        module.register_forward_hook(remember) for name, module in model.named_modules() if name
+    ]
     try:
         with torch.no_grad():
             model(images[:1])
@@ -39,19 +43,29 @@ def target_layer(model: nn.Module, images: Tensor) -> nn.Module:
         for hook in hooks:
             hook.remove()
     if not seen:
-        raise ValueError(f"{type(model).__name__} has no layer with maps at {images.shape[-1]} px: Grad-CAM has nothing to show. Evaluate it at a larger size")
+        raise ValueError(
+            f"{type(model).__name__} has no layer with maps at {images.shape[-1]} px: Grad-CAM has nothing to show. Evaluate it at a larger size"
+        )
     side = min((s for s, _ in seen if s >= LEAST), default=max(s for s, _ in seen))
     return [module for s, module in seen if s == side][-1]
 
 
-def grad_cam(model: nn.Module, images: Tensor, classes: np.ndarray, layer: nn.Module | None = None) -> np.ndarray:
+def grad_cam(
+    model: nn.Module, images: Tensor, classes: np.ndarray, layer: nn.Module | None = None
+) -> np.ndarray:
     """float32[b, H, W] in 0..1: how much each place speaks for the class (int[b]) of its image. images: normalised float[b, 3, H, W]."""
     layer = layer or target_layer(model, images)
     trained = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(True)  # frozen layers would pass no gradient back to the maps
     try:
-        with GradCAM(model=model, target_layers=[layer], reshape_transform=_grid if isinstance(model, VisionTransformer) else None) as cam:
-            maps = cam(input_tensor=images, targets=[ClassifierOutputTarget(int(c)) for c in classes])
+        with GradCAM(
+            model=model,
+            target_layers=[layer],
+            reshape_transform=_grid if isinstance(model, VisionTransformer) else None,
+        ) as cam:
+            maps = cam(
+                input_tensor=images, targets=[ClassifierOutputTarget(int(c)) for c in classes]
+            )
     finally:
         for parameter, wanted in zip(model.parameters(), trained):
             parameter.requires_grad_(wanted)
@@ -70,4 +84,8 @@ def overlay(image: np.ndarray, cam: np.ndarray, side: int = 0) -> np.ndarray:
     side = max(side, *image.shape[:2])
     enlarged = cv2.resize(image, (side, side), interpolation=cv2.INTER_NEAREST)
     smooth = np.clip(cv2.resize(cam, (side, side), interpolation=cv2.INTER_CUBIC), 0, 1)
-    return np.asarray(show_cam_on_image(enlarged.astype(np.float32) / 255, smooth, use_rgb=True, image_weight=0.55))
+    return np.asarray(
+        show_cam_on_image(
+            enlarged.astype(np.float32) / 255, smooth, use_rgb=True, image_weight=0.55
+        )
+    )

@@ -19,14 +19,18 @@ class Curve(Protocol):
     def smooth(self) -> np.ndarray: ...
 
 
-def lr_figure(curve: Curve, steepest: float, minimum: float, suggestion: float, recipe: str) -> bytes:
+def lr_figure(
+    curve: Curve, steepest: float, minimum: float, suggestion: float, recipe: str
+) -> bytes:
     """PNG: loss against rate, noisy and smooth, with the steepest place, the minimum and the suggestion marked."""
     figure, (ax,) = axes(7.5, 4.2)
     smooth = curve.smooth
     at = lambda rate: float(np.interp(np.log(rate), np.log(curve.rates), smooth))  # noqa: E731
     ax.plot(curve.rates, curve.losses, color=GREY, linewidth=0.8, alpha=0.6, label="loss")
     ax.plot(curve.rates, smooth, color=BLUE, linewidth=2, label="smoothed")
-    ax.axvline(suggestion, color=GREY, linewidth=1, linestyle="--", label=f"suggestion {suggestion:.1e}")
+    ax.axvline(
+        suggestion, color=GREY, linewidth=1, linestyle="--", label=f"suggestion {suggestion:.1e}"
+    )
     ax.plot(steepest, at(steepest), "v", color=BLUE, markersize=9, label=f"steepest {steepest:.1e}")
     ax.plot(minimum, at(minimum), "o", color=RED, markersize=8, label=f"minimum {minimum:.1e}")
     ax.set_xscale("log")

@@ -59,20 +59,28 @@ class Reliability:
     @property
     def error(self) -> float:
         """Expected calibration error: the mean over images of |accuracy - confidence| of their bin (Guo et al. 2017, eq. 3)."""
-        return float(np.sum(self.count * np.abs(self.accuracy - self.confidence)) / np.sum(self.count))
+        return float(
+            np.sum(self.count * np.abs(self.accuracy - self.confidence)) / np.sum(self.count)
+        )
 
 
 def check(logits: Floats, labels: Ints) -> None:
     """Raise `ScoreError` where the predictions could not be scored honestly."""
     if logits.ndim != 2 or labels.shape != (len(logits),):
-        raise ScoreError(f"logits of shape {logits.shape} do not fit labels of shape {labels.shape}: one row of logits per label is needed")
+        raise ScoreError(
+            f"logits of shape {logits.shape} do not fit labels of shape {labels.shape}: one row of logits per label is needed"
+        )
     if len(labels) == 0:
         raise ScoreError("there are no predictions to score: the split is empty")
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise ScoreError(f"labels run from {labels.min()} to {labels.max()}, but the model knows {logits.shape[1]} classes (0 to {logits.shape[1] - 1})")
+        raise ScoreError(
+            f"labels run from {labels.min()} to {labels.max()}, but the model knows {logits.shape[1]} classes (0 to {logits.shape[1] - 1})"
+        )
     broken = int((~np.isfinite(logits)).any(axis=1).sum())
     if broken:
-        raise ScoreError(f"{broken} of {len(logits)} predictions are NaN or infinite: the model's weights are damaged, or its precision overflowed (try fp32)")
+        raise ScoreError(
+            f"{broken} of {len(logits)} predictions are NaN or infinite: the model's weights are damaged, or its precision overflowed (try fp32)"
+        )
 
 
 def log_softmax(logits: Floats) -> Floats:
@@ -118,14 +126,21 @@ def reliability(confidence: Floats, right: NDArray[np.bool_], bins: int = BINS) 
 
 def confusion(predicted: Ints, labels: Ints, classes: int) -> Ints:
     """int64[C, C]: rows are true classes, columns predicted ones."""
-    return np.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)
+    return np.bincount(labels * classes + predicted, minlength=classes * classes).reshape(
+        classes, classes
+    )
 
 
 def per_class(matrix: Ints) -> PerClass:
     """From a confusion matrix. A class that was never predicted (or has no image) gets 0 where the ratio would be 0/0."""
     right, support, predicted = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
     ratio = lambda a, b: np.divide(a, b, out=np.zeros(len(a)), where=b > 0)  # noqa: E731
-    return PerClass(ratio(right, predicted), ratio(right, support), ratio(2 * right, support + predicted), support)
+    return PerClass(
+        ratio(right, predicted),
+        ratio(right, support),
+        ratio(2 * right, support + predicted),
+        support,
+    )
 
 
 def confused_pairs(matrix: Ints, limit: int) -> list[tuple[int, int, int]]:
@@ -145,6 +160,7 @@ def most_confused_classes(matrix: Ints, limit: int) -> Ints:
 
 
 # --- intervals --------------------------------------------------------------------------------------------------------------------
+
 
 def weights(n: int, seed: int = 0, resamples: int = RESAMPLES) -> Iterator[Floats]:
     """Blocks float64[r, n] of bootstrap weights: how often each image was drawn in a resample of n images, divided by n."""
@@ -166,7 +182,11 @@ def interval(value: float, resampled: Floats, low: float = 0.0, high: float = in
     without that the interval may miss the value itself), within the possible range."""
     bias = float(resampled.mean()) - value
     ends = np.quantile(resampled, [0.025, 0.975]) - bias
-    return Estimate(value, float(np.clip(min(ends[0], value), low, high)), float(np.clip(max(ends[1], value), low, high)))
+    return Estimate(
+        value,
+        float(np.clip(min(ends[0], value), low, high)),
+        float(np.clip(max(ends[1], value), low, high)),
+    )
 
 
 def share(right: NDArray[np.bool_], resampled: Floats) -> Estimate:
@@ -189,11 +209,15 @@ def scores(logits: Floats, labels: Ints, seed: int = 0) -> dict[str, Estimate]:
     top1, top5 = hits(logits, labels, 1), hits(logits, labels, 5)
     losses = nll(logits, labels)
     confidence = softmax(logits).max(axis=1)
-    member = (bin_of(confidence)[:, None] == np.arange(BINS)).astype(np.float64) * (top1 - confidence)[:, None]
+    member = (bin_of(confidence)[:, None] == np.arange(BINS)).astype(np.float64) * (
+        top1 - confidence
+    )[:, None]
     columns = np.stack([top1, top5, losses], axis=1).astype(np.float64)
 
     def statistic(weight: Floats) -> Floats:
-        return np.concatenate([weight @ columns, np.abs(weight @ member).sum(axis=1, keepdims=True)], axis=1)
+        return np.concatenate(
+            [weight @ columns, np.abs(weight @ member).sum(axis=1, keepdims=True)], axis=1
+        )
 
     drawn = bootstrap(len(labels), statistic, seed)
     return {

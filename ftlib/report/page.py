@@ -34,12 +34,18 @@ figcaption{font-size:12px;color:var(--soft);overflow-wrap:anywhere;line-height:1
 
 def document(title: str, lead: str, sections: Iterable[str]) -> str:
     """The whole file. `lead` and `sections` are HTML."""
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-            f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main><h1>{escape(title)}</h1>{lead}{''.join(sections)}</main></body></html>")
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main><h1>{escape(title)}</h1>{lead}{''.join(sections)}</main></body></html>"
+    )
 
 
 def section(title: str, *parts: str, note: str = "") -> str:
-    return f"<h2>{escape(title)}</h2>" + (f'<p class="soft">{escape(note)}</p>' if note else "") + "".join(parts)
+    return (
+        f"<h2>{escape(title)}</h2>"
+        + (f'<p class="soft">{escape(note)}</p>' if note else "")
+        + "".join(parts)
+    )
 
 
 def paragraph(text: str, soft: bool = False) -> str:
@@ -48,14 +54,28 @@ def paragraph(text: str, soft: bool = False) -> str:
 
 def facts(values: Iterable[tuple[str, str]]) -> str:
     """Large numbers with their names: (value, name)."""
-    return '<div class="facts">' + "".join(f'<div class="fact"><b>{escape(value)}</b><span>{escape(name)}</span></div>' for value, name in values) + "</div>"
+    return (
+        '<div class="facts">'
+        + "".join(
+            f'<div class="fact"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
+            for value, name in values
+        )
+        + "</div>"
+    )
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[object]], words: tuple[int, ...] = ()) -> str:
+def table(
+    heads: Sequence[str], rows: Iterable[Sequence[object]], words: tuple[int, ...] = ()
+) -> str:
     """The first column is text, the others are figures, aligned right; the columns numbered in `words` are sentences, and wrap."""
     kind = lambda i: ' class="w"' if i in words else ""  # noqa: E731
     head = "".join(f"<th{kind(i)}>{escape(str(h))}</th>" for i, h in enumerate(heads))
-    body = "".join("<tr>" + "".join(f"<td{kind(i)}>{escape(str(cell))}</td>" for i, cell in enumerate(row)) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td{kind(i)}>{escape(str(cell))}</td>" for i, cell in enumerate(row))
+        + "</tr>"
+        for row in rows
+    )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -68,10 +88,14 @@ def picture(image: np.ndarray, caption: str) -> str:
     """uint8[H, W, 3] with a caption. Small pictures are stored as they are (PNG) and shown without smoothing."""
     small = max(image.shape[:2]) <= 64
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG") if small else Image.fromarray(image).save(buffer, "JPEG", quality=85)
+    Image.fromarray(image).save(buffer, "PNG") if small else Image.fromarray(image).save(
+        buffer, "JPEG", quality=85
+    )
     kind = "png" if small else "jpeg"
-    return (f'<figure{" class=pixel" if small else ""}><img alt="{escape(caption, quote=True)}" src="data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-            f"<figcaption>{escape(caption)}</figcaption></figure>")
+    return (
+        f'<figure{" class=pixel" if small else ""}><img alt="{escape(caption, quote=True)}" src="data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
 
 
 def card(title: str, pictures: Iterable[str], small: bool = False) -> str:

@@ -21,7 +21,17 @@ from ftlib.learn import checkpoint, loop
 from ftlib.learn.evaluate import autocast
 from ftlib.learn.parallel import StepBuffer
 from ftlib.learn.weights import Source
-from ftlib.report.contact_sheet import COLUMNS, NAMES, Row, Section, Tile, draw_sheet, mixed, seen_by_the_network, targets_text
+from ftlib.report.contact_sheet import (
+    COLUMNS,
+    NAMES,
+    Row,
+    Section,
+    Tile,
+    draw_sheet,
+    mixed,
+    seen_by_the_network,
+    targets_text,
+)
 from ftlib.storage import join
 
 
@@ -45,13 +55,23 @@ class Replay:
         return sum(values) / max(len(values), 1)
 
 
-def replay(run: Run, dataset: Dataset, run_dir: str, step: int, source: Source | None, with_loss: bool = True, device: torch.device | None = None) -> Replay:
+def replay(
+    run: Run,
+    dataset: Dataset,
+    run_dir: str,
+    step: int,
+    source: Source | None,
+    with_loss: bool = True,
+    device: torch.device | None = None,
+) -> Replay:
     """Do `step` (from 0) of the run again. Raises ValueError when the run has no such step."""
     with tempfile.TemporaryDirectory() as scratch:
         job = loop.Job(run, dataset, scratch, device=device or torch.device("cpu"), source=source)
         training = _OneStep(job, step)
         if not 0 <= step < training.total:
-            raise ValueError(f"--step {step}: the run has the steps 0 to {training.total - 1} ({training.steps_per_epoch} in each of its {run.train.epochs} epochs)")
+            raise ValueError(
+                f"--step {step}: the run has the steps 0 to {training.total - 1} ({training.steps_per_epoch} in each of its {run.train.epochs} epochs)"
+            )
         found = Replay(step)
         for batch, _ in seen_by_the_network(dataset, run, step):
             found.rows[batch.k] = batch.rows.tolist()
@@ -73,7 +93,9 @@ def _bring_checkpoint(run_dir: str, scratch: str, step: int) -> int | None:
                 files, _ = storage.read_folder(join(uri, checkpoint.step_name(known)))
             except storage.Damaged:
                 continue
-            storage.write_folder(join(scratch, "checkpoints", checkpoint.step_name(known)), files, {"step": known})
+            storage.write_folder(
+                join(scratch, "checkpoints", checkpoint.step_name(known)), files, {"step": known}
+            )
             return known
     return None
 
@@ -122,15 +144,48 @@ def sheet(run: Run, dataset: Dataset, found: Replay, path: str | Path) -> Path:
     for batch, plan in seen_by_the_network(dataset, run, found.step):
         images, targets = mixed(batch, plan, run, len(dataset.classes))
         values = found.losses.get(batch.k, [])
-        tiles = [Tile(image, "\n".join(filter(None, [targets_text(target, dataset.classes, run), f"loss {values[i]:.2f}" if values else Path(split.path(int(batch.rows[i]))).name])),
-                      bool(values) and values[i] == worst) for i, (image, target) in enumerate(zip(images, targets))]
+        tiles = [
+            Tile(
+                image,
+                "\n".join(
+                    filter(
+                        None,
+                        [
+                            targets_text(target, dataset.classes, run),
+                            f"loss {values[i]:.2f}"
+                            if values
+                            else Path(split.path(int(batch.rows[i]))).name,
+                        ],
+                    )
+                ),
+                bool(values) and values[i] == worst,
+            )
+            for i, (image, target) in enumerate(zip(images, targets))
+        ]
         what = "not mixed" if plan is None else f"{NAMES[plan.kind]}, λ {plan.lam:.2f}"
         mean = f"mean loss {sum(values) / len(values):.4f}" if values else ""
         for start in range(0, len(tiles), COLUMNS):
-            rows.append(Row(f"microbatch {batch.k}" if not start else "", what + ("\n" + mean if mean else "") if not start else "", tiles[start:start + COLUMNS]))
-    lead = f"step {found.step}, epoch {batch.epoch + 1}" + (f" · loss {found.loss:.6f}" if found.losses else "")
+            rows.append(
+                Row(
+                    f"microbatch {batch.k}" if not start else "",
+                    what + ("\n" + mean if mean else "") if not start else "",
+                    tiles[start : start + COLUMNS],
+                )
+            )
+    lead = f"step {found.step}, epoch {batch.epoch + 1}" + (
+        f" · loss {found.loss:.6f}" if found.losses else ""
+    )
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_sheet(f"{run.name or run.stage} on {dataset.name}", lead, [Section("What the network saw", "images after augmentation and mixing, their targets and losses", rows)]).save(path)
+    draw_sheet(
+        f"{run.name or run.stage} on {dataset.name}",
+        lead,
+        [
+            Section(
+                "What the network saw",
+                "images after augmentation and mixing, their targets and losses",
+                rows,
+            )
+        ],
+    ).save(path)
     return path
-

@@ -21,7 +21,14 @@ from ftlib.learn.weights import LoadedModel
 from ftlib.report import errors, page
 from ftlib.report.evaluation import Scored, load, score
 from ftlib.report.gradcam import grad_cam, overlay, target_layer
-from ftlib.report.metrics import PerClass, confused_pairs, confusion, per_class, reliability, softmax
+from ftlib.report.metrics import (
+    PerClass,
+    confused_pairs,
+    confusion,
+    per_class,
+    reliability,
+    softmax,
+)
 
 PAIRS, EXAMPLES, WORST = 8, 4, 12
 """Confused pairs shown, example pictures of each, and worst mistakes shown."""
@@ -45,14 +52,25 @@ class Report:
         return (self.html, *self.figures, *self.tables)
 
 
-def report_run(run_dir: str, dataset: Dataset, *, out: str | Path | None = None, split: str = "val", limit: int = 0, workers: int = 0, device: torch.device | None = None) -> Report:
+def report_run(
+    run_dir: str,
+    dataset: Dataset,
+    *,
+    out: str | Path | None = None,
+    split: str = "val",
+    limit: int = 0,
+    workers: int = 0,
+    device: torch.device | None = None,
+) -> Report:
     """Score the best model of the run in `run_dir` and write its report into `out` (default: report/ in the run's folder)."""
     loaded = load(run_dir)
     scored = score(loaded, dataset, split, limit=limit, workers=workers, device=device)
     return write(loaded, [scored], dataset, Path(out) if out else Path(run_dir) / "report", split)
 
 
-def write(loaded: LoadedModel, all_scored: Sequence[Scored], dataset: Dataset, out: Path, split: str) -> Report:
+def write(
+    loaded: LoadedModel, all_scored: Sequence[Scored], dataset: Dataset, out: Path, split: str
+) -> Report:
     """The report of predictions made before; the first entry is looked into, the others only stand in the table of scores."""
     out.mkdir(parents=True, exist_ok=True)
     first, classes = all_scored[0], loaded.classes
@@ -64,7 +82,12 @@ def write(loaded: LoadedModel, all_scored: Sequence[Scored], dataset: Dataset, o
     confidence = softmax(first.logits).max(axis=1)
     drawn = {
         "confusion.png": errors.confusion_figure(matrix, classes),
-        "calibration.png": errors.calibration_figure(reliability(confidence, right), reliability(probabilities.max(axis=1), right), probabilities.max(axis=1), right),
+        "calibration.png": errors.calibration_figure(
+            reliability(confidence, right),
+            reliability(probabilities.max(axis=1), right),
+            probabilities.max(axis=1),
+            right,
+        ),
     }
     pixels = _Pixels(first, loaded)
     cards, tiles = _worst_cards(loaded, first, probabilities, pixels)
@@ -72,17 +95,43 @@ def write(loaded: LoadedModel, all_scored: Sequence[Scored], dataset: Dataset, o
         drawn["worst.png"] = errors.sheet(tiles, ("picture", "for the truth", "for the answer"))
     sections = [
         page.section("Scores", _score_table(all_scored), note=_score_note(first)),
-        page.section("What is taken for what", page.plot(drawn["confusion.png"], "confusion matrix"), _pairs(matrix, predicted, first, probabilities, classes, pixels)),
-        page.section("The worst mistakes", page.grid(cards) if cards else page.paragraph("There are none: every picture was classified correctly."),
-                     note="The most confident mistakes. Red shows what speaks for the true class (middle) and for the answer (right), by Grad-CAM." if cards else ""),
-        page.section("Confidence", page.plot(drawn["calibration.png"], "accuracy against confidence, and confidence of right and wrong answers")),
+        page.section(
+            "What is taken for what",
+            page.plot(drawn["confusion.png"], "confusion matrix"),
+            _pairs(matrix, predicted, first, probabilities, classes, pixels),
+        ),
+        page.section(
+            "The worst mistakes",
+            page.grid(cards)
+            if cards
+            else page.paragraph("There are none: every picture was classified correctly."),
+            note="The most confident mistakes. Red shows what speaks for the true class (middle) and for the answer (right), by Grad-CAM."
+            if cards
+            else "",
+        ),
+        page.section(
+            "Confidence",
+            page.plot(
+                drawn["calibration.png"],
+                "accuracy against confidence, and confidence of right and wrong answers",
+            ),
+        ),
         page.section("Classes", _class_table(by_class, classes), note="The weakest first."),
     ]
     name = str(loaded.about.get("run") or loaded.run.name)
-    lead = page.paragraph(f"{loaded.run.model.arch} on {dataset.name}, {len(labels):,} pictures of its {split} split, weights of epoch {loaded.about.get('epoch', '?')}"
-                          + (" (an average over steps)" if loaded.about.get("ema") else ""), soft=True)
-    lead += page.facts([(f"{first.before['top1'].value:.2f} %", "top-1"), (f"{first.before['top5'].value:.2f} %", "top-5"),
-                        (f"{first.after['ece'].value:.3f}", "calibration error after scaling"), (f"{int((~right).sum()):,}", "mistakes")])
+    lead = page.paragraph(
+        f"{loaded.run.model.arch} on {dataset.name}, {len(labels):,} pictures of its {split} split, weights of epoch {loaded.about.get('epoch', '?')}"
+        + (" (an average over steps)" if loaded.about.get("ema") else ""),
+        soft=True,
+    )
+    lead += page.facts(
+        [
+            (f"{first.before['top1'].value:.2f} %", "top-1"),
+            (f"{first.before['top5'].value:.2f} %", "top-5"),
+            (f"{first.after['ece'].value:.3f}", "calibration error after scaling"),
+            (f"{int((~right).sum()):,}", "mistakes"),
+        ]
+    )
     html = out / "report.html"
     html.write_text(page.document(f"{name}: report", lead, sections), "utf-8")
     for file, data in drawn.items():
@@ -90,7 +139,9 @@ def write(loaded: LoadedModel, all_scored: Sequence[Scored], dataset: Dataset, o
     if not tiles:
         (out / "worst.png").unlink(missing_ok=True)
     _write_tables(out, by_class, classes, all_scored)
-    return Report(html, tuple(out / file for file in drawn), (out / "classes.csv", out / "scores.json"), first)
+    return Report(
+        html, tuple(out / file for file in drawn), (out / "classes.csv", out / "scores.json"), first
+    )
 
 
 class _Pixels:
@@ -107,26 +158,63 @@ class _Pixels:
 
 
 def _score_table(all_scored: Sequence[Scored]) -> str:
-    heads = ("input", "top-1 %", "top-5 %", "NLL", "ECE", "NLL calibrated", "ECE calibrated", "temperature")
-    return page.table(heads, [
-        (f"{s.size} px{', with mirror' if s.flip else ''}", s.before["top1"].show(), s.before["top5"].show(), s.before["nll"].show(3), s.before["ece"].show(3),
-         s.after["nll"].show(3), s.after["ece"].show(3), f"{s.calibration.temperature:.3f}") for s in all_scored])
+    heads = (
+        "input",
+        "top-1 %",
+        "top-5 %",
+        "NLL",
+        "ECE",
+        "NLL calibrated",
+        "ECE calibrated",
+        "temperature",
+    )
+    return page.table(
+        heads,
+        [
+            (
+                f"{s.size} px{', with mirror' if s.flip else ''}",
+                s.before["top1"].show(),
+                s.before["top5"].show(),
+                s.before["nll"].show(3),
+                s.before["ece"].show(3),
+                s.after["nll"].show(3),
+                s.after["ece"].show(3),
+                f"{s.calibration.temperature:.3f}",
+            )
+            for s in all_scored
+        ],
+    )
 
 
 def _score_note(scored: Scored) -> str:
     return f"In brackets: 95 % bootstrap intervals over the pictures. The temperature was fitted on {scored.calibration.fitted_on}. ECE: 15 bins of equal mass."
 
 
-def _pairs(matrix: np.ndarray, predicted: np.ndarray, scored: Scored, probabilities: np.ndarray, classes: Sequence[str], pixels: _Pixels) -> str:
+def _pairs(
+    matrix: np.ndarray,
+    predicted: np.ndarray,
+    scored: Scored,
+    probabilities: np.ndarray,
+    classes: Sequence[str],
+    pixels: _Pixels,
+) -> str:
     cards = []
     for true, said, count in confused_pairs(matrix, PAIRS):
         found = errors.examples(predicted, scored.labels, probabilities, true, said, EXAMPLES)
         title = f"{classes[true]} taken for {classes[said]}: {count} of {matrix[true].sum()}"
-        cards.append(page.card(title, [page.picture(pixels(i), f"{probabilities[i, said]:.0%} sure") for i in found], small=True))
+        cards.append(
+            page.card(
+                title,
+                [page.picture(pixels(i), f"{probabilities[i, said]:.0%} sure") for i in found],
+                small=True,
+            )
+        )
     return page.section("Most confused pairs", page.grid(cards)) if cards else ""
 
 
-def _worst_cards(loaded: LoadedModel, scored: Scored, probabilities: np.ndarray, pixels: _Pixels) -> tuple[list[str], list[tuple[str, list[np.ndarray]]]]:
+def _worst_cards(
+    loaded: LoadedModel, scored: Scored, probabilities: np.ndarray, pixels: _Pixels
+) -> tuple[list[str], list[tuple[str, list[np.ndarray]]]]:
     """(cards of the page, tiles of the contact sheet)."""
     positions = errors.worst(probabilities, scored.labels, WORST)
     if not len(positions):
@@ -143,22 +231,62 @@ def _worst_cards(loaded: LoadedModel, scored: Scored, probabilities: np.ndarray,
         true, said = loaded.classes[scored.labels[i]], loaded.classes[answers[k]]
         own, best = probabilities[i, scored.labels[i]], probabilities[i, answers[k]]
         shown = [overlay(images[k], cam[k], SIDE) for cam in maps]
-        cards.append(page.card(f"{true}, taken for {said}", [
-            page.picture(images[k], pixels.file(int(i))), page.picture(shown[0], f"{true}: {own:.1%}"), page.picture(shown[1], f"{said}: {best:.1%}")]))
+        cards.append(
+            page.card(
+                f"{true}, taken for {said}",
+                [
+                    page.picture(images[k], pixels.file(int(i))),
+                    page.picture(shown[0], f"{true}: {own:.1%}"),
+                    page.picture(shown[1], f"{said}: {best:.1%}"),
+                ],
+            )
+        )
         tiles.append((f"{true} taken for {said} ({best:.0%})", [images[k], *shown]))
     return cards, tiles
 
 
 def _class_table(by_class: PerClass, classes: Sequence[str]) -> str:
-    rows = ((classes[i], f"{by_class.support[i]:,}", *(f"{100 * v[i]:.1f}" for v in (by_class.recall, by_class.precision, by_class.f1))) for i in np.argsort(by_class.f1, kind="stable"))
+    rows = (
+        (
+            classes[i],
+            f"{by_class.support[i]:,}",
+            *(f"{100 * v[i]:.1f}" for v in (by_class.recall, by_class.precision, by_class.f1)),
+        )
+        for i in np.argsort(by_class.f1, kind="stable")
+    )
     return page.table(("class", "pictures", "recall %", "precision %", "F1 %"), rows)
 
 
-def _write_tables(out: Path, by_class: PerClass, classes: Sequence[str], all_scored: Sequence[Scored]) -> None:
+def _write_tables(
+    out: Path, by_class: PerClass, classes: Sequence[str], all_scored: Sequence[Scored]
+) -> None:
     with open(out / "classes.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("class", "pictures", "recall", "precision", "f1"))
-        writer.writerows((name, int(by_class.support[i]), *(round(float(v[i]), 6) for v in (by_class.recall, by_class.precision, by_class.f1))) for i, name in enumerate(classes))
-    entries = [{"size": s.size, "flip": s.flip, "images": len(s.rows), "temperature": s.calibration.temperature, "temperature_fitted_on": s.calibration.fitted_on,
-                **{f"{name}{suffix}": [e.value, e.low, e.high] for suffix, found in (("", s.before), ("_calibrated", s.after)) for name, e in found.items()}} for s in all_scored]
+        writer.writerows(
+            (
+                name,
+                int(by_class.support[i]),
+                *(
+                    round(float(v[i]), 6)
+                    for v in (by_class.recall, by_class.precision, by_class.f1)
+                ),
+            )
+            for i, name in enumerate(classes)
+        )
+    entries = [
+        {
+            "size": s.size,
+            "flip": s.flip,
+            "images": len(s.rows),
+            "temperature": s.calibration.temperature,
+            "temperature_fitted_on": s.calibration.fitted_on,
+            **{
+                f"{name}{suffix}": [e.value, e.low, e.high]
+                for suffix, found in (("", s.before), ("_calibrated", s.after))
+                for name, e in found.items()
+            },
+        }
+        for s in all_scored
+    ]
     (out / "scores.json").write_text(json.dumps(entries, indent=1), "utf-8")

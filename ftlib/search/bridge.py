@@ -17,14 +17,18 @@ class EpochBridge(TuneReportCallback):
         super().__init__()
         self.score, self.clock = score, time.time()
 
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
         try:
             values = metrics[0]
             if self.score not in values:
                 return
             now = time.time()
             split = self.score.split("/")[0]
-            self._training_actor_item_queue.put({**point(values, split), "epoch": int(values["epoch"]), "seconds": now - self.clock})
+            self._training_actor_item_queue.put(
+                {**point(values, split), "epoch": int(values["epoch"]), "seconds": now - self.clock}
+            )
             self.clock = now
         except Exception:  # in Ray's controller an exception would end the run for good; an epoch that the search missed does not matter
             return

@@ -38,8 +38,17 @@ class Listener(Protocol):
         """`outcome`: completed, pruned, failed, or interrupted when the sweep ends before the trial."""
 
 
-def execute(next_trial: Callable[[], Trial | None], config: Callable[[Trial], dict[str, Any]], train: Train, listener: Listener, *,
-            resources: Mapping[str, float], slots: int, halving: Halving | None = None, reuse: bool = True) -> bool:
+def execute(
+    next_trial: Callable[[], Trial | None],
+    config: Callable[[Trial], dict[str, Any]],
+    train: Train,
+    listener: Listener,
+    *,
+    resources: Mapping[str, float],
+    slots: int,
+    halving: Halving | None = None,
+    reuse: bool = True,
+) -> bool:
     """Run trials until `next_trial` gives None and all are over, `slots` at a time. False when a signal (Ctrl-C, SIGTERM) ended it early.
 
     Ray must be initialised. Each trial runs `train(config(trial), report)` in a process with `resources`; with `reuse` the process is kept for
@@ -55,9 +64,23 @@ def execute(next_trial: Callable[[], Trial | None], config: Callable[[Trial], di
     tuner = tune.Tuner(
         tune.with_resources(function, dict(resources)),
         tune_config=tune.TuneConfig(
-            num_samples=-1, max_concurrent_trials=slots, search_alg=_FromLedger(next_trial, config, watch), scheduler=halving, reuse_actors=reuse,
-            trial_name_creator=_name, trial_dirname_creator=_name),
-        run_config=tune.RunConfig(name="tune", storage_path=work, stop=_Interrupted(), callbacks=[watch], verbose=0, failure_config=tune.FailureConfig(max_failures=WORKER_DEATHS)))
+            num_samples=-1,
+            max_concurrent_trials=slots,
+            search_alg=_FromLedger(next_trial, config, watch),
+            scheduler=halving,
+            reuse_actors=reuse,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=work,
+            stop=_Interrupted(),
+            callbacks=[watch],
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=WORKER_DEATHS),
+        ),
+    )
     try:
         with environment(**_ENVIRONMENT), _quiet(), _signals():
             tuner.fit()
@@ -86,7 +109,12 @@ def _name(trial: Any) -> str:
 class _FromLedger(Searcher):
     """Hands Tune the next trial of the ledger."""
 
-    def __init__(self, next_trial: Callable[[], Trial | None], config: Callable[[Trial], dict[str, Any]], watch: _Watch):
+    def __init__(
+        self,
+        next_trial: Callable[[], Trial | None],
+        config: Callable[[Trial], dict[str, Any]],
+        watch: _Watch,
+    ):
         super().__init__(metric="score", mode="max")
         self.next_trial, self.config_of, self.watch = next_trial, config, watch
 
@@ -97,11 +125,15 @@ class _FromLedger(Searcher):
         if self.watch.again:
             return self.config_of(self.watch.again.pop(0))
         if self.watch.error is not None or (trial := self.next_trial()) is None:
-            return None if self.watch.running else Searcher.FINISHED  # a running one may yet have to be given out again
+            return (
+                None if self.watch.running else Searcher.FINISHED
+            )  # a running one may yet have to be given out again
         self.watch.running[trial.number] = trial
         return self.config_of(trial)
 
-    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+    def on_trial_complete(
+        self, trial_id: str, result: dict | None = None, error: bool = False
+    ) -> None:
         """The watch has seen it."""
 
     def save(self, checkpoint_path: str) -> None:
@@ -138,14 +170,30 @@ class _Watch(tune.Callback):
         with self._kept():
             self.listener.started(trial.config["number"])
 
-    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
+    ) -> None:
         number = trial.config["number"]
         with self._kept():
             if "ended" in result:
                 if self.running.pop(number, None) is not None:
-                    self.listener.ended(number, result["outcome"], result.get("reason", ""), dict(result["result"] or {}))
+                    self.listener.ended(
+                        number,
+                        result["outcome"],
+                        result.get("reason", ""),
+                        dict(result["result"] or {}),
+                    )
             elif "score" in result:
-                self.listener.progressed(number, {k: v for k, v in result.items() if isinstance(v, (int, float)) and not isinstance(v, bool) and k not in _TUNES_OWN})
+                self.listener.progressed(
+                    number,
+                    {
+                        k: v
+                        for k, v in result.items()
+                        if isinstance(v, (int, float))
+                        and not isinstance(v, bool)
+                        and k not in _TUNES_OWN
+                    },
+                )
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         number = trial.config["number"]
@@ -156,7 +204,12 @@ class _Watch(tune.Callback):
             if epoch is None:
                 self.listener.ended(number, "interrupted", "the sweep was stopped", {})
             else:
-                self.listener.ended(number, "pruned", f"stopped after epoch {epoch}: not among the best {_share(self.halving)} there", {})
+                self.listener.ended(
+                    number,
+                    "pruned",
+                    f"stopped after epoch {epoch}: not among the best {_share(self.halving)} there",
+                    {},
+                )
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self._failed(trial)
@@ -185,7 +238,17 @@ class _Watch(tune.Callback):
             self.listener.ended(number, "failed", _died(why), {})
 
 
-_TUNES_OWN = {"timestamp", "training_iteration", "time_this_iter_s", "time_total_s", "time_since_restore", "iterations_since_restore", "pid", "checkpoint_dir_name", "done"}
+_TUNES_OWN = {
+    "timestamp",
+    "training_iteration",
+    "time_this_iter_s",
+    "time_total_s",
+    "time_since_restore",
+    "iterations_since_restore",
+    "pid",
+    "checkpoint_dir_name",
+    "done",
+}
 
 
 def _share(halving: Halving | None) -> str:
@@ -277,4 +340,6 @@ def remove_placement_groups(before: set[str]) -> int:
 
 def placement_groups() -> set[str]:
     """Ids of the placement groups that hold or await resources."""
-    return {i for i, about in ray.util.placement_group_table().items() if about["state"] != "REMOVED"}
+    return {
+        i for i, about in ray.util.placement_group_table().items() if about["state"] != "REMOVED"
+    }

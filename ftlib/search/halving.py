@@ -18,9 +18,18 @@ class Halving(ASHAScheduler):
     At epochs `grace`, `grace * reduction`, ... a trial goes on if it is in the best 1/`reduction` of the trials that have come so far.
     """
 
-    def __init__(self, epochs: int, grace: int = 1, reduction: float = 3, protected: Iterable[int] = (0,)):
+    def __init__(
+        self, epochs: int, grace: int = 1, reduction: float = 3, protected: Iterable[int] = (0,)
+    ):
         # max_t beyond the last epoch: Tune kills a trial that reaches max_t before its training function can finish.
-        super().__init__(time_attr="epoch", metric="score", mode="max", max_t=epochs + 1, grace_period=min(grace, epochs), reduction_factor=reduction)
+        super().__init__(
+            time_attr="epoch",
+            metric="score",
+            mode="max",
+            max_t=epochs + 1,
+            grace_period=min(grace, epochs),
+            reduction_factor=reduction,
+        )
         self.epochs = epochs
         self.protected = frozenset(protected)
         self.stopped: dict[int, int] = {}
@@ -46,7 +55,11 @@ class Halving(ASHAScheduler):
             return TrialScheduler.CONTINUE
         decision = super().on_trial_result(tune_controller, _known(trial), result)
         number = trial.config["number"]
-        if decision != TrialScheduler.STOP or number in self.protected or result["epoch"] >= self.epochs:
+        if (
+            decision != TrialScheduler.STOP
+            or number in self.protected
+            or result["epoch"] >= self.epochs
+        ):
             return TrialScheduler.CONTINUE
         self.stopped[number] = int(result["epoch"])
         return decision

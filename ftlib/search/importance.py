@@ -31,16 +31,37 @@ class Importance:
 def importance(space: Space, trials: Sequence[Trial], seed: int = 0) -> Importance:
     """Of the settings that every trial has (those under a condition cannot be ranked against the others)."""
     always = [a for a in space.axes if a.given is None]
-    scored = [t for t in trials if t.outcome in ("completed", "pruned") and t.history and all(a.path in t.values and a.holds(t.values[a.path]) for a in always)]
+    scored = [
+        t
+        for t in trials
+        if t.outcome in ("completed", "pruned")
+        and t.history
+        and all(a.path in t.values and a.holds(t.values[a.path]) for a in always)
+    ]
     completed = [t for t in scored if t.outcome == "completed"]
     # All trials at an epoch that all reached tell more than the few that survived, which are alike by selection.
-    at = max((t.epoch for t in completed), default=0) if len(completed) >= max(FEWEST, 2 * len(scored) / 3) else min((t.epoch for t in scored), default=0)
-    kept = [(t, _score(t, at)) for t in (completed if at and len(completed) >= max(FEWEST, 2 * len(scored) / 3) else scored)]
+    at = (
+        max((t.epoch for t in completed), default=0)
+        if len(completed) >= max(FEWEST, 2 * len(scored) / 3)
+        else min((t.epoch for t in scored), default=0)
+    )
+    kept = [
+        (t, _score(t, at))
+        for t in (
+            completed if at and len(completed) >= max(FEWEST, 2 * len(scored) / 3) else scored
+        )
+    ]
     kept = [(t, s) for t, s in kept if s is not None]
     conditional = [a.path for a in space.axes if a.given is not None]
-    remark = f"{', '.join(conditional)}: searched under a condition, not ranked. " if conditional else ""
+    remark = (
+        f"{', '.join(conditional)}: searched under a condition, not ranked. " if conditional else ""
+    )
     if len(kept) < FEWEST or len(always) < 2:
-        why = f"{len(kept)} trials are too few to rank settings; {FEWEST} are the least, {CAUTION} and more are better." if len(kept) < FEWEST else "There is only one setting to rank."
+        why = (
+            f"{len(kept)} trials are too few to rank settings; {FEWEST} are the least, {CAUTION} and more are better."
+            if len(kept) < FEWEST
+            else "There is only one setting to rank."
+        )
         return Importance({}, len(kept), at, remark + why)
     if len(kept) < CAUTION:
         remark += f"{len(kept)} trials: read this with care; look at the intervals."
@@ -58,7 +79,9 @@ def importance(space: Space, trials: Sequence[Trial], seed: int = 0) -> Importan
     for path, share in point.items():
         low, high = np.quantile(draws[path] or [share], [0.05, 0.95])
         shares[path] = (share, float(low), float(high))
-    return Importance(dict(sorted(shares.items(), key=lambda item: -item[1][0])), len(kept), at, remark)
+    return Importance(
+        dict(sorted(shares.items(), key=lambda item: -item[1][0])), len(kept), at, remark
+    )
 
 
 def _score(trial: Trial, epoch: int) -> float | None:
@@ -72,9 +95,21 @@ def _shares(axes: Sequence, trials: Sequence[Trial], values: np.ndarray) -> dict
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize")
     for trial, value in zip(trials, values):
-        study.add_trial(optuna.trial.create_trial(value=float(value), params={a.path: encode(trial.values[a.path]) for a in axes}, distributions={a.path: distribution(a) for a in axes}))
+        study.add_trial(
+            optuna.trial.create_trial(
+                value=float(value),
+                params={a.path: encode(trial.values[a.path]) for a in axes},
+                distributions={a.path: distribution(a) for a in axes},
+            )
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = optuna.importance.get_param_importances(study, evaluator=optuna.importance.PedAnovaImportanceEvaluator(), params=[a.path for a in axes])
+        found = optuna.importance.get_param_importances(
+            study,
+            evaluator=optuna.importance.PedAnovaImportanceEvaluator(),
+            params=[a.path for a in axes],
+        )
     whole = sum(found.values())
-    return {a.path: float(found.get(a.path, 0.0)) / whole if whole > 0 else 1 / len(axes) for a in axes}
+    return {
+        a.path: float(found.get(a.path, 0.0)) / whole if whole > 0 else 1 / len(axes) for a in axes
+    }

@@ -94,7 +94,9 @@ class Ledger:
         if about is None:
             return False
         if about.get("schema", 0) > SCHEMA:
-            raise ConfigError(f"{self.uri} was written by a newer ftlib (schema {about['schema']}, this one knows {SCHEMA}). Update this one, or choose another --name")
+            raise ConfigError(
+                f"{self.uri} was written by a newer ftlib (schema {about['schema']}, this one knows {SCHEMA}). Update this one, or choose another --name"
+            )
         self.about = about
         known = {f.name for f in fields(Trial)}
         self.trials = {}
@@ -113,9 +115,20 @@ class Ledger:
             known = self.about["identity"]
             differ = _differences(known, json.loads(json.dumps(identity)))
             if differ:
-                raise ConfigError(f"the name {self.name} is taken by another {self.about.get('kind', 'sweep')} ({self.uri}):\n  " + "\n  ".join(differ) + "\nChoose another --name, or repeat that command's settings to go on with it")
+                raise ConfigError(
+                    f"the name {self.name} is taken by another {self.about.get('kind', 'sweep')} ({self.uri}):\n  "
+                    + "\n  ".join(differ)
+                    + "\nChoose another --name, or repeat that command's settings to go on with it"
+                )
             return True
-        self.about = {"schema": SCHEMA, "name": self.name, "created": time.time(), "proposed": 0, "identity": dict(identity), **more}
+        self.about = {
+            "schema": SCHEMA,
+            "name": self.name,
+            "created": time.time(),
+            "proposed": 0,
+            "identity": dict(identity),
+            **more,
+        }
         self.save_about()
         return False
 
@@ -129,7 +142,10 @@ class Ledger:
         self.save_about(proposed=max(self.about["proposed"], trial.number + 1))
 
     def save(self, trial: Trial) -> None:
-        write_file(join(self.trials_root(), trial.name, "trial.json"), json.dumps(asdict(trial), indent=1).encode())
+        write_file(
+            join(self.trials_root(), trial.name, "trial.json"),
+            json.dumps(asdict(trial), indent=1).encode(),
+        )
 
     def done(self) -> list[Trial]:
         return [t for t in self.trials.values() if t.outcome]
@@ -150,7 +166,9 @@ class Ledger:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 handle.seek(0)
-                raise ConfigError(f"{self.name} is running already ({handle.read().strip() or 'elsewhere'}). Wait for it, or stop it first") from None
+                raise ConfigError(
+                    f"{self.name} is running already ({handle.read().strip() or 'elsewhere'}). Wait for it, or stop it first"
+                ) from None
             handle.truncate(0)
             handle.write(f"process {os.getpid()} on {socket.gethostname()}")
             handle.flush()

@@ -18,8 +18,11 @@ td.text{white-space:normal}tr.best td{font-weight:600;color:#c8102e}tr.dim td{co
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title><style>{STYLE}</style></head><body>\n' \
-        + "\n".join([f"<h1>{escape(title)}</h1>", *parts]) + "\n</body></html>\n"
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title><style>{STYLE}</style></head><body>\n'
+        + "\n".join([f"<h1>{escape(title)}</h1>", *parts])
+        + "\n</body></html>\n"
+    )
 
 
 def paragraph(text: str, kind: str = "") -> str:
@@ -39,10 +42,24 @@ def value(of: Any) -> str:
     return "-" if of is None else f"{of:.4g}" if isinstance(of, float) else str(of)
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], kinds: Sequence[str] = (), text_columns: Sequence[int] = ()) -> str:
+def table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    kinds: Sequence[str] = (),
+    text_columns: Sequence[int] = (),
+) -> str:
     """`kinds`: a CSS class per row (best, dim or nothing). Numbers come formatted."""
-    def cells(tag: str, values: Sequence[Any]) -> str:
-        return "".join(f'<{tag} class="text">{escape(str(v))}</{tag}>' if i in text_columns else f"<{tag}>{escape(str(v))}</{tag}>" for i, v in enumerate(values))
 
-    body = "".join(f'<tr class="{kind}">{cells("td", row)}</tr>' if kind else f"<tr>{cells('td', row)}</tr>" for row, kind in zip(rows, list(kinds) or [""] * len(rows)))
+    def cells(tag: str, values: Sequence[Any]) -> str:
+        return "".join(
+            f'<{tag} class="text">{escape(str(v))}</{tag}>'
+            if i in text_columns
+            else f"<{tag}>{escape(str(v))}</{tag}>"
+            for i, v in enumerate(values)
+        )
+
+    body = "".join(
+        f'<tr class="{kind}">{cells("td", row)}</tr>' if kind else f"<tr>{cells('td', row)}</tr>"
+        for row, kind in zip(rows, list(kinds) or [""] * len(rows))
+    )
     return f'<div class="wrap"><table><thead><tr>{cells("th", columns)}</tr></thead><tbody>{body}</tbody></table></div>'

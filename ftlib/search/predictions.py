@@ -38,10 +38,19 @@ def answers(run_dir: str) -> Answers:
     if (stored := stored_answers(run_dir)) is not None:
         return stored
     if (read_json(join(run_dir, "result.json")) or {}).get("status") != "completed":
-        raise ComparisonError(f"{run_dir}: there is no finished run. Let it finish (the same command goes on with it), or name another one")
+        raise ComparisonError(
+            f"{run_dir}: there is no finished run. Let it finish (the same command goes on with it), or name another one"
+        )
     found = _predict(run_dir)
     packed = io.BytesIO()
-    np.savez_compressed(packed, rows=found.rows, labels=found.labels, correct=found.correct, logits=found.logits.astype(np.float16), split="val")
+    np.savez_compressed(
+        packed,
+        rows=found.rows,
+        labels=found.labels,
+        correct=found.correct,
+        logits=found.logits.astype(np.float16),
+        split="val",
+    )
     write_file(join(run_dir, "predictions.npz"), packed.getvalue())
     return _sorted(found.rows, found.labels, found.correct)
 
@@ -51,12 +60,24 @@ def stored_answers(run_dir: str) -> Answers | None:
     run = (read_json(join(run_dir, "run.json")) or {}).get("run", {})
     own_split = "tuning" if run.get("data", {}).get("tuning_fraction") else "val"
     best = sorted(folders(join(run_dir, "best")), reverse=True)
-    for uri in (join(run_dir, "predictions.npz"), *(join(run_dir, "best", b, "predictions.npz") for b in best[:1])):
+    for uri in (
+        join(run_dir, "predictions.npz"),
+        *(join(run_dir, "best", b, "predictions.npz") for b in best[:1]),
+    ):
         data = read_file(uri)
         if data is None:
             continue
-        with contextlib.suppress(ValueError, OSError, KeyError, zipfile.BadZipFile), np.load(io.BytesIO(data), allow_pickle=False) as file:
-            correct = file["correct"] if "correct" in file else file["top1"] if "top1" in file else file["logits"].argmax(1) == file["labels"]
+        with (
+            contextlib.suppress(ValueError, OSError, KeyError, zipfile.BadZipFile),
+            np.load(io.BytesIO(data), allow_pickle=False) as file,
+        ):
+            correct = (
+                file["correct"]
+                if "correct" in file
+                else file["top1"]
+                if "top1" in file
+                else file["logits"].argmax(1) == file["labels"]
+            )
             if (str(file["split"]) if "split" in file else own_split) == "val":
                 return _sorted(file["rows"], file["labels"], correct)
     return None
@@ -64,7 +85,9 @@ def stored_answers(run_dir: str) -> Answers | None:
 
 def _sorted(rows: np.ndarray, labels: np.ndarray, correct: np.ndarray) -> Answers:
     order = np.argsort(rows, kind="stable")
-    return Answers(rows[order].astype(np.int64), labels[order].astype(np.int64), correct[order].astype(bool))
+    return Answers(
+        rows[order].astype(np.int64), labels[order].astype(np.int64), correct[order].astype(bool)
+    )
 
 
 def _predict(run_dir: str) -> Any:
@@ -86,5 +109,14 @@ def _predict(run_dir: str) -> Any:
     split = Dataset.open(about["data"]["path"]).split("val")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = np.arange(len(split), dtype=np.int64)
-    with contextlib.closing(eval_batches(split, rows, run.eval_size, run.evaluate.crop, run.evaluate.batch_size, max(run.data.loader_workers, 0))) as batches:
+    with contextlib.closing(
+        eval_batches(
+            split,
+            rows,
+            run.eval_size,
+            run.evaluate.crop,
+            run.evaluate.batch_size,
+            max(run.data.loader_workers, 0),
+        )
+    ) as batches:
         return predict(loaded.model.to(device), batches, device, run.data.mean, run.data.std)

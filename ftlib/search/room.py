@@ -52,4 +52,6 @@ def _each(gpus: float, cpus: int) -> dict[str, float]:
 
 
 def _fit(nodes: tuple[Node, ...], gpus: float, cpus: int) -> int:
-    return sum(int(min(n.cpus // cpus, (n.gpus + 1e-9) // gpus if gpus else n.cpus // cpus)) for n in nodes)
+    return sum(
+        int(min(n.cpus // cpus, (n.gpus + 1e-9) // gpus if gpus else n.cpus // cpus)) for n in nodes
+    )

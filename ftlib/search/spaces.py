@@ -41,7 +41,11 @@ FOLLOWERS: tuple[tuple[str, Any, Callable[[Mapping[str, Any]], bool]], ...] = (
     ("mix.off_epochs", 0, lambda v: not (v["mix.mixup_alpha"] or v["mix.cutmix_alpha"])),
     ("model.dropout_in", "both", lambda v: v["model.dropout"] == 0),
     ("augment.randaugment_m", 0.0, lambda v: v["augment.randaugment_n"] == 0),
-    ("augment.randaugment_ops", (), lambda v: v["augment.randaugment_n"] == 0 and not v["augment.trivialaugment"]),
+    (
+        "augment.randaugment_ops",
+        (),
+        lambda v: v["augment.randaugment_n"] == 0 and not v["augment.trivialaugment"],
+    ),
 )
 """(path, neutral value, when): settings that only qualify another one, and go back to neutral when a trial switches that one off. Without
 this a recipe that ends with two epochs without mixing could not be compared with one that never mixes."""
@@ -77,7 +81,12 @@ class Axis:
     def holds(self, value: Any) -> bool:
         if self.kind == "choice":
             return value in self.choices
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and self.low <= value <= self.high and self.cast(value) == value
+        return (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and self.low <= value <= self.high
+            and self.cast(value) == value
+        )
 
     def cast(self, value: float) -> Any:
         """The nearest value that the axis can take."""
@@ -85,7 +94,11 @@ class Axis:
             return value
         if self.step:
             value = self.low + round((value - self.low) / self.step) * self.step
-        return round(value) if self.kind == "int" else min(max(float(f"{value:.10g}"), self.low), self.high)
+        return (
+            round(value)
+            if self.kind == "int"
+            else min(max(float(f"{value:.10g}"), self.low), self.high)
+        )
 
     def grid(self, points: int) -> list[Any]:
         """All choices, or at most `points` values evenly (in the logarithm, where `log`) between the ends, both included."""
@@ -105,15 +118,24 @@ class Axis:
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
         if self.kind == "int" and not self.log:
             step = int(self.step or 1)
-            return int(self.low) + step * int(rng.integers(0, int(self.high - self.low) // step + 1))
+            return int(self.low) + step * int(
+                rng.integers(0, int(self.high - self.low) // step + 1)
+            )
         value = rng.uniform(low, high)
-        return min(max(self.cast(math.exp(value) if self.log else value), self.cast(self.low)), self.cast(self.high))
+        return min(
+            max(self.cast(math.exp(value) if self.log else value), self.cast(self.low)),
+            self.cast(self.high),
+        )
 
     def __str__(self) -> str:
         if self.kind == "choice":
             text = "one of " + ", ".join(map(str, self.choices))
         else:
-            text = f"{self.low:g} to {self.high:g}" + (f" in steps of {self.step:g}" if self.step else "") + (", logarithmic" if self.log else "")
+            text = (
+                f"{self.low:g} to {self.high:g}"
+                + (f" in steps of {self.step:g}" if self.step else "")
+                + (", logarithmic" if self.log else "")
+            )
         return text + (f", or {self.otherwise} by a condition" if self.given else "")
 
 
@@ -138,6 +160,7 @@ class Space:
 
 # --- loading ----------------------------------------------------------------------------------------------------------------------
 
+
 def available() -> list[str]:
     return sorted(p.stem for p in FOLDER.glob("*.py") if not p.stem.startswith("_"))
 
@@ -147,13 +170,17 @@ def load(name: str) -> Space:
     path = Path(name) if name.endswith(".py") else FOLDER / f"{name}.py"
     if not path.is_file():
         near = nearest(name, available()) if not name.endswith(".py") else ""
-        raise ConfigError(f"unknown space {name}.{near} There are: {', '.join(available())}. A path to a .py file works too")
+        raise ConfigError(
+            f"unknown space {name}.{near} There are: {', '.join(available())}. A path to a .py file works too"
+        )
     spec = importlib.util.spec_from_file_location(f"tune_spaces.{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not isinstance(getattr(module, "SPACE", None), dict):
-        raise ConfigError(f"{path.name}: a space needs SPACE = {{'model.dropout': tune.uniform(0, 0.1), ...}}")
+        raise ConfigError(
+            f"{path.name}: a space needs SPACE = {{'model.dropout': tune.uniform(0, 0.1), ...}}"
+        )
     purpose = (module.__doc__ or path.stem).strip().splitlines()[0]
     return build(path.stem, module.SPACE, getattr(module, "POINTS", ()), purpose)
 
@@ -168,25 +195,35 @@ def build(name: str, space: Mapping[str, Any], points: Any = (), purpose: str = 
         inner = condition.domain if condition else domain
         if not _is_domain(inner):
             if condition:
-                raise ConfigError(f"{path}: When needs a Ray Tune domain such as tune.uniform(0, 1), not {inner!r}")
+                raise ConfigError(
+                    f"{path}: When needs a Ray Tune domain such as tune.uniform(0, 1), not {inner!r}"
+                )
             constants[path] = checked(path, inner, hint) if not _is_union(hint) else inner
             continue
         axis = _axis(path, inner, condition)
-        for value in (axis.choices if axis.kind == "choice" else (axis.cast(axis.low), axis.cast(axis.high))):
+        for value in (
+            axis.choices if axis.kind == "choice" else (axis.cast(axis.low), axis.cast(axis.high))
+        ):
             _check_value(path, value, hint)
         if condition and condition.otherwise is not KEEP:
             _check_value(path, condition.otherwise, hint)
         axes.append(axis)
     if not axes:
-        raise ConfigError(f"space {name}: it varies nothing. Give at least one path a range, such as tune.uniform(0, 0.1)")
+        raise ConfigError(
+            f"space {name}: it varies nothing. Give at least one path a range, such as tune.uniform(0, 0.1)"
+        )
     known = [a.path for a in axes]
     for point in points:
         for path in point:
             if path not in known:
-                raise ConfigError(f"space {name}: POINTS has {path}, which SPACE does not vary.{nearest(path, known)}")
+                raise ConfigError(
+                    f"space {name}: POINTS has {path}, which SPACE does not vary.{nearest(path, known)}"
+                )
             axis = next(a for a in axes if a.path == path)
             if not axis.holds(point[path]) and point[path] != axis.otherwise:
-                raise ConfigError(f"space {name}: POINTS has {path} = {point[path]!r}, outside its range ({axis})")
+                raise ConfigError(
+                    f"space {name}: POINTS has {path} = {point[path]!r}, outside its range ({axis})"
+                )
     return Space(name, tuple(axes), constants, tuple(dict(p) for p in points), purpose)
 
 
@@ -218,7 +255,9 @@ def _hint(path: str) -> Any:
     if match:
         kinds = get_args(hint) if get_origin(hint) is tuple else ()
         if not kinds or int(match[2]) >= len(kinds):
-            raise ConfigError(f"{path}: {match[1]} has {f'{len(kinds)} entries, counted from 0' if kinds else 'one value, no list'}")
+            raise ConfigError(
+                f"{path}: {match[1]} has {f'{len(kinds)} entries, counted from 0' if kinds else 'one value, no list'}"
+            )
         return kinds[int(match[2])]
     return hint
 
@@ -227,7 +266,9 @@ def _check_value(path: str, value: Any, hint: Any) -> None:
     if _is_union(hint):
         names = [k.__name__ for k in get_args(hint)]
         if value not in names:
-            raise ConfigError(f"{path} = {value!r}: needs one of {', '.join(names)}.{nearest(str(value), names)}")
+            raise ConfigError(
+                f"{path} = {value!r}: needs one of {', '.join(names)}.{nearest(str(value), names)}"
+            )
     else:
         checked(path, value, hint)
 
@@ -241,7 +282,9 @@ def _is_domain(value: Any) -> bool:
 def _axis(path: str, domain: Any, condition: When | None) -> Axis:
     from ray.tune.search import sample
 
-    extra: dict[str, Any] = {"given": condition.given, "otherwise": condition.otherwise} if condition else {}
+    extra: dict[str, Any] = (
+        {"given": condition.given, "otherwise": condition.otherwise} if condition else {}
+    )
     if isinstance(domain, dict):
         return Axis(path, "choice", choices=tuple(domain["grid_search"]), **extra)
     if isinstance(domain, sample.Categorical):
@@ -251,18 +294,25 @@ def _axis(path: str, domain: Any, condition: When | None) -> Axis:
     if isinstance(sampler, sample.Quantized):
         step, sampler = float(sampler.q), sampler.get_sampler()
     if not isinstance(sampler, (sample.Uniform, sample.LogUniform)):
-        raise ConfigError(f"{path}: a space takes uniform, loguniform, quniform, randint, lograndint, qrandint and choice. For a value that depends on others use When")
+        raise ConfigError(
+            f"{path}: a space takes uniform, loguniform, quniform, randint, lograndint, qrandint and choice. For a value that depends on others use When"
+        )
     whole = isinstance(domain, sample.Integer)
     log = isinstance(sampler, sample.LogUniform)
-    high = float(domain.upper) - (1 if whole and step is None else 0)  # randint leaves its upper end out, qrandint does not
+    high = float(domain.upper) - (
+        1 if whole and step is None else 0
+    )  # randint leaves its upper end out, qrandint does not
     if whole and step == 1:
         step = None
     if log and step:
-        raise ConfigError(f"{path}: a logarithmic range in steps is not supported. Use tune.choice for the values, or leave the steps out")
+        raise ConfigError(
+            f"{path}: a logarithmic range in steps is not supported. Use tune.choice for the values, or leave the steps out"
+        )
     return Axis(path, "int" if whole else "float", float(domain.lower), high, log, step, **extra)
 
 
 # --- values -----------------------------------------------------------------------------------------------------------------------
+
 
 def own_values(space: Space, run: Run) -> dict[str, Any]:
     """The recipe's own values of the searched settings, those it has (a schedule without warm-up has no warm-up)."""
@@ -290,7 +340,11 @@ def choose(space: Space, pick: Callable[[Axis], Any]) -> dict[str, Any]:
 
 def searched(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `values` that were the search's to choose: on an axis whose condition holds."""
-    return {a.path: values[a.path] for a in space.axes if a.path in values and (a.given is None or a.given(values))}
+    return {
+        a.path: values[a.path]
+        for a in space.axes
+        if a.path in values and (a.given is None or a.given(values))
+    }
 
 
 def grid(space: Space, points: int) -> Iterator[dict[str, Any]]:
@@ -322,7 +376,11 @@ def apply(run: Run, values: Mapping[str, Any]) -> Run:
             changes[path] = value
     resulting = {**current, **changes}
     if changes:
-        changes |= {p: neutral for p, neutral, idle in FOLLOWERS if p not in values and resulting[p] != neutral and idle(resulting)}
+        changes |= {
+            p: neutral
+            for p, neutral, idle in FOLLOWERS
+            if p not in values and resulting[p] != neutral and idle(resulting)
+        }
     return override(run, changes)
 
 
@@ -338,7 +396,9 @@ def check(space: Space, run: Run, samples: int = 200, seed: int = 0) -> None:
         try:
             apply(run, {**space.constants, **values})
         except ConfigError as error:
-            raise ConfigError(f"space {space.name} asks for impossible values with this recipe. {error}.\nTried: {what}") from None
+            raise ConfigError(
+                f"space {space.name} asks for impossible values with this recipe. {error}.\nTried: {what}"
+            ) from None
 
 
 def short_names(space: Space) -> dict[str, str]:

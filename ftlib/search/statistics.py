@@ -41,14 +41,23 @@ class Difference:
         return f"{self.points:+.2f} points, {100 * self.coverage:g} % interval {self.low:+.2f} to {self.high:+.2f}, p = {self.p_better:.3g}"
 
 
-def paired_difference(a: np.ndarray, b: np.ndarray, *, coverage: float = 0.95, replicates: int = REPLICATES, seed: int = 0) -> Difference:
+def paired_difference(
+    a: np.ndarray,
+    b: np.ndarray,
+    *,
+    coverage: float = 0.95,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+) -> Difference:
     """Difference of two correctness matrices bool[seeds, images] whose rows and columns belong together.
 
     With one row the interval covers the choice of images only. Raises ValueError on shapes that cannot be paired.
     """
     a, b = np.atleast_2d(np.asarray(a)), np.atleast_2d(np.asarray(b))
     if a.shape != b.shape or a.ndim != 2 or 0 in a.shape:
-        raise ValueError(f"cannot pair answers of shape {a.shape} with {b.shape}: both need the same seeds and the same images")
+        raise ValueError(
+            f"cannot pair answers of shape {a.shape} with {b.shape}: both need the same seeds and the same images"
+        )
     d = a.astype(np.int8) - b.astype(np.int8)
     seeds, images = d.shape
     rng = np.random.default_rng(seed)
@@ -68,16 +77,27 @@ def paired_difference(a: np.ndarray, b: np.ndarray, *, coverage: float = 0.95, r
         image_part *= np.sqrt(max(0.0, 1 - single / max(float(image_part.var()), 1e-300)))
         se_seeds = float(of_seed.std(ddof=1) / np.sqrt(seeds))
         resampled = of_seed[rng.integers(0, seeds, size=(replicates, seeds))].mean(axis=1)
-        seed_part = resampled * np.sqrt(seeds / (seeds - 1)) / np.sqrt(rng.chisquare(seeds - 1, replicates) / (seeds - 1))
+        seed_part = (
+            resampled
+            * np.sqrt(seeds / (seeds - 1))
+            / np.sqrt(rng.chisquare(seeds - 1, replicates) / (seeds - 1))
+        )
     centred = image_part + seed_part
     tail = (1 - coverage) / 2
     # The basic (reflected) interval: what lies beyond the estimate on one side says how far the truth may lie on the other.
     low, high = mean - np.quantile(centred, [1 - tail, tail])
     return Difference(
-        points=100 * mean, low=100 * float(low), high=100 * float(high),
+        points=100 * mean,
+        low=100 * float(low),
+        high=100 * float(high),
         p_better=float((1 + np.sum(centred >= mean)) / (replicates + 1)),
         p_different=float((1 + np.sum(np.abs(centred) >= abs(mean))) / (replicates + 1)),
-        seeds=seeds, images=images, se_images=100 * float(image_part.std()), se_seeds=100 * se_seeds, coverage=coverage)
+        seeds=seeds,
+        images=images,
+        se_images=100 * float(image_part.std()),
+        se_seeds=100 * se_seeds,
+        coverage=coverage,
+    )
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -62,7 +62,9 @@ class Sweep:
         if self.epochs < 0 or self.grace < 0 or self.parallel < 0:
             raise ConfigError("--epochs, --grace and --parallel must not be negative")
         if self.reduction <= 1:
-            raise ConfigError(f"--reduction {self.reduction:g}: must be above 1; 3 lets a third of the trials go on")
+            raise ConfigError(
+                f"--reduction {self.reduction:g}: must be above 1; 3 lets a third of the trials go on"
+            )
         if not self.name:
             object.__setattr__(self, "name", f"{self.space.name}-{Path(self.recipe_name).stem}")
 
@@ -72,7 +74,9 @@ class Sweep:
         changes: dict[str, Any] = {}
         if not self.recipe.data.tuning_fraction:
             if not 0 < self.tuning_fraction <= 0.5:
-                raise ConfigError(f"--tuning-fraction {self.tuning_fraction:g}: needs more than 0 and at most 0.5; the validation set is not for choosing")
+                raise ConfigError(
+                    f"--tuning-fraction {self.tuning_fraction:g}: needs more than 0 and at most 0.5; the validation set is not for choosing"
+                )
             changes["data.tuning_fraction"] = self.tuning_fraction
         if self.epochs:
             changes["train.epochs"] = self.epochs
@@ -83,10 +87,28 @@ class Sweep:
         return self.grace or max(1, self.base.train.epochs // 9)
 
     def identity(self, basis: training.Basis) -> dict[str, Any]:
-        kept = {p: list(v) if isinstance(v, tuple) else v for p, v in flat(self.base).items() if not any(p == o or p.startswith(o + ".") for o in (*NOT_IN_FINGERPRINT, "model.init_from"))}
-        early = {"grace": self.first_rung, "reduction": float(self.reduction)} if self.early_stopping else "off"
-        return {"recipe": kept, "space": self.space.describe(), "points": json.loads(json.dumps(self.space.points)), "search": self.search, "seed": self.seed, "early stopping": early,
-                "data": basis.data_digest, "starting weights": basis.init_sha256}
+        kept = {
+            p: list(v) if isinstance(v, tuple) else v
+            for p, v in flat(self.base).items()
+            if not any(
+                p == o or p.startswith(o + ".") for o in (*NOT_IN_FINGERPRINT, "model.init_from")
+            )
+        }
+        early = (
+            {"grace": self.first_rung, "reduction": float(self.reduction)}
+            if self.early_stopping
+            else "off"
+        )
+        return {
+            "recipe": kept,
+            "space": self.space.describe(),
+            "points": json.loads(json.dumps(self.space.points)),
+            "search": self.search,
+            "seed": self.seed,
+            "early stopping": early,
+            "data": basis.data_digest,
+            "starting weights": basis.init_sha256,
+        }
 
 
 @dataclass(frozen=True)
@@ -103,8 +125,14 @@ class Result:
     seconds: float
 
 
-def sweep(plan: Sweep, *, check: Callable[[Run], training.Basis] = training.check, train: Callable[..., dict[str, Any]] = training.train_run,
-          tracking_for: Callable[..., Any] | None = None, out: Any = None) -> Result:
+def sweep(
+    plan: Sweep,
+    *,
+    check: Callable[[Run], training.Basis] = training.check,
+    train: Callable[..., dict[str, Any]] = training.train_run,
+    tracking_for: Callable[..., Any] | None = None,
+    out: Any = None,
+) -> Result:
     """Run the sweep, or go on with it, or (all trials done) write its report again. Ends in order after Ctrl-C or SIGTERM.
 
     `check`, `train` and `tracking_for` are replaced in tests. Raises ConfigError, DataError, LaunchError, TrackingError before anything starts.
@@ -115,10 +143,24 @@ def sweep(plan: Sweep, *, check: Callable[[Run], training.Basis] = training.chec
     basis = check(base)
     ledger = Ledger(runs_root(plan.recipe), plan.name)
     with ledger.lock():
-        resumed = ledger.open(plan.identity(basis), {
-            "kind": "sweep", "recipe": to_dict(plan.recipe), "recipe_name": plan.recipe_name, "base": to_dict(base), "space_name": plan.space.name, "space": plan.space.describe(),
-            "axes": [a.path for a in plan.space.axes], "constants": dict(plan.space.constants), "split": "tuning", "data": {"name": basis.data_name, "digest": basis.data_digest},
-            "init": {"uri": basis.init_uri, "sha256": basis.init_sha256}, "seed": plan.seed, "search": plan.search})
+        resumed = ledger.open(
+            plan.identity(basis),
+            {
+                "kind": "sweep",
+                "recipe": to_dict(plan.recipe),
+                "recipe_name": plan.recipe_name,
+                "base": to_dict(base),
+                "space_name": plan.space.name,
+                "space": plan.space.describe(),
+                "axes": [a.path for a in plan.space.axes],
+                "constants": dict(plan.space.constants),
+                "split": "tuning",
+                "data": {"name": basis.data_name, "digest": basis.data_digest},
+                "init": {"uri": basis.init_uri, "sha256": basis.init_sha256},
+                "seed": plan.seed,
+                "search": plan.search,
+            },
+        )
         if plan.retry_failed:
             for trial in [t for t in ledger.done() if t.outcome == "failed"]:
                 trial.outcome = trial.reason = ""
@@ -131,21 +173,50 @@ def sweep(plan: Sweep, *, check: Callable[[Run], training.Basis] = training.chec
         table = Table(ledger.trials, names, total, base.train.epochs, place.slots, "tuning", out)
         tracking, parent = _open(plan, ledger, base, basis, tracking_for)
         with tracking:
-            table.say(f"sweep {plan.name}: {'goes on with' if resumed else ''} {total} trials of {base.train.epochs} epochs over {', '.join(names.values())}; {words(place) if left > 0 else 'all done'}; "
-                      f"scored on {base.data.tuning_fraction:.0%} of the training images".replace(":  ", ": "))
+            table.say(
+                f"sweep {plan.name}: {'goes on with' if resumed else ''} {total} trials of {base.train.epochs} epochs over {', '.join(names.values())}; {words(place) if left > 0 else 'all done'}; "
+                f"scored on {base.data.tuning_fraction:.0%} of the training images".replace(
+                    ":  ", ": "
+                )
+            )
             if parent.url:
                 table.say(f"MLflow: {parent.url}")
-            keeper = Keeper(ledger, table, tracking, parent.reference, base, plan.space.constants, {"sweep": plan.name, "space": plan.space.name}, "trial", place.local)
+            keeper = Keeper(
+                ledger,
+                table,
+                tracking,
+                parent.reference,
+                base,
+                plan.space.constants,
+                {"sweep": plan.name, "space": plan.space.name},
+                "trial",
+                place.local,
+            )
             finished = True
             if left > 0:
-                finished = _run(plan, base, basis, ledger, total, place, tracking, parent, keeper, table, train)
-            result = _conclude(plan, ledger, total, tracking, parent, keeper, finished, time.monotonic() - started)
+                finished = _run(
+                    plan, base, basis, ledger, total, place, tracking, parent, keeper, table, train
+                )
+            result = _conclude(
+                plan, ledger, total, tracking, parent, keeper, finished, time.monotonic() - started
+            )
         table.say(sentence(plan, result, total))
     return result
 
 
-def _run(plan: Sweep, base: Run, basis: training.Basis, ledger: Ledger, total: int, place: Room, tracking: Any, parent: Any, keeper: Keeper, table: Table,
-         train: Callable[..., dict[str, Any]]) -> bool:
+def _run(
+    plan: Sweep,
+    base: Run,
+    basis: training.Basis,
+    ledger: Ledger,
+    total: int,
+    place: Room,
+    tracking: Any,
+    parent: Any,
+    keeper: Keeper,
+    table: Table,
+    train: Callable[..., dict[str, Any]],
+) -> bool:
     from ftlib.search import engine
     from ftlib.search.halving import Halving
 
@@ -161,15 +232,34 @@ def _run(plan: Sweep, base: Run, basis: training.Basis, ledger: Ledger, total: i
         number = ledger.about["proposed"]
         if number >= total:
             return None
-        trial = propose.propose(number, plan.space, base, list(ledger.trials.values()), plan.search, plan.seed, plan.grid_points)
+        trial = propose.propose(
+            number,
+            plan.space,
+            base,
+            list(ledger.trials.values()),
+            plan.search,
+            plan.seed,
+            plan.grid_points,
+        )
         if trial is not None:
             ledger.add(trial)
         return trial
 
-    shared = training.Shared("tuning", place.local, "trial", keeper.tags, parent.reference, tracking.handle())
+    shared = training.Shared(
+        "tuning", place.local, "trial", keeper.tags, parent.reference, tracking.handle()
+    )
     groups = engine.placement_groups()
     with table:
-        finished = engine.execute(next_trial, lambda trial: keeper.config(trial, basis, place), functools.partial(train, shared), keeper, resources=place.resources, slots=place.slots, halving=halving, reuse=place.local)
+        finished = engine.execute(
+            next_trial,
+            lambda trial: keeper.config(trial, basis, place),
+            functools.partial(train, shared),
+            keeper,
+            resources=place.resources,
+            slots=place.slots,
+            halving=halving,
+            reuse=place.local,
+        )
     engine.remove_placement_groups(groups)
     return finished
 
@@ -177,8 +267,29 @@ def _run(plan: Sweep, base: Run, basis: training.Basis, ledger: Ledger, total: i
 class Keeper:
     """Listens to the engine: writes the ledger, feeds the table, and sees to it that no trial's MLflow run stays open."""
 
-    def __init__(self, ledger: Ledger, table: Table, tracking: Any, parent: str, base: Run, constants: Mapping[str, Any], tags: Mapping[str, str], kind: str, local: bool) -> None:
-        self.ledger, self.table, self.tracking, self.parent, self.base, self.constants, self.tags, self.kind, self.local = ledger, table, tracking, parent, base, constants, tags, kind, local
+    def __init__(
+        self,
+        ledger: Ledger,
+        table: Table,
+        tracking: Any,
+        parent: str,
+        base: Run,
+        constants: Mapping[str, Any],
+        tags: Mapping[str, str],
+        kind: str,
+        local: bool,
+    ) -> None:
+        (
+            self.ledger,
+            self.table,
+            self.tracking,
+            self.parent,
+            self.base,
+            self.constants,
+            self.tags,
+            self.kind,
+            self.local,
+        ) = ledger, table, tracking, parent, base, constants, tags, kind, local
         self.mlflow = ThreadPoolExecutor(1, thread_name_prefix="sweep-mlflow")
         self.ended_here: list[tuple[Trial, str]] = []
 
@@ -192,7 +303,11 @@ class Keeper:
     def title(self, trial: Trial) -> str:
         if trial.seed is not None:
             return trial.label
-        return f"{trial.name} recipe" if trial.origin == "recipe" else training.title(trial.name, trial.values)
+        return (
+            f"{trial.name} recipe"
+            if trial.origin == "recipe"
+            else training.title(trial.name, trial.values)
+        )
 
     def params(self, trial: Trial) -> dict[str, Any]:
         """The searched settings as MLflow parameters, under the names that the tracking package gives to those it always logs."""
@@ -200,9 +315,18 @@ class Keeper:
 
     def config(self, trial: Trial, basis: training.Basis, place: Room) -> dict[str, Any]:
         """What goes to the trial's process."""
-        run = training.variant(self.run_of(trial), self.ledger.trials_root(), basis, place.each, name=trial.name)
+        run = training.variant(
+            self.run_of(trial), self.ledger.trials_root(), basis, place.each, name=trial.name
+        )
         tags = {} if trial.seed is None else {"config_id": trial.origin}
-        return {"number": trial.number, "name": trial.label, "run": to_dict(run), "title": self.title(trial), "params": self.params(trial), "tags": tags}
+        return {
+            "number": trial.number,
+            "name": trial.label,
+            "run": to_dict(run),
+            "title": self.title(trial),
+            "params": self.params(trial),
+            "tags": tags,
+        }
 
     # --- the engine's listener ---
 
@@ -233,12 +357,17 @@ class Keeper:
 
     def _reopened(self, trial: Trial) -> Any:
         tags = {"kind": self.kind, "trial": trial.label, **self.tags, "reason": ""}
-        return self.tracking.start_run(self.title(trial), tags=tags, params=self.params(trial), parent=self.parent)
+        return self.tracking.start_run(
+            self.title(trial), tags=tags, params=self.params(trial), parent=self.parent
+        )
 
     def _found(self, trial: Trial) -> None:
         """The driver died between the end of its training and that of its MLflow run, which is ended here."""
         run = self._reopened(trial)
-        run.writer().metrics({k: v for k, v in trial.result.get("metrics", {}).items() if isinstance(v, float)}, step=0)
+        run.writer().metrics(
+            {k: v for k, v in trial.result.get("metrics", {}).items() if isinstance(v, float)},
+            step=0,
+        )
         run.finish("completed")
 
     def _failed(self, trial: Trial) -> None:
@@ -253,7 +382,11 @@ class Keeper:
         self.mlflow.shutdown(wait=True)
         for trial, outcome in self.ended_here:
             if outcome in ("pruned", "interrupted"):
-                self.tracking.end_orphan(self.title(trial), "pruned" if outcome == "pruned" else "killed", trial.reason or "the sweep was stopped")
+                self.tracking.end_orphan(
+                    self.title(trial),
+                    "pruned" if outcome == "pruned" else "killed",
+                    trial.reason or "the sweep was stopped",
+                )
 
 
 def param(path: str) -> str:
@@ -265,7 +398,9 @@ def param(path: str) -> str:
 
 def with_values(recipe: Run, trial: Trial, constants: Mapping[str, Any]) -> Run:
     """The whole recipe with a trial's values."""
-    return recipe if trial.origin == "recipe" else spaces.apply(recipe, {**constants, **trial.values})
+    return (
+        recipe if trial.origin == "recipe" else spaces.apply(recipe, {**constants, **trial.values})
+    )
 
 
 def connect(run: Run, trials: int, parallel: int) -> Room:
@@ -284,10 +419,18 @@ def words(place: Room) -> str:
 
 
 def journal_dir(ledger: Ledger) -> Path:
-    return (home() / "runs" / ledger.name if is_remote(ledger.uri) else Path(ledger.uri)) / "journal"
+    return (
+        home() / "runs" / ledger.name if is_remote(ledger.uri) else Path(ledger.uri)
+    ) / "journal"
 
 
-def _open(plan: Sweep, ledger: Ledger, base: Run, basis: training.Basis, tracking_for: Callable[..., Any] | None) -> tuple[Any, Any]:
+def _open(
+    plan: Sweep,
+    ledger: Ledger,
+    base: Run,
+    basis: training.Basis,
+    tracking_for: Callable[..., Any] | None,
+) -> tuple[Any, Any]:
     """Tracking and the sweep's parent run, with its saved views."""
     from ftlib.track.lineage import run_tags
     from ftlib.track.params import params_of
@@ -295,20 +438,45 @@ def _open(plan: Sweep, ledger: Ledger, base: Run, basis: training.Basis, trackin
     from ftlib.track.views import sweep_view
 
     known = ledger.about.get("mlflow_run_id", "")
-    tracking = (tracking_for or open_tracking)(base.track, experiment=basis.data_name, journal_dir=journal_dir(ledger), resuming=bool(known))
-    tags = run_tags(base, kind="sweep", dataset=(basis.data_name, basis.data_digest), sweep=plan.name, extra={"space": plan.space.name, "recipe": plan.recipe_name, "search": plan.search})
-    parent = tracking.start_run(f"sweep {plan.name}", tags=tags, params=params_of(base), run_id=known or None)
+    tracking = (tracking_for or open_tracking)(
+        base.track,
+        experiment=basis.data_name,
+        journal_dir=journal_dir(ledger),
+        resuming=bool(known),
+    )
+    tags = run_tags(
+        base,
+        kind="sweep",
+        dataset=(basis.data_name, basis.data_digest),
+        sweep=plan.name,
+        extra={"space": plan.space.name, "recipe": plan.recipe_name, "search": plan.search},
+    )
+    parent = tracking.start_run(
+        f"sweep {plan.name}", tags=tags, params=params_of(base), run_id=known or None
+    )
     if known:
         parent.writer().tags({"reason": ""})
     params = [param(p) for p in ledger.about["axes"]]
-    for view in (sweep_view(plan.name, params, "tuning"), sweep_view(plan.name, params, "tuning", finished_only=False)):
+    for view in (
+        sweep_view(plan.name, params, "tuning"),
+        sweep_view(plan.name, params, "tuning", finished_only=False),
+    ):
         parent.save_view(view)
     if parent.run_id and parent.run_id != known:
         ledger.save_about(mlflow_run_id=parent.run_id)
     return tracking, parent
 
 
-def _conclude(plan: Sweep, ledger: Ledger, total: int, tracking: Any, parent: Any, keeper: Keeper, finished: bool, seconds: float) -> Result:
+def _conclude(
+    plan: Sweep,
+    ledger: Ledger,
+    total: int,
+    tracking: Any,
+    parent: Any,
+    keeper: Keeper,
+    finished: bool,
+    seconds: float,
+) -> Result:
     """End the trials' runs, write the report and best.json, end the parent run."""
     from ftlib.search.report import best_trial, note, write_report
     from ftlib.track.views import sweep_view
@@ -316,14 +484,19 @@ def _conclude(plan: Sweep, ledger: Ledger, total: int, tracking: Any, parent: An
     if not finished:
         # `ray job stop` gives 3 s: the runs' ends first, the report with the next start.
         keeper.close()
-        parent.finish("killed", f"stopped after {len(ledger.done())} of {total} trials; the same command goes on")
+        parent.finish(
+            "killed",
+            f"stopped after {len(ledger.done())} of {total} trials; the same command goes on",
+        )
         return Result(ledger, False, best_trial(ledger), "", parent.url, seconds)
     keeper.close()
     best, folder = best_trial(ledger), ""
     if best is not None:
         local = journal_dir(ledger).parent / "report"
         recipe = replace(with_values(plan.recipe, best, plan.space.constants), name="")
-        ledger_url = parent.view_link(sweep_view(plan.name, [param(p) for p in ledger.about["axes"]], "tuning"))
+        ledger_url = parent.view_link(
+            sweep_view(plan.name, [param(p) for p in ledger.about["axes"]], "tuning")
+        )
         files = write_report(ledger, plan.space, local)
         best_file = local / "best.json"
         best_file.write_text(to_json(recipe))
@@ -335,13 +508,29 @@ def _conclude(plan: Sweep, ledger: Ledger, total: int, tracking: Any, parent: An
             writer.artifact(str(file), "report")
         writer.artifact(str(best_file))
         own = ledger.trials[0].score if 0 in ledger.trials else None
-        writer.metrics({"best/tuning_top1": best.score, **({"recipe/tuning_top1": own} if own is not None else {}),
-                        **{f"trials/{o}": float(sum(t.outcome == o for t in ledger.trials.values())) for o in ("completed", "pruned", "failed")}}, step=0)
+        writer.metrics(
+            {
+                "best/tuning_top1": best.score,
+                **({"recipe/tuning_top1": own} if own is not None else {}),
+                **{
+                    f"trials/{o}": float(sum(t.outcome == o for t in ledger.trials.values()))
+                    for o in ("completed", "pruned", "failed")
+                },
+            },
+            step=0,
+        )
         writer.tags({"best_trial": best.name})
         folder = str(local)
-        parent.finish("completed", note(ledger, plan.space, ledger_url, parent.artifact_link("report/index.html")))
+        parent.finish(
+            "completed",
+            note(ledger, plan.space, ledger_url, parent.artifact_link("report/index.html")),
+        )
     else:
-        parent.finish("failed", "no trial finished: " + next((t.reason for t in ledger.trials.values() if t.reason), "unknown"))
+        parent.finish(
+            "failed",
+            "no trial finished: "
+            + next((t.reason for t in ledger.trials.values() if t.reason), "unknown"),
+        )
     return Result(ledger, True, best, folder, parent.url, seconds)
 
 
@@ -352,13 +541,20 @@ def sentence(plan: Sweep, result: Result, total: int) -> str:
         return f"stopped after {len(done)} of {total} trials. The same command goes on"
     failed = [t for t in done if t.outcome == "failed"]
     if result.best is None:
-        return f"all {len(done)} trials failed. The first: {failed[0].reason if failed else 'unknown'}"
+        return (
+            f"all {len(done)} trials failed. The first: {failed[0].reason if failed else 'unknown'}"
+        )
     own = result.ledger.trials[0]
-    against = f" against the recipe's {own.score:.2f} %" if own.score is not None and result.best.number else ""
+    against = (
+        f" against the recipe's {own.score:.2f} %"
+        if own.score is not None and result.best.number
+        else ""
+    )
     pruned = sum(t.outcome == "pruned" for t in done)
-    lines = [f"best of {len(done)} trials ({pruned} stopped early, {len(failed)} failed) in {duration(result.seconds)}: {result.best.name} with {result.best.score:.2f} % of the tuning split{against}",
-             f"  {propose.describe(result.best.values, spaces.short_names(plan.space))}", f"report: {result.report}/index.html",
-             f"one run each is no proof: python jobs/promote.py {plan.name} --top 3 --seeds 5 confirms it over seeds on the validation set"]
+    lines = [
+        f"best of {len(done)} trials ({pruned} stopped early, {len(failed)} failed) in {duration(result.seconds)}: {result.best.name} with {result.best.score:.2f} % of the tuning split{against}",
+        f"  {propose.describe(result.best.values, spaces.short_names(plan.space))}",
+        f"report: {result.report}/index.html",
+        f"one run each is no proof: python jobs/promote.py {plan.name} --top 3 --seeds 5 confirms it over seeds on the validation set",
+    ]
     return "\n".join(lines)
-
-

@@ -16,8 +16,24 @@ ROWS = 16
 class Table:
     """Shows the trials of a ledger; a context manager. `total` may be infinite-like; `slots` trials run at once."""
 
-    def __init__(self, trials: Mapping[int, Trial], names: Mapping[str, str], total: int, epochs: int, slots: int, split: str, out: TextIO | None = None) -> None:
-        self.trials, self.names, self.total, self.epochs, self.slots, self.split = trials, names, total, epochs, slots, split
+    def __init__(
+        self,
+        trials: Mapping[int, Trial],
+        names: Mapping[str, str],
+        total: int,
+        epochs: int,
+        slots: int,
+        split: str,
+        out: TextIO | None = None,
+    ) -> None:
+        self.trials, self.names, self.total, self.epochs, self.slots, self.split = (
+            trials,
+            names,
+            total,
+            epochs,
+            slots,
+            split,
+        )
         self.out = out or sys.stdout
         self.live: Any = None
         self.running: dict[int, float] = {}
@@ -30,7 +46,12 @@ class Table:
             from rich.console import Console
             from rich.live import Live
 
-            self.live = Live(get_renderable=self.render, console=Console(file=self.out), refresh_per_second=2, transient=False)
+            self.live = Live(
+                get_renderable=self.render,
+                console=Console(file=self.out),
+                refresh_per_second=2,
+                transient=False,
+            )
             self.live.start()
         return self
 
@@ -49,11 +70,17 @@ class Table:
     def started(self, trial: Trial) -> None:
         self.running[trial.number] = time.monotonic()
         if self.live is None:
-            self.say(f"{trial.label}  starts  {self.values(trial)}" if not trial.history else f"{trial.label}  goes on after epoch {trial.epoch}")
+            self.say(
+                f"{trial.label}  starts  {self.values(trial)}"
+                if not trial.history
+                else f"{trial.label}  goes on after epoch {trial.epoch}"
+            )
 
     def progressed(self, trial: Trial) -> None:
         if self.live is None:
-            self.say(f"{trial.label}  epoch {trial.epoch}/{self.epochs}  top-1 {trial.history[-1]['score']:.2f} %  {self.best_words()}  {self.left_words()}")
+            self.say(
+                f"{trial.label}  epoch {trial.epoch}/{self.epochs}  top-1 {trial.history[-1]['score']:.2f} %  {self.best_words()}  {self.left_words()}"
+            )
 
     def ended(self, trial: Trial, outcome: str) -> None:
         since = self.running.pop(trial.number, None)
@@ -68,7 +95,9 @@ class Table:
     def values(self, trial: Trial) -> str:
         from ftlib.search.propose import describe
 
-        return ("the recipe: " if trial.origin == "recipe" else "") + describe(trial.values, self.names)
+        return ("the recipe: " if trial.origin == "recipe" else "") + describe(
+            trial.values, self.names
+        )
 
     @property
     def done(self) -> int:
@@ -91,29 +120,56 @@ class Table:
 
     def left_words(self) -> str:
         left = self.seconds_left()
-        return f"{self.done} of {self.total} done" + ("" if left is None else f", about {duration(left)} left")
+        return f"{self.done} of {self.total} done" + (
+            "" if left is None else f", about {duration(left)} left"
+        )
 
     def render(self) -> Any:
         from rich.table import Table as Grid
 
-        grid = Grid(title=f"{self.best_words() or 'no score yet'}   {self.left_words()}   {duration(time.monotonic() - self.began)} so far", title_justify="left",
-                    caption=f"top-1 in percent, of the {self.split} split", caption_justify="left")
+        grid = Grid(
+            title=f"{self.best_words() or 'no score yet'}   {self.left_words()}   {duration(time.monotonic() - self.began)} so far",
+            title_justify="left",
+            caption=f"top-1 in percent, of the {self.split} split",
+            caption_justify="left",
+        )
         for heading in ("trial", *self.names.values()):
             grid.add_column(heading, no_wrap=True)
         for heading in ("epoch", "top-1", "best"):
             grid.add_column(heading, justify="right")
         grid.add_column("state")
         running = [self.trials[n] for n in sorted(self.running)]
-        over = sorted((t for t in self.trials.values() if t.number not in self.running and t.outcome), key=lambda t: -(t.score if t.score is not None else -1.0))
+        over = sorted(
+            (t for t in self.trials.values() if t.number not in self.running and t.outcome),
+            key=lambda t: -(t.score if t.score is not None else -1.0),
+        )
         best = self.best()
         for trial in [*running, *over][:ROWS]:
             shown = [_short(trial.values.get(p, "-")) for p in self.names]
             state = "running" if trial.number in self.running else trial.outcome
-            style = "bold green" if trial is best else "" if trial.number in self.running else "dim" if trial.outcome != "completed" else ""
-            grid.add_row(trial.label + (" recipe" if trial.origin == "recipe" and trial.seed is None else ""), *shown, f"{trial.epoch}/{self.epochs}", f"{trial.history[-1]['score']:.2f}" if trial.history else "",
-                         f"{trial.score:.2f}" if trial.score is not None else "", state, style=style)
+            style = (
+                "bold green"
+                if trial is best
+                else ""
+                if trial.number in self.running
+                else "dim"
+                if trial.outcome != "completed"
+                else ""
+            )
+            grid.add_row(
+                trial.label
+                + (" recipe" if trial.origin == "recipe" and trial.seed is None else ""),
+                *shown,
+                f"{trial.epoch}/{self.epochs}",
+                f"{trial.history[-1]['score']:.2f}" if trial.history else "",
+                f"{trial.score:.2f}" if trial.score is not None else "",
+                state,
+                style=style,
+            )
         if len(running) + len(over) > ROWS:
-            grid.add_row("...", *[""] * (len(self.names) + 3), f"{len(running) + len(over) - ROWS} more")
+            grid.add_row(
+                "...", *[""] * (len(self.names) + 3), f"{len(running) + len(over) - ROWS} more"
+            )
         return grid
 
 
@@ -125,4 +181,3 @@ def duration(seconds: float) -> str:
     """Such as 0:03:20."""
     seconds = int(max(seconds, 0))
     return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
-

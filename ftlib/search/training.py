@@ -14,8 +14,23 @@ from ftlib.search.trial import Report, point
 from ftlib.storage import join, read_json
 from ftlib.tree import from_dict, override
 
-ABBREVIATIONS = {"dropout": "do", "drop_path": "dp", "mixup_alpha": "mx", "cutmix_alpha": "cm", "randaugment_m": "m", "randaugment_n": "n", "randaugment_p": "p", "lr": "lr",
-                 "weight_decay": "wd", "batch_size": "b", "erasing_p": "er", "label_smoothing": "ls", "schedule": "", "optimizer": "", "warmup_epochs": "wu"}
+ABBREVIATIONS = {
+    "dropout": "do",
+    "drop_path": "dp",
+    "mixup_alpha": "mx",
+    "cutmix_alpha": "cm",
+    "randaugment_m": "m",
+    "randaugment_n": "n",
+    "randaugment_p": "p",
+    "lr": "lr",
+    "weight_decay": "wd",
+    "batch_size": "b",
+    "erasing_p": "er",
+    "label_smoothing": "ls",
+    "schedule": "",
+    "optimizer": "",
+    "warmup_epochs": "wu",
+}
 TITLE_LENGTH = 30
 """MLflow's table shows the first 22 or so characters of a run's name."""
 
@@ -39,16 +54,31 @@ def check(run: Run) -> Basis:
 
     ready = prepare(replace(run, name=""))
     source = ready.source
-    return Basis(ready.dataset.name, ready.dataset.digest, source.uri if source else "", source.sha256 if source else "", source.top1 if source else None, run.cluster.high)
+    return Basis(
+        ready.dataset.name,
+        ready.dataset.digest,
+        source.uri if source else "",
+        source.sha256 if source else "",
+        source.top1 if source else None,
+        run.cluster.high,
+    )
 
 
-def variant(run: Run, root: str, basis: Basis, resources: Mapping[str, float], *, name: str = "") -> Run:
+def variant(
+    run: Run, root: str, basis: Basis, resources: Mapping[str, float], *, name: str = ""
+) -> Run:
     """`run` as one of many: kept below `root`, from the very weights of `basis`, with its share of the cluster, and without what only a single
     run needs (success criteria, packaged model, system metrics)."""
     cpus = int(resources.get("CPU", 1)) or 1
     changes: dict[str, Any] = {
-        "name": name, "checkpoint.storage": root, "gates": Gates(force=run.gates.force or "checked before the sweep"), "track.log_model": False, "track.system_metrics": False,
-        "cluster.cpus_per_worker": cpus, "cluster.gpus_per_worker": resources.get("GPU", 0.0)}
+        "name": name,
+        "checkpoint.storage": root,
+        "gates": Gates(force=run.gates.force or "checked before the sweep"),
+        "track.log_model": False,
+        "track.system_metrics": False,
+        "cluster.cpus_per_worker": cpus,
+        "cluster.gpus_per_worker": resources.get("GPU", 0.0),
+    }
     if basis.init_uri:
         changes["model.init_from"] = f"file:{basis.init_uri}"
     if run.data.loader_workers < 0:
@@ -64,9 +94,23 @@ class TitledTracking:
     title: str
     params: Mapping[str, Any]
 
-    def start_run(self, name: str, *, tags: Mapping[str, Any], params: Mapping[str, Any], parent: str | None = None, run_id: str | None = None) -> Any:
+    def start_run(
+        self,
+        name: str,
+        *,
+        tags: Mapping[str, Any],
+        params: Mapping[str, Any],
+        parent: str | None = None,
+        run_id: str | None = None,
+    ) -> Any:
         # A run that goes on is no longer stopped for a reason.
-        return self.handle.start_run(self.title, tags={**tags, "reason": ""}, params={**params, **self.params}, parent=parent, run_id=run_id)
+        return self.handle.start_run(
+            self.title,
+            tags={**tags, "reason": ""},
+            params={**params, **self.params},
+            parent=parent,
+            run_id=run_id,
+        )
 
 
 @dataclass(frozen=True)
@@ -106,16 +150,36 @@ def train_run(shared: Shared, config: dict[str, Any], report: Report) -> dict[st
 
     tracking: Any = TitledTracking(shared.tracking, config["title"], config["params"])
     with train_within_tune() if shared.local else contextlib.nullcontext():
-        outcome = launch(run, local=shared.local, kind=shared.kind, tags={**shared.tags, "trial": config["name"], **config.get("tags", {})}, parent_run_id=shared.parent,
-                         tracking=tracking, on_report=on_report if shared.local else None, callbacks=callbacks, quiet=True)
+        outcome = launch(
+            run,
+            local=shared.local,
+            kind=shared.kind,
+            tags={**shared.tags, "trial": config["name"], **config.get("tags", {})},
+            parent_run_id=shared.parent,
+            tracking=tracking,
+            on_report=on_report if shared.local else None,
+            callbacks=callbacks,
+            quiet=True,
+        )
     stored = read_json(join(outcome.run_dir, "result.json")) or {}
-    history = [{**point(row, split), "epoch": row["epoch"], "seconds": seconds(row, split)} for row in stored.get("history", []) if f"{split}/top1" in row]
+    history = [
+        {**point(row, split), "epoch": row["epoch"], "seconds": seconds(row, split)}
+        for row in stored.get("history", [])
+        if f"{split}/top1" in row
+    ]
     if shared.predictions:
         from ftlib.search.predictions import answers
 
         answers(outcome.run_dir)
-    return {"score": outcome.metrics[f"best/{split}_top1"], "run_dir": outcome.run_dir, "best_dir": outcome.best_dir, "mlflow_run_id": outcome.mlflow_run_id,
-            "metrics": dict(outcome.metrics), "history": history, "found": outcome.status == "finished"}
+    return {
+        "score": outcome.metrics[f"best/{split}_top1"],
+        "run_dir": outcome.run_dir,
+        "best_dir": outcome.best_dir,
+        "mlflow_run_id": outcome.mlflow_run_id,
+        "metrics": dict(outcome.metrics),
+        "history": history,
+        "found": outcome.status == "finished",
+    }
 
 
 @contextlib.contextmanager

@@ -35,7 +35,12 @@ class Train(Protocol):
 
 def point(metrics: Mapping[str, float], split: str) -> dict[str, float]:
     """The part of an epoch's metrics that the ledger keeps."""
-    kept = {f"{part}/{name}": metrics[f"{part}/{name}"] for part in (split, "train") for name in SHOWN if f"{part}/{name}" in metrics}
+    kept = {
+        f"{part}/{name}": metrics[f"{part}/{name}"]
+        for part in (split, "train")
+        for name in SHOWN
+        if f"{part}/{name}" in metrics
+    }
     return {"score": metrics[f"{split}/top1"], **kept}
 
 
@@ -49,19 +54,31 @@ def run_trial(config: dict[str, Any], train: Train) -> None:
 
     def report(epoch: int, metrics: Mapping[str, float]) -> None:
         now = time.monotonic()
-        point = {k: float(v) for k, v in metrics.items()} | {"epoch": int(epoch), "seconds": now - clock[0]}
+        point = {k: float(v) for k, v in metrics.items()} | {
+            "epoch": int(epoch),
+            "seconds": now - clock[0],
+        }
         clock[0] = now
         try:
             tune.report(point)
         except SystemExit:  # Tune's way to end this thread at its next report
-            raise Stopped("stopped early: others do better after the same number of epochs, or the sweep is ending") from None
+            raise Stopped(
+                "stopped early: others do better after the same number of epochs, or the sweep is ending"
+            ) from None
 
     try:
-        final = {"outcome": "completed", "result": {**train(config, report), "wall_seconds": time.monotonic() - began}}
+        final = {
+            "outcome": "completed",
+            "result": {**train(config, report), "wall_seconds": time.monotonic() - began},
+        }
     except Stopped:
         sys.exit(0)
     except Exception as error:
-        final = {"outcome": "failed", "reason": reason(error), "result": {"traceback": traceback.format_exc(limit=-20)}}
+        final = {
+            "outcome": "failed",
+            "reason": reason(error),
+            "result": {"traceback": traceback.format_exc(limit=-20)},
+        }
     free_memory()
     tune.report({"ended": True, **final})
 

@@ -31,7 +31,10 @@ class TrackerActor:
         kept = self.folder / "files" / uuid.uuid4().hex[:12] / file
         kept.parent.mkdir(parents=True)
         kept.write_bytes(data)
-        self.append(name, encode({"op": "artifact", "path": str(kept), "name": file, "folder": folder, "t": t}))
+        self.append(
+            name,
+            encode({"op": "artifact", "path": str(kept), "name": file, "folder": folder, "t": t}),
+        )
 
     def state(self, name: str) -> State:
         return State.load(self.folder / name)
@@ -42,14 +45,18 @@ class TrackerActor:
 
 def several_machines() -> bool:
     """Whether processes of this job may be on other machines than this one: it joined a cluster, or its cluster has several nodes."""
-    return ray.is_initialized() and (bool(os.environ.get("RAY_ADDRESS")) or sum(node["Alive"] for node in ray.nodes()) > 1)
+    return ray.is_initialized() and (
+        bool(os.environ.get("RAY_ADDRESS")) or sum(node["Alive"] for node in ray.nodes()) > 1
+    )
 
 
 def start(folder: Path) -> Any:
     """A tracker actor on this node. Returns its handle without waiting for it to be up."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote = ray.remote(TrackerActor)
-    return remote.options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here).remote(str(folder))
+    return remote.options(
+        num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here
+    ).remote(str(folder))
 
 
 def stop(actor: Any) -> None:

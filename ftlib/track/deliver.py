@@ -37,7 +37,9 @@ NOT_JOURNALS = ("checkpoints", "best", "report", "files", "models", "mlflow-arti
 class Delivery(threading.Thread):
     """The one thread that talks to MLflow."""
 
-    def __init__(self, uri: str, folder: Path, experiment: str, leftovers: Iterable[Path] = ()) -> None:
+    def __init__(
+        self, uri: str, folder: Path, experiment: str, leftovers: Iterable[Path] = ()
+    ) -> None:
         super().__init__(name="ftlib-track", daemon=True)
         self.uri, self.folder, self.experiment = uri, Path(folder), experiment
         self.leftovers = list(leftovers)
@@ -87,7 +89,15 @@ class Delivery(threading.Thread):
     def trouble(self) -> bool:
         """Whether the server fails or is slow, the request that is on its way included."""
         busy = self._busy
-        return self.failures > 0 or self._slow or (busy is not None and time.monotonic() - busy[0] > (UPLOAD_SLOW_SECONDS if busy[1].uploading else SLOW_SECONDS))
+        return (
+            self.failures > 0
+            or self._slow
+            or (
+                busy is not None
+                and time.monotonic() - busy[0]
+                > (UPLOAD_SLOW_SECONDS if busy[1].uploading else SLOW_SECONDS)
+            )
+        )
 
     def stop(self, seconds: float) -> None:
         self._halt.set()
@@ -108,7 +118,10 @@ class Delivery(threading.Thread):
             try:
                 self._round()
                 if self.failures:
-                    log.warning("tracking: %s answers again; the journal is being delivered", redact(self.uri))
+                    log.warning(
+                        "tracking: %s answers again; the journal is being delivered",
+                        redact(self.uri),
+                    )
                 self.failures, self.last_error = 0, None
             except Exception as error:
                 self._failed(error)
@@ -125,7 +138,12 @@ class Delivery(threading.Thread):
         self.last_error = error
         if self.failures == 1:
             why = (redact(str(error)).strip().splitlines() or [type(error).__name__])[0][:200]
-            log.warning("tracking: %s does not take what it is sent (%s). Training goes on; everything stays in %s and is sent again", redact(self.uri), why, self.folder)
+            log.warning(
+                "tracking: %s does not take what it is sent (%s). Training goes on; everything stays in %s and is sent again",
+                redact(self.uri),
+                why,
+                self.folder,
+            )
 
     def _connected(self) -> Any:
         if self._client is None:
@@ -179,7 +197,11 @@ class Delivery(threading.Thread):
         self._beat = time.monotonic()
         for feed in list(self._feeds.values()):
             if feed.state.run_id and not feed.state.ended and not feed.gone:
-                self._connected().log_batch(feed.state.run_id, tags=[RunTag(k, v) for k, v in heartbeat_tags().items()], synchronous=True)
+                self._connected().log_batch(
+                    feed.state.run_id,
+                    tags=[RunTag(k, v) for k, v in heartbeat_tags().items()],
+                    synchronous=True,
+                )
                 if self.failures:  # another driver may have taken this one for dead in the meantime
                     self._connected().update_run(feed.state.run_id, status="RUNNING")
 
@@ -191,7 +213,9 @@ class Delivery(threading.Thread):
             if self.leftovers:
                 folder = self.leftovers.pop(0)
                 if folder.resolve() != self.folder.resolve():
-                    deliver_folder(folder, self.uri, self._connected(), interrupted=self._urgent.is_set)
+                    deliver_folder(
+                        folder, self.uri, self._connected(), interrupted=self._urgent.is_set
+                    )
                     if self._urgent.is_set():
                         self.leftovers.append(folder)
             elif not self._reaped:
@@ -203,7 +227,14 @@ class Delivery(threading.Thread):
             log.info("tracking: leftovers of earlier runs wait for the next start (%s)", error)
 
 
-def deliver_folder(folder: Path, uri: str, mlflow: Any, *, any_uri: bool = False, interrupted: Callable[[], bool] = lambda: False) -> list[str] | None:
+def deliver_folder(
+    folder: Path,
+    uri: str,
+    mlflow: Any,
+    *,
+    any_uri: bool = False,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> list[str] | None:
     """Deliver what a dead driver left in a journal folder, and end its runs as killed.
 
     Args:
@@ -230,7 +261,16 @@ def deliver_folder(folder: Path, uri: str, mlflow: Any, *, any_uri: bool = False
             if feed.pending or feed.gone:
                 continue
             if not feed.state.ended and opening.get("machine") == journals.machine():
-                journal_at(path).append(encode({"op": "end", "outcome": "killed", "tags": {"reason": "the driver process died"}, "t": _last_time(path)}))
+                journal_at(path).append(
+                    encode(
+                        {
+                            "op": "end",
+                            "outcome": "killed",
+                            "tags": {"reason": "the driver process died"},
+                            "t": _last_time(path),
+                        }
+                    )
+                )
                 feed.deliver(mlflow)
             forget_journal(path)
             names.append(opening["name"])
@@ -240,7 +280,9 @@ def deliver_folder(folder: Path, uri: str, mlflow: Any, *, any_uri: bool = False
 
 
 def _last_time(path: Path) -> int:
-    times = [record["t"] for record, _ in journals.read(path, 0, 1 << 30) if record and "t" in record]
+    times = [
+        record["t"] for record, _ in journals.read(path, 0, 1 << 30) if record and "t" in record
+    ]
     return max(times, default=now_ms())
 
 
@@ -261,7 +303,14 @@ class Leftover:
 def describe(journal: Path) -> Leftover:
     opening, state = first(journal) or {}, State.load(journal)
     waiting = sum(1 for _ in read(journal, state.offset, 1 << 30))
-    return Leftover(opening.get("name", journal.stem), opening.get("uri", ""), state.run_id, state.ended, waiting, state.rejected)
+    return Leftover(
+        opening.get("name", journal.stem),
+        opening.get("uri", ""),
+        state.run_id,
+        state.ended,
+        waiting,
+        state.rejected,
+    )
 
 
 def journal_folders(root: Path) -> Iterator[Path]:

@@ -26,13 +26,22 @@ class ExportError(ValueError):
     """A model that cannot be exported, or whose export does not compute the same; the message says which and by how much."""
 
 
-def write(model: nn.Module, run: Run, classes: Sequence[str], temperature: float, out: Path, formats: Sequence[str] = FORMATS) -> dict[str, float]:
+def write(
+    model: nn.Module,
+    run: Run,
+    classes: Sequence[str],
+    temperature: float,
+    out: Path,
+    formats: Sequence[str] = FORMATS,
+) -> dict[str, float]:
     """Write model.pt2 and model.onnx (uint8[b, S, S, 3] -> logits float32[b, C], normalisation inside, any b) and meta.json into `out`.
 
     Returns format -> largest difference of a logit from the model's own, on random pixels in batches of 1, 3 and 8.
     """
     if unknown := set(formats) - set(FORMATS):
-        raise ExportError(f"there is no format {sorted(unknown)[0]}. Choose among {', '.join(FORMATS)}")
+        raise ExportError(
+            f"there is no format {sorted(unknown)[0]}. Choose among {', '.join(FORMATS)}"
+        )
     out.mkdir(parents=True, exist_ok=True)
     size, short = evaluation_size(run)
     program = export(model, run)
@@ -41,15 +50,32 @@ def write(model: nn.Module, run: Run, classes: Sequence[str], temperature: float
     if "torch" in formats:
         torch.export.save(program, str(out / "model.pt2"))
         loaded = torch.export.load(str(out / "model.pt2")).module()
-        differences["torch"] = compare(eager, lambda x: loaded(torch.from_numpy(x)).detach().numpy(), size, "torch", out / "model.pt2")
+        differences["torch"] = compare(
+            eager,
+            lambda x: loaded(torch.from_numpy(x)).detach().numpy(),
+            size,
+            "torch",
+            out / "model.pt2",
+        )
     if "onnx" in formats:
         import onnxruntime
 
         _write_onnx(eager, size, out / "model.onnx")
-        session = onnxruntime.InferenceSession(str(out / "model.onnx"), providers=["CPUExecutionProvider"])
-        differences["onnx"] = compare(eager, lambda x: session.run(None, {"images": x})[0], size, "onnx", out / "model.onnx")
-    meta = {"classes": list(classes), "size": size, "short": short, "temperature": temperature, "input": "images: uint8[b, size, size, 3], red first, shorter side resized "
-            "to `short` (antialiased), central crop", "output": "logits: float32[b, classes]; probabilities are softmax(logits / temperature)"}
+        session = onnxruntime.InferenceSession(
+            str(out / "model.onnx"), providers=["CPUExecutionProvider"]
+        )
+        differences["onnx"] = compare(
+            eager, lambda x: session.run(None, {"images": x})[0], size, "onnx", out / "model.onnx"
+        )
+    meta = {
+        "classes": list(classes),
+        "size": size,
+        "short": short,
+        "temperature": temperature,
+        "input": "images: uint8[b, size, size, 3], red first, shorter side resized "
+        "to `short` (antialiased), central crop",
+        "output": "logits: float32[b, classes]; probabilities are softmax(logits / temperature)",
+    }
     (out / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
     return differences
 
@@ -58,8 +84,16 @@ def _write_onnx(eager: Program, size: int, path: Path) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.onnx and onnxscript warn about themselves
-        made = torch.onnx.export(eager, (torch.zeros(2, size, size, 3, dtype=torch.uint8),), dynamo=True, opset_version=OPSET, input_names=["images"], output_names=["logits"],
-                                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), verbose=False)
+        made = torch.onnx.export(
+            eager,
+            (torch.zeros(2, size, size, 3, dtype=torch.uint8),),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            verbose=False,
+        )
     assert made is not None
     import onnx
 
@@ -80,6 +114,8 @@ def compare(eager: nn.Module, exported, size: int, kind: str, path: Path) -> flo
         away = float(np.abs(exported(x) - own).max())
         if not away <= TOLERANCE * max(1.0, float(np.abs(own).max())):
             path.unlink(missing_ok=True)
-            raise ExportError(f"the {kind} export differs from the model by {away:.2g} in a logit; it was not kept. Try another torch version, or another format")
+            raise ExportError(
+                f"the {kind} export differs from the model by {away:.2g} in a logit; it was not kept. Try another torch version, or another format"
+            )
         worst = max(worst, away)
     return worst

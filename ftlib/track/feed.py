@@ -51,11 +51,25 @@ def verdict(error: Exception) -> str:
     code = getattr(error, "error_code", "")
     status = getattr(error, "get_http_status_code", lambda: 0)()
     text = str(error)
-    if code == "RESOURCE_DOES_NOT_EXIST" or "must be in the 'active' state" in text or "must be in 'active' lifecycle" in text:
+    if (
+        code == "RESOURCE_DOES_NOT_EXIST"
+        or "must be in the 'active' state" in text
+        or "must be in 'active' lifecycle" in text
+    ):
         return "gone"
-    if isinstance(error, requests.RequestException | ConnectionError | TimeoutError) or status in (401, 403, 408, 429, 502, 503, 504) or status >= 500:
+    if (
+        isinstance(error, requests.RequestException | ConnectionError | TimeoutError)
+        or status in (401, 403, 408, 429, 502, 503, 504)
+        or status >= 500
+    ):
         return "down"
-    if status in (400, 404, 413) and code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "MALFORMED_REQUEST", "INVALID_STATE", "RESOURCE_ALREADY_EXISTS"):
+    if status in (400, 404, 413) and code in (
+        "INVALID_PARAMETER_VALUE",
+        "BAD_REQUEST",
+        "MALFORMED_REQUEST",
+        "INVALID_STATE",
+        "RESOURCE_ALREADY_EXISTS",
+    ):
         return "reject"
     return "retry"
 
@@ -76,14 +90,21 @@ class Batch:
         from mlflow.entities import Metric, Param, RunTag
 
         if record["op"] == "metrics":
-            self.metrics += [Metric(k, float(v), record["t"], record["step"]) for k, v in record["values"].items()]
+            self.metrics += [
+                Metric(k, float(v), record["t"], record["step"])
+                for k, v in record["values"].items()
+            ]
         elif record["op"] == "params":
             self.params += [Param(k, v) for k, v in record["values"].items()]
         else:
             self.tags += [RunTag(k, v) for k, v in record["values"].items()]
 
     def items(self) -> list[tuple[str, Any]]:
-        return [("metrics", m) for m in self.metrics] + [("params", p) for p in self.params] + [("tags", t) for t in self.tags]
+        return (
+            [("metrics", m) for m in self.metrics]
+            + [("params", p) for p in self.params]
+            + [("tags", t) for t in self.tags]
+        )
 
 
 class Feed:
@@ -101,7 +122,11 @@ class Feed:
     def pending(self) -> bool:
         """Whether the journal holds complete lines that have not been delivered."""
         with contextlib.suppress(OSError):
-            return not self.gone and self.path.stat().st_size > self.state.offset and any(True for _ in read(self.path, self.state.offset, 1 << 12))
+            return (
+                not self.gone
+                and self.path.stat().st_size > self.state.offset
+                and any(True for _ in read(self.path, self.state.offset, 1 << 12))
+            )
         return False
 
     def deliver(self, mlflow: MlflowClient, done: Callable[[], None] = lambda: None) -> None:
@@ -128,12 +153,19 @@ class Feed:
             self._send(mlflow, batch)
             done()
         except StartOver:
-            log.warning("tracking: the MLflow run %s no longer exists; it is made again from its journal", self.state.run_id)
+            log.warning(
+                "tracking: the MLflow run %s no longer exists; it is made again from its journal",
+                self.state.run_id,
+            )
             self.state = State(rejected=self.state.rejected)
             self.state.save(self.path)
         except Gone:
             self.gone = True
-            log.warning("tracking: the MLflow run %s has been deleted; what comes for it stays in %s", self.state.run_id, self.path)
+            log.warning(
+                "tracking: the MLflow run %s has been deleted; what comes for it stays in %s",
+                self.state.run_id,
+                self.path,
+            )
 
     def _advance(self, end: int) -> None:
         if end > self.state.offset:
@@ -151,7 +183,11 @@ class Feed:
     def _send_items(self, mlflow: MlflowClient, items: list[tuple[str, Any]]) -> None:
         """All in one request; if it is refused, halves of it, so that only the culprits are put aside."""
         try:
-            mlflow.log_batch(self.state.run_id, **{kind: [i for k, i in items if k == kind] for kind in BATCH}, synchronous=True)
+            mlflow.log_batch(
+                self.state.run_id,
+                **{kind: [i for k, i in items if k == kind] for kind in BATCH},
+                synchronous=True,
+            )
         except Exception as error:
             what = verdict(error)
             if what == "gone":
@@ -160,13 +196,18 @@ class Feed:
                 raise
             if len(items) > 1:
                 self._send_items(mlflow, items[: len(items) // 2])
-                self._send_items(mlflow, items[len(items) // 2:])
+                self._send_items(mlflow, items[len(items) // 2 :])
             else:
                 self._reject(_record_of(*items[0]), error)
 
     def _reject(self, record: dict[str, Any], error: Exception) -> None:
         why = redact(str(error)).splitlines()[0][:300] if str(error) else type(error).__name__
-        log.warning("tracking: MLflow does not take %s (%s); it is kept in %s", _label(record), why, rejected_file(self.path))
+        log.warning(
+            "tracking: MLflow does not take %s (%s); it is kept in %s",
+            _label(record),
+            why,
+            rejected_file(self.path),
+        )
         with open(rejected_file(self.path), "ab") as file:
             file.write(encode({**record, "why": why}))
         self.state.rejected += 1
@@ -186,7 +227,11 @@ class Feed:
             if what == "down" or record["op"] in ("run", "open", "end"):
                 raise
             self._tries += 1
-            if what != "reject" and self._tries < TRIES and not isinstance(error, FileNotFoundError):
+            if (
+                what != "reject"
+                and self._tries < TRIES
+                and not isinstance(error, FileNotFoundError)
+            ):
                 raise
             self._reject(record, error)
 
@@ -195,17 +240,31 @@ class Feed:
     def _run(self, mlflow: MlflowClient, record: dict[str, Any]) -> None:
         """Find the run, or make it. Its id, its key, then its name's absence decide, so that repeating this makes no second run."""
         experiment = ensure_experiment(mlflow, record["experiment"], self.uri)
-        run = _active(mlflow, self.state.run_id) or _active(mlflow, record.get("run_id", "")) or find(mlflow, [experiment], record["key"])
+        run = (
+            _active(mlflow, self.state.run_id)
+            or _active(mlflow, record.get("run_id", ""))
+            or find(mlflow, [experiment], record["key"])
+        )
         if run is None:
             parent = record.get("parent") or ""
             if parent.startswith("key:"):
                 above = find(mlflow, [experiment], parent[4:])
                 parent = above.info.run_id if above else ""
-            tags = {**record["tags"], "ftlib.key": record["key"], **({"mlflow.parentRunId": parent} if parent else {})}
-            run = mlflow.create_run(experiment, start_time=record["t"], run_name=record["name"], tags=tags)
+            tags = {
+                **record["tags"],
+                "ftlib.key": record["key"],
+                **({"mlflow.parentRunId": parent} if parent else {}),
+            }
+            run = mlflow.create_run(
+                experiment, start_time=record["t"], run_name=record["name"], tags=tags
+            )
         elif run.info.status != "RUNNING":
             mlflow.update_run(run.info.run_id, status="RUNNING")
-        self.state.run_id, self.state.experiment_id, self.state.ended = run.info.run_id, str(run.info.experiment_id), False
+        self.state.run_id, self.state.experiment_id, self.state.ended = (
+            run.info.run_id,
+            str(run.info.experiment_id),
+            False,
+        )
         self.state.save(self.path)
         if record["params"]:
             batch = Batch()
@@ -224,7 +283,14 @@ class Feed:
     def _end(self, mlflow: MlflowClient, record: dict[str, Any]) -> None:
         from mlflow.entities import RunTag
 
-        mlflow.log_batch(self.state.run_id, tags=[RunTag(k, v) for k, v in {"outcome": record["outcome"], **record.get("tags", {})}.items()], synchronous=True)
+        mlflow.log_batch(
+            self.state.run_id,
+            tags=[
+                RunTag(k, v)
+                for k, v in {"outcome": record["outcome"], **record.get("tags", {})}.items()
+            ],
+            synchronous=True,
+        )
         mlflow.set_terminated(self.state.run_id, STATUS[record["outcome"]], end_time=record["t"])
         self.state.ended = True
 
@@ -245,13 +311,26 @@ class Feed:
         from mlflow.data.meta_dataset import MetaDataset
         from mlflow.entities import DatasetInput, InputTag
 
-        data = MetaDataset(HTTPDatasetSource(record["source"]), name=record["name"], digest=record["digest"])  # type: ignore[abstract]
-        mlflow.log_inputs(self.state.run_id, [DatasetInput(data._to_mlflow_entity(), [InputTag("mlflow.data.context", record["context"])])])
+        data = MetaDataset(
+            HTTPDatasetSource(record["source"]), name=record["name"], digest=record["digest"]
+        )  # type: ignore[abstract]
+        mlflow.log_inputs(
+            self.state.run_id,
+            [
+                DatasetInput(
+                    data._to_mlflow_entity(), [InputTag("mlflow.data.context", record["context"])]
+                )
+            ],
+        )
 
     def _view(self, mlflow: MlflowClient, record: dict[str, Any]) -> None:
         try:
             if views.known(views.server_version(self.uri)):
-                views.save(mlflow, self.state.experiment_id, views.View(record["key"], record["name"], record["state"]))
+                views.save(
+                    mlflow,
+                    self.state.experiment_id,
+                    views.View(record["key"], record["name"], record["state"]),
+                )
         except Exception as error:
             if verdict(error) == "down":
                 raise
@@ -262,7 +341,13 @@ class Feed:
 
 
 _OPS: dict[str, Callable[[Feed, Any, dict[str, Any]], None]] = {
-    "run": Feed._run, "open": Feed._open, "end": Feed._end, "text": Feed._text, "artifact": Feed._artifact, "dataset": Feed._dataset, "model": Feed._model,
+    "run": Feed._run,
+    "open": Feed._open,
+    "end": Feed._end,
+    "text": Feed._text,
+    "artifact": Feed._artifact,
+    "dataset": Feed._dataset,
+    "model": Feed._model,
     "view": Feed._view,
 }
 
@@ -270,7 +355,11 @@ _OPS: dict[str, Callable[[Feed, Any, dict[str, Any]], None]] = {
 def _parts(record: dict[str, Any]) -> list[dict[str, Any]]:
     """A record with more items than one request takes, as several."""
     items, size = list(record["values"].items()), BATCH[record["op"]]
-    return [record] if len(items) <= size else [{**record, "values": dict(items[i:i + size])} for i in range(0, len(items), size)]
+    return (
+        [record]
+        if len(items) <= size
+        else [{**record, "values": dict(items[i : i + size])} for i in range(0, len(items), size)]
+    )
 
 
 def _record_of(kind: str, item: Any) -> dict[str, Any]:
@@ -280,7 +369,13 @@ def _record_of(kind: str, item: Any) -> dict[str, Any]:
 
 
 def _label(record: dict[str, Any]) -> str:
-    return " ".join([record["op"], *record.get("values", {}), *(str(record[k]) for k in ("file", "name") if k in record)])
+    return " ".join(
+        [
+            record["op"],
+            *record.get("values", {}),
+            *(str(record[k]) for k in ("file", "name") if k in record),
+        ]
+    )
 
 
 def _active(mlflow: MlflowClient, run_id: str) -> Any:
@@ -302,14 +397,20 @@ def rejected_file(journal: Path) -> Path:
 
 def find(mlflow: MlflowClient, experiments: list[str], key: str) -> Any:
     """The run with this key, or None."""
-    found = mlflow.search_runs(experiments, filter_string=f"tags.`ftlib.key` = '{key}'", max_results=1)
+    found = mlflow.search_runs(
+        experiments, filter_string=f"tags.`ftlib.key` = '{key}'", max_results=1
+    )
     return found[0] if found else None
 
 
 def put_back(journal: Path) -> int:
     """Give rejected records of a journal another try, by appending them to it. Returns how many."""
     path = rejected_file(journal)
-    lines = [record for record, _ in read(path, 0, 1 << 30) if record and (record["op"] in _OPS or record["op"] in BATCH)]
+    lines = [
+        record
+        for record, _ in read(path, 0, 1 << 30)
+        if record and (record["op"] in _OPS or record["op"] in BATCH)
+    ]
     if lines:
         with open(journal, "ab") as file:
             file.writelines(encode({k: v for k, v in r.items() if k != "why"}) for r in lines)

@@ -52,13 +52,24 @@ def read(picture: Any) -> bytes:
             raise PictureError(f"{os.fspath(picture)} cannot be read: {error.strerror}") from None
     if isinstance(picture, str):
         try:
-            return base64.b64decode("".join(picture.partition("base64,")[2 if picture.startswith("data:") else 0].split()), validate=True)
+            return base64.b64decode(
+                "".join(
+                    picture.partition("base64,")[2 if picture.startswith("data:") else 0].split()
+                ),
+                validate=True,
+            )
         except (binascii.Error, ValueError):
-            raise PictureError("the text is not base64. For a file pass pathlib.Path(...) or its bytes") from None
-    raise PictureError(f"a picture must be bytes, a pathlib.Path or base64 text, not {type(picture).__name__}")
+            raise PictureError(
+                "the text is not base64. For a file pass pathlib.Path(...) or its bytes"
+            ) from None
+    raise PictureError(
+        f"a picture must be bytes, a pathlib.Path or base64 text, not {type(picture).__name__}"
+    )
 
 
-def pixels(data: bytes, size: int, short: int, background: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:
+def pixels(
+    data: bytes, size: int, short: int, background: tuple[int, int, int] = (255, 255, 255)
+) -> np.ndarray:
     """uint8[size, size, 3]: upright, in RGB, the shorter side resized to `short` pixels, then the centre, aspect ratio kept."""
     try:
         with warnings.catch_warnings():
@@ -67,17 +78,27 @@ def pixels(data: bytes, size: int, short: int, background: tuple[int, int, int] 
     except PictureError:
         raise
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, zlib.error ... on damaged files
-        kind = "no picture of a known kind" if isinstance(error, Image.UnidentifiedImageError) else f"damaged ({error})"
-        raise PictureError(f"the {len(data):,} bytes are {kind}. Send a whole {', '.join(KINDS[:-1])} or {KINDS[-1]} file") from None
+        kind = (
+            "no picture of a known kind"
+            if isinstance(error, Image.UnidentifiedImageError)
+            else f"damaged ({error})"
+        )
+        raise PictureError(
+            f"the {len(data):,} bytes are {kind}. Send a whole {', '.join(KINDS[:-1])} or {KINDS[-1]} file"
+        ) from None
 
 
 def _pixels(data: bytes, size: int, short: int, background: tuple[int, int, int]) -> np.ndarray:
     image: Image.Image = Image.open(io.BytesIO(data), formats=KINDS)
     width, height = image.size
     if width * height > MAX_MEGAPIXELS * 1e6:
-        raise PictureError(f"{width} x {height} pixels are more than {MAX_MEGAPIXELS} megapixels. Send a smaller picture")
+        raise PictureError(
+            f"{width} x {height} pixels are more than {MAX_MEGAPIXELS} megapixels. Send a smaller picture"
+        )
     if getattr(image, "n_frames", 1) > 1:
-        raise PictureError(f"an animation of {image.n_frames} frames; which of them is meant is not known. Send one")  # type: ignore[attr-defined]
+        raise PictureError(
+            f"an animation of {image.n_frames} frames; which of them is meant is not known. Send one"
+        )  # type: ignore[attr-defined]
     # Far larger JPEGs are decoded at a half, quarter or eighth, exactly where evaluation does it.
     shrink = max(s for s in (1, 2, 4, 8) if s == 1 or s <= 0.5 * min(width, height) / short)
     image.draft(None, (width // shrink, height // shrink))
@@ -85,7 +106,11 @@ def _pixels(data: bytes, size: int, short: int, background: tuple[int, int, int]
     if turned:
         width, height = height, width
     image = _rgb(ImageOps.exif_transpose(image), background)
-    rows, columns = (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
+    rows, columns = (
+        (short, int(short * width / height))
+        if height <= width
+        else (int(short * height / width), short)
+    )
     top, left = round((rows - size) / 2), round((columns - size) / 2)
     y, x = image.height / rows, image.width / columns
     box = (left * x, top * y, (left + size) * x, (top + size) * y)
@@ -94,10 +119,14 @@ def _pixels(data: bytes, size: int, short: int, background: tuple[int, int, int]
 
 def _rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     if image.mode in ("F", "I"):
-        raise PictureError(f"its pixels have 32 bits (mode {image.mode}). Convert it to 8 bits, choosing the range")
+        raise PictureError(
+            f"its pixels have 32 bits (mode {image.mode}). Convert it to 8 bits, choosing the range"
+        )
     if image.mode.startswith("I;16"):
         wide = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))  # PIL's own conversion clips to white
+        image = Image.fromarray(
+            ((wide * 255 + 32767) // 65535).astype(np.uint8)
+        )  # PIL's own conversion clips to white
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
@@ -111,9 +140,13 @@ def program(path: str | Path) -> torch.nn.Module:
             if entry.filename.endswith("_config.json"):
                 config = json.loads(archive.read(entry))["config"]
                 if any(payload["use_pickle"] for payload in config.values()):
-                    raise ValueError(f"{path} holds pickled tensors and is not loaded: a pickle can run any code")
+                    raise ValueError(
+                        f"{path} holds pickled tensors and is not loaded: a pickle can run any code"
+                    )
             elif "/sample_inputs/" in entry.filename and entry.file_size:
-                raise ValueError(f"{path} holds pickled sample inputs and is not loaded: a pickle can run any code")
+                raise ValueError(
+                    f"{path} holds pickled sample inputs and is not loaded: a pickle can run any code"
+                )
     return torch.export.load(str(path)).module()
 
 
@@ -133,15 +166,24 @@ class ImageClassifier(mlflow.pyfunc.PythonModel):
 
     def prepare(self, picture: Any) -> np.ndarray:
         """uint8[S, S, 3] of a picture in any accepted form. Raises PictureError."""
-        return pixels(read(picture), self.meta["size"], self.meta["short"], tuple(self.meta["background"]))
+        return pixels(
+            read(picture), self.meta["size"], self.meta["short"], tuple(self.meta["background"])
+        )
 
-    def predict(self, context: Any, model_input: list[Union[bytes, str]], params: dict[str, Any] | None = None):  # type: ignore[no-untyped-def]  # mlflow warns about a result type with Any
+    def predict(
+        self,
+        context: Any,
+        model_input: list[Union[bytes, str]],
+        params: dict[str, Any] | None = None,
+    ):  # type: ignore[no-untyped-def]  # mlflow warns about a result type with Any
         """A list with one dict per picture: class, probability, and `top`, a list of such pairs. params: `top_k` (5), how many classes to name; `on_error` ("raise"): with "row" a picture that cannot be read gives
         {"error": why} and the others go on."""
         options = {"top_k": 5, "on_error": "raise", **(params or {})}
         top_k = min(int(options["top_k"]), len(self.classes))
         if top_k < 1 or options["on_error"] not in ("raise", "row"):
-            raise ValueError(f"params = {params}: top_k must be 1 or more, on_error must be raise or row")
+            raise ValueError(
+                f"params = {params}: top_k must be 1 or more, on_error must be raise or row"
+            )
         out: list[dict[str, Any]] = []
         for start in range(0, len(model_input), BATCH):
             prepared, places = [], []

@@ -103,7 +103,11 @@ class Journal:
                 self._late.popleft()
         except OSError as error:
             if len(self._late) == 1:
-                log.warning("tracking: cannot write %s (%s); what comes is kept in memory and tried again", self.path, error)
+                log.warning(
+                    "tracking: cannot write %s (%s); what comes is kept in memory and tried again",
+                    self.path,
+                    error,
+                )
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +129,9 @@ class Journal:
                 self._fd = -1
 
 
-def read(path: Path, offset: int = 0, limit: int = 1 << 20) -> Iterator[tuple[dict[str, Any] | None, int]]:
+def read(
+    path: Path, offset: int = 0, limit: int = 1 << 20
+) -> Iterator[tuple[dict[str, Any] | None, int]]:
     """(record, offset behind it) of the complete lines from `offset` on, about `limit` bytes of them; None for a line that is no record."""
     try:
         with open(path, "rb") as file:
@@ -185,8 +191,16 @@ def journals(folder: Path, leave_out: Container[Path] = ()) -> list[Path]:
     """The journals in a folder that hold a run, oldest first: a parent's comes before its children's."""
     found: list[tuple[int, Path]] = []
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        paths = [Path(e.path) for e in entries if e.name.endswith(".jsonl") and not e.name.endswith(".rejected.jsonl")]
-        found = [(opening.get("t", 0), path) for path in paths if path not in leave_out and (opening := first(path)) is not None]
+        paths = [
+            Path(e.path)
+            for e in entries
+            if e.name.endswith(".jsonl") and not e.name.endswith(".rejected.jsonl")
+        ]
+        found = [
+            (opening.get("t", 0), path)
+            for path in paths
+            if path not in leave_out and (opening := first(path)) is not None
+        ]
     return [path for _, path in sorted(found)]
 
 
@@ -198,13 +212,19 @@ def is_open(path: Path) -> bool:
         block = list(read(path, offset))
         if not block:
             return last in ("run", "open")
-        last = next((r["op"] for r, _ in reversed(block) if r and r["op"] in ("run", "open", "end")), last)
+        last = next(
+            (r["op"] for r, _ in reversed(block) if r and r["op"] in ("run", "open", "end")), last
+        )
         offset = block[-1][1]
 
 
 def undelivered(folder: Path) -> list[Path]:
     """The journals in a folder that hold something MLflow has not got."""
-    return [p for p in journals(folder) if not (state := State.load(p)).ended or any(True for _ in read(p, state.offset))]
+    return [
+        p
+        for p in journals(folder)
+        if not (state := State.load(p)).ended or any(True for _ in read(p, state.offset))
+    ]
 
 
 _held: dict[str, Any] = {}
@@ -227,7 +247,10 @@ def own(folder: Path) -> bool:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.close()
-            return error.errno not in (errno.EAGAIN, errno.EACCES)  # others: a file system without locks
+            return error.errno not in (
+                errno.EAGAIN,
+                errno.EACCES,
+            )  # others: a file system without locks
         _held[where] = file
         return True
 

@@ -22,14 +22,20 @@ def git_state(folder: Path) -> dict[str, str]:
     """Commit, branch and whether files differ from it; empty outside a checkout or without git."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10
+        )
         return done.stdout.strip() if done.returncode == 0 else ""
 
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         commit = git("rev-parse", "HEAD")
         if commit:
             dirty = git("status", "--porcelain", "--untracked-files=no")
-            return {"mlflow.source.git.commit": commit, "mlflow.source.git.branch": git("rev-parse", "--abbrev-ref", "HEAD"), "git.dirty": str(bool(dirty)).lower()}
+            return {
+                "mlflow.source.git.commit": commit,
+                "mlflow.source.git.branch": git("rev-parse", "--abbrev-ref", "HEAD"),
+                "git.dirty": str(bool(dirty)).lower(),
+            }
     return {}
 
 
@@ -45,7 +51,12 @@ def data_tag(name: str, digest: str) -> str:
 
 def lineage_tags() -> dict[str, str]:
     """Code, user, command and Ray job."""
-    tags = {"mlflow.source.name": Path(sys.argv[0]).name or "python", "mlflow.source.type": "JOB", "command": command_line(), **git_state(Path(__file__).parent)}
+    tags = {
+        "mlflow.source.name": Path(sys.argv[0]).name or "python",
+        "mlflow.source.type": "JOB",
+        "command": command_line(),
+        **git_state(Path(__file__).parent),
+    }
     with contextlib.suppress(Exception):  # no such user, as in some containers
         tags["mlflow.user"] = getpass.getuser()
     if job := os.environ.get("RAY_JOB_SUBMISSION_ID", ""):
@@ -53,7 +64,15 @@ def lineage_tags() -> dict[str, str]:
     return tags
 
 
-def run_tags(run: Run, *, kind: str = "train", dataset: tuple[str, str] | None = None, sweep: str = "", trial: str = "", extra: Mapping[str, Any] | None = None) -> dict[str, str]:
+def run_tags(
+    run: Run,
+    *,
+    kind: str = "train",
+    dataset: tuple[str, str] | None = None,
+    sweep: str = "",
+    trial: str = "",
+    extra: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
     """A run's tags.
 
     Args:
@@ -63,7 +82,23 @@ def run_tags(run: Run, *, kind: str = "train", dataset: tuple[str, str] | None =
         trial: the trial's id within it.
         extra: more tags, which win.
     """
-    tags = {"kind": kind, "stage": run.stage, "arch": run.model.arch, "seed": str(run.seed), "sweep": sweep, "trial": trial, "promoted_from": run.promoted_from}
+    tags = {
+        "kind": kind,
+        "stage": run.stage,
+        "arch": run.model.arch,
+        "seed": str(run.seed),
+        "sweep": sweep,
+        "trial": trial,
+        "promoted_from": run.promoted_from,
+    }
     if dataset is not None:
         tags["dataset"] = data_tag(*dataset)
-    return {k: v for k, v in {**tags, **lineage_tags(), **{k: str(v) for k, v in (extra or {}).items()}}.items() if v}
+    return {
+        k: v
+        for k, v in {
+            **tags,
+            **lineage_tags(),
+            **{k: str(v) for k, v in (extra or {}).items()},
+        }.items()
+        if v
+    }

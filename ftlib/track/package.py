@@ -30,7 +30,9 @@ from torch import Tensor, nn
 from ftlib.config import Run
 from ftlib.tree import to_dict
 
-logging.getLogger("mlflow.types.type_hints").setLevel(logging.ERROR)  # pictures of several forms are described by a union, on purpose
+logging.getLogger("mlflow.types.type_hints").setLevel(
+    logging.ERROR
+)  # pictures of several forms are described by a union, on purpose
 with warnings.catch_warnings():  # mlflow.pyfunc warns about its own type hints while it is imported
     warnings.simplefilter("ignore")
     import mlflow.models
@@ -58,7 +60,9 @@ class Program(nn.Module):
         self.register_buffer("shift", torch.tensor([-m / s for m, s in zip(mean, std)]))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(torch.addcmul(self.shift, images.to(torch.float32), self.scale).permute(0, 3, 1, 2))
+        return self.model(
+            torch.addcmul(self.shift, images.to(torch.float32), self.scale).permute(0, 3, 1, 2)
+        )
 
 
 def evaluation_size(run: Run) -> tuple[int, int]:
@@ -70,14 +74,29 @@ def evaluation_size(run: Run) -> tuple[int, int]:
 def export(model: nn.Module, run: Run) -> torch.export.ExportedProgram:
     """The model with its normalisation for the run's evaluation size and any batch size, on the CPU in float32."""
     size, _ = evaluation_size(run)
-    example = torch.zeros(2, size, size, 3, dtype=torch.uint8)  # a batch of one would freeze the batch size at one
-    program = torch.export.export(Program(model, run.data.mean, run.data.std), (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    example = torch.zeros(
+        2, size, size, 3, dtype=torch.uint8
+    )  # a batch of one would freeze the batch size at one
+    program = torch.export.export(
+        Program(model, run.data.mean, run.data.std),
+        (example,),
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+    )
     program.example_inputs = None  # they would be written as a pickle
     return program
 
 
-def package(model: nn.Module, run: Run, classes: Sequence[str], scores: Mapping[str, float], temperature: float, out: Path,
-            data: Mapping[str, Any] | None = None, calibrated_on: str = "", background: tuple[int, int, int] = (255, 255, 255)) -> Path:
+def package(
+    model: nn.Module,
+    run: Run,
+    classes: Sequence[str],
+    scores: Mapping[str, float],
+    temperature: float,
+    out: Path,
+    data: Mapping[str, Any] | None = None,
+    calibrated_on: str = "",
+    background: tuple[int, int, int] = (255, 255, 255),
+) -> Path:
     """Write the package to the folder `out` (which must not exist or be empty) and return it.
 
     scores: metric name -> value, for the card and the metadata. temperature: what logits are divided by (1 for none), fitted on
@@ -87,22 +106,46 @@ def package(model: nn.Module, run: Run, classes: Sequence[str], scores: Mapping[
     if out.exists() and any(out.iterdir()):
         raise PackageError(f"{out} is not empty. A package needs a folder of its own")
     size, short = evaluation_size(run)
-    meta = {"classes": list(classes), "size": size, "short": short, "temperature": temperature, "background": list(background),
-            "mean": list(run.data.mean), "std": list(run.data.std), "arch": run.model.arch, "run": run.name, "data": dict(data or {}),
-            "scores": {k: float(v) for k, v in scores.items()}, "recipe": to_dict(run)}
+    meta = {
+        "classes": list(classes),
+        "size": size,
+        "short": short,
+        "temperature": temperature,
+        "background": list(background),
+        "mean": list(run.data.mean),
+        "std": list(run.data.std),
+        "arch": run.model.arch,
+        "run": run.name,
+        "data": dict(data or {}),
+        "scores": {k: float(v) for k, v in scores.items()},
+        "recipe": to_dict(run),
+    }
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         torch.export.save(export(model, run), str(here / "program.pt2"))
         (here / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
-        save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, here / "model.safetensors",
-                  metadata={"arch": run.model.arch, "classes": json.dumps(list(classes))})
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()},
+            here / "model.safetensors",
+            metadata={"arch": run.model.arch, "classes": json.dumps(list(classes))},
+        )
         with _quiet():
             mlflow.pyfunc.save_model(
-                path=str(out), python_model=str(CODE), pip_requirements=[f"{name}=={_release(name)}" for name in REQUIREMENTS],
-                artifacts={"program": str(here / "program.pt2"), "meta": str(here / "meta.json"), "weights": str(here / "model.safetensors")},
-                input_example=([example()], {"top_k": 5, "on_error": "raise"}), metadata={"arch": run.model.arch, "classes": len(classes), "input_size": size})
+                path=str(out),
+                python_model=str(CODE),
+                pip_requirements=[f"{name}=={_release(name)}" for name in REQUIREMENTS],
+                artifacts={
+                    "program": str(here / "program.pt2"),
+                    "meta": str(here / "meta.json"),
+                    "weights": str(here / "model.safetensors"),
+                },
+                input_example=([example()], {"top_k": 5, "on_error": "raise"}),
+                metadata={"arch": run.model.arch, "classes": len(classes), "input_size": size},
+            )
     _forget_paths(out)
-    (out / "README.md").write_text(card(run, classes, scores, temperature, data or {}, calibrated_on), "utf-8")
+    (out / "README.md").write_text(
+        card(run, classes, scores, temperature, data or {}, calibrated_on), "utf-8"
+    )
     return out
 
 
@@ -110,7 +153,16 @@ def example() -> bytes:
     """A small JPEG that shows what goes in."""
     ramp = np.linspace(0, 255, 32, dtype=np.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(np.stack([np.tile(ramp, (32, 1)), np.tile(ramp[:, None], (1, 32)), np.full((32, 32), 128, np.uint8)], axis=-1)).save(buffer, "JPEG")
+    Image.fromarray(
+        np.stack(
+            [
+                np.tile(ramp, (32, 1)),
+                np.tile(ramp[:, None], (1, 32)),
+                np.full((32, 32), 128, np.uint8),
+            ],
+            axis=-1,
+        )
+    ).save(buffer, "JPEG")
     return buffer.getvalue()
 
 
@@ -127,7 +179,9 @@ def load(uri: str, tracking: str = "") -> Any:
             return mlflow.pyfunc.load_model(uri)
     except (mlflow.exceptions.MlflowException, OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PackageError(f"{uri} cannot be loaded as a packaged model: {first}. Name a package's folder, or models:/NAME@ALIAS of the tracking server") from error
+        raise PackageError(
+            f"{uri} cannot be loaded as a packaged model: {first}. Name a package's folder, or models:/NAME@ALIAS of the tracking server"
+        ) from error
 
 
 def check(uri: str, tracking: str = "") -> None:
@@ -138,7 +192,9 @@ def check(uri: str, tracking: str = "") -> None:
         mlflow.models.get_model_info(uri)
     except (mlflow.exceptions.MlflowException, OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PackageError(f"{uri} is no packaged model: {first}. Name a package's folder, or models:/NAME@ALIAS of the tracking server") from error
+        raise PackageError(
+            f"{uri} is no packaged model: {first}. Name a package's folder, or models:/NAME@ALIAS of the tracking server"
+        ) from error
 
 
 def _release(name: str) -> str:
@@ -149,7 +205,10 @@ def _release(name: str) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No advice and no progress bars from mlflow: inputs are described by their type hint on purpose, the requirements are pinned."""
-    loggers = [logging.getLogger(name) for name in ("mlflow.pyfunc", "mlflow.models", "mlflow.types.type_hints", "mlflow.utils")]
+    loggers = [
+        logging.getLogger(name)
+        for name in ("mlflow.pyfunc", "mlflow.models", "mlflow.types.type_hints", "mlflow.utils")
+    ]
     levels = [logger.level for logger in loggers]
     bar = os.environ.get(BAR)
     os.environ[BAR] = "false"
@@ -178,28 +237,82 @@ def _forget_paths(out: Path) -> None:
     shutil.rmtree(out / "__pycache__", ignore_errors=True)
 
 
-def card(run: Run, classes: Sequence[str], scores: Mapping[str, float], temperature: float, data: Mapping[str, Any], calibrated_on: str) -> str:
+def card(
+    run: Run,
+    classes: Sequence[str],
+    scores: Mapping[str, float],
+    temperature: float,
+    data: Mapping[str, Any],
+    calibrated_on: str,
+) -> str:
     """The model card (Mitchell et al. 2019), Markdown."""
     size, short = evaluation_size(run)
-    shown = ", ".join(list(classes)[:30]) + (f" and {len(classes) - 30} more (meta.json)" if len(classes) > 30 else "")
-    dataset = f"{data['name']} (digest {str(data.get('digest', ''))[:12]})" if data.get("name") else run.data.path or "not recorded"
-    mixing = ", ".join(f"{name} alpha {alpha:g}" for name, alpha in (("Mixup", run.mix.mixup_alpha), ("CutMix", run.mix.cutmix_alpha)) if alpha) or "none"
-    policy = "TrivialAugment" if run.augment.trivialaugment else f"RandAugment N {run.augment.randaugment_n}, M {run.augment.randaugment_m:g}" if run.augment.randaugment_n else "crop, flip, colour jitter"
-    ema = f", exponential moving average of the weights (decay {run.train.ema_decay:g})" if run.train.ema_decay else ""
+    shown = ", ".join(list(classes)[:30]) + (
+        f" and {len(classes) - 30} more (meta.json)" if len(classes) > 30 else ""
+    )
+    dataset = (
+        f"{data['name']} (digest {str(data.get('digest', ''))[:12]})"
+        if data.get("name")
+        else run.data.path or "not recorded"
+    )
+    mixing = (
+        ", ".join(
+            f"{name} alpha {alpha:g}"
+            for name, alpha in (("Mixup", run.mix.mixup_alpha), ("CutMix", run.mix.cutmix_alpha))
+            if alpha
+        )
+        or "none"
+    )
+    policy = (
+        "TrivialAugment"
+        if run.augment.trivialaugment
+        else f"RandAugment N {run.augment.randaugment_n}, M {run.augment.randaugment_m:g}"
+        if run.augment.randaugment_n
+        else "crop, flip, colour jitter"
+    )
+    ema = (
+        f", exponential moving average of the weights (decay {run.train.ema_decay:g})"
+        if run.train.ema_decay
+        else ""
+    )
     lines = [
         f"# {run.name or run.stage}: {run.model.arch} for {len(classes)} classes",
-        "", "## Use", "```python", "import mlflow", 'model = mlflow.pyfunc.load_model("THIS FOLDER, OR models:/NAME@ALIAS")',
-        'model.predict([open("picture.jpg", "rb").read()], params={"top_k": 3})', "```",
+        "",
+        "## Use",
+        "```python",
+        "import mlflow",
+        'model = mlflow.pyfunc.load_model("THIS FOLDER, OR models:/NAME@ALIAS")',
+        'model.predict([open("picture.jpg", "rb").read()], params={"top_k": 3})',
+        "```",
         "Pictures go in as bytes, `pathlib.Path` or base64 text; class names and probabilities come out.",
-        "", "## Classes", shown,
-        "", "## Data", f"Trained on {dataset}" + (f", {run.data.subset:.0%} of it (stratified, seed {run.data.subset_seed})." if run.data.subset < 1 else "."),
-        "", "## Recipe", f"{run.train.epochs} epochs at {run.augment.size} px, batch {run.train.batch_size}, {type(run.optimizer).__name__} (lr {run.optimizer.lr:g}), "
+        "",
+        "## Classes",
+        shown,
+        "",
+        "## Data",
+        f"Trained on {dataset}"
+        + (
+            f", {run.data.subset:.0%} of it (stratified, seed {run.data.subset_seed})."
+            if run.data.subset < 1
+            else "."
+        ),
+        "",
+        "## Recipe",
+        f"{run.train.epochs} epochs at {run.augment.size} px, batch {run.train.batch_size}, {type(run.optimizer).__name__} (lr {run.optimizer.lr:g}), "
         f"{type(run.schedule).__name__}, {type(run.loss).__name__}; augmentation: {policy}; mixing: {mixing}; dropout {run.model.dropout:g}; started from {run.model.init_from}{ema}. "
         "The whole recipe is in `artifacts/meta.json`.",
-        "", "## Scores", *(f"- {name}: {value:.4g}" for name, value in scores.items()),
-        "", "## Preprocessing", f"The shorter side is resized to {short} px (antialiased, aspect ratio kept), the central {size} x {size} px are used. Transparent pictures are laid on a background.",
-        "", "## Probabilities", f"Softmax of the logits divided by {temperature:.4g}" + (f", fitted on {calibrated_on}." if calibrated_on else "."),
-        "", "## Limits",
+        "",
+        "## Scores",
+        *(f"- {name}: {value:.4g}" for name, value in scores.items()),
+        "",
+        "## Preprocessing",
+        f"The shorter side is resized to {short} px (antialiased, aspect ratio kept), the central {size} x {size} px are used. Transparent pictures are laid on a background.",
+        "",
+        "## Probabilities",
+        f"Softmax of the logits divided by {temperature:.4g}"
+        + (f", fitted on {calibrated_on}." if calibrated_on else "."),
+        "",
+        "## Limits",
         "- It always names one of the classes above, also for pictures of anything else; a low probability is a hint, not a proof, that a picture is foreign.",
         "- The scores hold for pictures like those of the data above. Other cameras, places, crops or qualities can be worse, and the probabilities are then too sure.",
         "- Only the centre of a picture is seen: what lies at the far ends of a wide or tall one is cut off.",

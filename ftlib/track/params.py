@@ -12,15 +12,49 @@ from ftlib.config import Run
 from ftlib.tree import to_dict
 
 PARAMS = (
-    "dropout", "drop_path", "mixup_alpha", "cutmix_alpha", "randaugment_n", "randaugment_m", "randaugment_p", "lr", "weight_decay", "optimizer", "schedule",
-    "loss", "label_smoothing", "epochs", "batch_size", "size", "arch", "subset", "seed", "ema_decay", "erasing_p", "init_from",
+    "dropout",
+    "drop_path",
+    "mixup_alpha",
+    "cutmix_alpha",
+    "randaugment_n",
+    "randaugment_m",
+    "randaugment_p",
+    "lr",
+    "weight_decay",
+    "optimizer",
+    "schedule",
+    "loss",
+    "label_smoothing",
+    "epochs",
+    "batch_size",
+    "size",
+    "arch",
+    "subset",
+    "seed",
+    "ema_decay",
+    "erasing_p",
+    "init_from",
 )
 """Names of the parameters, in the order in which charts and tables are most useful."""
 _PATHS = {
-    "dropout": "model.dropout", "drop_path": "model.drop_path", "mixup_alpha": "mix.mixup_alpha", "cutmix_alpha": "mix.cutmix_alpha",
-    "randaugment_n": "augment.randaugment_n", "randaugment_m": "augment.randaugment_m", "randaugment_p": "augment.randaugment_p", "lr": "optimizer.lr",
-    "weight_decay": "optimizer.weight_decay", "label_smoothing": "loss.label_smoothing", "epochs": "train.epochs", "batch_size": "train.batch_size",
-    "size": "augment.size", "arch": "model.arch", "subset": "data.subset", "seed": "seed", "ema_decay": "train.ema_decay", "erasing_p": "augment.erasing_p",
+    "dropout": "model.dropout",
+    "drop_path": "model.drop_path",
+    "mixup_alpha": "mix.mixup_alpha",
+    "cutmix_alpha": "mix.cutmix_alpha",
+    "randaugment_n": "augment.randaugment_n",
+    "randaugment_m": "augment.randaugment_m",
+    "randaugment_p": "augment.randaugment_p",
+    "lr": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+    "label_smoothing": "loss.label_smoothing",
+    "epochs": "train.epochs",
+    "batch_size": "train.batch_size",
+    "size": "augment.size",
+    "arch": "model.arch",
+    "subset": "data.subset",
+    "seed": "seed",
+    "ema_decay": "train.ema_decay",
+    "erasing_p": "augment.erasing_p",
     "init_from": "model.init_from",
 }
 _SHORT = {path: name for name, path in _PATHS.items()}
@@ -53,4 +87,10 @@ def _at(run: Run, path: str) -> Any:
 
 
 def _shown(value: Any) -> Any:
-    return value if isinstance(value, (int, float, str, bool)) else type(value).__name__ if hasattr(value, "section") else str(to_dict(value))
+    return (
+        value
+        if isinstance(value, (int, float, str, bool))
+        else type(value).__name__
+        if hasattr(value, "section")
+        else str(to_dict(value))
+    )

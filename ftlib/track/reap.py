@@ -46,7 +46,11 @@ def driver_is_dead(tags: dict[str, str], stale_seconds: float = STALE_SECONDS) -
         return True
 
 
-def reap(mlflow: MlflowClient, experiments: Sequence[str] | None = None, stale_seconds: float = STALE_SECONDS) -> list[Any]:
+def reap(
+    mlflow: MlflowClient,
+    experiments: Sequence[str] | None = None,
+    stale_seconds: float = STALE_SECONDS,
+) -> list[Any]:
     """End the RUNNING runs of dead drivers as KILLED, at the time of their last heartbeat. Returns them.
 
     Args:
@@ -56,7 +60,12 @@ def reap(mlflow: MlflowClient, experiments: Sequence[str] | None = None, stale_s
         experiments = [e.experiment_id for e in mlflow.search_experiments()]
     ended, token = [], None
     while experiments:
-        page = mlflow.search_runs(list(experiments), filter_string="attributes.status = 'RUNNING'", max_results=500, page_token=token)
+        page = mlflow.search_runs(
+            list(experiments),
+            filter_string="attributes.status = 'RUNNING'",
+            max_results=500,
+            page_token=token,
+        )
         for run in page:
             if driver_is_dead(run.data.tags, stale_seconds):
                 last = int(float(run.data.tags.get("ftlib.heartbeat", "0")) * 1000) or None

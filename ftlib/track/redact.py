@@ -15,16 +15,26 @@ from typing import Any
 HIDDEN = "***"
 
 _SECRET_NAME = r"(?:pass(?:wd|word|phrase)?|pwd|secrets?|tokens?|api[_-]?keys?|access[_-]?keys?|account[_-]?keys?|private[_-]?keys?|credentials?|auth|signature|sig)"
-_SECRET_KEY = re.compile(rf"(?:^|[_\-.\s]){_SECRET_NAME}(?:$|[_\-.\s](?:id|key|value|access[_-]?key)$)", re.IGNORECASE)
+_SECRET_KEY = re.compile(
+    rf"(?:^|[_\-.\s]){_SECRET_NAME}(?:$|[_\-.\s](?:id|key|value|access[_-]?key)$)", re.IGNORECASE
+)
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 
-_URL_PASSWORD = re.compile(r"(?P<head>\b[A-Za-z][A-Za-z0-9+.\-]*://[^\s/:@'\"<>?#]*:)(?P<secret>[^\s'\"<>]*)(?=@)")
+_URL_PASSWORD = re.compile(
+    r"(?P<head>\b[A-Za-z][A-Za-z0-9+.\-]*://[^\s/:@'\"<>?#]*:)(?P<secret>[^\s'\"<>]*)(?=@)"
+)
 _URL_TOKEN_USER = re.compile(r"(?P<head>\bhttps?://)(?P<secret>[^\s/:@'\"<>?#]{16,})(?=@)")
 _PATTERNS = (
-    re.compile(r"(?P<head>-----BEGIN [A-Z ]*PRIVATE KEY-----)(?P<secret>.*?)(?=-----END|\Z)", re.DOTALL),
-    re.compile(r"(?P<head>\b(?:bearer|basic)\s+)(?P<secret>[A-Za-z0-9._~+/=\-]{6,})", re.IGNORECASE),
+    re.compile(
+        r"(?P<head>-----BEGIN [A-Z ]*PRIVATE KEY-----)(?P<secret>.*?)(?=-----END|\Z)", re.DOTALL
+    ),
+    re.compile(
+        r"(?P<head>\b(?:bearer|basic)\s+)(?P<secret>[A-Za-z0-9._~+/=\-]{6,})", re.IGNORECASE
+    ),
 )
-_NAMED = re.compile(r"(?P<flag>--)?(?P<name>[A-Za-z0-9][A-Za-z0-9_.\-]*)(?P<gap>[\"']?\s*[=:]\s*[\"']?|\s+)")
+_NAMED = re.compile(
+    r"(?P<flag>--)?(?P<name>[A-Za-z0-9][A-Za-z0-9_.\-]*)(?P<gap>[\"']?\s*[=:]\s*[\"']?|\s+)"
+)
 """A name before a value: name=value, name: value, "name": "value", --name value."""
 _VALUE = re.compile(r"[^\s\"'&,;}\]]+")
 _SHAPES = re.compile(
@@ -49,18 +59,26 @@ def is_secret_name(name: str) -> bool:
 
 
 def _environment_secrets() -> list[str]:
-    values = {v for k, v in os.environ.items() if len(v) >= 8 and is_secret_name(k) and not v.startswith(("/", "~"))}
+    values = {
+        v
+        for k, v in os.environ.items()
+        if len(v) >= 8 and is_secret_name(k) and not v.startswith(("/", "~"))
+    }
     return sorted(values, key=len, reverse=True)
 
 
 def _redact_named(text: str) -> str:
     out, done = [], 0
     for match in _NAMED.finditer(text):
-        if match.start() < done or (match["gap"].isspace() and not match["flag"]) or not is_secret_name(match["name"]):
+        if (
+            match.start() < done
+            or (match["gap"].isspace() and not match["flag"])
+            or not is_secret_name(match["name"])
+        ):
             continue
         value = _VALUE.match(text, match.end())
         if value:
-            out += [text[done:value.start()], HIDDEN]
+            out += [text[done : value.start()], HIDDEN]
             done = value.end()
     return "".join([*out, text[done:]])
 

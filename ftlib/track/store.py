@@ -70,16 +70,26 @@ def resolve_uri(uri: str = "") -> str:
     if scheme == "sqlite":
         path = uri.split(":///", 1)[1] if ":///" in uri else ""
         if not path or path == ":memory:":
-            raise TrackingError(f"track.uri = {redact(uri)}: needs a file. Write sqlite:////absolute/path/mlflow.db")
+            raise TrackingError(
+                f"track.uri = {redact(uri)}: needs a file. Write sqlite:////absolute/path/mlflow.db"
+            )
         return f"sqlite:///{Path(path).expanduser().absolute()}"
     if scheme in SERVER_SCHEMES:
         if not urlsplit(uri).hostname:
-            raise TrackingError(f"track.uri = {redact(uri)}: has no host. Write it like http://mlflow.example.org:5000")
+            raise TrackingError(
+                f"track.uri = {redact(uri)}: has no host. Write it like http://mlflow.example.org:5000"
+            )
         return uri.rstrip("/")
     if scheme in DATABASE_SCHEMES or scheme == "databricks":
         return uri
-    plain = "" if scheme not in ("", "file") else f" For a folder, use a database in it: sqlite:///{Path(uri.removeprefix('file://')).expanduser().absolute()}/mlflow.db"
-    raise TrackingError(f"track.uri = {redact(uri)}: needs http://, https://, sqlite:/// or another database's address.{plain}")
+    plain = (
+        ""
+        if scheme not in ("", "file")
+        else f" For a folder, use a database in it: sqlite:///{Path(uri.removeprefix('file://')).expanduser().absolute()}/mlflow.db"
+    )
+    raise TrackingError(
+        f"track.uri = {redact(uri)}: needs http://, https://, sqlite:/// or another database's address.{plain}"
+    )
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -95,7 +105,9 @@ def quiet_client_settings() -> None:
 
 def request_seconds() -> float:
     """How long one request may take, as MLflow's client is set."""
-    return float(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT") or _QUIET["MLFLOW_HTTP_REQUEST_TIMEOUT"])
+    return float(
+        os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT") or _QUIET["MLFLOW_HTTP_REQUEST_TIMEOUT"]
+    )
 
 
 @contextlib.contextmanager
@@ -129,8 +141,10 @@ def ensure_store(uri: str) -> None:
                 _build(path)
         _check_file(path)
     except (OSError, sqlite3.Error) as error:
-        raise TrackingError(f"the tracking database {path} cannot be made or opened ({error}). Free space or permissions there, set track.uri "
-                            f"to another place, {_offline_hint()}") from None
+        raise TrackingError(
+            f"the tracking database {path} cannot be made or opened ({error}). Free space or permissions there, set track.uri "
+            f"to another place, {_offline_hint()}"
+        ) from None
 
 
 def artifacts_root(database: Path) -> Path:
@@ -162,15 +176,23 @@ def _build(path: Path) -> None:
 
 
 def _check_file(path: Path) -> None:
-    with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True, timeout=20)) as db:
+    with contextlib.closing(
+        sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True, timeout=20)
+    ) as db:
         try:
-            tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type='table'")}
+            tables = {
+                row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type='table'")
+            }
         except sqlite3.DatabaseError as error:
             if "locked" in str(error):
                 raise
-            raise TrackingError(f"track.uri: {path} is no SQLite database ({error}). Move it away, or set track.uri to another file") from None
+            raise TrackingError(
+                f"track.uri: {path} is no SQLite database ({error}). Move it away, or set track.uri to another file"
+            ) from None
     if "experiments" not in tables or any(t.startswith("_alembic_tmp_") for t in tables):
-        raise TrackingError(f"track.uri: {path} is not a complete MLflow database. Move it away, or set track.uri to another file")
+        raise TrackingError(
+            f"track.uri: {path} is not a complete MLflow database. Move it away, or set track.uri to another file"
+        )
 
 
 def client(uri: str) -> MlflowClient:
@@ -186,7 +208,11 @@ def import_mlflow(uri: str) -> None:
     quiet_client_settings()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        importlib.import_module("mlflow" if urlsplit(uri).scheme in SERVER_SCHEMES else "mlflow.store.tracking.sqlalchemy_store")
+        importlib.import_module(
+            "mlflow"
+            if urlsplit(uri).scheme in SERVER_SCHEMES
+            else "mlflow.store.tracking.sqlalchemy_store"
+        )
 
 
 def within(seconds: float, work: Callable[[], T]) -> T:
@@ -217,13 +243,17 @@ def reach(uri: str, seconds: float = REACH_SECONDS) -> None:
         TrackingError: it cannot be reached, refuses, or answers nothing within `seconds`.
     """
     try:
-        mlflow = client(uri)  # importing MLflow takes seconds of its own, which are not the server's
+        mlflow = client(
+            uri
+        )  # importing MLflow takes seconds of its own, which are not the server's
         if sqlite_path(uri) is not None:
             mlflow.search_experiments(max_results=1)
             return
         started = time.monotonic()
         parts = urlsplit(uri)
-        port = parts.port or {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306}.get(parts.scheme.split("+")[0])
+        port = parts.port or {"http": 80, "https": 443, "postgresql": 5432, "mysql": 3306}.get(
+            parts.scheme.split("+")[0]
+        )
         if parts.hostname and port:
             socket.create_connection((parts.hostname, port), timeout=min(5.0, seconds)).close()
         left = max(1.0, seconds - (time.monotonic() - started))
@@ -240,11 +270,17 @@ def _why_unreachable(uri: str, error: Exception) -> str:
     if "schema" in why.lower() and ("out-of-date" in why or "out of date" in why.lower()):
         return f"the tracking database {where} was made by another MLflow version. Make a backup, then run: mlflow db upgrade {where}"
     if code in (401, 403):
-        return (f"the tracking server {where} refuses access ({why}). Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN); "
-                "if it says that the host is not allowed, start it with --allowed-hosts")
+        return (
+            f"the tracking server {where} refuses access ({why}). Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN); "
+            "if it says that the host is not allowed, start it with --allowed-hosts"
+        )
     if isinstance(error, ModuleNotFoundError):
         return f"the tracking database {where} needs a driver that is not installed ({why}). Install it, or name another in the address, such as postgresql+psycopg2://"
-    start = " Start it (python jobs/track.py ui prints how), correct track.uri or MLFLOW_TRACKING_URI," if urlsplit(uri).scheme in SERVER_SCHEMES else " Correct track.uri or MLFLOW_TRACKING_URI,"
+    start = (
+        " Start it (python jobs/track.py ui prints how), correct track.uri or MLFLOW_TRACKING_URI,"
+        if urlsplit(uri).scheme in SERVER_SCHEMES
+        else " Correct track.uri or MLFLOW_TRACKING_URI,"
+    )
     return f"the tracking server {where} cannot be reached ({why}).{start} {_offline_hint()}"
 
 
@@ -261,10 +297,16 @@ def ensure_experiment(mlflow: MlflowClient, name: str, uri: str) -> str:
         path = sqlite_path(uri)
         location = None
         if path is not None:
-            location = (artifacts_root(path) / (re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "experiment")).as_uri()
+            location = (
+                artifacts_root(path)
+                / (re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "experiment")
+            ).as_uri()
         try:
             made = mlflow.create_experiment(name, artifact_location=location)
-            for key, value in {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": "Start here: **Views** (above the table) has the columns and charts set up."}.items():
+            for key, value in {
+                "mlflow.experimentKind": "custom_model_development",
+                "mlflow.note.content": "Start here: **Views** (above the table) has the columns and charts set up.",
+            }.items():
                 mlflow.set_experiment_tag(made, key, value)
             return made
         except MlflowException:
@@ -272,12 +314,15 @@ def ensure_experiment(mlflow: MlflowClient, name: str, uri: str) -> str:
             if found is None:
                 raise
     if found.lifecycle_stage == "deleted":
-        raise TrackingError(f"the MLflow experiment {name} has been deleted. Restore it (mlflow experiments restore --experiment-id {found.experiment_id}) "
-                            "or set track.experiment to another name")
+        raise TrackingError(
+            f"the MLflow experiment {name} has been deleted. Restore it (mlflow experiments restore --experiment-id {found.experiment_id}) "
+            "or set track.experiment to another name"
+        )
     return str(found.experiment_id)
 
 
 # --- links ------------------------------------------------------------------------------------------------------------------------
+
 
 def ui_base(uri: str, port: int = 5000) -> str:
     """Address of the UI: the server's own (without user and password), or that of the server which `ui_command` starts."""
@@ -288,7 +333,9 @@ def ui_base(uri: str, port: int = 5000) -> str:
 
 
 def run_link(uri: str, experiment_id: str, run_id: str) -> str:
-    return f"{ui_base(uri)}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+    return (
+        f"{ui_base(uri)}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+    )
 
 
 def artifact_link(uri: str, experiment_id: str, run_id: str, path: str) -> str:
@@ -307,11 +354,26 @@ def ui_arguments(uri: str, port: int = 5000) -> list[str]:
         return []
     script = Path(sys.executable).with_name("mlflow")
     path = sqlite_path(uri)
-    arguments = [str(script) if script.exists() else "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
-    return arguments + (["--default-artifact-root", artifacts_root(path).as_uri()] if path is not None else [])
+    arguments = [
+        str(script) if script.exists() else "mlflow",
+        "server",
+        "--backend-store-uri",
+        uri,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    return arguments + (
+        ["--default-artifact-root", artifacts_root(path).as_uri()] if path is not None else []
+    )
 
 
-UI_ENVIRONMENT = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+UI_ENVIRONMENT = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+}
 """Without the job consumers a server takes 0.5 GB and 9 s to start instead of 2.3 GB and 23 s."""
 
 
@@ -320,5 +382,8 @@ def ui_command(uri: str, port: int = 5000) -> str:
     arguments = ui_arguments(uri, port)
     if not arguments:
         return f"open {ui_base(uri)}"
-    shown = ['"$MLFLOW_TRACKING_URI"' if a == uri and redact(a) != a else shlex.quote(a) for a in arguments]
+    shown = [
+        '"$MLFLOW_TRACKING_URI"' if a == uri and redact(a) != a else shlex.quote(a)
+        for a in arguments
+    ]
     return " ".join(["MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false", *shown])

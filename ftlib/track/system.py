@@ -31,7 +31,9 @@ class Gpus:
 
             pynvml.nvmlInit()
             self._nvml = pynvml
-            self._devices = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+            self._devices = [
+                pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())
+            ]
 
     def sample(self) -> dict[str, float]:
         out: dict[str, float] = {}
@@ -40,8 +42,12 @@ class Gpus:
                 memory = self._nvml.nvmlDeviceGetMemoryInfo(device)
                 out[f"gpu_{number}_memory_usage_megabytes"] = memory.used / 1e6
                 out[f"gpu_{number}_memory_usage_percentage"] = 100 * memory.used / memory.total
-                out[f"gpu_{number}_utilization_percentage"] = float(self._nvml.nvmlDeviceGetUtilizationRates(device).gpu)
-                out[f"gpu_{number}_power_usage_watts"] = self._nvml.nvmlDeviceGetPowerUsage(device) / 1000
+                out[f"gpu_{number}_utilization_percentage"] = float(
+                    self._nvml.nvmlDeviceGetUtilizationRates(device).gpu
+                )
+                out[f"gpu_{number}_power_usage_watts"] = (
+                    self._nvml.nvmlDeviceGetPowerUsage(device) / 1000
+                )
         return out
 
 
@@ -53,13 +59,21 @@ class SystemSampler:
         disk: a path whose file system is watched.
     """
 
-    def __init__(self, writer: Writer, node: str = "node_0", every_seconds: float = EVERY_SECONDS, disk: str = "/") -> None:
+    def __init__(
+        self,
+        writer: Writer,
+        node: str = "node_0",
+        every_seconds: float = EVERY_SECONDS,
+        disk: str = "/",
+    ) -> None:
         self.writer, self.node, self.every_seconds, self.disk = writer, node, every_seconds, disk
         self._gpus = Gpus()
         self._network = psutil.net_io_counters()
         self._stop = threading.Event()
         opening = first(Path(writer.place.folder) / writer.name) if writer.place.here else None
-        self._since = opening["t"] / 1000 if opening else time.time()  # a restarted run goes on instead of drawing over its first part
+        self._since = (
+            opening["t"] / 1000 if opening else time.time()
+        )  # a restarted run goes on instead of drawing over its first part
         psutil.cpu_percent()  # the first call only starts the measurement
         self._thread = threading.Thread(target=self._loop, name="ftlib-system-metrics", daemon=True)
         self._thread.start()
@@ -76,15 +90,31 @@ class SystemSampler:
 
     def sample(self) -> dict[str, float]:
         """Percent, megabytes and watts, by MLflow's names without the `system/` prefix."""
-        memory, disk, network = psutil.virtual_memory(), psutil.disk_usage(self.disk), psutil.net_io_counters()
-        out = {"cpu_utilization_percentage": psutil.cpu_percent(), "system_memory_usage_megabytes": memory.used / 1e6, "system_memory_usage_percentage": memory.percent,
-               "disk_usage_megabytes": disk.used / 1e6, "disk_usage_percentage": disk.percent, "disk_available_megabytes": disk.free / 1e6}
+        memory, disk, network = (
+            psutil.virtual_memory(),
+            psutil.disk_usage(self.disk),
+            psutil.net_io_counters(),
+        )
+        out = {
+            "cpu_utilization_percentage": psutil.cpu_percent(),
+            "system_memory_usage_megabytes": memory.used / 1e6,
+            "system_memory_usage_percentage": memory.percent,
+            "disk_usage_megabytes": disk.used / 1e6,
+            "disk_usage_percentage": disk.percent,
+            "disk_available_megabytes": disk.free / 1e6,
+        }
         if network and self._network:
-            out |= {"network_receive_megabytes": (network.bytes_recv - self._network.bytes_recv) / 1e6, "network_transmit_megabytes": (network.bytes_sent - self._network.bytes_sent) / 1e6}
+            out |= {
+                "network_receive_megabytes": (network.bytes_recv - self._network.bytes_recv) / 1e6,
+                "network_transmit_megabytes": (network.bytes_sent - self._network.bytes_sent) / 1e6,
+            }
         return {name: round(value, 2) for name, value in {**out, **self._gpus.sample()}.items()}
 
     def _loop(self) -> None:
         while not self._stop.wait(self.every_seconds):
             with contextlib.suppress(Exception):
                 step = round((time.time() - self._since) / self.every_seconds)
-                self.writer.metrics({f"system/{self.node}/{name}": value for name, value in self.sample().items()}, step)
+                self.writer.metrics(
+                    {f"system/{self.node}/{name}": value for name, value in self.sample().items()},
+                    step,
+                )

@@ -66,11 +66,17 @@ class TrackedRun:
     def writer(self) -> Writer:
         """For training code, in any process of the job."""
         place = self.tracking.place() if self.tracking is not None else self.place
-        return Writer(place, self.path.name, self.tracking.delivery.wake if self.tracking is not None else None)
+        return Writer(
+            place,
+            self.path.name,
+            self.tracking.delivery.wake if self.tracking is not None else None,
+        )
 
     def save_view(self, view: View) -> None:
         """Put a saved view into the experiment's Views menu (best effort)."""
-        self.writer().put({"op": "view", "key": view.key, "name": view.name, "state": dict(view.state)})
+        self.writer().put(
+            {"op": "view", "key": view.key, "name": view.name, "state": dict(view.state)}
+        )
 
     def view_link(self, view: View) -> str:
         """Address of the experiment's page with that view; empty while the experiment's id is unknown."""
@@ -80,10 +86,20 @@ class TrackedRun:
     def artifact_link(self, path: str) -> str:
         """Address of an artifact, opened beside its run's page; empty while the run's id is unknown."""
         state = self.state
-        return artifact_link(self.uri, state.experiment_id, state.run_id, path) if state.run_id else ""
+        return (
+            artifact_link(self.uri, state.experiment_id, state.run_id, path) if state.run_id else ""
+        )
 
-    def log_model(self, model: Path | str | Callable[[Path], Any], *, name: str = "model", registered_name: str | None = None, alias: str | None = None,
-                  step: int = 0, tags: Mapping[str, Any] | None = None) -> None:
+    def log_model(
+        self,
+        model: Path | str | Callable[[Path], Any],
+        *,
+        name: str = "model",
+        registered_name: str | None = None,
+        alias: str | None = None,
+        step: int = 0,
+        tags: Mapping[str, Any] | None = None,
+    ) -> None:
         """Attach an MLflow model to the run, with the run's metrics at `step`, its `best/*` and its `test/*`.
 
         Args:
@@ -101,10 +117,24 @@ class TrackedRun:
                 folder = Path(model).absolute()
             if not (folder / "MLmodel").is_file():
                 raise FileNotFoundError(f"{folder} holds no MLmodel file")
-            self.writer().put({"op": "model", "path": str(folder), "name": name, "registered_name": registered_name, "alias": alias, "step": int(step),
-                               "key": uuid.uuid4().hex, "tags": clean_tags(tags or {})})
+            self.writer().put(
+                {
+                    "op": "model",
+                    "path": str(folder),
+                    "name": name,
+                    "registered_name": registered_name,
+                    "alias": alias,
+                    "step": int(step),
+                    "key": uuid.uuid4().hex,
+                    "tags": clean_tags(tags or {}),
+                }
+            )
         except Exception as error:
-            warn_once(f"tracking: the model {name} could not be logged (%s: %s)", type(error).__name__, error)
+            warn_once(
+                f"tracking: the model {name} could not be logged (%s: %s)",
+                type(error).__name__,
+                error,
+            )
 
     def finish(self, outcome: str = "completed", note: str | None = None) -> bool:
         """End the run and wait until MLflow has everything, but not for a server that is down. Returns whether it has.
@@ -122,7 +152,9 @@ class TrackedRun:
         if self.tracking is not None and writer.place.actor is not None:
             from ftlib.track.actor import wait_for
 
-            wait_for(writer.place.actor, 5.0)  # what workers on other machines have sent comes before the end
+            wait_for(
+                writer.place.actor, 5.0
+            )  # what workers on other machines have sent comes before the end
         writer.put({"op": "end", "outcome": outcome, "tags": clean_tags(tags)})
         if self.tracking is None:
             writer.flush()
@@ -138,8 +170,16 @@ class Handle:
     experiment: str
     place: Place
 
-    def start_run(self, name: str, *, tags: Mapping[str, Any], params: Mapping[str, Any], parent: str | None = None, run_id: str | None = None,
-                  wait_seconds: float = 0.0) -> TrackedRun:
+    def start_run(
+        self,
+        name: str,
+        *,
+        tags: Mapping[str, Any],
+        params: Mapping[str, Any],
+        parent: str | None = None,
+        run_id: str | None = None,
+        wait_seconds: float = 0.0,
+    ) -> TrackedRun:
         """As `Tracking.start_run`, but never fails, and its id may come a little later (`wait_seconds` waits for it)."""
         tracked = begin(self.place, self.uri, self.experiment, name, tags, params, parent, run_id)
         deadline = time.monotonic() + wait_seconds
@@ -148,15 +188,44 @@ class Handle:
         return tracked
 
 
-def begin(place: Place, uri: str, experiment: str, name: str, tags: Mapping[str, Any], params: Mapping[str, Any], parent: str | None, run_id: str | None) -> TrackedRun:
+def begin(
+    place: Place,
+    uri: str,
+    experiment: str,
+    name: str,
+    tags: Mapping[str, Any],
+    params: Mapping[str, Any],
+    parent: str | None,
+    run_id: str | None,
+) -> TrackedRun:
     """Write a run's opening into its journal, or that it goes on. Delivering it is the driver's work."""
     path = file_of(Path(place.folder), name)
     writer = Writer(place, path.name)
     opening = first(path) if place.here else None
-    key = opening["key"] if opening else (uuid.uuid4().hex if place.here else uuid.uuid5(uuid.NAMESPACE_URL, f"{place.machine}{place.folder}{name}").hex)
+    key = (
+        opening["key"]
+        if opening
+        else (
+            uuid.uuid4().hex
+            if place.here
+            else uuid.uuid5(uuid.NAMESPACE_URL, f"{place.machine}{place.folder}{name}").hex
+        )
+    )
     if opening is None:
-        writer.put({"op": "run", "key": key, "name": name, "experiment": experiment, "uri": redact(uri), "machine": place.machine, "run_id": run_id or "",
-                    "parent": parent or "", "tags": clean_tags({**tags, **heartbeat_tags()}), "params": clean_params(params)})
+        writer.put(
+            {
+                "op": "run",
+                "key": key,
+                "name": name,
+                "experiment": experiment,
+                "uri": redact(uri),
+                "machine": place.machine,
+                "run_id": run_id or "",
+                "parent": parent or "",
+                "tags": clean_tags({**tags, **heartbeat_tags()}),
+                "params": clean_params(params),
+            }
+        )
         if place.here:
             journal_at(path).sync()
     else:

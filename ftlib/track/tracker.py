@@ -27,7 +27,17 @@ from ftlib.track import journal as journals
 from ftlib.track.deliver import Delivery
 from ftlib.track.journal import State, file_of, first
 from ftlib.track.redact import redact
-from ftlib.track.store import TrackingError, client, ensure_experiment, ensure_store, import_mlflow, patient, reach, resolve_uri, sqlite_path
+from ftlib.track.store import (
+    TrackingError,
+    client,
+    ensure_experiment,
+    ensure_store,
+    import_mlflow,
+    patient,
+    reach,
+    resolve_uri,
+    sqlite_path,
+)
 from ftlib.track.tracked_run import Handle, TrackedRun, begin
 from ftlib.track.writer import Place, Writer, clean_tags, forget_journal
 
@@ -44,8 +54,15 @@ FINISH_HEALTHY_SECONDS = 600.0
 class Tracking:
     """An open connection between a journal folder and an experiment. Made by `open_tracking`."""
 
-    def __init__(self, uri: str, experiment: str, folder: Path, offline: bool, leftovers: Iterable[Path] = ()) -> None:
-        self.uri, self.experiment, self.folder, self.offline = uri, experiment, Path(folder), offline
+    def __init__(
+        self, uri: str, experiment: str, folder: Path, offline: bool, leftovers: Iterable[Path] = ()
+    ) -> None:
+        self.uri, self.experiment, self.folder, self.offline = (
+            uri,
+            experiment,
+            Path(folder),
+            offline,
+        )
         self.delivery = Delivery(uri, self.folder, experiment, leftovers)
         self._actor: Any = None
         self._finish_left = FINISH_SECONDS
@@ -56,7 +73,9 @@ class Tracking:
     def __enter__(self) -> Tracking:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
         killed = isinstance(error, KeyboardInterrupt | SystemExit)
         note = None if error is None or killed else f"{type(error).__name__}: {error}"
         self.close("killed" if error is None or killed else "failed", note)
@@ -74,7 +93,15 @@ class Tracking:
         """For processes that start and finish runs of their own under this tracking, such as trials."""
         return Handle(self.uri, self.experiment, self.place())
 
-    def start_run(self, name: str, *, tags: Mapping[str, Any], params: Mapping[str, Any], parent: str | None = None, run_id: str | None = None) -> TrackedRun:
+    def start_run(
+        self,
+        name: str,
+        *,
+        tags: Mapping[str, Any],
+        params: Mapping[str, Any],
+        parent: str | None = None,
+        run_id: str | None = None,
+    ) -> TrackedRun:
         """Make the run, or continue the one that this journal folder knows by this name (or that `run_id` names).
 
         Args:
@@ -102,9 +129,15 @@ class Tracking:
                 self.delivery.forget(path)
                 forget_journal(path)
                 path.unlink(missing_ok=True)
-            why = redact(str(error)).splitlines()[0][:300] if error is not None and str(error) else "no answer within 9 s"
-            raise TrackingError(f"MLflow at {redact(self.uri)} did not make the run {name} ({why}). Look at the server's log, or start with --track.offline "
-                                "to journal everything now and deliver it later")
+            why = (
+                redact(str(error)).splitlines()[0][:300]
+                if error is not None and str(error)
+                else "no answer within 9 s"
+            )
+            raise TrackingError(
+                f"MLflow at {redact(self.uri)} did not make the run {name} ({why}). Look at the server's log, or start with --track.offline "
+                "to journal everything now and deliver it later"
+            )
         return tracked
 
     def drain(self, paths: Iterable[Path] | None = None) -> bool:
@@ -120,8 +153,11 @@ class Tracking:
         if self.delivery.trouble or not done:
             self._finish_left = max(0.5, self._finish_left - (time.monotonic() - started))
         if not done:
-            log.warning("tracking: %s has not taken everything yet. The rest is kept in %s; it goes out at the next start, or with: python jobs/track.py deliver",
-                        redact(self.uri), self.folder)
+            log.warning(
+                "tracking: %s has not taken everything yet. The rest is kept in %s; it goes out at the next start, or with: python jobs/track.py deliver",
+                redact(self.uri),
+                self.folder,
+            )
         return done
 
     def end_orphan(self, name: str, outcome: str, note: str | None = None) -> None:
@@ -141,8 +177,12 @@ class Tracking:
             for path in journals.journals(self.folder):
                 opening = first(path)
                 if opening is not None and journals.is_open(path):
-                    tags = clean_tags({"reason": note.strip().splitlines()[0][:250]}) if note else {}
-                    Writer(Place(str(self.folder), journals.machine()), path.name).put({"op": "end", "outcome": outcome, "tags": tags})
+                    tags = (
+                        clean_tags({"reason": note.strip().splitlines()[0][:250]}) if note else {}
+                    )
+                    Writer(Place(str(self.folder), journals.machine()), path.name).put(
+                        {"op": "end", "outcome": outcome, "tags": tags}
+                    )
             self.drain()
         self.delivery.stop(2.0)
         for path in journals.journals(self.folder):
@@ -157,6 +197,7 @@ class Tracking:
 def ahead(cfg: Track) -> threading.Thread:
     """Start to import MLflow and to make the store, which take seconds, while something else is waited for. `open_tracking` does the same
     and reports what is wrong."""
+
     def work() -> None:
         with contextlib.suppress(TrackingError):
             uri = resolve_uri(cfg.uri)
@@ -169,7 +210,14 @@ def ahead(cfg: Track) -> threading.Thread:
     return thread
 
 
-def open_tracking(cfg: Track, *, experiment: str, journal_dir: Path, resuming: bool = False, leftovers: Iterable[Path] | None = None) -> Tracking:
+def open_tracking(
+    cfg: Track,
+    *,
+    experiment: str,
+    journal_dir: Path,
+    resuming: bool = False,
+    leftovers: Iterable[Path] | None = None,
+) -> Tracking:
     """Resolve where to track to, make sure that it is there, and start delivering.
 
     Args:
@@ -189,9 +237,13 @@ def open_tracking(cfg: Track, *, experiment: str, journal_dir: Path, resuming: b
         folder.mkdir(parents=True, exist_ok=True)
         owned = journals.own(folder)
     except OSError as error:
-        raise TrackingError(f"the tracking journal cannot be kept in {folder} ({error}). Free space or permissions there, or set checkpoint.storage to another place") from None
+        raise TrackingError(
+            f"the tracking journal cannot be kept in {folder} ({error}). Free space or permissions there, or set checkpoint.storage to another place"
+        ) from None
     if not owned:
-        raise TrackingError(f"another process is tracking into {folder}. Wait until it has ended, or give this run another name")
+        raise TrackingError(
+            f"another process is tracking into {folder}. Wait until it has ended, or give this run another name"
+        )
     try:
         known = resuming or any(State.load(p).run_id for p in journals.journals(folder))
         name = cfg.experiment or experiment
@@ -201,7 +253,9 @@ def open_tracking(cfg: Track, *, experiment: str, journal_dir: Path, resuming: b
             with patient(8):
                 ensure_experiment(client(uri), name, uri)
         elif sqlite_path(uri) is not None and not cfg.offline:
-            with contextlib.suppress(TrackingError):  # the run exists: what is wrong will be reported by the delivery
+            with contextlib.suppress(
+                TrackingError
+            ):  # the run exists: what is wrong will be reported by the delivery
                 ensure_store(uri)
     except BaseException:
         journals.disown(folder)

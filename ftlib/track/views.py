@@ -56,14 +56,36 @@ def tag(key: str) -> str:
 
 # --- charts -----------------------------------------------------------------------------------------------------------------------
 
+
 def _chart(kind: str, section: str, **settings: Any) -> dict[str, Any]:
-    return {"type": kind, "metricSectionId": section, "deleted": False, "isGenerated": False, **settings}
+    return {
+        "type": kind,
+        "metricSectionId": section,
+        "deleted": False,
+        "isGenerated": False,
+        **settings,
+    }
 
 
 def line(section: str, *metrics: str, title: str = "", log_scale: bool = False) -> dict[str, Any]:
-    return _chart("LINE", section, metricKey=metrics[0], selectedMetricKeys=list(metrics), displayName=title or " and ".join(metrics), xAxisKey="step", yAxisKey="metric",
-                  scaleType="log" if log_scale else "linear", xAxisScaleType="linear", lineSmoothness=0, useGlobalLineSmoothing=True, useGlobalXaxisKey=True,
-                  selectedXAxisMetricKey="", yAxisExpressions=[], range={}, ignoreOutliers=False)
+    return _chart(
+        "LINE",
+        section,
+        metricKey=metrics[0],
+        selectedMetricKeys=list(metrics),
+        displayName=title or " and ".join(metrics),
+        xAxisKey="step",
+        yAxisKey="metric",
+        scaleType="log" if log_scale else "linear",
+        xAxisScaleType="linear",
+        lineSmoothness=0,
+        useGlobalLineSmoothing=True,
+        useGlobalXaxisKey=True,
+        selectedXAxisMetricKey="",
+        yAxisExpressions=[],
+        range={},
+        ignoreOutliers=False,
+    )
 
 
 def bar(section: str, key: str) -> dict[str, Any]:
@@ -71,33 +93,100 @@ def bar(section: str, key: str) -> dict[str, Any]:
 
 
 def scatter(section: str, setting: str, score: str) -> dict[str, Any]:
-    return _chart("SCATTER", section, xaxis={"key": setting, "type": "PARAM"}, yaxis={"key": score, "type": "METRIC"}, runsCountToCompare=100)
+    return _chart(
+        "SCATTER",
+        section,
+        xaxis={"key": setting, "type": "PARAM"},
+        yaxis={"key": score, "type": "METRIC"},
+        runsCountToCompare=100,
+    )
 
 
 def parallel(section: str, settings: Sequence[str], score: str) -> dict[str, Any]:
-    return _chart("PARALLEL", section, selectedParams=list(settings), selectedMetrics=[score], showAllRuns=False, runsCountToCompare=100)
+    return _chart(
+        "PARALLEL",
+        section,
+        selectedParams=list(settings),
+        selectedMetrics=[score],
+        showAllRuns=False,
+        runsCountToCompare=100,
+    )
 
 
 def table(section: str, title: str) -> dict[str, Any]:
-    return _chart("DIFFERENCE", section, compareGroups=["Model metrics", "Parameters"], chartName=title, showChangeFromBaseline=True, showDifferencesOnly=True, baselineColumnUuid="")
+    return _chart(
+        "DIFFERENCE",
+        section,
+        compareGroups=["Model metrics", "Parameters"],
+        chartName=title,
+        showChangeFromBaseline=True,
+        showDifferencesOnly=True,
+        baselineColumnUuid="",
+    )
 
 
-def _state(search: str, order_by: str, columns: Sequence[str], sections: Sequence[tuple[str, int, int, Sequence[dict[str, Any]]]], ascending: bool = False) -> dict[str, Any]:
+def _state(
+    search: str,
+    order_by: str,
+    columns: Sequence[str],
+    sections: Sequence[tuple[str, int, int, Sequence[dict[str, Any]]]],
+    ascending: bool = False,
+) -> dict[str, Any]:
     """The page's state. Sections are (title, charts per row, height in pixels, charts)."""
     charts = []
     for number, (_, _, _, members) in enumerate(sections):
-        charts += [{"uuid": f"s{number}c{position}", **chart, "metricSectionId": f"s{number}"} for position, chart in enumerate(members)]
+        charts += [
+            {"uuid": f"s{number}c{position}", **chart, "metricSectionId": f"s{number}"}
+            for position, chart in enumerate(members)
+        ]
     return {
-        "searchFilter": search, "orderByKey": order_by, "orderByAsc": ascending, "startTime": "ALL", "lifecycleFilter": "Active", "datasetsFilter": [], "modelVersionFilter": "All Runs",
-        "selectedColumns": list(columns), "columnOrder": [], "columnWidths": {}, "runsHiddenMode": "SHOW_ALL", "runsHidden": [], "runsVisibilityMap": {}, "runsPinned": [], "runsExpanded": {},
-        "compareRunSections": [{"uuid": f"s{n}", "name": title, "columns": columns_, "cardHeight": height, "display": True, "isReordered": True, "deleted": False, "isGenerated": False}
-                               for n, (title, columns_, height, _) in enumerate(sections)],
-        "compareRunCharts": charts, "viewMaximized": False, "runListHidden": False, "isAccordionReordered": True, "useGroupedValuesInCharts": True, "hideEmptyCharts": True,
-        "groupBy": None, "groupsExpanded": {}, "autoRefreshEnabled": False, "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
+        "searchFilter": search,
+        "orderByKey": order_by,
+        "orderByAsc": ascending,
+        "startTime": "ALL",
+        "lifecycleFilter": "Active",
+        "datasetsFilter": [],
+        "modelVersionFilter": "All Runs",
+        "selectedColumns": list(columns),
+        "columnOrder": [],
+        "columnWidths": {},
+        "runsHiddenMode": "SHOW_ALL",
+        "runsHidden": [],
+        "runsVisibilityMap": {},
+        "runsPinned": [],
+        "runsExpanded": {},
+        "compareRunSections": [
+            {
+                "uuid": f"s{n}",
+                "name": title,
+                "columns": columns_,
+                "cardHeight": height,
+                "display": True,
+                "isReordered": True,
+                "deleted": False,
+                "isGenerated": False,
+            }
+            for n, (title, columns_, height, _) in enumerate(sections)
+        ],
+        "compareRunCharts": charts,
+        "viewMaximized": False,
+        "runListHidden": False,
+        "isAccordionReordered": True,
+        "useGroupedValuesInCharts": True,
+        "hideEmptyCharts": True,
+        "groupBy": None,
+        "groupsExpanded": {},
+        "autoRefreshEnabled": False,
+        "globalLineChartConfig": {
+            "xAxisKey": "step",
+            "lineSmoothness": 0,
+            "selectedXAxisMetricKey": "",
+        },
     }
 
 
 # --- the views --------------------------------------------------------------------------------------------------------------------
+
 
 def phases_view(split: str = "val") -> View:
     """Training runs side by side: the phases' scores, curves, gap and settings.
@@ -106,20 +195,61 @@ def phases_view(split: str = "val") -> View:
         split: `val`, or `tuning` for runs scored on a tuning split.
     """
     score = f"best/{split}_top1"
-    columns = [metric(score), metric("best/epoch"), metric(f"{split}/top5"), metric("train/top1"), metric("train/gap"), tag("stage"), tag("outcome"), param("arch"), param("size"), param("epochs"),
-               param("subset"), param("lr"), param("optimizer"), param("dropout"), param("mixup_alpha"), param("cutmix_alpha"), param("randaugment_m"), param("init_from"),
-               param("seed"), tag("dataset")]
+    columns = [
+        metric(score),
+        metric("best/epoch"),
+        metric(f"{split}/top5"),
+        metric("train/top1"),
+        metric("train/gap"),
+        tag("stage"),
+        tag("outcome"),
+        param("arch"),
+        param("size"),
+        param("epochs"),
+        param("subset"),
+        param("lr"),
+        param("optimizer"),
+        param("dropout"),
+        param("mixup_alpha"),
+        param("cutmix_alpha"),
+        param("randaugment_m"),
+        param("init_from"),
+        param("seed"),
+        tag("dataset"),
+    ]
     sections = [
         ("Result", 3, 260, [bar("", score), bar("", f"{split}/top5"), bar("", "best/epoch")]),
-        ("Learning curves", 3, 340, [line("", f"{split}/top1"), line("", "train/top1"), line("", "train/gap"),
-                                     line("", f"{split}/loss"), line("", "train/loss"), line("", "train/lr", log_scale=True)]),
+        (
+            "Learning curves",
+            3,
+            340,
+            [
+                line("", f"{split}/top1"),
+                line("", "train/top1"),
+                line("", "train/gap"),
+                line("", f"{split}/loss"),
+                line("", "train/loss"),
+                line("", "train/lr", log_scale=True),
+            ],
+        ),
         ("What differs", 1, 480, [table("", "Settings and results")]),
-        ("Speed", 3, 280, [line("", "train/images_per_s"), line("", "step/loss"), line("", "step/lr")]),
+        (
+            "Speed",
+            3,
+            280,
+            [line("", "train/images_per_s"), line("", "step/loss"), line("", "step/lr")],
+        ),
     ]
-    return View(PHASES if split == "val" else f"{PHASES}-{split}", "Phases side by side", _state("tags.kind = 'train'", "attributes.start_time", columns, sections, ascending=True))
+    return View(
+        PHASES if split == "val" else f"{PHASES}-{split}",
+        "Phases side by side",
+        _state("tags.kind = 'train'", "attributes.start_time", columns, sections, ascending=True),
+    )
 
 
-def sweep_view(sweep: str, params: Sequence[str], split: str = "tuning", finished_only: bool = True) -> View:
+def sweep_view(
+    sweep: str, params: Sequence[str], split: str = "tuning", finished_only: bool = True
+) -> View:
     """A sweep's trials: leaderboard, parallel coordinates, score against each swept parameter, learning curves.
 
     Args:
@@ -128,17 +258,41 @@ def sweep_view(sweep: str, params: Sequence[str], split: str = "tuning", finishe
         finished_only: leave out trials that were stopped early or failed, which squash the axes.
     """
     score = f"best/{split}_top1"
-    search = f"tags.sweep = '{sweep}' and tags.kind = 'trial'" + (" and tags.outcome = 'completed'" if finished_only else "")
-    columns = [metric(score), *[param(p) for p in params], metric("best/epoch"), metric("train/top1"), tag("outcome"), tag("reason"), param("seed")]
+    search = f"tags.sweep = '{sweep}' and tags.kind = 'trial'" + (
+        " and tags.outcome = 'completed'" if finished_only else ""
+    )
+    columns = [
+        metric(score),
+        *[param(p) for p in params],
+        metric("best/epoch"),
+        metric("train/top1"),
+        tag("outcome"),
+        tag("reason"),
+        param("seed"),
+    ]
     sections = [
         ("Which settings win", 1, 400, [parallel("", params, score)]),
-        ("Score against each setting", 2 if len(params) in (2, 4) else 3, 300, [scatter("", p, score) for p in params]),
-        ("Learning curves", 3, 340, [line("", f"{split}/top1"), line("", "train/top1"), line("", f"{split}/loss")]),
+        (
+            "Score against each setting",
+            2 if len(params) in (2, 4) else 3,
+            300,
+            [scatter("", p, score) for p in params],
+        ),
+        (
+            "Learning curves",
+            3,
+            340,
+            [line("", f"{split}/top1"), line("", "train/top1"), line("", f"{split}/loss")],
+        ),
         ("Leaderboard", 1, 400, [bar("", score)]),
         ("What differs", 1, 480, [table("", "Trials compared")]),
     ]
     every = "" if finished_only else "-all"
-    return View(view_key(sweep) + every, f"Sweep {sweep}" + ("" if finished_only else ", all trials"), _state(search, metric(score), columns, sections))
+    return View(
+        view_key(sweep) + every,
+        f"Sweep {sweep}" + ("" if finished_only else ", all trials"),
+        _state(search, metric(score), columns, sections),
+    )
 
 
 def view_key(sweep: str) -> str:
@@ -147,17 +301,29 @@ def view_key(sweep: str) -> str:
 
 # --- reading and writing ----------------------------------------------------------------------------------------------------------
 
+
 def encode(view: View, created: int, updated: int) -> str:
     """The tag's value. Times in milliseconds."""
     packed = base64.b64encode(zlib.compress(json.dumps(dict(view.state)).encode(), 9)).decode()
-    return json.dumps({"name": view.name, "createdAt": created, "updatedAt": updated, "state": f"deflate;{packed}"})
+    return json.dumps(
+        {
+            "name": view.name,
+            "createdAt": created,
+            "updatedAt": updated,
+            "state": f"deflate;{packed}",
+        }
+    )
 
 
 def decode(key: str, value: str) -> View:
     """The reverse of `encode`."""
     outer = json.loads(value)
     packed = outer["state"]
-    state = json.loads(zlib.decompress(base64.b64decode(packed.removeprefix("deflate;")))) if packed.startswith("deflate;") else json.loads(packed)
+    state = (
+        json.loads(zlib.decompress(base64.b64decode(packed.removeprefix("deflate;"))))
+        if packed.startswith("deflate;")
+        else json.loads(packed)
+    )
     return View(key, outer["name"], state)
 
 

@@ -47,7 +47,11 @@ def _never_raises(method: Callable[..., None]) -> Callable[..., None]:
         try:
             method(*args, **kwargs)
         except Exception as error:
-            warn_once(f"tracking: {method.__name__} could not be recorded (%s: %s); training goes on", type(error).__name__, error)
+            warn_once(
+                f"tracking: {method.__name__} could not be recorded (%s: %s); training goes on",
+                type(error).__name__,
+                error,
+            )
 
     return guarded
 
@@ -117,7 +121,9 @@ class Writer:
         elif self.place.actor is not None:
             self.place.actor.append.remote(self.name, line)
         else:
-            warn_once("tracking: this process is on another machine than the driver and there is no tracker actor; its metrics are lost")
+            warn_once(
+                "tracking: this process is on another machine than the driver and there is no tracker actor; its metrics are lost"
+            )
         if self.wake is not None:
             self.wake.set()
 
@@ -134,10 +140,22 @@ class Writer:
             if isinstance(value, numbers.Real) or hasattr(value, "__float__"):
                 numbers_[str(key)] = float(value)
             else:
-                warn_once(f"tracking: metric {key} is no number (%s) and is left out", type(value).__name__)
+                warn_once(
+                    f"tracking: metric {key} is no number (%s) and is left out",
+                    type(value).__name__,
+                )
         if numbers_:
-            finite = {k: v if math.isfinite(v) else str(v) for k, v in numbers_.items()}  # JSON has no NaN
-            self.put({"op": "metrics", "step": int(step), "values": finite, "t": int(at) if at else now_ms()})
+            finite = {
+                k: v if math.isfinite(v) else str(v) for k, v in numbers_.items()
+            }  # JSON has no NaN
+            self.put(
+                {
+                    "op": "metrics",
+                    "step": int(step),
+                    "values": finite,
+                    "t": int(at) if at else now_ms(),
+                }
+            )
 
     @_never_raises
     def tags(self, values: Mapping[str, Any]) -> None:
@@ -157,7 +175,9 @@ class Writer:
     @_never_raises
     def json(self, value: Any, file: str) -> None:
         """`value` as a JSON artifact."""
-        self.put({"op": "text", "file": file, "text": redact(json.dumps(value, indent=2, default=str))})
+        self.put(
+            {"op": "text", "file": file, "text": redact(json.dumps(value, indent=2, default=str))}
+        )
 
     @_never_raises
     def artifact(self, local_path: str | os.PathLike[str], folder: str = "") -> None:
@@ -168,19 +188,42 @@ class Writer:
         """
         path = Path(local_path).absolute()
         if self.place.here:
-            self.put({"op": "artifact", "path": str(_kept(path, Path(self.place.folder))), "name": path.name, "folder": folder})
+            self.put(
+                {
+                    "op": "artifact",
+                    "path": str(_kept(path, Path(self.place.folder))),
+                    "name": path.name,
+                    "folder": folder,
+                }
+            )
             return
         for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
-            below = folder if file == path else "/".join(filter(None, [folder, file.parent.relative_to(path).as_posix().strip(".")]))
+            below = (
+                folder
+                if file == path
+                else "/".join(
+                    filter(None, [folder, file.parent.relative_to(path).as_posix().strip(".")])
+                )
+            )
             if file.stat().st_size > LARGEST_SHIPPED or self.place.actor is None:
-                warn_once(f"tracking: {file.name} is on another machine than the driver and too large to send; put it on shared storage or log it from the driver")
+                warn_once(
+                    f"tracking: {file.name} is on another machine than the driver and too large to send; put it on shared storage or log it from the driver"
+                )
                 continue
             self.place.actor.store.remote(self.name, file.name, file.read_bytes(), below, now_ms())
 
     @_never_raises
     def dataset(self, name: str, digest: str, source: str, context: str = "training") -> None:
         """The data set the run used, shown by MLflow beside its metrics. `context` is training, tuning or validation."""
-        self.put({"op": "dataset", "name": name, "digest": digest[:36], "source": redact(source), "context": context})
+        self.put(
+            {
+                "op": "dataset",
+                "name": name,
+                "digest": digest[:36],
+                "source": redact(source),
+                "context": context,
+            }
+        )
 
     @_never_raises
     def flush(self, seconds: float = 5.0) -> None:

@@ -46,7 +46,12 @@ def exif(orientation: int) -> Image.Exif:
 
 
 def frames(kind: str) -> bytes:
-    return file(Image.fromarray(scene()), kind, save_all=True, append_images=[Image.fromarray(scene(seed=1))])
+    return file(
+        Image.fromarray(scene()),
+        kind,
+        save_all=True,
+        append_images=[Image.fromarray(scene(seed=1))],
+    )
 
 
 def resized_header(jpeg: bytes, height: int, width: int | None = None) -> bytes:
@@ -58,14 +63,23 @@ def resized_header(jpeg: bytes, height: int, width: int | None = None) -> bytes:
 
 def png_header(width: int, height: int) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def sixteen_bit(channels: int) -> tuple[bytes, np.ndarray]:
     wide = (scene().astype(np.uint16) * 257)[:, :, :channels]
-    encoded = cv2.imencode(".png", wide[:, :, ::-1] if channels == 3 else wide[:, :, 0])[1].tobytes()
+    encoded = cv2.imencode(".png", wide[:, :, ::-1] if channels == 3 else wide[:, :, 0])[
+        1
+    ].tobytes()
     narrow = scene() if channels == 3 else np.repeat(scene()[:, :, :1], 3, axis=2)
     return encoded, narrow
 
@@ -88,7 +102,9 @@ KEPT = {
     "baseline 4:4:4": file(scene()),
     "baseline 4:2:0": file(scene(), subsampling=2),
     "progressive": file(scene(), progressive=True),
-    "restart markers": cv2.imencode(".jpg", scene(), [cv2.IMWRITE_JPEG_RST_INTERVAL, 2])[1].tobytes(),
+    "restart markers": cv2.imencode(".jpg", scene(), [cv2.IMWRITE_JPEG_RST_INTERVAL, 2])[
+        1
+    ].tobytes(),
     "colour profile": file(scene(), icc_profile=b"\0" * 3000),
     "EXIF upright": file(scene(), exif=exif(1)),
     "EXIF orientation 99": file(scene(), exif=exif(99)),
@@ -120,13 +136,33 @@ REPAIRED: dict[str, tuple[bytes, np.ndarray, set[str]]] = {
     "16-bit colour PNG": (*sixteen_bit(3), {"from_png"}),
     "alpha with hidden colours": (*hidden_colours("RGBA"), {"from_png", "alpha"}),
     "grey with alpha": (*hidden_colours("LA"), {"from_png", "alpha"}),
-    "palette": (file(Image.fromarray(scene()).quantize(64), "PNG"), np.asarray(Image.fromarray(scene()).quantize(64).convert("RGB")), {"from_png", "palette"}),
-    "grey JPEG": (file(Image.fromarray(scene()).convert("L")), np.asarray(Image.fromarray(scene()).convert("L").convert("RGB")), {"grey"}),
-    "grey PNG": (file(Image.fromarray(scene()).convert("L"), "PNG"), np.asarray(Image.fromarray(scene()).convert("L").convert("RGB")), {"from_png", "grey"}),
-    "1-bit PNG": (file(Image.fromarray(scene()).convert("1"), "PNG"), np.asarray(Image.fromarray(scene()).convert("1").convert("RGB")), {"from_png", "grey"}),
+    "palette": (
+        file(Image.fromarray(scene()).quantize(64), "PNG"),
+        np.asarray(Image.fromarray(scene()).quantize(64).convert("RGB")),
+        {"from_png", "palette"},
+    ),
+    "grey JPEG": (
+        file(Image.fromarray(scene()).convert("L")),
+        np.asarray(Image.fromarray(scene()).convert("L").convert("RGB")),
+        {"grey"},
+    ),
+    "grey PNG": (
+        file(Image.fromarray(scene()).convert("L"), "PNG"),
+        np.asarray(Image.fromarray(scene()).convert("L").convert("RGB")),
+        {"from_png", "grey"},
+    ),
+    "1-bit PNG": (
+        file(Image.fromarray(scene()).convert("1"), "PNG"),
+        np.asarray(Image.fromarray(scene()).convert("1").convert("RGB")),
+        {"from_png", "grey"},
+    ),
     "CMYK JPEG": (file(Image.fromarray(scene()).convert("CMYK")), scene(), {"cmyk"}),
     "PNG named .jpg": (file(scene(), "PNG"), scene(), {"from_png", "wrong_extension"}),
-    "GIF of one frame": (file(Image.fromarray(scene()), "GIF"), np.asarray(Image.fromarray(scene()).quantize(256).convert("RGB")), {"from_gif", "palette", "wrong_extension"}),
+    "GIF of one frame": (
+        file(Image.fromarray(scene()), "GIF"),
+        np.asarray(Image.fromarray(scene()).quantize(256).convert("RGB")),
+        {"from_gif", "palette", "wrong_extension"},
+    ),
     "BMP": (file(scene(), "BMP"), scene(), {"from_bmp", "wrong_extension"}),
     "TIFF": (file(scene(), "TIFF"), scene(), {"from_tiff", "wrong_extension"}),
     "WebP": (file(scene(), "WEBP", lossless=True), scene(), {"from_webp", "wrong_extension"}),
@@ -138,8 +174,18 @@ REPAIRED: dict[str, tuple[bytes, np.ndarray, set[str]]] = {
 @pytest.mark.parametrize("name", REPAIRED)
 def test_odd_pictures_become_upright_rgb_jpegs(name: str) -> None:
     data, expected, repairs = REPAIRED[name]
-    taken = admit(data, "x.png" if "JPEG" not in name and data[:4] == b"\x89PNG" and "named" not in name else "x.jpg", Rules())
-    assert np.abs(pixels(taken.jpeg) - expected.astype(int)).mean() < 5 if "GIF" in name else np.abs(pixels(taken.jpeg) - expected.astype(int)).mean() < 3.5
+    taken = admit(
+        data,
+        "x.png"
+        if "JPEG" not in name and data[:4] == b"\x89PNG" and "named" not in name
+        else "x.jpg",
+        Rules(),
+    )
+    assert (
+        np.abs(pixels(taken.jpeg) - expected.astype(int)).mean() < 5
+        if "GIF" in name
+        else np.abs(pixels(taken.jpeg) - expected.astype(int)).mean() < 3.5
+    )
     assert set(taken.repairs) == repairs
     assert simplejpeg.decode_jpeg_header(taken.jpeg)[2] == "YCbCr"
 
@@ -169,14 +215,20 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "half a progressive JPEG": (PROGRESSIVE[: len(PROGRESSIVE) // 2], "damaged"),
     "half a JPEG with an end": (CLEAN[: len(CLEAN) // 2] + b"\xff\xd9", "damaged"),
     "JPEG whose height lies": (resized_header(CLEAN, 300), "damaged"),
-    "JPEG with a zero-filled tail": (CLEAN[: len(CLEAN) // 2] + bytes(len(CLEAN) - len(CLEAN) // 2), "damaged"),
+    "JPEG with a zero-filled tail": (
+        CLEAN[: len(CLEAN) // 2] + bytes(len(CLEAN) - len(CLEAN) // 2),
+        "damaged",
+    ),
     "half a PNG": (file(scene(), "PNG")[:2000], "damaged"),
     "half a WebP": (file(scene(), "WEBP", lossless=True)[:1000], "damaged"),
     "animated GIF": (frames("GIF"), "animation"),
     "animated WebP": (frames("WEBP"), "animation"),
     "animated PNG": (frames("PNG"), "animation"),
     "TIFF of two pages": (frames("TIFF"), "animation"),
-    "32-bit float TIFF": (file(Image.fromarray(scene()[:, :, 0].astype(np.float32)), "TIFF"), "unsupported_depth"),
+    "32-bit float TIFF": (
+        file(Image.fromarray(scene()[:, :, 0].astype(np.float32)), "TIFF"),
+        "unsupported_depth",
+    ),
     "one pixel": (file(scene(1, 1)), "too_small"),
     "a bar": (file(scene(8, 170)), "too_narrow"),
     "JPEG of 400 megapixels": (resized_header(CLEAN, 20000, 20000), "too_large"),
@@ -190,7 +242,9 @@ def test_damaged_and_unusable_files_are_refused_with_the_reason(name: str) -> No
     data, reason = REFUSED[name]
     with pytest.raises(Refused) as caught:
         admit(data, "x.jpg", Rules())
-    assert caught.value.reason == reason or (name == "PNG of 4e18 pixels" and caught.value.reason == "damaged")
+    assert caught.value.reason == reason or (
+        name == "PNG of 4e18 pixels" and caught.value.reason == "damaged"
+    )
     assert caught.value.detail
 
 
@@ -226,16 +280,25 @@ def chroma(jpeg: bytes) -> str:
 def test_pictures_encoded_again_have_the_chroma_that_was_asked_for(again: dict[str, int]) -> None:
     for original, name in ((0, "444"), (1, "422"), (2, "420")):
         data = file(scene(90, 160), subsampling=original)
-        asked = {wanted: chroma(admit(data, "x.jpg", Rules(**again, subsampling=wanted)).jpeg) for wanted in (None, "420", "444", "keep")}  # type: ignore[arg-type]
+        asked = {
+            wanted: chroma(admit(data, "x.jpg", Rules(**again, subsampling=wanted)).jpeg)
+            for wanted in (None, "420", "444", "keep")
+        }  # type: ignore[arg-type]
         assert asked == {None: "420", "420": "420", "444": "444", "keep": name}
-    assert chroma(admit(file(scene(), "PNG"), "x.png", Rules()).jpeg) == "444"  # a repair, not a choice
+    assert (
+        chroma(admit(file(scene(), "PNG"), "x.png", Rules()).jpeg) == "444"
+    )  # a repair, not a choice
     with pytest.raises(ValueError, match="give max_side or quality"):
         Rules(subsampling="420")
 
 
 def test_chroma_enters_the_identity_of_a_set_only_where_it_acts() -> None:
     assert "subsampling" not in Rules().to_dict()
-    assert Rules(quality=90).to_dict() == Rules(quality=90, subsampling="420").to_dict() != Rules(quality=90, subsampling="keep").to_dict()
+    assert (
+        Rules(quality=90).to_dict()
+        == Rules(quality=90, subsampling="420").to_dict()
+        != Rules(quality=90, subsampling="keep").to_dict()
+    )
 
 
 def test_max_side_and_quality_encode_again() -> None:
@@ -243,13 +306,28 @@ def test_max_side_and_quality_encode_again() -> None:
     small = admit(data, "x.jpg", Rules(max_side=80))
     assert (small.height, small.width, small.repairs) == (45, 80, ("reduced",))
     assert simplejpeg.decode_jpeg_header(small.jpeg)[3] == "420"
-    assert np.abs(pixels(small.jpeg) - cv2.resize(scene(90, 160), (80, 45), interpolation=cv2.INTER_AREA)).mean() < 4
+    assert (
+        np.abs(
+            pixels(small.jpeg) - cv2.resize(scene(90, 160), (80, 45), interpolation=cv2.INTER_AREA)
+        ).mean()
+        < 4
+    )
     assert admit(data, "x.jpg", Rules(max_side=160)).jpeg is data
     worse = admit(data, "x.jpg", Rules(quality=30))
     assert worse.repairs == ("reencoded",) and len(worse.jpeg) < len(data)
 
 
-@pytest.mark.parametrize("wrong", [{"max_side": 4}, {"quality": 0}, {"quality": 101}, {"subsampling": "411", "quality": 90}, {"max_megapixels": 0}, {"background": (1, 2, 300)}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_side": 4},
+        {"quality": 0},
+        {"quality": 101},
+        {"subsampling": "411", "quality": 90},
+        {"max_megapixels": 0},
+        {"background": (1, 2, 300)},
+    ],
+)
 def test_impossible_rules_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Rules(**wrong)  # type: ignore[arg-type]
@@ -258,7 +336,9 @@ def test_impossible_rules_are_refused(wrong: dict[str, object]) -> None:
 def test_moments_are_those_of_the_pixels() -> None:
     taken = admit(CLEAN, "x.jpg", Rules())
     real = pixels(CLEAN).reshape(-1, 3) / 255
-    np.testing.assert_allclose(taken.moments, [*real.mean(axis=0), *(real**2).mean(axis=0)], atol=0.01)
+    np.testing.assert_allclose(
+        taken.moments, [*real.mean(axis=0), *(real**2).mean(axis=0)], atol=0.01
+    )
 
 
 def test_the_last_step_decides_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,13 +378,21 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
     return bytes(b)
 
 
-@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 2}], ids=["baseline", "progressive", "420"])
-def test_at_most_five_percent_of_damaged_jpegs_pass_visibly_damaged(options: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"progressive": True}, {"subsampling": 2}],
+    ids=["baseline", "progressive", "420"],
+)
+def test_at_most_five_percent_of_damaged_jpegs_pass_visibly_damaged(
+    options: dict[str, object],
+) -> None:
     rng = np.random.default_rng(7)
     rng_noise = np.random.default_rng(8)
     bad = total = 0
     for seed in range(10):
-        textured = np.clip(scene(120, 160, seed).astype(int) + rng_noise.integers(-25, 26, (120, 160, 3)), 0, 255).astype(np.uint8)
+        textured = np.clip(
+            scene(120, 160, seed).astype(int) + rng_noise.integers(-25, 26, (120, 160, 3)), 0, 255
+        ).astype(np.uint8)
         data = file(textured, **options)
         clean = pixels(data)
         for _ in range(40):

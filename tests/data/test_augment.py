@@ -16,14 +16,26 @@ from sklearn.datasets import load_sample_image
 
 from ftlib import config
 from ftlib.data import augment, colour, ops
-from ftlib.data.augment import ColorJitter, EvalTransform, RandAugment, TrainTransform, TrivialAugment, check, crop_and_resize, crop_box, erase
+from ftlib.data.augment import (
+    ColorJitter,
+    EvalTransform,
+    RandAugment,
+    TrainTransform,
+    TrivialAugment,
+    check,
+    crop_and_resize,
+    crop_box,
+    erase,
+)
 from ftlib.data.decode import DecodeError
 from ftlib.data.keys import Randomness
 from ftlib.data.tiles import tiles_of
 from ftlib.tree import ConfigError, override
 
 PLAIN = config.Augment(size=64, crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, color_jitter_p=0)
-RICH = config.Augment(size=64, randaugment_n=3, randaugment_m=9, randaugment_p=0.7, color_jitter_p=0.5, erasing_p=0.5)
+RICH = config.Augment(
+    size=64, randaugment_n=3, randaugment_m=9, randaugment_p=0.7, color_jitter_p=0.5, erasing_p=0.5
+)
 
 
 def jpeg_of(image, quality=92):
@@ -48,7 +60,12 @@ def off(a, b):
 
 # --- randomness ---------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("cfg", [RICH, config.Augment(size=64, trivialaugment=True)], ids=["randaugment", "trivialaugment"])
+
+@pytest.mark.parametrize(
+    "cfg",
+    [RICH, config.Augment(size=64, trivialaugment=True)],
+    ids=["randaugment", "trivialaugment"],
+)
 def test_seed_epoch_and_image_decide_and_nothing_else(jpeg, cfg):
     images = [(epoch, image) for epoch in range(3) for image in range(8)]
     transform = TrainTransform(cfg, seed=5)
@@ -58,7 +75,12 @@ def test_seed_epoch_and_image_decide_and_nothing_else(jpeg, cfg):
     copy = pickle.loads(pickle.dumps(transform))
     assert {at: copy(memoryview(jpeg), *at).tobytes() for at in images} == first
     with ThreadPoolExecutor(4) as threads:
-        parts = list(threads.map(lambda part: [(at, TrainTransform(cfg, 5)(jpeg, *at).tobytes()) for at in part], [images[i::4] for i in range(4)]))
+        parts = list(
+            threads.map(
+                lambda part: [(at, TrainTransform(cfg, 5)(jpeg, *at).tobytes()) for at in part],
+                [images[i::4] for i in range(4)],
+            )
+        )
     assert dict(pair for part in parts for pair in part) == first
     other = TrainTransform(cfg, seed=6)
     assert all(other(jpeg, *at).tobytes() != pixels for at, pixels in first.items())
@@ -81,41 +103,85 @@ def test_damaged_bytes_raise(jpeg):
 
 # --- crop and resize ----------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("height", "width", "scale", "ratio"), [
-    (375, 500, (0.08, 1.0), (3 / 4, 4 / 3)), (500, 333, (0.35, 1.0), (3 / 4, 4 / 3)), (40, 400, (0.08, 1.0), (3 / 4, 4 / 3)), (32, 32, (0.5, 0.9), (0.5, 2))])
+
+@pytest.mark.parametrize(
+    ("height", "width", "scale", "ratio"),
+    [
+        (375, 500, (0.08, 1.0), (3 / 4, 4 / 3)),
+        (500, 333, (0.35, 1.0), (3 / 4, 4 / 3)),
+        (40, 400, (0.08, 1.0), (3 / 4, 4 / 3)),
+        (32, 32, (0.5, 0.9), (0.5, 2)),
+    ],
+)
 def test_boxes_are_distributed_as_torchvisions(height, width, scale, ratio):
     n = 4000
     torch.manual_seed(0)
     picture = torch.empty(3, height, width)
-    theirs = np.array([T.RandomResizedCrop.get_params(picture, list(scale), list(ratio)) for _ in range(n)], float)
+    theirs = np.array(
+        [T.RandomResizedCrop.get_params(picture, list(scale), list(ratio)) for _ in range(n)], float
+    )
     randomness = Randomness(11)
     ours = np.array([crop_box(height, width, scale, ratio, randomness) for _ in range(n)], float)
-    assert (ours[:, 0] >= 0).all() and (ours[:, 0] + ours[:, 2] <= height).all() and (ours[:, 1] >= 0).all() and (ours[:, 1] + ours[:, 3] <= width).all()
-    for measure in (lambda b: b[:, 0], lambda b: b[:, 1], lambda b: b[:, 2], lambda b: b[:, 3], lambda b: b[:, 2] * b[:, 3], lambda b: b[:, 2] / b[:, 3]):
+    assert (
+        (ours[:, 0] >= 0).all()
+        and (ours[:, 0] + ours[:, 2] <= height).all()
+        and (ours[:, 1] >= 0).all()
+        and (ours[:, 1] + ours[:, 3] <= width).all()
+    )
+    for measure in (
+        lambda b: b[:, 0],
+        lambda b: b[:, 1],
+        lambda b: b[:, 2],
+        lambda b: b[:, 3],
+        lambda b: b[:, 2] * b[:, 3],
+        lambda b: b[:, 2] / b[:, 3],
+    ):
         assert ks_2samp(measure(ours), measure(theirs)).pvalue > 0.001
 
 
 @pytest.mark.parametrize(("height", "width"), [(20, 400), (400, 20), (30, 41)])
 def test_where_no_box_fits_the_centre_is_taken_as_torchvision_takes_it(height, width):
     whole = ((1.0, 1.0), (0.9, 1.1))
-    theirs = T.RandomResizedCrop.get_params(torch.empty(3, height, width), list(whole[0]), list(whole[1]))
+    theirs = T.RandomResizedCrop.get_params(
+        torch.empty(3, height, width), list(whole[0]), list(whole[1])
+    )
     assert crop_box(height, width, *whole, Randomness(1)) == theirs
 
 
-@pytest.mark.parametrize(("box", "size"), [((10, 20, 200, 250), 224), ((0, 0, 427, 640), 300), ((100, 300, 64, 64), 64), ((50, 60, 33, 40), 64)])
+@pytest.mark.parametrize(
+    ("box", "size"),
+    [
+        ((10, 20, 200, 250), 224),
+        ((0, 0, 427, 640), 300),
+        ((100, 300, 64, 64), 64),
+        ((50, 60, 33, 40), 64),
+    ],
+)
 def test_resize_is_torchvisions_up_to_its_low_pass(photo, jpeg, box, size):
     decoded = Image.open(io.BytesIO(jpeg)).convert("RGB")
     expected = np.asarray(TF.resized_crop(decoded, *box, [size, size]))
     assert off(crop_and_resize(jpeg, tiles_of(jpeg), box, size), expected).mean() < 6
 
 
-@pytest.mark.parametrize(("box", "size"), [((0, 0, 427, 640), 128), ((101, 33, 301, 401), 64), ((7, 5, 420, 620), 32), ((3, 3, 420, 630), 16)])
+@pytest.mark.parametrize(
+    ("box", "size"),
+    [
+        ((0, 0, 427, 640), 128),
+        ((101, 33, 301, 401), 64),
+        ((7, 5, 420, 620), 32),
+        ((3, 3, 420, 630), 16),
+    ],
+)
 def test_shrinking_in_the_decoder_is_antialiased(photo, jpeg, box, size):
     """Nearer to torchvision's antialiased picture than plain linear interpolation of the whole."""
     decoded = Image.open(io.BytesIO(jpeg)).convert("RGB")
     top, left, height, width = box
     expected = np.asarray(TF.resized_crop(decoded, *box, [size, size]))
-    plain = cv2.resize(np.asarray(decoded)[top : top + height, left : left + width], (size, size), interpolation=cv2.INTER_LINEAR)
+    plain = cv2.resize(
+        np.asarray(decoded)[top : top + height, left : left + width],
+        (size, size),
+        interpolation=cv2.INTER_LINEAR,
+    )
     ours = crop_and_resize(jpeg, tiles_of(jpeg), box, size)
     assert ours.shape == (size, size, 3)
     assert off(ours, expected).mean() < 0.7 * off(plain, expected).mean()
@@ -132,7 +198,11 @@ def test_flip_and_its_probability(jpeg):
 
 # --- evaluation ---------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("height", "width"), [(427, 640), (640, 427), (300, 301), (256, 256), (100, 130), (33, 500), (224, 224), (500, 375)])
+
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(427, 640), (640, 427), (300, 301), (256, 256), (100, 130), (33, 500), (224, 224), (500, 375)],
+)
 @pytest.mark.parametrize(("size", "crop"), [(224, 0.875), (224, 1.0), (176, 0.95)])
 def test_evaluation_is_torchvisions(photo, height, width, size, crop):
     data = jpeg_of(np.asarray(Image.fromarray(photo).resize((width, height))))
@@ -151,10 +221,16 @@ def test_evaluation_of_large_pictures(photo):
 
 # --- colour jitter ------------------------------------------------------------------------------------------------------------------
 
+
 def test_jitter_is_torchvisions_given_the_same_factors(photo):
     """The same order and factors through torchvision's functions on PIL."""
     image = cv2.resize(photo, (128, 128), interpolation=cv2.INTER_AREA)
-    functions = {colour.brightness: TF.adjust_brightness, colour.contrast: TF.adjust_contrast, colour.saturation: TF.adjust_saturation, colour.hue: TF.adjust_hue}
+    functions = {
+        colour.brightness: TF.adjust_brightness,
+        colour.contrast: TF.adjust_contrast,
+        colour.saturation: TF.adjust_saturation,
+        colour.hue: TF.adjust_hue,
+    }
     jitter = ColorJitter(0.4, 0.4, 0.4, 0.1, p=1.0)
     for k in range(20):
         ours = jitter(image, Randomness(k))
@@ -182,7 +258,12 @@ def test_jitter_draws_as_torchvision_does(monkeypatch):
     assert abs(len(drawn) / 4 - 2000) < 3.3 * math.sqrt(10_000 * 0.2 * 0.8)
     orders = Counter(tuple(name for name, _ in drawn[i : i + 4]) for i in range(0, len(drawn), 4))
     assert len(orders) == 24 and chisquare(list(orders.values())).pvalue > 0.001
-    for name, low, width in (("brightness", 0.6, 0.8), ("contrast", 0.6, 0.8), ("saturation", 0.0, 2.5), ("hue", -0.1, 0.2)):
+    for name, low, width in (
+        ("brightness", 0.6, 0.8),
+        ("contrast", 0.6, 0.8),
+        ("saturation", 0.0, 2.5),
+        ("hue", -0.1, 0.2),
+    ):
         assert kstest([f for n, f in drawn if n == name], "uniform", (low, width)).pvalue > 0.001
     assert tuple(T.ColorJitter(saturation=1.5).saturation) == (0.0, 2.5)
 
@@ -193,17 +274,24 @@ def test_no_jitter_of_no_strength(photo):
 
 # --- RandAugment --------------------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def applied(monkeypatch):
     """The transforms that policies apply, in place of applying them."""
     calls = []
-    monkeypatch.setattr(augment, "apply", lambda transform, image, randomness: calls.append(transform) or image)
+    monkeypatch.setattr(
+        augment, "apply", lambda transform, image, randomness: calls.append(transform) or image
+    )
     return calls
 
 
 def names_of(groups, calls):
     table = augment.grouped(ops.OPS)
-    where = {id(t): (table[g][i].group, table[g][i].name) for g, group in enumerate(groups) for i, t in enumerate(group)}
+    where = {
+        id(t): (table[g][i].group, table[g][i].name)
+        for g, group in enumerate(groups)
+        for i, t in enumerate(group)
+    }
     return [where[id(t)] for t in calls]
 
 
@@ -215,12 +303,17 @@ def test_frequencies_of_groups_and_ops(applied, n, p):
         before = len(applied)
         policy(np.zeros((32, 32, 3), np.uint8), randomness)
         per_image.append(names_of(policy.groups, applied[before:]))
-    assert all(len({g for g, _ in found}) == len(found) <= n for found in per_image)  # no group twice
+    assert all(
+        len({g for g, _ in found}) == len(found) <= n for found in per_image
+    )  # no group twice
     expected = images * p * n / 3
     for group in ops.GROUPS:
         counts = Counter(name for found in per_image for g, name in found if g == group)
         members = [op.name for op in ops.OPS if op.group == group]
-        assert abs(sum(counts.values()) - expected) <= 3.3 * math.sqrt(images * (p * n / 3) * (1 - p * n / 3)) + 1e-9
+        assert (
+            abs(sum(counts.values()) - expected)
+            <= 3.3 * math.sqrt(images * (p * n / 3) * (1 - p * n / 3)) + 1e-9
+        )
         assert chisquare([counts[m] for m in members]).pvalue > 0.001
     sizes = Counter(len(found) for found in per_image)
     binomial = [math.comb(n, k) * p**k * (1 - p) ** (n - k) * images for k in range(n + 1)]
@@ -230,11 +323,19 @@ def test_frequencies_of_groups_and_ops(applied, n, p):
 
 
 def test_magnitude_0_and_probability_0_are_no_randaugment(jpeg):
-    off_, zero_m, zero_p = (TrainTransform(override(PLAIN, {"crop_scale": (0.3, 0.9), **extra}), 1) for extra in (
-        {}, {"randaugment_n": 3, "randaugment_m": 0.0, "randaugment_p": 1.0}, {"randaugment_n": 3, "randaugment_m": 9.0, "randaugment_p": 0.0}))
+    off_, zero_m, zero_p = (
+        TrainTransform(override(PLAIN, {"crop_scale": (0.3, 0.9), **extra}), 1)
+        for extra in (
+            {},
+            {"randaugment_n": 3, "randaugment_m": 0.0, "randaugment_p": 1.0},
+            {"randaugment_n": 3, "randaugment_m": 9.0, "randaugment_p": 0.0},
+        )
+    )
     for i in range(20):
         expected = off_(jpeg, 0, i)
-        assert np.array_equal(zero_m(jpeg, 0, i), expected) and np.array_equal(zero_p(jpeg, 0, i), expected)
+        assert np.array_equal(zero_m(jpeg, 0, i), expected) and np.array_equal(
+            zero_p(jpeg, 0, i), expected
+        )
 
 
 def test_n_and_m_and_p_act(jpeg):
@@ -242,7 +343,9 @@ def test_n_and_m_and_p_act(jpeg):
     plain = TrainTransform(PLAIN, 1)(jpeg, 0, 0)
 
     def change(n, m, p):
-        transform = TrainTransform(override(PLAIN, {"randaugment_n": n, "randaugment_m": m, "randaugment_p": p}), 1)
+        transform = TrainTransform(
+            override(PLAIN, {"randaugment_n": n, "randaugment_m": m, "randaugment_p": p}), 1
+        )
         return np.mean([off(transform(jpeg, 0, i), plain).mean() for i in range(60)])
 
     by_m = [change(2, m, 1.0) for m in (1, 3, 6, 6.5, 10)]
@@ -253,7 +356,12 @@ def test_n_and_m_and_p_act(jpeg):
 
 
 def test_chosen_ops_alone(applied):
-    cfg = config.Augment(randaugment_n=2, randaugment_m=5, randaugment_p=1.0, randaugment_ops=("rotate", "shear_x", "equalize"))
+    cfg = config.Augment(
+        randaugment_n=2,
+        randaugment_m=5,
+        randaugment_p=1.0,
+        randaugment_ops=("rotate", "shear_x", "equalize"),
+    )
     policy = augment.policy(cfg)
     for k in range(50):
         policy(np.zeros((8, 8, 3), np.uint8), Randomness(k))
@@ -264,37 +372,49 @@ def test_unknown_ops_and_groups_that_cannot_be_filled():
     with pytest.raises(ConfigError, match=r"no op rotation\. Did you mean rotate\?"):
         check(config.Augment(randaugment_n=1, randaugment_ops=("rotation",)))
     with pytest.raises(ConfigError, match="only 1 group"):
-        TrainTransform(config.Augment(randaugment_n=2, randaugment_m=5, randaugment_ops=("rotate", "zoom")), 1)
+        TrainTransform(
+            config.Augment(randaugment_n=2, randaugment_m=5, randaugment_ops=("rotate", "zoom")), 1
+        )
     check(config.Augment())
 
 
 def test_trivialaugment_is_uniform_over_ops_and_levels(monkeypatch):
     drawn = []
     monkeypatch.setattr(ops.Op, "at", lambda self, strength, size: (self.name, strength))
-    monkeypatch.setattr(augment, "apply", lambda transform, image, randomness: drawn.append(transform) or image)
+    monkeypatch.setattr(
+        augment, "apply", lambda transform, image, randomness: drawn.append(transform) or image
+    )
     policy, randomness, images = TrivialAugment(ops.OPS, 32), Randomness(4), 24_000
     for _ in range(images):
         policy(np.zeros((1, 1, 3), np.uint8), randomness)
     names, levels = Counter(n for n, _ in drawn), Counter(round(s * 30) for _, s in drawn)
-    assert chisquare([*names.values(), images - len(drawn)]).pvalue > 0.001  # the identity is one of the choices
+    assert (
+        chisquare([*names.values(), images - len(drawn)]).pvalue > 0.001
+    )  # the identity is one of the choices
     assert set(names) == {op.name for op in ops.OPS}
     assert sorted(levels) == list(range(31)) and chisquare(list(levels.values())).pvalue > 0.001
 
 
 # --- erasing ------------------------------------------------------------------------------------------------------------------------
 
+
 def test_erased_boxes_are_distributed_as_torchvisions():
     scale, n = (0.02, 0.33), 1500
     torch.manual_seed(0)
     theirs = []
     for _ in range(n):
-        _, _, h, w, _ = T.RandomErasing.get_params(torch.empty(3, 64, 48), scale, (0.3, 1 / 0.3), [0.0])
+        _, _, h, w, _ = T.RandomErasing.get_params(
+            torch.empty(3, 64, 48), scale, (0.3, 1 / 0.3), [0.0]
+        )
         theirs.append((h, w))
     ours, values, randomness = [], [], Randomness(2)
     for _ in range(n):
         image = np.full((64, 48, 3), 300, np.uint16)  # a value that no erased pixel can have
         erase(image, scale, randomness)
-        rows, cols = np.flatnonzero((image[..., 0] < 256).any(1)), np.flatnonzero((image[..., 0] < 256).any(0))
+        rows, cols = (
+            np.flatnonzero((image[..., 0] < 256).any(1)),
+            np.flatnonzero((image[..., 0] < 256).any(0)),
+        )
         ours.append((np.ptp(rows) + 1, np.ptp(cols) + 1) if len(rows) else (64, 48))
         values.append(image[image < 256][:50])
     ours, theirs = np.array(ours, float), np.array(theirs, float)

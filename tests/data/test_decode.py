@@ -19,8 +19,14 @@ def flower():
     return load_sample_image("flower.jpg")
 
 
-@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"subsampling": 1}], ids=str)
-@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, lambda b: np.frombuffer(b, np.uint8)], ids=["bytes", "bytearray", "memoryview", "array"])
+@pytest.mark.parametrize(
+    "options", [{}, {"subsampling": 0}, {"progressive": True}, {"subsampling": 1}], ids=str
+)
+@pytest.mark.parametrize(
+    "kind",
+    [bytes, bytearray, memoryview, lambda b: np.frombuffer(b, np.uint8)],
+    ids=["bytes", "bytearray", "memoryview", "array"],
+)
 def test_pixels_are_pils(flower, options, kind):
     data = jpeg(flower, **options)
     pixels = decode(kind(data))
@@ -44,15 +50,18 @@ def test_shrinking_is_pils_draft(flower, shrink):
     assert np.array_equal(ours, np.asarray(theirs))
 
 
-@pytest.mark.parametrize(("damage", "why"), [
-    (lambda b: b"", "no bytes"),
-    (lambda b: b"<html>", "not a JPEG"),
-    (lambda b: b[: len(b) // 2], "the end is missing"),
-    (lambda b: b[:-100], "the end is missing"),
-    (lambda b: b[: len(b) // 2] + b"\xff\xd9", "damaged"),
-    (lambda b: b[:2], "damaged"),
-    (lambda b: b[: len(b) // 2] + bytes(len(b) // 2), "damaged"),
-])
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda b: b"", "no bytes"),
+        (lambda b: b"<html>", "not a JPEG"),
+        (lambda b: b[: len(b) // 2], "the end is missing"),
+        (lambda b: b[:-100], "the end is missing"),
+        (lambda b: b[: len(b) // 2] + b"\xff\xd9", "damaged"),
+        (lambda b: b[:2], "damaged"),
+        (lambda b: b[: len(b) // 2] + bytes(len(b) // 2), "damaged"),
+    ],
+)
 def test_damage_is_refused(flower, damage, why):
     data = damage(jpeg(flower))
     with pytest.raises(DecodeError, match=why):

@@ -13,7 +13,7 @@ import simplejpeg
 from ftlib.data.admit_rules import Refused, Rules
 from ftlib.data.isolate import Examiner
 
-MEAN = '''
+MEAN = """
 import os, sys, time
 _here = os.path.dirname(os.path.abspath(__file__))
 sys.path = [p for p in sys.path if os.path.abspath(p or ".") != _here]
@@ -32,7 +32,7 @@ def decode_jpeg(data, *args, **kwargs):
         raise RuntimeError("a bug")
     return _decode(data, *args, **kwargs)
 _real.decode_jpeg = decode_jpeg
-'''
+"""
 
 
 @pytest.fixture
@@ -54,8 +54,12 @@ def test_crashes_and_hangs_cost_one_file(mean_decoder: None, tmp_path: Path) -> 
     examiner = Examiner(Rules(), seconds_per_file=3)
     try:
         good = picture(tmp_path / "good.jpg")
-        for comment, reason, detail in ((b"CRASH", "decoder_crashed", "SIGSEGV"), (b"EXIT", "decoder_crashed", "exit status 3"), (b"HANG", "decoder_hung", "over 3 seconds"),
-                                        (b"BUG", "decoder_failed", "RuntimeError: a bug")):
+        for comment, reason, detail in (
+            (b"CRASH", "decoder_crashed", "SIGSEGV"),
+            (b"EXIT", "decoder_crashed", "exit status 3"),
+            (b"HANG", "decoder_hung", "over 3 seconds"),
+            (b"BUG", "decoder_failed", "RuntimeError: a bug"),
+        ):
             with pytest.raises(Refused, match=detail) as caught:
                 examiner.examine(picture(tmp_path / "bad.jpg", comment))
             assert caught.value.reason == reason
@@ -88,7 +92,9 @@ def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
     examiner.close()
 
 
-def test_a_child_that_cannot_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_cannot_start_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "simplejpeg.py").write_text("raise ImportError('no libjpeg here')")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path)]))
     started = time.monotonic()

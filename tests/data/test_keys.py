@@ -5,13 +5,28 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftlib.data.keys import AUGMENT, DROPOUT, INIT, MIX, ORDER, SUBSET, TUNING, Randomness, _mix, key, raw
+from ftlib.data.keys import (
+    AUGMENT,
+    DROPOUT,
+    INIT,
+    MIX,
+    ORDER,
+    SUBSET,
+    TUNING,
+    Randomness,
+    _mix,
+    key,
+    raw,
+)
 
 numbers = st.integers(0, 2**63 - 1)
 
 
 def test_the_mixing_is_splitmix64():
-    state, outputs = 0, []  # the published generator from seed 0: its state grows by the golden ratio, its output is the mixed state
+    state, outputs = (
+        0,
+        [],
+    )  # the published generator from seed 0: its state grows by the golden ratio, its output is the mixed state
     for _ in range(3):
         outputs.append(_mix(state))
         state = (state + 0x9E3779B97F4A7C15) % 2**64
@@ -29,7 +44,14 @@ def test_a_key_is_a_uint64_of_all_its_parts_in_order(a, b, c):
     k = key(AUGMENT, a, b, c)
     assert 0 <= k < 2**64
     assert k == key(AUGMENT, a, b, c)
-    others = [key(MIX, a, b, c), key(AUGMENT, a + 1, b, c), key(AUGMENT, a, b + 1, c), key(AUGMENT, a, b, c + 1), key(AUGMENT, a, b), key(AUGMENT, a, b, c, 0)]
+    others = [
+        key(MIX, a, b, c),
+        key(AUGMENT, a + 1, b, c),
+        key(AUGMENT, a, b + 1, c),
+        key(AUGMENT, a, b, c + 1),
+        key(AUGMENT, a, b),
+        key(AUGMENT, a, b, c, 0),
+    ]
     assert k not in others
     if b != c:
         assert k != key(AUGMENT, a, c, b)
@@ -40,7 +62,10 @@ def test_domains_are_apart():
 
 
 def test_a_million_keys_without_a_collision_and_with_even_bits():
-    keys = np.array([key(AUGMENT, 42, epoch, image) for epoch in range(20) for image in range(10_000)], np.uint64)
+    keys = np.array(
+        [key(AUGMENT, 42, epoch, image) for epoch in range(20) for image in range(10_000)],
+        np.uint64,
+    )
     assert len(np.unique(keys)) == len(keys)
     ones = ((keys[:, None] >> np.arange(64, dtype=np.uint64)) & np.uint64(1)).mean(axis=0)
     assert np.abs(ones - 0.5).max() < 5 * 0.5 / np.sqrt(len(keys))
@@ -55,8 +80,16 @@ def test_rewinding_forgets_all_that_was_drawn(k, before):
     fresh.rewind(k)
 
     def draws(r):
-        return [r.python.random(), r.python.gauss(0, 1), r.generator.random(), r.python.randrange(10**30), *r.generator.integers(0, 255, 5, dtype=np.uint8),
-                *r.python.sample(range(100), 4), r.python.uniform(2, 3), r.python.choice("abcdef")]
+        return [
+            r.python.random(),
+            r.python.gauss(0, 1),
+            r.generator.random(),
+            r.python.randrange(10**30),
+            *r.generator.integers(0, 255, 5, dtype=np.uint8),
+            *r.python.sample(range(100), 4),
+            r.python.uniform(2, 3),
+            r.python.choice("abcdef"),
+        ]
 
     assert draws(randomness) == draws(fresh)
 
@@ -74,6 +107,7 @@ def test_python_numbers_are_uniform():
 
 def test_choices_are_those_of_the_base_class():
     """Drawn in fewer layers, from the same bits to the same end."""
+
     class Plain(random.Random):
         def __init__(self, generator):
             super().__init__(0)
@@ -85,7 +119,9 @@ def test_choices_are_those_of_the_base_class():
     ours, plain = Randomness(9).python, Plain(Randomness(9).generator)
     for n in (1, 2, 3, 7, 8, 1000, 2**32, 2**63 + 1, 2**64, 2**64 + 1, 10**30):
         assert [ours.randrange(n) for _ in range(20)] == [plain.randrange(n) for _ in range(20)], n
-    assert ours.sample(range(50), 9) == plain.sample(range(50), 9) and ours.choice("abcde") == plain.choice("abcde")
+    assert ours.sample(range(50), 9) == plain.sample(range(50), 9) and ours.choice(
+        "abcde"
+    ) == plain.choice("abcde")
 
 
 def test_pickling_gives_a_working_one():

@@ -24,8 +24,12 @@ from ftlib.data.shards import Dataset
 from ftlib.tree import override
 
 RUN = config.Run(
-    seed=7, augment=config.Augment(size=32, randaugment_n=2, randaugment_m=9, randaugment_p=0.8, erasing_p=0.3),
-    train=config.Train(epochs=3, batch_size=8, microbatch_size=4))
+    seed=7,
+    augment=config.Augment(
+        size=32, randaugment_n=2, randaugment_m=9, randaugment_p=0.8, erasing_p=0.3
+    ),
+    train=config.Train(epochs=3, batch_size=8, microbatch_size=4),
+)
 ROWS = np.arange(1, 20)  # 19 of 20: two steps of two microbatches and one of three images per epoch
 STEPS = 3 * 3
 
@@ -40,7 +44,9 @@ def dataset(tmp_path_factory):
             folder = root / "source" / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                Image.fromarray(photo[10 * i : 10 * i + 90, 30 * i : 30 * i + 120 + i]).save(folder / f"{i}.jpg", quality=90)
+                Image.fromarray(photo[10 * i : 10 * i + 90, 30 * i : 30 * i + 120 + i]).save(
+                    folder / f"{i}.jpg", quality=90
+                )
     return prepare(root / "source", root / "set", engine="here", workers=1, progress=False).dataset
 
 
@@ -49,16 +55,32 @@ def expected(dataset):
     """Every microbatch of the run, made one image after the other without the loader."""
     split, transform = dataset.split("train"), TrainTransform(RUN.augment, RUN.seed)
     return {
-        (mb.step, mb.k): (mb, np.stack([transform(split.image(int(r)), mb.epoch, int(r)) for r in mb.rows]), split.labels[mb.rows])
-        for step in range(STEPS) for mb in step_plan(RUN.seed, step, ROWS, 8, 4)
+        (mb.step, mb.k): (
+            mb,
+            np.stack([transform(split.image(int(r)), mb.epoch, int(r)) for r in mb.rows]),
+            split.labels[mb.rows],
+        )
+        for step in range(STEPS)
+        for mb in step_plan(RUN.seed, step, ROWS, 8, 4)
     }
 
 
 def same(batch, found):
     mb, images, labels = found
-    assert (batch.step, batch.epoch, batch.k, batch.images_in_step) == (mb.step, mb.epoch, mb.k, mb.images_in_step)
-    assert batch.images.dtype == torch.uint8 and batch.labels.dtype == batch.rows.dtype == torch.int64
-    return np.array_equal(batch.rows, mb.rows) and np.array_equal(batch.labels, labels) and np.array_equal(batch.images, images)
+    assert (batch.step, batch.epoch, batch.k, batch.images_in_step) == (
+        mb.step,
+        mb.epoch,
+        mb.k,
+        mb.images_in_step,
+    )
+    assert (
+        batch.images.dtype == torch.uint8 and batch.labels.dtype == batch.rows.dtype == torch.int64
+    )
+    return (
+        np.array_equal(batch.rows, mb.rows)
+        and np.array_equal(batch.labels, labels)
+        and np.array_equal(batch.images, images)
+    )
 
 
 def loader_threads():
@@ -91,7 +113,9 @@ def test_ranks_part_the_plan_and_a_start_in_the_middle_is_the_rest(dataset, expe
     for rank in range(2):
         with train_batches(dataset, ROWS, RUN, rank, 2, 4, STEPS, workers) as batches:
             found = list(batches)
-        assert [(b.step, b.k) for b in found] == [at for at in sorted(expected) if at[0] >= 4 and at[1] % 2 == rank]
+        assert [(b.step, b.k) for b in found] == [
+            at for at in sorted(expected) if at[0] >= 4 and at[1] % 2 == rank
+        ]
         assert all(same(b, expected[b.step, b.k]) for b in found)
 
 
@@ -104,13 +128,19 @@ def test_evaluation_in_order_without_padding(dataset, workers):
     assert [len(b.rows) for b in found] == [2, 2, 1] and [b.k for b in found] == [0, 1, 2]
     assert np.concatenate([b.rows for b in found]).tolist() == rows.tolist()
     assert np.array_equal(np.concatenate([b.labels for b in found]), split.labels[rows])
-    assert np.array_equal(np.concatenate([b.images for b in found]), np.stack([transform(split.image(int(r))) for r in rows]))
+    assert np.array_equal(
+        np.concatenate([b.images for b in found]),
+        np.stack([transform(split.image(int(r))) for r in rows]),
+    )
 
 
 def test_an_empty_share_is_no_batches(dataset):
     for workers in (0, 1):
         assert list(train_batches(dataset, ROWS, RUN, 0, 1, 5, 5, workers)) == []
-        assert list(eval_batches(dataset.split("val"), np.array([], np.int64), 24, 1.0, 2, workers)) == []
+        assert (
+            list(eval_batches(dataset.split("val"), np.array([], np.int64), 24, 1.0, 2, workers))
+            == []
+        )
 
 
 def test_the_global_random_state_is_left_alone(dataset):
@@ -124,6 +154,7 @@ def test_the_global_random_state_is_left_alone(dataset):
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def damaged(dataset, tmp_path):
@@ -143,7 +174,10 @@ def damaged(dataset, tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_picture_stops_with_its_place(damaged, workers):
     dataset, row, name = damaged
-    with pytest.raises(LoadError) as error, train_batches(dataset, ROWS, RUN, 0, 1, 0, STEPS, workers) as batches:
+    with (
+        pytest.raises(LoadError) as error,
+        train_batches(dataset, ROWS, RUN, 0, 1, 0, STEPS, workers) as batches,
+    ):
         seen = [int(r) for b in batches for r in b.rows]
         assert row not in seen
     for part in ("train-00000.parquet", f"row {row}", name):
@@ -177,6 +211,7 @@ def test_negative_workers_are_refused(dataset):
 
 
 # --- nothing is left behind -------------------------------------------------------------------------------------------------------
+
 
 def alive(pid):
     try:
@@ -231,7 +266,10 @@ def test_the_thread_ends_with_the_iterator(dataset, drop):
 
 
 def test_a_killed_loader_process_is_an_error_and_no_hang(dataset):
-    with pytest.raises(LoadError, match=r"a loader process died.*data\.loader_workers"), train_batches(dataset, ROWS, RUN, 0, 1, 0, 3000, 2) as batches:
+    with (
+        pytest.raises(LoadError, match=r"a loader process died.*data\.loader_workers"),
+        train_batches(dataset, ROWS, RUN, 0, 1, 0, 3000, 2) as batches,
+    ):
         next(batches)
         os.kill(batches._items._workers[0].pid, signal.SIGKILL)
         for _ in batches:
@@ -240,7 +278,8 @@ def test_a_killed_loader_process_is_an_error_and_no_hang(dataset):
 
 def test_a_killed_training_process_leaves_no_loader_process(dataset, tmp_path):
     script = tmp_path / "train.py"
-    script.write_text(textwrap.dedent("""
+    script.write_text(
+        textwrap.dedent("""
         import sys, time
         import numpy as np
         from ftlib import config
@@ -254,10 +293,18 @@ def test_a_killed_training_process_leaves_no_loader_process(dataset, tmp_path):
             next(batches)
             print(*(w.pid for w in batches._items._workers), flush=True)
             time.sleep(60)
-    """))
+    """)
+    )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     imported = tmp_path / "imported"
-    training = subprocess.Popen([sys.executable, str(script), dataset.path, str(imported)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment, cwd=tmp_path)
+    training = subprocess.Popen(
+        [sys.executable, str(script), dataset.path, str(imported)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+    )
     try:
         pids = [int(p) for p in training.stdout.readline().split()]
         assert len(pids) == 2 and all(map(alive, pids))
@@ -266,7 +313,9 @@ def test_a_killed_training_process_leaves_no_loader_process(dataset, tmp_path):
         training.wait()
         training.stdout.close()
     wait_until(lambda: not any(map(alive, pids)), 10)
-    assert imported.read_text() == "imported\n"  # loader processes did not run the main module again
+    assert (
+        imported.read_text() == "imported\n"
+    )  # loader processes did not run the main module again
 
 
 def test_dropping_a_batches_that_never_started():
@@ -276,4 +325,6 @@ def test_dropping_a_batches_that_never_started():
 
 def test_settings_that_cannot_be_are_refused_before_anything_starts(dataset):
     with pytest.raises(ValueError, match="no op sheer_x"):
-        train_batches(dataset, ROWS, override(RUN, {"augment.randaugment_ops": ("sheer_x",)}), 0, 1, 0, 1, 2)
+        train_batches(
+            dataset, ROWS, override(RUN, {"augment.randaugment_ops": ("sheer_x",)}), 0, 1, 0, 1, 2
+        )

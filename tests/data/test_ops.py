@@ -28,7 +28,11 @@ each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 @pytest.fixture(scope="module")
 def photos():
     whole = [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
-    return [cv2.resize(w[:, left : left + 427], (224, 224), interpolation=cv2.INTER_AREA) for w in whole for left in (0, 213)]
+    return [
+        cv2.resize(w[:, left : left + 427], (224, 224), interpolation=cv2.INTER_AREA)
+        for w in whole
+        for left in (0, 213)
+    ]
 
 
 def run(op, strength, image, key=0):
@@ -40,6 +44,7 @@ def off(a, b):
 
 
 # --- every row of the table -------------------------------------------------------------------------------------------------------
+
 
 def test_the_table():
     assert len(BY_NAME) == len(OPS)
@@ -56,14 +61,24 @@ def test_strength_0_changes_nothing(op, photos):
 
 @each_op
 def test_more_strength_changes_more(op, photos):
-    change = [np.mean([off(run(op, s, image, key), image).mean() for image in photos for key in range(12)]) for s in (0, 0.1, 0.3, 0.6, 1)]
+    change = [
+        np.mean(
+            [off(run(op, s, image, key), image).mean() for image in photos for key in range(12)]
+        )
+        for s in (0, 0.1, 0.3, 0.6, 1)
+    ]
     assert change == sorted(change)
     assert change[0] == 0 and change[2] > 0.1 and change[-1] > 1.2 * change[2]
 
 
 @each_op
 def test_result_is_a_picture_of_the_same_kind_and_the_source_is_untouched(op, photos):
-    for image in (photos[0], np.ascontiguousarray(photos[1][:32, :32]), np.zeros((224, 224, 3), np.uint8), np.full((32, 32, 3), 255, np.uint8)):
+    for image in (
+        photos[0],
+        np.ascontiguousarray(photos[1][:32, :32]),
+        np.zeros((224, 224, 3), np.uint8),
+        np.full((32, 32, 3), 255, np.uint8),
+    ):
         before = image.copy()
         out = run(op, 1.0, image)
         assert out.shape == image.shape and out.dtype == np.uint8
@@ -75,7 +90,9 @@ def test_the_key_alone_decides(op, photos):
     transform = op.at(0.7, 224)
     results = [apply(transform, photos[0], Randomness(key)) for key in (1, 2, 1)]
     assert np.array_equal(results[0], results[2])
-    assert np.array_equal(run(op, 0.7, photos[0], 1), results[0])  # another object for the same strength
+    assert np.array_equal(
+        run(op, 0.7, photos[0], 1), results[0]
+    )  # another object for the same strength
 
 
 @each_op
@@ -90,8 +107,15 @@ def test_signed_ops_go_either_way_equally_often():
     grey = np.full((32, 32, 3), 100, np.uint8)
     ramp = np.tile(np.arange(0, 224, 7, dtype=np.uint8)[None, :, None], (32, 1, 3))
     ups = {
-        "brightness": np.mean([run(BY_NAME["brightness"], 0.5, grey, k)[0, 0, 0] > 100 for k in range(400)]),
-        "translate_x": np.mean([run(BY_NAME["translate_x"], 0.5, ramp, k)[0, 16, 0] > ramp[0, 16, 0] for k in range(400)]),
+        "brightness": np.mean(
+            [run(BY_NAME["brightness"], 0.5, grey, k)[0, 0, 0] > 100 for k in range(400)]
+        ),
+        "translate_x": np.mean(
+            [
+                run(BY_NAME["translate_x"], 0.5, ramp, k)[0, 16, 0] > ramp[0, 16, 0]
+                for k in range(400)
+            ]
+        ),
         "gamma": np.mean([run(BY_NAME["gamma"], 0.5, grey, k)[0, 0, 0] > 100 for k in range(400)]),
     }
     for name, share in ups.items():
@@ -100,14 +124,24 @@ def test_signed_ops_go_either_way_equally_often():
 
 # --- against PIL and torchvision ----------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("factor", [0.1, 0.6, 1.0, 1.4, 1.9])
-@pytest.mark.parametrize(("ours", "theirs"), [
-    (colour.brightness, ImageEnhance.Brightness), (colour.contrast, ImageEnhance.Contrast), (colour.saturation, ImageEnhance.Color), (colour.sharpness, ImageEnhance.Sharpness)],
-    ids=["brightness", "contrast", "saturation", "sharpness"])
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (colour.brightness, ImageEnhance.Brightness),
+        (colour.contrast, ImageEnhance.Contrast),
+        (colour.saturation, ImageEnhance.Color),
+        (colour.sharpness, ImageEnhance.Sharpness),
+    ],
+    ids=["brightness", "contrast", "saturation", "sharpness"],
+)
 def test_enhancements_are_pils(photos, ours, theirs, factor):
     for image in photos:
         expected = np.asarray(theirs(Image.fromarray(image)).enhance(factor))
-        assert off(ours(image, factor), expected).max() <= (2 if ours is colour.sharpness else 1)  # PIL rounds the smoothed picture first
+        assert off(ours(image, factor), expected).max() <= (
+            2 if ours is colour.sharpness else 1
+        )  # PIL rounds the smoothed picture first
         if factor == 1:
             assert np.array_equal(ours(image, factor), image)
 
@@ -117,7 +151,9 @@ def test_hue_is_torchvisions(photos, turns):
     for image in photos:
         expected = np.asarray(TF.adjust_hue(Image.fromarray(image), turns))
         difference = off(colour.hue(image, turns), expected)
-        assert difference.mean() < 1.2 and np.percentile(difference, 99) <= 5  # both through 8-bit HSV, rounded differently
+        assert (
+            difference.mean() < 1.2 and np.percentile(difference, 99) <= 5
+        )  # both through 8-bit HSV, rounded differently
 
 
 def test_tables_are_pils(photos):
@@ -125,9 +161,19 @@ def test_tables_are_pils(photos):
         muted = (image * 0.6 + 30).astype(np.uint8)
         for picture in (image, muted, np.full_like(image, 7)):
             pil = Image.fromarray(picture)
-            assert np.array_equal(run(BY_NAME["autocontrast"], 1.0, picture), np.asarray(ImageOps.autocontrast(pil)))
-            assert np.array_equal(run(BY_NAME["equalize"], 1.0, picture), np.asarray(ImageOps.equalize(pil)))
-        assert off(run(BY_NAME["autocontrast"], 1.0, muted), A.AutoContrast(method="pil", p=1)(image=muted)["image"]).max() <= 1
+            assert np.array_equal(
+                run(BY_NAME["autocontrast"], 1.0, picture), np.asarray(ImageOps.autocontrast(pil))
+            )
+            assert np.array_equal(
+                run(BY_NAME["equalize"], 1.0, picture), np.asarray(ImageOps.equalize(pil))
+            )
+        assert (
+            off(
+                run(BY_NAME["autocontrast"], 1.0, muted),
+                A.AutoContrast(method="pil", p=1)(image=muted)["image"],
+            ).max()
+            <= 1
+        )
 
 
 @pytest.mark.parametrize("strength", [0.2, 0.5, 1.0])
@@ -135,31 +181,80 @@ def test_posterize_and_solarize_are_pils(photos, strength):
     for image in photos:
         pil = Image.fromarray(image)
         bits = 8 - int(np.ceil(4 * strength))
-        assert np.array_equal(run(BY_NAME["posterize"], strength, image), np.asarray(ImageOps.posterize(pil, bits)))
+        assert np.array_equal(
+            run(BY_NAME["posterize"], strength, image), np.asarray(ImageOps.posterize(pil, bits))
+        )
         threshold = int(np.ceil(255 * (1 - strength)))
-        assert np.array_equal(run(BY_NAME["solarize"], strength, image), np.asarray(ImageOps.solarize(pil, threshold)))
+        assert np.array_equal(
+            run(BY_NAME["solarize"], strength, image), np.asarray(ImageOps.solarize(pil, threshold))
+        )
 
 
 def test_gamma_is_torchvisions(photos):
     for octaves in (-1, -0.3, 0.5, 1):
-        assert off(colour.gamma(photos[0], octaves), np.asarray(TF.adjust_gamma(Image.fromarray(photos[0]), 2**octaves))).max() <= 1
+        assert (
+            off(
+                colour.gamma(photos[0], octaves),
+                np.asarray(TF.adjust_gamma(Image.fromarray(photos[0]), 2**octaves)),
+            ).max()
+            <= 1
+        )
 
 
-@pytest.mark.parametrize(("name", "amount", "affine"), [
-    ("rotate", 30, lambda v, n: {"angle": v, "translate": (0, 0), "scale": 1, "shear": 0}),
-    ("shear_x", 0.3, lambda v, n: {"angle": 0, "translate": (0, 0), "scale": 1, "shear": (degrees(atan(v)), 0)}),
-    ("shear_y", 0.3, lambda v, n: {"angle": 0, "translate": (0, 0), "scale": 1, "shear": (0, degrees(atan(v)))}),
-    ("translate_x", 0.3, lambda v, n: {"angle": 0, "translate": (v * n, 0), "scale": 1, "shear": 0}),
-    ("translate_y", 0.3, lambda v, n: {"angle": 0, "translate": (0, v * n), "scale": 1, "shear": 0}),
-    ("zoom", 0.5, lambda v, n: {"angle": 0, "translate": (0, 0), "scale": 2**v, "shear": 0}),
-], ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("name", "amount", "affine"),
+    [
+        ("rotate", 30, lambda v, n: {"angle": v, "translate": (0, 0), "scale": 1, "shear": 0}),
+        (
+            "shear_x",
+            0.3,
+            lambda v, n: {
+                "angle": 0,
+                "translate": (0, 0),
+                "scale": 1,
+                "shear": (degrees(atan(v)), 0),
+            },
+        ),
+        (
+            "shear_y",
+            0.3,
+            lambda v, n: {
+                "angle": 0,
+                "translate": (0, 0),
+                "scale": 1,
+                "shear": (0, degrees(atan(v))),
+            },
+        ),
+        (
+            "translate_x",
+            0.3,
+            lambda v, n: {"angle": 0, "translate": (v * n, 0), "scale": 1, "shear": 0},
+        ),
+        (
+            "translate_y",
+            0.3,
+            lambda v, n: {"angle": 0, "translate": (0, v * n), "scale": 1, "shear": 0},
+        ),
+        ("zoom", 0.5, lambda v, n: {"angle": 0, "translate": (0, 0), "scale": 2**v, "shear": 0}),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
 @pytest.mark.parametrize("strength", [0.25, 1.0])
 def test_warps_are_torchvisions_affine(photos, name, amount, affine, strength):
     """To within interpolation, at one of the two signs."""
     for image in photos[:2]:
         ours = run(BY_NAME[name], strength, image)
-        expected = [np.asarray(TF.affine(Image.fromarray(image), **affine(sign * amount * strength, 224), interpolation=InterpolationMode.BILINEAR, fill=[128] * 3))
-                    for sign in (1, -1)]
+        expected = [
+            np.asarray(
+                TF.affine(
+                    Image.fromarray(image),
+                    **affine(sign * amount * strength, 224),
+                    interpolation=InterpolationMode.BILINEAR,
+                    fill=[128] * 3,
+                )
+            )
+            for sign in (1, -1)
+        ]
         inside = [np.median(off(ours, e)) + off(ours, e).mean() for e in expected]
         assert min(inside) < 2.5 and max(inside) > 10
 
@@ -170,30 +265,55 @@ def test_perspective_is_torchvisions_and_shows_the_whole_quadrilateral(photos, s
     corners = [[0, 0], [size - 1, 0], [size - 1, size - 1], [0, size - 1]]
     for key in range(12):
         ours = run(BY_NAME["perspective"], strength, photos[0], key)
-        shares = np.minimum(np.abs(Randomness(key).generator.normal(0, 0.12 * strength, (4, 2))), 0.32)  # the op's only draw
+        shares = np.minimum(
+            np.abs(Randomness(key).generator.normal(0, 0.12 * strength, (4, 2))), 0.32
+        )  # the op's only draw
         points = np.array(corners) + (size - 1) * shares * [[1, 1], [-1, 1], [-1, -1], [1, -1]]
-        expected = TF.perspective(Image.fromarray(photos[0]), points.tolist(), corners, InterpolationMode.BILINEAR)
-        difference = off(ours, np.asarray(expected))[2:-2, 2:-2]  # PIL looks up to half a pixel further
+        expected = TF.perspective(
+            Image.fromarray(photos[0]), points.tolist(), corners, InterpolationMode.BILINEAR
+        )
+        difference = off(ours, np.asarray(expected))[
+            2:-2, 2:-2
+        ]  # PIL looks up to half a pixel further
         assert np.median(difference) <= 2 and 4 * difference.mean() < off(ours, photos[0]).mean()
         moved.append(shares)
-    assert abs(np.mean(moved) / (0.12 * strength * np.sqrt(2 / np.pi)) - 1) < 0.2  # the mean of |N(0, s)|
+    assert (
+        abs(np.mean(moved) / (0.12 * strength * np.sqrt(2 / np.pi)) - 1) < 0.2
+    )  # the mean of |N(0, s)|
 
 
 def test_motion_blur_has_albumentations_kernels():
     draw = np.random.default_rng(0)
     for length in (3, 5, 11, 17):
-        for angle, direction in [*draw.uniform([0, -1], [360, 1], (40, 2)), (90, 1), (0, -1), (45, 0)]:
-            theirs = create_motion_kernel(length, angle, direction, allow_shifted=False, random_state=None)
-            assert np.allclose(ops.MotionBlur(length).kernel(angle, direction), theirs / theirs.sum())
+        for angle, direction in [
+            *draw.uniform([0, -1], [360, 1], (40, 2)),
+            (90, 1),
+            (0, -1),
+            (45, 0),
+        ]:
+            theirs = create_motion_kernel(
+                length, angle, direction, allow_shifted=False, random_state=None
+            )
+            assert np.allclose(
+                ops.MotionBlur(length).kernel(angle, direction), theirs / theirs.sum()
+            )
 
 
 def test_dropout_covers_what_albumentations_covers():
     """The same share of the picture, centre and corner: six holes of a given side, anywhere within the picture."""
     white, side, n = np.full((64, 64, 3), 255, np.uint8), 12, 600
-    stock = A.CoarseDropout(num_holes_range=(6, 6), hole_height_range=(side, side), hole_width_range=(side, side), fill=128, p=1)
+    stock = A.CoarseDropout(
+        num_holes_range=(6, 6),
+        hole_height_range=(side, side),
+        hole_width_range=(side, side),
+        fill=128,
+        p=1,
+    )
     stock.set_random_state(Randomness(1).generator, Randomness(1).python)
     theirs = np.mean([stock(image=white.copy())["image"] == 128 for _ in range(n)], axis=0)
-    ours = np.mean([apply(ops.Dropout(side), white, Randomness(k)) == 128 for k in range(n)], axis=0)
+    ours = np.mean(
+        [apply(ops.Dropout(side), white, Randomness(k)) == 128 for k in range(n)], axis=0
+    )
     assert abs(ours.mean() - theirs.mean()) < 0.01
     for part in (np.s_[:8, :8], np.s_[28:36, 28:36], np.s_[:8, 28:36]):
         assert abs(ours[part].mean() - theirs[part].mean()) < 0.04
@@ -203,12 +323,23 @@ def test_a_fourth_channel_changes_no_pixel(photos):
     y, x = np.indices((224, 224), np.float32)
     places = np.dstack([0.9 * x - 0.2 * y + 3.3, 0.2 * x + 0.8 * y + 1.7])
     for image in photos:
-        for warp, *arguments in ((cv2.warpAffine, np.array([[0.9, -0.2, 20.3], [0.2, 0.9, 5.5]]), (224, 224)),
-                                 (cv2.warpPerspective, np.array([[0.9, -0.2, 20], [0.2, 0.9, 5.5], [3e-4, 2e-4, 1]]), (224, 224)), (cv2.remap, places, None, cv2.INTER_LINEAR)):
-            assert np.array_equal(ops.in_fours(warp, image, *arguments), warp(image, *arguments)), warp.__name__
+        for warp, *arguments in (
+            (cv2.warpAffine, np.array([[0.9, -0.2, 20.3], [0.2, 0.9, 5.5]]), (224, 224)),
+            (
+                cv2.warpPerspective,
+                np.array([[0.9, -0.2, 20], [0.2, 0.9, 5.5], [3e-4, 2e-4, 1]]),
+                (224, 224),
+            ),
+            (cv2.remap, places, None, cv2.INTER_LINEAR),
+        ):
+            assert np.array_equal(ops.in_fours(warp, image, *arguments), warp(image, *arguments)), (
+                warp.__name__
+            )
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if isinstance(op.at(0.5, 64), ops.Pixels)], ids=lambda op: op.name)
+@pytest.mark.parametrize(
+    "op", [op for op in OPS if isinstance(op.at(0.5, 64), ops.Pixels)], ids=lambda op: op.name
+)
 def test_albumentations_way_in_does_the_same(op, photos):
     """As within a user's own Compose."""
     transform, randomness = op.at(0.7, 224), Randomness(5)
@@ -219,26 +350,44 @@ def test_albumentations_way_in_does_the_same(op, photos):
 
 # --- statistics of the cheap replacements -------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("strength", [0.1, 0.5, 1.0])
 def test_noise_is_gaussian_of_the_promised_size_and_independent(strength):
     image = np.full((224, 224, 3), 128, np.uint8)
     for name, sigma in (("gauss_noise", 50 * strength), ("multiplicative_noise", 64 * strength)):
-        noise = np.concatenate([run(BY_NAME[name], strength, image, k)[None] for k in range(8)]).astype(float) - 128
+        noise = (
+            np.concatenate([run(BY_NAME[name], strength, image, k)[None] for k in range(8)]).astype(
+                float
+            )
+            - 128
+        )
         z = np.clip(noise, -127, 127) / sigma
         assert abs(z.mean()) < 0.02
         if strength < 1:  # little is cut off at 0 and 255
             assert abs(z.std() - 1) < 0.03
-            assert abs((np.abs(z) < 1).mean() - 0.683) < 0.03 + 0.4 / sigma  # rounding to whole levels
-        for a, b in ((z[:, :-1], z[:, 1:]), (z[:, :, :-1], z[:, :, 1:]), (z[..., 0], z[..., 1]), (z[:-1], z[1:])):
+            assert (
+                abs((np.abs(z) < 1).mean() - 0.683) < 0.03 + 0.4 / sigma
+            )  # rounding to whole levels
+        for a, b in (
+            (z[:, :-1], z[:, 1:]),
+            (z[:, :, :-1], z[:, :, 1:]),
+            (z[..., 0], z[..., 1]),
+            (z[:-1], z[1:]),
+        ):
             assert abs((a * b).mean()) < 0.02
 
 
 def test_gauss_noise_is_albumentations_own(photos):
     """The same mean, spread and quantiles of the change as A.GaussNoise."""
-    ours = np.stack([run(BY_NAME["gauss_noise"], 0.4, photos[0], k) for k in range(10)]).astype(float) - photos[0]
+    ours = (
+        np.stack([run(BY_NAME["gauss_noise"], 0.4, photos[0], k) for k in range(10)]).astype(float)
+        - photos[0]
+    )
     stock = A.GaussNoise(std_range=(20 / 255, 20 / 255), noise_scale_factor=1, p=1)
     stock.set_random_state(Randomness(9).generator, Randomness(9).python)
-    theirs = np.stack([stock(image=photos[0])["image"] for _ in range(10)]).astype(float) - photos[0]
+    theirs = (
+        np.stack([stock(image=photos[0])["image"] for _ in range(10)]).astype(float) - photos[0]
+    )
     for share in (1, 10, 25, 50, 75, 90, 99):
         assert abs(np.percentile(ours, share) - np.percentile(theirs, share)) <= 1.5
 
@@ -252,17 +401,25 @@ def test_elastic_has_the_field_of_the_op_it_replaces():
     stock = A.ElasticTransform(alpha=1, sigma=sigma, noise_distribution="uniform", p=1)
     stock.set_random_state(Randomness(2).generator, Randomness(2).python)
     grid = np.arange(side, dtype=np.float32)
-    params = [stock.get_params_dependent_on_data({"shape": (side, side, 3)}, {}) for _ in range(150)]
-    theirs = np.stack([np.dstack([p["map_x"] - grid[None, :], p["map_y"] - grid[:, None]]) for p in params])
+    params = [
+        stock.get_params_dependent_on_data({"shape": (side, side, 3)}, {}) for _ in range(150)
+    ]
+    theirs = np.stack(
+        [np.dstack([p["map_x"] - grid[None, :], p["map_y"] - grid[:, None]]) for p in params]
+    )
     theirs = theirs[:, 40:-40, 40:-40]  # its borders weigh more than its inside
     theirs *= amount / theirs.std()
     assert fields.shape == (150, side, side, 2)
     assert abs(fields.std() - amount) < 0.06 * amount and abs(fields.mean()) < 0.1 * amount
     spread = fields.std(axis=(0, 3))
-    assert spread.min() / amount > 0.8 and spread.max() / amount < 1.2  # the same everywhere, the edges too
+    assert (
+        spread.min() / amount > 0.8 and spread.max() / amount < 1.2
+    )  # the same everywhere, the edges too
 
     def correlation(f, lag):
-        return (f[:, :, :-lag] * f[:, :, lag:]).mean() / (f**2).mean(), (f[:, :-lag] * f[:, lag:]).mean() / (f**2).mean()
+        return (f[:, :, :-lag] * f[:, :, lag:]).mean() / (f**2).mean(), (
+            f[:, :-lag] * f[:, lag:]
+        ).mean() / (f**2).mean()
 
     for lag in (4, 11, 22):
         expected = np.exp(-(lag**2) / (4 * sigma**2))
@@ -277,7 +434,9 @@ def test_lengths_are_shares_of_the_side():
     large[80:120, 60:140] = 255
     small = large[::2, ::2].copy()
     for name in ("rotate", "shear_x", "translate_x", "zoom", "perspective", "blur"):
-        halved = cv2.resize(run(BY_NAME[name], 0.8, large, 3), (112, 112), interpolation=cv2.INTER_AREA)
+        halved = cv2.resize(
+            run(BY_NAME[name], 0.8, large, 3), (112, 112), interpolation=cv2.INTER_AREA
+        )
         assert off(halved, run(BY_NAME[name], 0.8, small, 3)).mean() < 4, name
 
 
@@ -290,7 +449,13 @@ GOLDEN = Path(__file__).with_name("golden_ops.txt")
 def golden_lines():
     """One line per op: the hash of its results on a drawn picture, at two strengths and three keys."""
     y, x = np.indices((64, 64))
-    image = np.dstack([(x * 4 + y) % 256, (y * 3 + (x // 8) * 20) % 256, ((x - 32) ** 2 + (y - 32) ** 2) // 8 % 256]).astype(np.uint8)
+    image = np.dstack(
+        [
+            (x * 4 + y) % 256,
+            (y * 3 + (x // 8) * 20) % 256,
+            ((x - 32) ** 2 + (y - 32) ** 2) // 8 % 256,
+        ]
+    ).astype(np.uint8)
     for op in OPS:
         digest = hashlib.sha256()
         for strength in (0.3, 0.9):
@@ -303,12 +468,16 @@ def test_golden_hashes():
     """The same bits as when they were recorded; `python tests/data/test_ops.py` records them anew. OpenCV rounds differently from release to
     release and on processors without AVX2, so the hashes hold for the versions named in the file's first line."""
     first, *lines = GOLDEN.read_text().splitlines()
-    if first != f"opencv {cv2.__version__} albumentations {A.__version__} numpy {np.__version__}" or not cv2.checkHardwareSupport(AVX2):
+    if (
+        first != f"opencv {cv2.__version__} albumentations {A.__version__} numpy {np.__version__}"
+        or not cv2.checkHardwareSupport(AVX2)
+    ):
         pytest.skip(f"recorded for {first} with AVX2")
     assert list(golden_lines()) == lines
 
 
 # --- lint ---------------------------------------------------------------------------------------------------------------------------
+
 
 def test_albumentations_own_seeding_is_never_used():
     """Compose(seed=...) and set_random_seed give every transform the same stream in 2.0.8."""
@@ -318,7 +487,11 @@ def test_albumentations_own_seeding_is_never_used():
         if "albumentations" not in text:
             continue
         for node in ast.walk(ast.parse(text)):
-            seeded = isinstance(node, ast.Call) and ast.unparse(node.func).startswith(("A.", "albumentations.")) and any(k.arg == "seed" for k in node.keywords)
+            seeded = (
+                isinstance(node, ast.Call)
+                and ast.unparse(node.func).startswith(("A.", "albumentations."))
+                and any(k.arg == "seed" for k in node.keywords)
+            )
             if seeded or (isinstance(node, ast.Attribute) and node.attr == "set_random_seed"):
                 found.append(f"{path.name}:{node.lineno}")
     assert not found
@@ -340,4 +513,12 @@ def test_why_it_is_never_used():
 
 
 if __name__ == "__main__":
-    GOLDEN.write_text("\n".join([f"opencv {cv2.__version__} albumentations {A.__version__} numpy {np.__version__}", *golden_lines()]) + "\n")
+    GOLDEN.write_text(
+        "\n".join(
+            [
+                f"opencv {cv2.__version__} albumentations {A.__version__} numpy {np.__version__}",
+                *golden_lines(),
+            ]
+        )
+        + "\n"
+    )

@@ -6,12 +6,17 @@ from sklearn.model_selection import StratifiedShuffleSplit
 
 from ftlib.data.order import epoch_order, owned, step_plan, steps_per_epoch, subset, tuning_split
 
-shapes = st.tuples(st.integers(2, 300), st.integers(1, 9), st.integers(1, 7))  # images, microbatch size, microbatches per batch
+shapes = st.tuples(
+    st.integers(2, 300), st.integers(1, 9), st.integers(1, 7)
+)  # images, microbatch size, microbatches per batch
 
 
 def epoch_plans(n, b, m, epoch=0, seed=42, rows=None):
     per = steps_per_epoch(n, b * m)
-    return [step_plan(seed, epoch * per + i, np.arange(n) if rows is None else rows, b * m, b) for i in range(per)]
+    return [
+        step_plan(seed, epoch * per + i, np.arange(n) if rows is None else rows, b * m, b)
+        for i in range(per)
+    ]
 
 
 def test_the_order_does_not_change():
@@ -28,7 +33,9 @@ def test_every_place_is_equally_likely():
     n, epochs = 10, 5000
     places = np.array([epoch_order(0, e, n) for e in range(epochs)])
     counts = np.array([np.bincount(places[:, i], minlength=n) for i in range(n)])
-    assert ((counts - epochs / n) ** 2 / (epochs / n)).sum() < 125  # chi-square, 81 degrees: 1 in 1000
+    assert (
+        (counts - epochs / n) ** 2 / (epochs / n)
+    ).sum() < 125  # chi-square, 81 degrees: 1 in 1000
 
 
 @given(shapes)
@@ -57,7 +64,9 @@ def test_the_shape_of_steps(shape):
         else:
             assert max(sizes) - min(sizes) <= 1
             assert min(sizes) >= min(b, 2)
-            assert max(sizes) <= (3 if b == 2 else b)  # three images in microbatches of two stay together
+            assert max(sizes) <= (
+                3 if b == 2 else b
+            )  # three images in microbatches of two stay together
 
 
 @given(shapes, st.integers(1, 7))
@@ -84,7 +93,9 @@ def test_the_plan_of_a_step_needs_no_step_before():
     late = step_plan(1, 17, rows, 8, 4)
     for step in range(20):
         step_plan(1, step, rows, 8, 4)
-    assert [mb.rows.tolist() for mb in late] == [mb.rows.tolist() for mb in step_plan(1, 17, rows, 8, 4)]
+    assert [mb.rows.tolist() for mb in late] == [
+        mb.rows.tolist() for mb in step_plan(1, 17, rows, 8, 4)
+    ]
 
 
 def test_examples_of_remainders():
@@ -124,13 +135,19 @@ def test_a_fifth_of_imagenet():
     sizes = np.full(1000, 1300)
     sizes[:105] = 1120
     sizes[0] += 1_281_167 - sizes.sum()
-    assert len(subset(np.repeat(np.arange(1000), sizes), 0.2, 42)) == sum(int(s * 0.2 + 1e-9) for s in sizes)
+    assert len(subset(np.repeat(np.arange(1000), sizes), 0.2, 42)) == sum(
+        int(s * 0.2 + 1e-9) for s in sizes
+    )
 
 
 def test_class_shares_are_as_sklearn_splits_them():
     labels = np.random.default_rng(0).choice(4, 2000, p=[0.5, 0.3, 0.15, 0.05])
     ours = np.bincount(labels[subset(labels, 0.2, 3)])
-    theirs = np.bincount(labels[next(StratifiedShuffleSplit(1, train_size=0.2, random_state=0).split(labels, labels))[0]])
+    theirs = np.bincount(
+        labels[
+            next(StratifiedShuffleSplit(1, train_size=0.2, random_state=0).split(labels, labels))[0]
+        ]
+    )
     assert np.abs(ours - theirs).max() <= 1
 
 

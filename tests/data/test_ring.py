@@ -40,7 +40,16 @@ def test_what_is_written_to_a_slot_is_read_from_it_without_a_copy():
     assert (read[1] == 9).all() and read[1].flags.writeable
 
 
-@pytest.mark.parametrize("part", [lambda t: t, lambda t: t[1:2], lambda t: t.permute(2, 0, 1)[0], lambda t: t.numpy()[:, 1:], lambda t: t.view(-1).detach()])
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda t: t,
+        lambda t: t[1:2],
+        lambda t: t.permute(2, 0, 1)[0],
+        lambda t: t.numpy()[:, 1:],
+        lambda t: t.view(-1).detach(),
+    ],
+)
 def test_a_slot_comes_back_when_the_last_view_of_it_is_gone(part):
     ring = Ring(1, 60)
     slot = ring.take(60)

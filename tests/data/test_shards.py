@@ -38,7 +38,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder = root / "pictures" / split / name
             folder.mkdir(parents=True)
             for i in range(each):
-                (folder / f"{i:02d}.jpg").write_bytes(jpeg(1000 * label + i + (500 if split == "val" else 0), 12 + label, 16 + i))
+                (folder / f"{i:02d}.jpg").write_bytes(
+                    jpeg(1000 * label + i + (500 if split == "val" else 0), 12 + label, 16 + i)
+                )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_shard, "ROWS_PER_SHARD", 17)
         prepare(root / "pictures", root / "set", progress=False)
@@ -67,15 +69,28 @@ def sign(folder: Path, **changes: object) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.binary(max_size=300) | st.sampled_from([b"", b"PAR1", b"\0" * 9, b"\x04\0\0\0abcd", b"\xfc" * 1020, b"x" * 70_000]), min_size=1, max_size=600))
-def test_any_bytes_are_found_at_their_offset(tmp_path_factory: pytest.TempPathFactory, values: list[bytes]) -> None:
+@given(
+    st.lists(
+        st.binary(max_size=300)
+        | st.sampled_from(
+            [b"", b"PAR1", b"\0" * 9, b"\x04\0\0\0abcd", b"\xfc" * 1020, b"x" * 70_000]
+        ),
+        min_size=1,
+        max_size=600,
+    )
+)
+def test_any_bytes_are_found_at_their_offset(
+    tmp_path_factory: pytest.TempPathFactory, values: list[bytes]
+) -> None:
     path = tmp_path_factory.mktemp("any") / "x.parquet"
     writer = ShardWriter(path)
     for i, value in enumerate(values):
         writer.add(value, i % 3, "abc"[i % 3], f"{i}.jpg", 1, 1)
     written = writer.finish()
     data = path.read_bytes()
-    assert [data[o : o + n] for o, n in zip(written.index["offset"], written.index["length"])] == values
+    assert [
+        data[o : o + n] for o, n in zip(written.index["offset"], written.index["length"])
+    ] == values
     assert pq.read_table(path, page_checksum_verification=True)["image"].to_pylist() == values
 
 
@@ -84,7 +99,9 @@ def test_the_map_and_other_readers_agree(made: Path) -> None:
     assert dataset.classes == ("ant", "bee", "wasp") and dataset.name == "set"
     for name, rows in (("train", 60), ("val", 15)):
         split = dataset.split(name)
-        table = pandas.concat([pandas.read_parquet(made / s.file) for s in split.shards], ignore_index=True)
+        table = pandas.concat(
+            [pandas.read_parquet(made / s.file) for s in split.shards], ignore_index=True
+        )
         assert (len(split) == rows == len(table) and len(split.shards) > 1) or name == "val"
         assert [bytes(split.image(i)) for i in range(rows)] == list(table["image"])
         np.testing.assert_array_equal(split.labels, table["label"])
@@ -98,11 +115,18 @@ def test_the_map_and_other_readers_agree(made: Path) -> None:
             assert source.read_bytes() == split.image(i)
 
 
-def test_the_picture_column_is_plain_and_uncompressed_and_pages_carry_checksums(made: Path, tmp_path: Path) -> None:
+def test_the_picture_column_is_plain_and_uncompressed_and_pages_carry_checksums(
+    made: Path, tmp_path: Path
+) -> None:
     shard = made / "train-00000.parquet"
     for group in range(pq.ParquetFile(shard).metadata.num_row_groups):
         column = pq.ParquetFile(shard).metadata.row_group(group).column(0)
-        assert column.path_in_schema == "image" and column.compression == "UNCOMPRESSED" and not column.has_dictionary_page and not column.is_stats_set
+        assert (
+            column.path_in_schema == "image"
+            and column.compression == "UNCOMPRESSED"
+            and not column.has_dictionary_page
+            and not column.is_stats_set
+        )
     hurt = tmp_path / "hurt.parquet"
     shutil.copy(shard, hurt)
     damage(hurt, 400)
@@ -130,7 +154,9 @@ def test_pickled_and_opened_again(made: Path, monkeypatch: pytest.MonkeyPatch) -
     dataset = Dataset.open("set")
     monkeypatch.chdir("/")
     again = pickle.loads(pickle.dumps(dataset))
-    assert again.digest == dataset.digest and bytes(again.split("val").image(4)) == bytes(dataset.split("val").image(4))
+    assert again.digest == dataset.digest and bytes(again.split("val").image(4)) == bytes(
+        dataset.split("val").image(4)
+    )
 
 
 def test_rows_outside_are_index_errors(made: Path) -> None:
@@ -144,11 +170,17 @@ def test_rows_outside_are_index_errors(made: Path) -> None:
 
 # --- what is not a set, or no longer ----------------------------------------------------------------------------------------------
 
+
 def test_not_there_says_how_to_make_it(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no such data set. Prepare one: python jobs/prepare.py --source FOLDER_OF_PICTURES --out"):
+    with pytest.raises(
+        DataError,
+        match=r"no such data set. Prepare one: python jobs/prepare.py --source FOLDER_OF_PICTURES --out",
+    ):
         Dataset.open(str(tmp_path / "nothing"))
     (tmp_path / "cat").mkdir()
-    with pytest.raises(DataError, match=rf"prepare them first: python jobs/prepare.py --source {tmp_path}"):
+    with pytest.raises(
+        DataError, match=rf"prepare them first: python jobs/prepare.py --source {tmp_path}"
+    ):
         Dataset.open(str(tmp_path))
     (tmp_path / ".parts").mkdir()
     with pytest.raises(DataError, match=r"not prepared to the end.*goes on where it stopped"):
@@ -169,7 +201,10 @@ def test_a_damaged_manifest_is_recognised(copy: Path) -> None:
         Dataset.open(str(copy))
     manifest.write_text(good)
     sign(copy, schema=2)
-    with pytest.raises(DataError, match=r"prepared by a newer ftlib .schema 2, this one reads up to 1.*Update ftlib"):
+    with pytest.raises(
+        DataError,
+        match=r"prepared by a newer ftlib .schema 2, this one reads up to 1.*Update ftlib",
+    ):
         Dataset.open(str(copy))
 
 
@@ -177,7 +212,9 @@ def test_a_missing_or_cut_shard_is_recognised_when_opening(copy: Path) -> None:
     shard = copy / "train-00001.parquet"
     with open(shard, "r+b") as f:
         f.truncate(shard.stat().st_size - 1)
-    with pytest.raises(DataError, match=r"train-00001.parquet has [0-9,]+ bytes, the manifest says"):
+    with pytest.raises(
+        DataError, match=r"train-00001.parquet has [0-9,]+ bytes, the manifest says"
+    ):
         Dataset.open(str(copy))
     shard.unlink()
     with pytest.raises(DataError, match=r"train-00001.parquet is missing"):
@@ -197,7 +234,10 @@ def test_altered_pictures_are_recognised_when_read_and_by_verify(copy: Path) -> 
     dataset = Dataset.open(str(copy))
     dataset.split("train").image(19)
     for _ in range(2):  # not only the first time
-        with pytest.raises(DataError, match=r"train-00001.parquet, row 3 \(train/bee/00.jpg\): the stored bytes were altered"):
+        with pytest.raises(
+            DataError,
+            match=r"train-00001.parquet, row 3 \(train/bee/00.jpg\): the stored bytes were altered",
+        ):
             dataset.split("train").image(20)
     dataset.verify()
     with pytest.raises(DataError, match=r"train-00001.parquet is damaged: its sha256"):
@@ -206,37 +246,52 @@ def test_altered_pictures_are_recognised_when_read_and_by_verify(copy: Path) -> 
 
 # --- remote -----------------------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def bucket(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """s3://bucket/... leads to a local folder, through pyarrow's file system interface."""
     remote = pyarrow.fs.SubTreeFileSystem(str(made.parent), pyarrow.fs.LocalFileSystem())
-    monkeypatch.setattr(storage, "filesystem", lambda uri: (remote, uri.removeprefix("s3://bucket/")))
+    monkeypatch.setattr(
+        storage, "filesystem", lambda uri: (remote, uri.removeprefix("s3://bucket/"))
+    )
     return made.parent
 
 
-def test_a_remote_set_is_read_through_the_cache(bucket: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_remote_set_is_read_through_the_cache(
+    bucket: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FTLIB_HOME", str(tmp_path / "home"))
     local, remote = Dataset.open(str(made)), Dataset.open("s3://bucket/set")
     assert remote.digest == local.digest
-    folder, = (tmp_path / "home" / "cache").iterdir()
+    (folder,) = (tmp_path / "home" / "cache").iterdir()
     assert not list(folder.glob("*.parquet"))  # nothing is copied before it is needed
     assert bytes(remote.split("train").image(30)) == bytes(local.split("train").image(30))
     assert [p.name for p in folder.glob("*.parquet")] == ["train-00001.parquet"]
     again = pickle.loads(pickle.dumps(remote))
     again.fetch()
     again.verify(deep=True)
-    assert len(list(folder.glob("*.parquet"))) == len(local.split("train").shards) + len(local.split("val").shards)
+    assert len(list(folder.glob("*.parquet"))) == len(local.split("train").shards) + len(
+        local.split("val").shards
+    )
     assert not list(folder.glob(".tmp-*"))
-    assert [again.split("val").path(i) for i in range(15)] == [local.split("val").path(i) for i in range(15)]
+    assert [again.split("val").path(i) for i in range(15)] == [
+        local.split("val").path(i) for i in range(15)
+    ]
 
 
-def test_a_remote_set_that_was_damaged_is_never_cached(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_remote_set_that_was_damaged_is_never_cached(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(made, tmp_path / "set")
     remote = pyarrow.fs.SubTreeFileSystem(str(tmp_path), pyarrow.fs.LocalFileSystem())
-    monkeypatch.setattr(storage, "filesystem", lambda uri: (remote, uri.removeprefix("s3://bucket/")))
+    monkeypatch.setattr(
+        storage, "filesystem", lambda uri: (remote, uri.removeprefix("s3://bucket/"))
+    )
     damage(tmp_path / "set" / "train-00000.parquet", 100)
     dataset = Dataset.open("s3://bucket/set", cache=str(tmp_path / "cache"))
-    with pytest.raises(DataError, match=r"s3://bucket/set/train-00000.parquet cannot be fetched: its sha256 is"):
+    with pytest.raises(
+        DataError, match=r"s3://bucket/set/train-00000.parquet cannot be fetched: its sha256 is"
+    ):
         dataset.split("train").image(0)
     assert not list((tmp_path / "cache").rglob("*.parquet"))
     with pytest.raises(DataError, match=r"s3://bucket/nothing holds no prepared data set"):

@@ -31,14 +31,22 @@ def test_train_and_val_folders(tmp_path: Path) -> None:
     root = tree(tmp_path, *many("b", "a", split="train/"), *many("a", "b", split="val/", n=2))
     found = scan(root)
     assert found.classes == ("a", "b") and found.warnings == ()
-    assert [(e.file, e.split, e.label) for e in found.entries][:2] == [("train/a/00.jpg", "train", 0), ("train/a/01.jpg", "train", 0)]
+    assert [(e.file, e.split, e.label) for e in found.entries][:2] == [
+        ("train/a/00.jpg", "train", 0),
+        ("train/a/01.jpg", "train", 0),
+    ]
     assert [e.split for e in found.entries].count("val") == 4
     assert [e.file for e in found.entries] == sorted(e.file for e in found.entries)
 
 
 @pytest.mark.parametrize("name", ["valid", "validation"])
 def test_other_names_of_val(tmp_path: Path, name: str) -> None:
-    assert any(e.split == "val" for e in scan(tree(tmp_path, *many("a", "b", split="train/"), *many("a", "b", split=f"{name}/"))).entries)
+    assert any(
+        e.split == "val"
+        for e in scan(
+            tree(tmp_path, *many("a", "b", split="train/"), *many("a", "b", split=f"{name}/"))
+        ).entries
+    )
 
 
 def test_val_fraction_is_stratified_seeded_and_keeps_its_choice(tmp_path: Path) -> None:
@@ -66,33 +74,54 @@ def test_train_without_val_is_split_on_request(tmp_path: Path) -> None:
 
 def test_no_validation_at_all_must_be_asked_for(tmp_path: Path) -> None:
     root = tree(tmp_path, *many("a", "b", n=1))
-    with pytest.raises(DataError, match=r"2 class folders but no train/ and val/. Add --val-fraction"):
+    with pytest.raises(
+        DataError, match=r"2 class folders but no train/ and val/. Add --val-fraction"
+    ):
         scan(root)
-    with pytest.raises(DataError, match=r"class a has one picture.*at least two.*--val-fraction 0 to put everything into train"):
+    with pytest.raises(
+        DataError,
+        match=r"class a has one picture.*at least two.*--val-fraction 0 to put everything into train",
+    ):
         scan(root, 0.1)
     found = scan(root, 0)
-    assert {e.split for e in found.entries} == {"train"} and "no validation pictures" in found.warnings[0]
+    assert {e.split for e in found.entries} == {
+        "train"
+    } and "no validation pictures" in found.warnings[0]
 
 
-@pytest.mark.parametrize(("files", "message"), [
-    ([], "holds no pictures in class folders"),
-    (["a.jpg"], "holds no pictures in class folders"),
-    (many("a"), "one class .a.*at least two"),
-    ([*many("a", "b"), "c/"], "1 of 3 classes is empty .c"),
-    ([*many("a", "b"), "c/notes.txt"], "1 of 3 classes is empty .c"),
-    ([*many("cat", "dog", split="train/"), *many("cat", "dogs", split="val/")], "val has the class 'dogs', which train does not have. Did you mean dog?"),
-    ([*many("a", "b", split="train/"), "val/a/"], "val holds no pictures"),
-    ([*many("a", "b", split="train/"), *many("a", split="val/"), *many("a", split="valid/")], "val and valid: keep one"),
-    (many("a", "b", split="val/"), "has val/ but no train/"),
-])
-def test_what_cannot_be_trained_on_is_refused(tmp_path: Path, files: list[str], message: str) -> None:
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "holds no pictures in class folders"),
+        (["a.jpg"], "holds no pictures in class folders"),
+        (many("a"), "one class .a.*at least two"),
+        ([*many("a", "b"), "c/"], "1 of 3 classes is empty .c"),
+        ([*many("a", "b"), "c/notes.txt"], "1 of 3 classes is empty .c"),
+        (
+            [*many("cat", "dog", split="train/"), *many("cat", "dogs", split="val/")],
+            "val has the class 'dogs', which train does not have. Did you mean dog?",
+        ),
+        ([*many("a", "b", split="train/"), "val/a/"], "val holds no pictures"),
+        (
+            [*many("a", "b", split="train/"), *many("a", split="val/"), *many("a", split="valid/")],
+            "val and valid: keep one",
+        ),
+        (many("a", "b", split="val/"), "has val/ but no train/"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(
+    tmp_path: Path, files: list[str], message: str
+) -> None:
     for file in files:
         if file.endswith("/"):
             (tmp_path / file).mkdir(parents=True)
         else:
             tree(tmp_path, file)
     with pytest.raises(DataError, match=message):
-        scan(tmp_path, None if any("/" in f and f.startswith(("train", "val")) for f in files) else 0.1)
+        scan(
+            tmp_path,
+            None if any("/" in f and f.startswith(("train", "val")) for f in files) else 0.1,
+        )
 
 
 def test_impossible_questions(tmp_path: Path) -> None:
@@ -106,13 +135,31 @@ def test_impossible_questions(tmp_path: Path) -> None:
 
 
 def test_a_class_without_validation_is_a_warning(tmp_path: Path) -> None:
-    found = scan(tree(tmp_path, *many("a", "b", "c", split="train/"), *many("a", "b", split="val/"), "extra/x.jpg"))
+    found = scan(
+        tree(
+            tmp_path,
+            *many("a", "b", "c", split="train/"),
+            *many("a", "b", split="val/"),
+            "extra/x.jpg",
+        )
+    )
     assert found.warnings[0] == "not used: extra beside train/"
     assert "no validation pictures of 1 of 3 classes (c)" in found.warnings[1]
 
 
 def test_subfolders_count_and_other_files_are_left_aside(tmp_path: Path) -> None:
-    root = tree(tmp_path, *many("a", "b"), "a/images/deep/x.JPEG", "a/boxes.txt", "b/notes.txt", "b/labels.csv", "a/.hidden.jpg", "a/.cache/y.jpg", "b/Thumbs.db", "b/no_extension")
+    root = tree(
+        tmp_path,
+        *many("a", "b"),
+        "a/images/deep/x.JPEG",
+        "a/boxes.txt",
+        "b/notes.txt",
+        "b/labels.csv",
+        "a/.hidden.jpg",
+        "a/.cache/y.jpg",
+        "b/Thumbs.db",
+        "b/no_extension",
+    )
     found = scan(root, 0)
     files = {e.file for e in found.entries}
     assert "a/images/deep/x.JPEG" in files and "b/no_extension" in files and len(files) == 22
@@ -130,13 +177,20 @@ def test_links_stay_within_the_source(tmp_path: Path) -> None:
     found = scan(root, 0)
     assert sorted(e.file for e in found.entries if "/0" not in e.file) == ["a/inside.jpg"]
     why = {file: text for file, _, _, text in found.refused_links}
-    assert "leads out of the source folder" in why["a/out.jpg"] and "leads nowhere" in why["a/dangling.jpg"] and "neither a file" in why["a/pipe.jpg"]
+    assert (
+        "leads out of the source folder" in why["a/out.jpg"]
+        and "leads nowhere" in why["a/dangling.jpg"]
+        and "neither a file" in why["a/pipe.jpg"]
+    )
     os.symlink(outside / "class", root / "c")
-    with pytest.raises(DataError, match=r"leads out of the source folder.*Point --source at the real folder"):
+    with pytest.raises(
+        DataError, match=r"leads out of the source folder.*Point --source at the real folder"
+    ):
         scan(root, 0)
 
 
 # --- built-in sources -------------------------------------------------------------------------------------------------------------
+
 
 def test_digits_are_sklearns_as_jpeg_folders(tmp_path: Path) -> None:
     from sklearn.datasets import load_digits
@@ -153,7 +207,9 @@ def test_digits_are_sklearns_as_jpeg_folders(tmp_path: Path) -> None:
         assert picture.shape == (32, 32, 3)
         row = int(Path(entry.file).stem)
         assert data.target[row] == entry.label
-        small = np.asarray(Image.fromarray(picture).convert("L").resize((8, 8), Image.Resampling.BOX)).astype(float)
+        small = np.asarray(
+            Image.fromarray(picture).convert("L").resize((8, 8), Image.Resampling.BOX)
+        ).astype(float)
         assert np.corrcoef(small.ravel(), data.images[row].ravel())[0, 1] > 0.95
     times = {e.file: e.mtime_ns for e in found.entries}
     make_folders("digits", tmp_path / "digits")
@@ -161,7 +217,9 @@ def test_digits_are_sklearns_as_jpeg_folders(tmp_path: Path) -> None:
 
 
 def test_unknown_built_in_names_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"neither a folder nor a built-in set. Did you mean cifar10"):
+    with pytest.raises(
+        DataError, match=r"neither a folder nor a built-in set. Did you mean cifar10"
+    ):
         make_folders("cifar-10", tmp_path)
 
 
@@ -207,5 +265,8 @@ def test_no_network_says_what_to_do(tmp_path: Path) -> None:
     def offline(**_: object) -> None:
         raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
 
-    with pytest.raises(DataError, match=r"cifar10 could not be downloaded .*name resolution.*needs a network.*--source digits"):
+    with pytest.raises(
+        DataError,
+        match=r"cifar10 could not be downloaded .*name resolution.*needs a network.*--source digits",
+    ):
         sources._write_torchvision("cifar10", tmp_path / "cifar10", offline)

@@ -30,7 +30,12 @@ def pictures_and_boxes(draw):
     return height, width, (top, left, h, w)
 
 
-@given(pictures_and_boxes(), st.sampled_from(["444", "422", "420"]), st.sampled_from([60, 90, 98]), st.sampled_from([1, 2, 4, 8]))
+@given(
+    pictures_and_boxes(),
+    st.sampled_from(["444", "422", "420"]),
+    st.sampled_from([60, 90, 98]),
+    st.sampled_from([1, 2, 4, 8]),
+)
 @settings(max_examples=150, deadline=None)
 def test_within_the_box_the_pixels_are_those_of_the_whole(shape, subsampling, quality, shrink):
     height, width, box = shape
@@ -42,7 +47,12 @@ def test_within_the_box_the_pixels_are_those_of_the_whole(shape, subsampling, qu
     whole, few = decode(jpeg, shrink), decode(part.jpeg, shrink)
     assert part.top % 8 == part.left % 8 == 0
     assert few.size < whole.size
-    y0, x0, y1, x1 = top // shrink, left // shrink, -(-(top + h) // shrink), -(-(left + w) // shrink)
+    y0, x0, y1, x1 = (
+        top // shrink,
+        left // shrink,
+        -(-(top + h) // shrink),
+        -(-(left + w) // shrink),
+    )
     dy, dx = part.top // shrink, part.left // shrink
     assert np.array_equal(few[y0 - dy : y1 - dy, x0 - dx : x1 - dx], whole[y0:y1, x0:x1])
 
@@ -50,7 +60,9 @@ def test_within_the_box_the_pixels_are_those_of_the_whole(shape, subsampling, qu
 @pytest.mark.parametrize("subsampling", ["444", "422", "420"])
 def test_the_pixels_are_those_of_an_ordinary_jpeg(subsampling):
     out = io.BytesIO()
-    Image.fromarray(PHOTO).save(out, "JPEG", quality=90, subsampling=("444", "422", "420").index(subsampling))
+    Image.fromarray(PHOTO).save(
+        out, "JPEG", quality=90, subsampling=("444", "422", "420").index(subsampling)
+    )
     tiled = encode(PHOTO, 90, subsampling)
     assert np.array_equal(decode(tiled), decode(out.getvalue()))
     assert len(tiled) < 1.15 * len(out.getvalue())
@@ -61,7 +73,10 @@ def test_grey_pictures():
     Image.fromarray(PHOTO[..., 1]).save(out, "JPEG", quality=90, restart_marker_blocks=8)
     part = cut(out.getvalue(), 100, 200, 90, 110)
     assert part is not None
-    assert np.array_equal(decode(part.jpeg)[100 - part.top : 190 - part.top, 200 - part.left : 310 - part.left], decode(out.getvalue())[100:190, 200:310])
+    assert np.array_equal(
+        decode(part.jpeg)[100 - part.top : 190 - part.top, 200 - part.left : 310 - part.left],
+        decode(out.getvalue())[100:190, 200:310],
+    )
 
 
 def test_every_decoder_opens_them():
@@ -69,7 +84,9 @@ def test_every_decoder_opens_them():
     for data in (jpeg, bytes(cut(jpeg, 50, 60, 200, 220).jpeg)):
         ours = decode(data)
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), ours)
-        assert np.array_equal(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1], ours)
+        assert np.array_equal(
+            cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1], ours
+        )
 
 
 def test_a_small_box_takes_few_bytes():
@@ -90,22 +107,36 @@ def test_the_table_only_saves_the_search(monkeypatch, subsampling):
     searched = cut(plain, 100, 120, 150, 200)
     monkeypatch.setattr(tiles, "_found", None)  # not even looked for
     assert cut(jpeg, 100, 120, 150, 200) == searched
-    assert cut(memoryview(jpeg), 100, 120, 150, 200) == cut(np.frombuffer(jpeg, np.uint8), 100, 120, 150, 200) == searched
+    assert (
+        cut(memoryview(jpeg), 100, 120, 150, 200)
+        == cut(np.frombuffer(jpeg, np.uint8), 100, 120, 150, 200)
+        == searched
+    )
 
 
 @pytest.mark.parametrize("aim", [0xFF80, 0x10080])
 def test_tables_of_files_about_64_kib_long(aim):
     noise = np.random.default_rng(0).integers(0, 256, (256, 400, 3), np.uint8)
-    jpeg = min((encode(noise[:, :width].copy(), 90) for width in range(160, 400, 2)), key=lambda data: abs(len(data) - aim))
+    jpeg = min(
+        (encode(noise[:, :width].copy(), 90) for width in range(160, 400, 2)),
+        key=lambda data: abs(len(data) - aim),
+    )
     height, width, _ = decode(jpeg).shape
     part = cut(jpeg, height - 60, width - 60, 50, 50)
-    assert np.array_equal(decode(part.jpeg)[height - 60 - part.top :, width - 60 - part.left :][:50, :50], decode(jpeg)[height - 60 : height - 10, width - 60 : width - 10])
+    assert np.array_equal(
+        decode(part.jpeg)[height - 60 - part.top :, width - 60 - part.left :][:50, :50],
+        decode(jpeg)[height - 60 : height - 10, width - 60 : width - 10],
+    )
 
 
 def test_a_table_of_another_picture_is_not_believed():
     jpeg, other = encode(PHOTO, 90), encode(PHOTO[:, ::-1].copy(), 90)
+
     def table(data):
-        return slice(at := data.index(tiles.TABLE), at + int.from_bytes(data[at - 2 : at], "big") - 2)
+        return slice(
+            at := data.index(tiles.TABLE), at + int.from_bytes(data[at - 2 : at], "big") - 2
+        )
+
     forged = jpeg[: table(jpeg).start] + other[table(other)] + jpeg[table(jpeg).stop :]
     assert cut(forged, 100, 120, 150, 200) == cut(jpeg, 100, 120, 150, 200)
 
@@ -113,7 +144,9 @@ def test_a_table_of_another_picture_is_not_believed():
 def test_files_that_a_table_cannot_hold_have_none():
     assert tiles.with_table(jpeg_with()) == jpeg_with()
     huge = io.BytesIO()
-    Image.new("RGB", (8 * 200, 8 * 200)).save(huge, "JPEG", subsampling=0, restart_marker_blocks=1)  # 40,000 tiles
+    Image.new("RGB", (8 * 200, 8 * 200)).save(
+        huge, "JPEG", subsampling=0, restart_marker_blocks=1
+    )  # 40,000 tiles
     assert tiles.with_table(huge.getvalue()) == huge.getvalue()
     assert np.array_equal(decode(cut(huge.getvalue(), 800, 800, 9, 9).jpeg), np.zeros((16, 16, 3)))
 
@@ -124,9 +157,17 @@ def jpeg_with(**options):
     return out.getvalue()
 
 
-@pytest.mark.parametrize(("name", "jpeg"), [
-    ("no markers", jpeg_with()), ("progressive", jpeg_with(progressive=True, restart_marker_blocks=4)), ("interval beyond a row", jpeg_with(restart_marker_blocks=37)),
-    ("no JPEG", b"<html>"), ("nothing", b""), ("only a header", jpeg_with()[:200])])
+@pytest.mark.parametrize(
+    ("name", "jpeg"),
+    [
+        ("no markers", jpeg_with()),
+        ("progressive", jpeg_with(progressive=True, restart_marker_blocks=4)),
+        ("interval beyond a row", jpeg_with(restart_marker_blocks=37)),
+        ("no JPEG", b"<html>"),
+        ("nothing", b""),
+        ("only a header", jpeg_with()[:200]),
+    ],
+)
 def test_others_are_left_whole(name, jpeg):
     assert cut(jpeg, 10, 10, 50, 50) is None
 
@@ -135,7 +176,9 @@ def test_a_box_of_nearly_all_is_left_whole():
     assert cut(encode(PHOTO, 90), 0, 0, 427, 640) is None
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-3000], lambda b: b[:-2], lambda b: b[: len(b) // 2] + b"\xff\xd9"])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-3000], lambda b: b[:-2], lambda b: b[: len(b) // 2] + b"\xff\xd9"]
+)
 def test_damaged_files_are_left_to_the_decoder(damage):
     data = damage(encode(PHOTO, 90))
     assert cut(data, 10, 10, 50, 50) is None
@@ -143,9 +186,19 @@ def test_damaged_files_are_left_to_the_decoder(damage):
         crop_and_resize(data, tiles_of(data), (10, 10, 50, 50), 32)
 
 
-@pytest.mark.parametrize(("box", "size"), [((13, 57, 200, 301), 128), ((0, 0, 300, 500), 64), ((100, 300, 321, 310), 32), ((400, 600, 27, 40), 64)])
+@pytest.mark.parametrize(
+    ("box", "size"),
+    [
+        ((13, 57, 200, 301), 128),
+        ((0, 0, 300, 500), 64),
+        ((100, 300, 321, 310), 32),
+        ((400, 600, 27, 40), 64),
+    ],
+)
 def test_training_gets_the_same_from_tiles(box, size):
     jpeg = encode(PHOTO, 90)
     found = tiles_of(jpeg)
     assert found is not None
-    assert np.array_equal(crop_and_resize(jpeg, found, box, size), crop_and_resize(jpeg, None, box, size))
+    assert np.array_equal(
+        crop_and_resize(jpeg, found, box, size), crop_and_resize(jpeg, None, box, size)
+    )

@@ -27,23 +27,51 @@ def jpeg(pixels=PHOTO, quality=90, **options):
     return out.getvalue()
 
 
-@given(st.integers(8, 200), st.integers(8, 260), st.integers(0, 200), st.sampled_from([0, 1, 2]), st.sampled_from([5, 50, 75, 90, 100]), st.booleans())
+@given(
+    st.integers(8, 200),
+    st.integers(8, 260),
+    st.integers(0, 200),
+    st.sampled_from([0, 1, 2]),
+    st.sampled_from([5, 50, 75, 90, 100]),
+    st.booleans(),
+)
 @settings(max_examples=60, deadline=None)
-def test_the_pixels_stay_whatever_the_size_and_the_tables(height, width, top, subsampling, quality, optimize):
-    before = jpeg(PHOTO[top : top + height, top : top + width], quality, subsampling=subsampling, optimize=optimize)
+def test_the_pixels_stay_whatever_the_size_and_the_tables(
+    height, width, top, subsampling, quality, optimize
+):
+    before = jpeg(
+        PHOTO[top : top + height, top : top + width],
+        quality,
+        subsampling=subsampling,
+        optimize=optimize,
+    )
     after = tiled(before)
     assert TABLE in after and tiled(after) == after
     assert np.array_equal(decode(after), decode(before))
 
 
-@pytest.mark.parametrize(("subsampling", "factors"), [("444", (1, 1)), ("440", (1, 2)), ("411", (4, 1)), ("420", (2, 2))])
+@pytest.mark.parametrize(
+    ("subsampling", "factors"), [("444", (1, 1)), ("440", (1, 2)), ("411", (4, 1)), ("420", (2, 2))]
+)
 def test_crops_decode_alone_in_every_subsampling(subsampling, factors):
-    before = cv2.imencode(".jpg", PHOTO, [cv2.IMWRITE_JPEG_QUALITY, 92, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{subsampling}")])[1].tobytes()
+    before = cv2.imencode(
+        ".jpg",
+        PHOTO,
+        [
+            cv2.IMWRITE_JPEG_QUALITY,
+            92,
+            cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
+            getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{subsampling}"),
+        ],
+    )[1].tobytes()
     after = tiled(before)
     part = tiles_of(after).cut(100, 200, 90, 110)
     assert np.array_equal(decode(after), decode(before))
     assert len(part.jpeg) < 0.35 * len(before)
-    assert np.array_equal(decode(part.jpeg)[100 - part.top :, 200 - part.left :][:90, :110], decode(before)[100:190, 200:310])
+    assert np.array_equal(
+        decode(part.jpeg)[100 - part.top :, 200 - part.left :][:90, :110],
+        decode(before)[100:190, 200:310],
+    )
 
 
 def test_other_decoders_agree_and_metadata_stay():
@@ -53,14 +81,26 @@ def test_other_decoders_agree_and_metadata_stay():
     after = tiled(before)
     opened = Image.open(io.BytesIO(after))
     assert np.array_equal(np.asarray(opened), np.asarray(Image.open(io.BytesIO(before))))
-    assert np.array_equal(cv2.imdecode(np.frombuffer(after, np.uint8), cv2.IMREAD_COLOR), cv2.imdecode(np.frombuffer(before, np.uint8), cv2.IMREAD_COLOR))
-    assert opened.getexif()[271] == "a camera" and opened.info["comment"] == b"a comment" and opened.info["icc_profile"] == b"not really one"
+    assert np.array_equal(
+        cv2.imdecode(np.frombuffer(after, np.uint8), cv2.IMREAD_COLOR),
+        cv2.imdecode(np.frombuffer(before, np.uint8), cv2.IMREAD_COLOR),
+    )
+    assert (
+        opened.getexif()[271] == "a camera"
+        and opened.info["comment"] == b"a comment"
+        and opened.info["icc_profile"] == b"not really one"
+    )
     assert len(after) < 1.15 * len(before)
 
 
 def categories(data):
     """Symbols of the table for first coefficients of the brightness."""
-    return {symbol for marker, body in segments(data) if marker == 0xC4 and body[0] == 0 for symbol in body[17 : 17 + sum(body[1:17])]}
+    return {
+        symbol
+        for marker, body in segments(data)
+        if marker == 0xC4 and body[0] == 0
+        for symbol in body[17 : 17 + sum(body[1:17])]
+    }
 
 
 def test_values_without_a_code_get_one():
@@ -74,9 +114,19 @@ def test_values_without_a_code_get_one():
         assert np.array_equal(decoder(after), decoder(before))
 
 
-@pytest.mark.parametrize(("name", "data"), [
-    ("progressive", jpeg(progressive=True)), ("grey", jpeg(PHOTO[..., 1])), ("other restart markers", jpeg(restart_marker_blocks=7)), ("cut short", jpeg()[:20_000]),
-    ("more behind the end", jpeg() + b"more"), ("only a header", jpeg()[:300]), ("no JPEG", b"<html>"), ("nothing", b"")])
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("progressive", jpeg(progressive=True)),
+        ("grey", jpeg(PHOTO[..., 1])),
+        ("other restart markers", jpeg(restart_marker_blocks=7)),
+        ("cut short", jpeg()[:20_000]),
+        ("more behind the end", jpeg() + b"more"),
+        ("only a header", jpeg()[:300]),
+        ("no JPEG", b"<html>"),
+        ("nothing", b""),
+    ],
+)
 def test_others_are_left_as_they_are(name, data):
     assert tiled(data) == data
 
@@ -88,7 +138,9 @@ def test_own_tiles_are_left_as_they_are():
 SMALL = jpeg(PHOTO[:64, :80])
 
 
-@given(st.lists(st.tuples(st.integers(2, len(SMALL) - 1), st.integers(0, 255)), min_size=1, max_size=4))
+@given(
+    st.lists(st.tuples(st.integers(2, len(SMALL) - 1), st.integers(0, 255)), min_size=1, max_size=4)
+)
 @settings(max_examples=150, deadline=None)
 def test_damage_ends_in_bytes_not_in_an_error(changes):
     data = bytearray(SMALL)
@@ -99,15 +151,20 @@ def test_damage_ends_in_bytes_not_in_an_error(changes):
 
 # --- admission --------------------------------------------------------------------------------------------------------------------
 
+
 def test_admitted_as_tiles():
     data = jpeg(quality=85)
     plain, tiles = admit(data, "a.jpg", Rules()), admit(data, "a.jpg", Rules(tiles=True))
     assert plain.jpeg == data and plain.repairs == ()
-    assert tiles.jpeg == tiled(data) and tiles.repairs == ("tiled",) and tiles.moments == plain.moments
+    assert (
+        tiles.jpeg == tiled(data) and tiles.repairs == ("tiled",) and tiles.moments == plain.moments
+    )
     assert admit(jpeg(progressive=True), "a.jpg", Rules(tiles=True)).repairs == ()
 
 
-@pytest.mark.parametrize("wrong", [lambda data: jpeg(quality=60), lambda data: data[:-500], lambda data: b"no JPEG"])
+@pytest.mark.parametrize(
+    "wrong", [lambda data: jpeg(quality=60), lambda data: data[:-500], lambda data: b"no JPEG"]
+)
 def test_tiles_that_show_anything_else_are_not_stored(monkeypatch, wrong):
     monkeypatch.setattr(admission, "tiled", wrong)
     data = jpeg(quality=85)

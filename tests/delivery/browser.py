@@ -14,7 +14,14 @@ from pathlib import Path
 
 from websockets.sync.client import connect
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+CHROMIUM = next(
+    (
+        found
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (found := shutil.which(name))
+    ),
+    None,
+)
 
 
 class Browser:
@@ -24,14 +31,36 @@ class Browser:
         self.stack = contextlib.ExitStack()
         log = self.stack.enter_context((profile / "stderr").open("w"))
         self.process = subprocess.Popen(
-            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-port=0", f"--user-data-dir={profile / 'profile'}",
-             f"--window-size={width},{height}", "about:blank"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True)
+            [
+                CHROMIUM,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--hide-scrollbars",
+                "--remote-debugging-port=0",
+                f"--user-data-dir={profile / 'profile'}",
+                f"--window-size={width},{height}",
+                "about:blank",
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=log,
+            start_new_session=True,
+        )
         port = self._port(profile)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json") as reply:
             page = next(t for t in json.load(reply) if t["type"] == "page")
-        self.socket = self.stack.enter_context(connect(page["webSocketDebuggerUrl"], max_size=None, proxy=None))
+        self.socket = self.stack.enter_context(
+            connect(page["webSocketDebuggerUrl"], max_size=None, proxy=None)
+        )
         self.number = 0
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
 
     def _port(self, profile: Path) -> str:
         deadline = time.monotonic() + 60
@@ -50,18 +79,24 @@ class Browser:
                 return message["result"]
 
     def evaluate(self, script: str):
-        found = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        found = self.call(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
+        )
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
     def wait(self, condition: str, seconds: float = 60):
         deadline = time.monotonic() + seconds
         while not self.evaluate(condition):
-            assert time.monotonic() < deadline, f"{condition} never came true: {self.evaluate('document.body.innerText')}"
+            assert time.monotonic() < deadline, (
+                f"{condition} never came true: {self.evaluate('document.body.innerText')}"
+            )
             time.sleep(0.2)
 
     def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+        path.write_bytes(
+            base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
+        )
 
     def close(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)

@@ -31,13 +31,29 @@ def test_a_run_by_its_name(job, here, capsys, tmp_path):
     entries = json.loads((tmp_path / "scores.json").read_text())
     assert [e["size"] for e in entries] == [32, 40]
     top1, low, high = entries[0]["top1"]
-    assert f"{top1:.2f} [{low:.2f}, {high:.2f}]" in out and "30 pictures of" in out and "not averaged" in out
+    assert (
+        f"{top1:.2f} [{low:.2f}, {high:.2f}]" in out
+        and "30 pictures of" in out
+        and "not averaged" in out
+    )
     assert f"report: {tmp_path / 'report.html'}" in out and (tmp_path / "report.html").exists()
 
 
 def test_other_pictures_of_the_same_classes(job, here, capsys, tmp_path):
     other = made.dataset(tmp_path, train=2, val=6, seed=9)
-    job.main([str(here), "--data", other.path, "--split", "val", "--no-report", "--workers", "0", "--flip"])
+    job.main(
+        [
+            str(here),
+            "--data",
+            other.path,
+            "--split",
+            "val",
+            "--no-report",
+            "--workers",
+            "0",
+            "--flip",
+        ]
+    )
     out = capsys.readouterr().out
     assert "18 pictures" in out and "32 px + mirror" in out and "report:" not in out
 
@@ -47,7 +63,11 @@ def test_mistakes(job, here, tmp_path, capsys):
         job.main(["no-such-run", "--workers", "0"])
     with pytest.raises(ValueError, match="kept no tuning split"):
         job.main(["shapes-run", "--split", "tuning", "--workers", "0"])
-    for wrong in (["shapes-run", "--sizes", "big"], ["shapes-run", "--limit", "-1"], ["shapes-run", "--split", "test"]):
+    for wrong in (
+        ["shapes-run", "--sizes", "big"],
+        ["shapes-run", "--limit", "-1"],
+        ["shapes-run", "--split", "test"],
+    ):
         with pytest.raises(SystemExit) as ended:
             job.main(wrong)
         assert ended.value.code == 2

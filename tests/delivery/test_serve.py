@@ -46,7 +46,14 @@ def picture(seed=0, kind="JPEG"):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     torch.manual_seed(3)
-    return package(models.build(RUN.model, len(CLASSES)).eval(), RUN, CLASSES, {"val/top1": 50.0}, 0.2, tmp_path_factory.mktemp("p") / "model")
+    return package(
+        models.build(RUN.model, len(CLASSES)).eval(),
+        RUN,
+        CLASSES,
+        {"val/top1": 50.0},
+        0.2,
+        tmp_path_factory.mktemp("p") / "model",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +63,9 @@ def server(folder):
     async def answer(request):
         return await service.respond(request)
 
-    app = Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST", "PUT", "DELETE"])])
+    app = Starlette(
+        routes=[Route("/{path:path}", answer, methods=["GET", "POST", "PUT", "DELETE"])]
+    )
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -69,7 +78,9 @@ def server(folder):
 
 
 def ask(address, body=None, method=None):
-    request = urllib.request.Request(address, data=body, method=method or ("POST" if body is not None else "GET"))
+    request = urllib.request.Request(
+        address, data=body, method=method or ("POST" if body is not None else "GET")
+    )
     try:
         with urllib.request.urlopen(request, timeout=60) as reply:
             return reply.status, reply.read()
@@ -82,7 +93,9 @@ def test_it_answers_what_the_package_answers(server, folder):
     jpeg = picture()
     status, body = ask(f"{server}/predict?top_k=3", jpeg)
     answer, direct = json.loads(body), load(str(folder)).predict([jpeg], params={"top_k": 3})[0]
-    assert status == 200 and [t["class"] for t in answer["top"]] == [t["class"] for t in direct["top"]]
+    assert status == 200 and [t["class"] for t in answer["top"]] == [
+        t["class"] for t in direct["top"]
+    ]
     assert answer["probability"] == pytest.approx(direct["probability"], abs=1e-5)
     assert ask(f"{server}/predict", picture(kind="PNG"))[0] == 200
 
@@ -95,13 +108,20 @@ def test_requests_that_come_together_are_answered_together_and_not_mixed_up(serv
         answers = list(pool.map(lambda j: json.loads(ask(f"{server}/predict", j)[1]), jpegs))
     after = counters(server)
     for a, d in zip(answers, direct):
-        assert a["class"] == d["class"] and a["probability"] == pytest.approx(d["probability"], abs=1e-5)
+        assert a["class"] == d["class"] and a["probability"] == pytest.approx(
+            d["probability"], abs=1e-5
+        )
     assert after["ftlib_pictures_total"] - before.get("ftlib_pictures_total", 0) == 24
     assert after["ftlib_batches_total"] - before.get("ftlib_batches_total", 0) < 24
 
 
 def counters(server):
-    return {name: float(value) for name, value in re.findall(r"^([a-z_]+(?:\{[^}]*\})?) (\S+)$", ask(f"{server}/metrics")[1].decode(), re.M)}
+    return {
+        name: float(value)
+        for name, value in re.findall(
+            r"^([a-z_]+(?:\{[^}]*\})?) (\S+)$", ask(f"{server}/metrics")[1].decode(), re.M
+        )
+    }
 
 
 @pytest.mark.parametrize(
@@ -153,7 +173,9 @@ DROP = """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium on the PATH (apt-get install chromium)")
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="needs a Chromium on the PATH (apt-get install chromium)"
+)
 def test_the_page_takes_a_dropped_picture_in_a_real_browser(server, folder, tmp_path):
     keep = Path(os.environ.get("FTLIB_SHOTS", tmp_path))
     browser = Browser(tmp_path)
@@ -161,12 +183,20 @@ def test_the_page_takes_a_dropped_picture_in_a_real_browser(server, folder, tmp_
         browser.call("Page.navigate", url=server)
         browser.wait("document.getElementById('about')?.textContent.includes('6 classes')")
         browser.evaluate(DROP % base64.b64encode(picture()).decode())
-        browser.wait("!document.getElementById('where').hidden && document.getElementById('cam').complete")
-        browser.wait("document.getElementById('cam').naturalWidth === 224 && document.getElementById('picture').naturalWidth === 240")
-        shown = browser.evaluate("[...document.querySelectorAll('.bar > span > span:first-child')].map(b => b.textContent)")
+        browser.wait(
+            "!document.getElementById('where').hidden && document.getElementById('cam').complete"
+        )
+        browser.wait(
+            "document.getElementById('cam').naturalWidth === 224 && document.getElementById('picture').naturalWidth === 240"
+        )
+        shown = browser.evaluate(
+            "[...document.querySelectorAll('.bar > span > span:first-child')].map(b => b.textContent)"
+        )
         direct = load(str(folder)).predict([picture()])[0]
         assert shown == [t["class"] for t in direct["top"]]
-        widths = browser.evaluate("[...document.querySelectorAll('.bar u')].map(b => b.getBoundingClientRect().width)")
+        widths = browser.evaluate(
+            "[...document.querySelectorAll('.bar u')].map(b => b.getBoundingClientRect().width)"
+        )
         assert widths == sorted(widths, reverse=True) and widths[0] > 5
         assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
         browser.screenshot(keep / "serve.png")
@@ -174,10 +204,14 @@ def test_the_page_takes_a_dropped_picture_in_a_real_browser(server, folder, tmp_
         browser.evaluate("document.querySelectorAll('.bar')[1].click()")
         browser.wait(f"document.getElementById('cam').src !== '{first}'")
         browser.evaluate(DROP % base64.b64encode(b"no picture").decode())
-        browser.wait("document.getElementById('error').textContent.includes('no picture of a known kind')")
+        browser.wait(
+            "document.getElementById('error').textContent.includes('no picture of a known kind')"
+        )
         assert browser.evaluate("document.getElementById('result').hidden")
         browser.evaluate(DROP % base64.b64encode(picture(1)).decode())
-        browser.wait("!document.getElementById('result').hidden && document.getElementById('error').textContent === ''")
+        browser.wait(
+            "!document.getElementById('result').hidden && document.getElementById('error').textContent === ''"
+        )
     finally:
         browser.close()
 
@@ -188,9 +222,18 @@ def test_the_job_serves_on_ray_and_ends_with_ctrl_c(folder):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     temporary = tempfile.mkdtemp(prefix="s", dir="/tmp")
-    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAY_TMPDIR": temporary, "PYTHONWARNINGS": ""}
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {
+        "RAY_TMPDIR": temporary,
+        "PYTHONWARNINGS": "",
+    }
     job = Path(__file__).parents[2] / "jobs" / "serve.py"
-    process = subprocess.Popen([sys.executable, str(job), "--model", str(folder), "--port", str(port)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(job), "--model", str(folder), "--port", str(port)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         deadline = time.monotonic() + 240
         while time.monotonic() < deadline and process.poll() is None:
@@ -200,7 +243,10 @@ def test_the_job_serves_on_ray_and_ends_with_ctrl_c(folder):
             except OSError:
                 time.sleep(1)
         status, body = ask(f"http://127.0.0.1:{port}/predict", picture())
-        assert status == 200 and json.loads(body)["class"] == load(str(folder)).predict([picture()])[0]["class"]
+        assert (
+            status == 200
+            and json.loads(body)["class"] == load(str(folder)).predict([picture()])[0]["class"]
+        )
         assert ask(f"http://127.0.0.1:{port}/predict", b"x")[0] == 400
         assert b"What is in the picture" in ask(f"http://127.0.0.1:{port}/")[1]
         process.send_signal(signal.SIGINT)
@@ -215,5 +261,14 @@ def test_the_job_serves_on_ray_and_ends_with_ctrl_c(folder):
 
 def test_a_model_that_is_not_there_is_said_before_anything_starts(tmp_path):
     job = Path(__file__).parents[2] / "jobs" / "serve.py"
-    done = subprocess.run([sys.executable, str(job), "--model", str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and "is no packaged model" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, str(job), "--model", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode == 2
+        and "is no packaged model" in done.stderr
+        and "Traceback" not in done.stderr
+    )

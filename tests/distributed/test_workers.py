@@ -18,7 +18,9 @@ from ftlib.learn import checkpoint
 
 # Workers are forked from a server that has imported torch once: seconds saved at each of many starts.
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["worker", "conftest", "ftlib.learn.loop", "sklearn.datasets", "pandas", "torch._dynamo"])
+FORK.set_forkserver_preload(
+    ["worker", "conftest", "ftlib.learn.loop", "sklearn.datasets", "pandas", "torch._dynamo"]
+)
 
 
 class Workers:
@@ -29,15 +31,29 @@ class Workers:
         stamp = time.monotonic_ns()
         self.lines = run_dir / f"lines-{stamp}"
         self.lines.touch()
-        spec = {"dir": str(run_dir), "world": world, "changes": changes or {}, "rendezvous": str(run_dir / f"rendezvous-{stamp}")}
-        self.processes = [FORK.Process(target=worker.main, args=({**spec, "rank": r, "lines": str(self.lines) if r == 0 else os.devnull},)) for r in range(world)]
+        spec = {
+            "dir": str(run_dir),
+            "world": world,
+            "changes": changes or {},
+            "rendezvous": str(run_dir / f"rendezvous-{stamp}"),
+        }
+        self.processes = [
+            FORK.Process(
+                target=worker.main,
+                args=({**spec, "rank": r, "lines": str(self.lines) if r == 0 else os.devnull},),
+            )
+            for r in range(world)
+        ]
         for p in self.processes:
             p.start()
 
     def wait_for(self, step):
         """Until rank 0 has shown `step`, or is over."""
         while self.processes[0].is_alive():
-            if any(line.startswith("step ") and int(line.split()[1]) >= step for line in self.lines.read_text().splitlines()):
+            if any(
+                line.startswith("step ") and int(line.split()[1]) >= step
+                for line in self.lines.read_text().splitlines()
+            ):
                 return
             time.sleep(0.01)
 
@@ -52,12 +68,17 @@ class Workers:
         for p in self.processes:
             p.join(300)
             assert p.exitcode == 0
-        line = next(line for line in self.lines.read_text().splitlines() if line.startswith("RESULT "))
+        line = next(
+            line for line in self.lines.read_text().splitlines() if line.startswith("RESULT ")
+        )
         return json.loads(line[7:])
 
 
 def numbers(result):
-    return [[row[k] for k in ("train/loss", "train/top1", "val/loss", "val/top1")] for row in result["history"]]
+    return [
+        [row[k] for k in ("train/loss", "train/top1", "val/loss", "val/top1")]
+        for row in result["history"]
+    ]
 
 
 STRICT = {"cluster.strict_elastic": True}
@@ -76,7 +97,9 @@ def test_two_workers_walk_the_curve_of_one(alone, tmp_path):
     assert [row["epoch"] for row in two["history"]] == [1, 2]
 
 
-def test_strict_mode_is_bit_identical_for_one_two_and_four_workers_and_changes_between(alone, tmp_path):
+def test_strict_mode_is_bit_identical_for_one_two_and_four_workers_and_changes_between(
+    alone, tmp_path
+):
     two = Workers(tmp_path / "two", world=2, changes=STRICT).finish()
     assert numbers(two) == numbers(alone) and two["digest"] == alone["digest"]
     # 2 workers, killed inside epoch 1; then 4, killed inside epoch 2; then 1 to the end.
@@ -88,7 +111,9 @@ def test_strict_mode_is_bit_identical_for_one_two_and_four_workers_and_changes_b
     assert Workers(tmp_path / "changing", changes=often).finish()["digest"] == alone["digest"]
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_kill_9_at_random_moments_leaves_no_trace(alone, tmp_path, seed):
     """Killed by the clock, wherever it happens to be (also while a checkpoint is being written), until it gets through."""
     rng = random.Random(seed)

@@ -41,13 +41,21 @@ def shapes(tmp_path_factory):
 def tiny(shapes, home):
     """A small network for three epochs of two steps; a second in all."""
     return Run(
-        stage="phase1", data=Data(path=shapes, loader_workers=0), augment=Augment(size=16, crop_scale=(0.9, 1.0), flip=0.0), model=Model(arch="shufflenet_v2_x0_5"),
-        optimizer=SGD(lr=0.05), schedule=Cosine(min_lr=0.0), train=Train(epochs=3, batch_size=32, microbatch_size=16, log_every=1), track=Track(system_metrics=False, log_model=False))
+        stage="phase1",
+        data=Data(path=shapes, loader_workers=0),
+        augment=Augment(size=16, crop_scale=(0.9, 1.0), flip=0.0),
+        model=Model(arch="shufflenet_v2_x0_5"),
+        optimizer=SGD(lr=0.05),
+        schedule=Cosine(min_lr=0.0),
+        train=Train(epochs=3, batch_size=32, microbatch_size=16, log_every=1),
+        track=Track(system_metrics=False, log_model=False),
+    )
 
 
 @pytest.fixture
 def free_port():
     """Gives TCP ports that nothing listens on."""
+
     def give():
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -56,8 +64,31 @@ def free_port():
     return give
 
 
-SETTINGS = ["--model.arch", "shufflenet_v2_x0_5", "--augment.size", "16", "--augment.crop-scale", "0.9", "1", "--data.subset", "1", "--data.loader-workers", "0", "--optimizer", "sgd",
-            "--train.batch-size", "32", "--train.microbatch-size", "16", "--gates.val-top1", "1", "--track.no-system-metrics", "--track.no-log-model", "--train.log-every", "1"]
+SETTINGS = [
+    "--model.arch",
+    "shufflenet_v2_x0_5",
+    "--augment.size",
+    "16",
+    "--augment.crop-scale",
+    "0.9",
+    "1",
+    "--data.subset",
+    "1",
+    "--data.loader-workers",
+    "0",
+    "--optimizer",
+    "sgd",
+    "--train.batch-size",
+    "32",
+    "--train.microbatch-size",
+    "16",
+    "--gates.val-top1",
+    "1",
+    "--track.no-system-metrics",
+    "--track.no-log-model",
+    "--train.log-every",
+    "1",
+]
 
 
 class Jobs:
@@ -72,7 +103,9 @@ class Jobs:
         self.shapes, self.home = shapes, home
 
     def environment(self, **more):
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "PYTEST_"))}
+        kept = {
+            k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "PYTEST_"))
+        }
         return {**kept, "FTLIB_HOME": str(self.home), "OMP_NUM_THREADS": "1", **more}
 
     @contextlib.contextmanager
@@ -80,8 +113,21 @@ class Jobs:
         """The job as a process, with `log()`, what it has printed; killed at the end if it still lives."""
         log = self.home / f"log-{time.monotonic_ns()}"
         with open(log, "w") as out:
-            process = subprocess.Popen([sys.executable, str(self.root / "jobs" / f"{job}.py"), "--data.path", self.shapes, *SETTINGS, *flags], cwd=cwd, env=env or self.environment(),
-                                       stdout=out, stderr=subprocess.STDOUT, text=True)
+            process = subprocess.Popen(
+                [
+                    sys.executable,
+                    str(self.root / "jobs" / f"{job}.py"),
+                    "--data.path",
+                    self.shapes,
+                    *SETTINGS,
+                    *flags,
+                ],
+                cwd=cwd,
+                env=env or self.environment(),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
             process.log = log.read_text
             try:
                 yield process
@@ -111,7 +157,11 @@ class Family:
         self.folder = str(folder)
 
     def processes(self):
-        return [p for p in psutil.process_iter(["cmdline"]) if any(self.folder in word for word in p.info["cmdline"] or [])]
+        return [
+            p
+            for p in psutil.process_iter(["cmdline"])
+            if any(self.folder in word for word in p.info["cmdline"] or [])
+        ]
 
     def end(self):
         family = self.processes()

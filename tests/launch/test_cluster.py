@@ -14,31 +14,41 @@ BOX = Capacity((Node(16, 4),))
 FLEET = Capacity((Node(0, 0), Node(8, 1), Node(8, 1), Node(8, 1)))
 
 
-@pytest.mark.parametrize(("asked", "where", "low", "high", "gpus", "cpus"), [
-    (Cluster(), LAPTOP, 1, 1, 0, 8),
-    (Cluster(workers="3"), LAPTOP, 3, 3, 0, 2),
-    (Cluster(workers="1:3"), LAPTOP, 1, 3, 0, 2),
-    (Cluster(workers="1:100"), LAPTOP, 1, 100, 0, 1),
-    (Cluster(), BOX, 1, 1, 1, 16),
-    (Cluster(workers="4"), BOX, 4, 4, 1, 4),
-    (Cluster(workers="4", cpus_per_worker=2), BOX, 4, 4, 1, 2),
-    (Cluster(workers="2", gpus_per_worker=0), BOX, 2, 2, 0, 8),
-    (Cluster(workers="8", gpus_per_worker=0.5), BOX, 8, 8, 0.5, 2),
-    (Cluster(workers="3"), FLEET, 3, 3, 1, 8),
-    (Cluster(workers="1:8"), FLEET, 1, 8, 1, 8),
-])
+@pytest.mark.parametrize(
+    ("asked", "where", "low", "high", "gpus", "cpus"),
+    [
+        (Cluster(), LAPTOP, 1, 1, 0, 8),
+        (Cluster(workers="3"), LAPTOP, 3, 3, 0, 2),
+        (Cluster(workers="1:3"), LAPTOP, 1, 3, 0, 2),
+        (Cluster(workers="1:100"), LAPTOP, 1, 100, 0, 1),
+        (Cluster(), BOX, 1, 1, 1, 16),
+        (Cluster(workers="4"), BOX, 4, 4, 1, 4),
+        (Cluster(workers="4", cpus_per_worker=2), BOX, 4, 4, 1, 2),
+        (Cluster(workers="2", gpus_per_worker=0), BOX, 2, 2, 0, 8),
+        (Cluster(workers="8", gpus_per_worker=0.5), BOX, 8, 8, 0.5, 2),
+        (Cluster(workers="3"), FLEET, 3, 3, 1, 8),
+        (Cluster(workers="1:8"), FLEET, 1, 8, 1, 8),
+    ],
+)
 def test_placements(asked, where, low, high, gpus, cpus):
     found = placement(asked, where)
     assert (found.low, found.high, found.gpus, found.cpus) == (low, high, gpus, cpus)
 
 
-@pytest.mark.parametrize(("asked", "where", "said"), [
-    (Cluster(gpus_per_worker=1), LAPTOP, "there is no GPU here. Set it to 0"),
-    (Cluster(workers="9"), LAPTOP, r"only 8 fit on this cluster \(8 CPUs and 0 GPUs on 1 node\). Set cluster.workers to 8"),
-    (Cluster(workers="5"), BOX, "5 with 1 GPU and 1 CPU each: only 4 fit"),
-    (Cluster(workers="4"), FLEET, "only 3 fit"),
-    (Cluster(workers="1", cpus_per_worker=9), LAPTOP, "Ask for less per worker"),
-])
+@pytest.mark.parametrize(
+    ("asked", "where", "said"),
+    [
+        (Cluster(gpus_per_worker=1), LAPTOP, "there is no GPU here. Set it to 0"),
+        (
+            Cluster(workers="9"),
+            LAPTOP,
+            r"only 8 fit on this cluster \(8 CPUs and 0 GPUs on 1 node\). Set cluster.workers to 8",
+        ),
+        (Cluster(workers="5"), BOX, "5 with 1 GPU and 1 CPU each: only 4 fit"),
+        (Cluster(workers="4"), FLEET, "only 3 fit"),
+        (Cluster(workers="1", cpus_per_worker=9), LAPTOP, "Ask for less per worker"),
+    ],
+)
 def test_what_does_not_fit_is_refused_before_ray_waits_for_it(asked, where, said):
     with pytest.raises(LaunchError, match=said):
         placement(asked, where)
@@ -50,11 +60,17 @@ def test_what_an_autoscaler_may_start_counts():
         placement(Cluster(workers="2", gpus_per_worker=1), Capacity(head))
     found = placement(Cluster(workers="2"), Capacity(head, growing=(Node(8, 1),) * 2))
     assert (found.gpus, found.cpus) == (1, 8)
-    assert placement(Cluster(workers="64", gpus_per_worker=1), Capacity(head, unknown=True)).low == 64
+    assert (
+        placement(Cluster(workers="64", gpus_per_worker=1), Capacity(head, unknown=True)).low == 64
+    )
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 64), st.integers(0, 8)), min_size=1, max_size=6), st.integers(1, 16), st.sampled_from([0.0, 0.5, 1.0, 2.0]))
+@given(
+    st.lists(st.tuples(st.integers(0, 64), st.integers(0, 8)), min_size=1, max_size=6),
+    st.integers(1, 16),
+    st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+)
 def test_a_placement_fits_the_nodes(nodes, workers, gpus):
     """Packing the promised bundles onto the nodes succeeds, and one more CPU each would not."""
     where = Capacity(tuple(Node(c, g) for c, g in nodes))
@@ -70,7 +86,19 @@ def test_a_placement_fits_the_nodes(nodes, workers, gpus):
     assert packed(found.cpus) >= workers > packed(found.cpus + 1)
 
 
-@pytest.mark.parametrize(("address", "closed"), [("127.0.0.1", True), ("127.8.0.1", True), ("::1", True), ("localhost", True), ("10.0.0.4", False), ("192.168.1.2", False), ("0.0.0.0", False), ("host", False)])
+@pytest.mark.parametrize(
+    ("address", "closed"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.0.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("10.0.0.4", False),
+        ("192.168.1.2", False),
+        ("0.0.0.0", False),
+        ("host", False),
+    ],
+)
 def test_which_addresses_are_closed(address, closed):
     assert cluster._loopback(address) == closed
 
@@ -80,7 +108,9 @@ def nodes_at(monkeypatch):
     import ray
 
     def at(*addresses):
-        monkeypatch.setattr(ray, "nodes", lambda: [{"NodeManagerAddress": a, "Alive": True} for a in addresses])
+        monkeypatch.setattr(
+            ray, "nodes", lambda: [{"NodeManagerAddress": a, "Alive": True} for a in addresses]
+        )
 
     return at
 
@@ -88,7 +118,11 @@ def nodes_at(monkeypatch):
 def mode(monkeypatch, name):
     import ray._raylet
 
-    monkeypatch.setattr(ray._raylet, "get_authentication_mode", lambda: getattr(ray._raylet.AuthenticationMode, name))
+    monkeypatch.setattr(
+        ray._raylet,
+        "get_authentication_mode",
+        lambda: getattr(ray._raylet.AuthenticationMode, name),
+    )
 
 
 def test_an_open_cluster_is_refused(monkeypatch, nodes_at):
@@ -96,7 +130,9 @@ def test_an_open_cluster_is_refused(monkeypatch, nodes_at):
     nodes_at("127.0.0.1")
     cluster.refuse_open(False)
     nodes_at("127.0.0.1", "10.0.0.4")
-    with pytest.raises(LaunchError, match=r"\(10.0.0.4\) is open.*RAY_AUTH_MODE=token.*--cluster.allow-open"):
+    with pytest.raises(
+        LaunchError, match=r"\(10.0.0.4\) is open.*RAY_AUTH_MODE=token.*--cluster.allow-open"
+    ):
         cluster.refuse_open(False)
     cluster.refuse_open(True)
     mode(monkeypatch, "TOKEN")
@@ -118,6 +154,7 @@ def test_a_cluster_that_is_not_there(monkeypatch):
 
 # --- starting Ray -----------------------------------------------------------------------------------------------------------------
 
+
 class SlowRay:
     """Stands in for Ray on a machine that is too busy for it: `late` starts time out."""
 
@@ -136,7 +173,9 @@ class SlowRay:
 def test_a_start_that_times_out_is_tried_again():
     ray = SlowRay(late=2)
     cluster._start(ray)
-    assert ray.calls == ["init", "shutdown", "init", "shutdown", "init"], "what is half started is ended first"
+    assert ray.calls == ["init", "shutdown", "init", "shutdown", "init"], (
+        "what is half started is ended first"
+    )
     with pytest.raises(LaunchError, match="did not start on this machine .* 3 times over"):
         cluster._start(SlowRay(late=3))
 

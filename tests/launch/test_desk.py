@@ -9,7 +9,17 @@ from ftlib.launch.worker import final, loader_workers
 from ftlib.storage import StorageError
 from ftlib.tree import ConfigError
 
-POINT = {"epoch": 1, "epochs": 3, "step": 4, "steps": 12, "loss": 1.25, "top1": 50.0, "lr": 0.1, "images_per_s": 1234.5, "seconds_left": 200.0}
+POINT = {
+    "epoch": 1,
+    "epochs": 3,
+    "step": 4,
+    "steps": 12,
+    "loss": 1.25,
+    "top1": 50.0,
+    "lr": 0.1,
+    "images_per_s": 1234.5,
+    "seconds_left": 200.0,
+}
 
 
 def test_a_drain_is_one_notice_and_a_stop_stays():
@@ -54,7 +64,11 @@ def test_quietly():
 
 def test_only_errors_that_would_come_again_are_final():
     assert final(ConfigError("x"))
-    assert not final(StorageError("full")) and not final(RuntimeError("gloo")) and not final(MemoryError())
+    assert (
+        not final(StorageError("full"))
+        and not final(RuntimeError("gloo"))
+        and not final(MemoryError())
+    )
 
 
 def test_loader_workers():
@@ -71,8 +85,14 @@ def test_plain_lines_epoch_ends_and_restarts():
         screen.show({**POINT, "step": 4, "epoch": 1})
         screen.say("a word")
     lines = out.getvalue().splitlines()
-    assert lines[0] == "r  epoch 1/3  step 4/12  loss 1.250  top-1 50.0 %  1,234 images/s  0:03:20 left"
-    assert lines[1] == "r  epoch 1/3  loss 1.250  top-1 50.0 %  val 61.00 % (best 61.00)  1,234 images/s  0:03:20 left"
+    assert (
+        lines[0]
+        == "r  epoch 1/3  step 4/12  loss 1.250  top-1 50.0 %  1,234 images/s  0:03:20 left"
+    )
+    assert (
+        lines[1]
+        == "r  epoch 1/3  loss 1.250  top-1 50.0 %  val 61.00 % (best 61.00)  1,234 images/s  0:03:20 left"
+    )
     assert lines[2:] == ["r  goes on from step 4", "a word"]
 
 
@@ -89,5 +109,7 @@ def test_a_terminal_gets_a_bar():
 
 
 def test_numbers_in_words():
-    assert duration(3661) == "1:01:01" and duration(-5) == "0:00:00" and duration(float("inf")) != ""
+    assert (
+        duration(3661) == "1:01:01" and duration(-5) == "0:00:00" and duration(float("inf")) != ""
+    )
     assert "left" not in sentence({**POINT, "step": 12})

@@ -29,15 +29,24 @@ def pictures(tmp_path_factory):
             folder = root / "source" / split / str(label)
             folder.mkdir(parents=True)
             for i in np.flatnonzero(y == label)[start : start + (20 if split == "train" else 10)]:
-                Image.fromarray((x[i].reshape(8, 8) * 15).astype(np.uint8)).resize((24, 24)).convert("RGB").save(folder / f"{i}.jpg")
+                Image.fromarray((x[i].reshape(8, 8) * 15).astype(np.uint8)).resize(
+                    (24, 24)
+                ).convert("RGB").save(folder / f"{i}.jpg")
     prepare(root / "source", root / "set", engine="here", workers=1, progress=False)
     return str(root / "set")
 
 
 @pytest.fixture
 def run(pictures):
-    return Run(name="est", data=Data(path=pictures, loader_workers=0), augment=Augment(size=24), model=Model(arch="shufflenet_v2_x0_5"),
-               train=Train(epochs=4, batch_size=16, microbatch_size=8), cluster=Cluster(cpus_per_worker=1), track=Track(offline=True, log_model=False, system_metrics=False))
+    return Run(
+        name="est",
+        data=Data(path=pictures, loader_workers=0),
+        augment=Augment(size=24),
+        model=Model(arch="shufflenet_v2_x0_5"),
+        train=Train(epochs=4, batch_size=16, microbatch_size=8),
+        cluster=Cluster(cpus_per_worker=1),
+        track=Track(offline=True, log_model=False, system_metrics=False),
+    )
 
 
 def states(ready):
@@ -50,22 +59,33 @@ def files_below(folder):
 
 # --- the checklist ------------------------------------------------------------------------------------------------------------------
 
+
 def test_a_run_that_may_start(run):
     ready = checks.check(run)
     assert ready.ok and ready.prepared is not None and ready.placement is not None
-    assert states(ready) == {"data": "ok", "recipe": "ok", "starting model": "ok", "devices": "warn", "storage": "ok", "tracking": "ok"}
+    assert states(ready) == {
+        "data": "ok",
+        "recipe": "ok",
+        "starting model": "ok",
+        "devices": "warn",
+        "storage": "ok",
+        "tracking": "ok",
+    }
     assert "60 training and 30 validation images of 3 classes" in ready.checks[0].text
 
 
-@pytest.mark.parametrize(("changes", "line", "message"), [
-    ({"data.path": "/nowhere/set"}, "data", "Prepare one"),
-    ({"model.arch": "resnet19"}, "recipe", "resnet18"),
-    ({"model.init_from": "phase1"}, "starting model", "no finished phase1 run"),
-    ({"cluster.gpus_per_worker": 1}, "devices", "there is no GPU here"),
-    ({"cluster.cpus_per_worker": 1000}, "devices", "only 0 fit"),
-    ({"checkpoint.storage": "/proc/nowhere"}, "storage", "/proc/nowhere"),
-    ({"track.uri": "ftp://example.org"}, "tracking", "needs http"),
-])
+@pytest.mark.parametrize(
+    ("changes", "line", "message"),
+    [
+        ({"data.path": "/nowhere/set"}, "data", "Prepare one"),
+        ({"model.arch": "resnet19"}, "recipe", "resnet18"),
+        ({"model.init_from": "phase1"}, "starting model", "no finished phase1 run"),
+        ({"cluster.gpus_per_worker": 1}, "devices", "there is no GPU here"),
+        ({"cluster.cpus_per_worker": 1000}, "devices", "only 0 fit"),
+        ({"checkpoint.storage": "/proc/nowhere"}, "storage", "/proc/nowhere"),
+        ({"track.uri": "ftp://example.org"}, "tracking", "needs http"),
+    ],
+)
 def test_each_failure_is_one_line_and_hides_no_other(run, changes, line, message, monkeypatch):
     import torch
 
@@ -94,6 +114,7 @@ def test_a_dead_server_is_a_failure_and_with_offline_a_warning(run):
 
 # --- the timing -----------------------------------------------------------------------------------------------------------------------
 
+
 def test_nothing_of_the_run_is_touched(run, home):
     before = files_below(run.data.path)
     ready = checks.check(run)
@@ -102,7 +123,16 @@ def test_nothing_of_the_run_is_touched(run, home):
     assert files_below(run.data.path) == before
     assert found.steps_per_epoch == 4 and found.epochs == 4 and found.evaluations == 4
     assert found.steps_timed >= estimate.LEAST_STEPS
-    assert min(found.step_s, found.device_step_s, found.loader_step_s, found.evaluation_s, found.checkpoint_s) > 0
+    assert (
+        min(
+            found.step_s,
+            found.device_step_s,
+            found.loader_step_s,
+            found.evaluation_s,
+            found.checkpoint_s,
+        )
+        > 0
+    )
     assert found.memory["process"] > 10**8 and found.largest_microbatch is None
     json.dumps(found.to_dict())
 
@@ -113,16 +143,36 @@ def test_estimate_of_a_real_short_run_has_its_structure(run, tmp_path):
     found = estimate.measure(ready.prepared, ready.placement, seconds=1.0)
     outcome = trainer.launch(run, local=True, quiet=True)
     history = json.loads((Path(outcome.run_dir) / "result.json").read_text())["history"]
-    assert (found.epochs, found.evaluations) == (len(history), sum("val/top1" in row for row in history))
+    assert (found.epochs, found.evaluations) == (
+        len(history),
+        sum("val/top1" in row for row in history),
+    )
     real = sum(row["train/epoch_s"] + row["val/seconds"] for row in history)
-    assert real / 50 < found.total_s < 50 * real  # the same kind of number; how near they are, docs/performance.md says
+    assert (
+        real / 50 < found.total_s < 50 * real
+    )  # the same kind of number; how near they are, docs/performance.md says
 
 
 def test_an_epoch_counts_its_short_last_step_by_its_images():
-    found = estimate.Estimate(4, 3, 2, 2, step_s=1.0, device_step_s=0.5, loader_step_s=0.25, checkpoint_s=0.1, evaluation_s=2.0, images_per_step=100.0, steps_timed=9, spread=0.01)
+    found = estimate.Estimate(
+        4,
+        3,
+        2,
+        2,
+        step_s=1.0,
+        device_step_s=0.5,
+        loader_step_s=0.25,
+        checkpoint_s=0.1,
+        evaluation_s=2.0,
+        images_per_step=100.0,
+        steps_timed=9,
+        spread=0.01,
+    )
     assert found.epoch_s == pytest.approx(4.1) and found.total_s == pytest.approx(3 * 4.1 + 2 * 2.1)
     assert found.device_hours == pytest.approx(2 * found.total_s / 3600)
-    assert found.bound == "device" and dataclasses.replace(found, loader_step_s=0.6).bound == "loader"
+    assert (
+        found.bound == "device" and dataclasses.replace(found, loader_step_s=0.6).bound == "loader"
+    )
     assert found.rate(found.step_s) == 100
 
 
@@ -141,13 +191,18 @@ def test_steps_are_those_of_training(run):
         for _ in range(3):
             plain.train_step(batches, ask=True)
             plain.state.step += 1
-    assert all(torch.equal(a, b) for a, b in zip(paced.model.state_dict().values(), plain.model.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(paced.model.state_dict().values(), plain.model.state_dict().values())
+    )
 
 
 def test_same_pixels_fit_every_step_of_the_plan(run):
     dataset = trainer.prepare(run).dataset
     training = Training(Job(run, dataset, ""))
-    assert pace.steps(training, pace.same_pixels(training), 5) == 16 + 16 + 16 + 12 + 16  # 60 images: the fourth step is short
+    assert (
+        pace.steps(training, pace.same_pixels(training), 5) == 16 + 16 + 16 + 12 + 16
+    )  # 60 images: the fourth step is short
 
 
 @pytest.mark.parametrize("most", [0, 1, 5, 32, 33, 100, 1000, 5000])
@@ -158,9 +213,14 @@ def test_largest_microbatch(most):
 
 # --- money, and the command -------------------------------------------------------------------------------------------------------------
 
+
 def test_price():
-    assert estimate.machines(cluster.Placement(6, 6, 1.0, 4), 6, estimate.PRICES["g4dn.12xlarge"]) == 2
-    assert estimate.machines(cluster.Placement(1, 1, 0.0, 4), 1, estimate.PRICES["c7i.4xlarge"]) == 1
+    assert (
+        estimate.machines(cluster.Placement(6, 6, 1.0, 4), 6, estimate.PRICES["g4dn.12xlarge"]) == 2
+    )
+    assert (
+        estimate.machines(cluster.Placement(1, 1, 0.0, 4), 1, estimate.PRICES["c7i.4xlarge"]) == 1
+    )
     with pytest.raises(ConfigError, match=r"Did you mean g5\.xlarge"):
         estimate.price_of("g5.xlagre")
 
@@ -173,11 +233,38 @@ def job():
     return module
 
 
-FLAGS = ["--data.subset", "1", "--model.arch", "shufflenet_v2_x0_5", "--model.dropout", "0", "--augment.size", "24", "--cluster.cpus-per-worker", "1", "--data.loader-workers", "0", "--track.offline"]
+FLAGS = [
+    "--data.subset",
+    "1",
+    "--model.arch",
+    "shufflenet_v2_x0_5",
+    "--model.dropout",
+    "0",
+    "--augment.size",
+    "24",
+    "--cluster.cpus-per-worker",
+    "1",
+    "--data.loader-workers",
+    "0",
+    "--track.offline",
+]
 
 
 def test_the_command(job, pictures, tmp_path, capsys):
-    code = job.main(["phase1", "--data.path", pictures, *FLAGS, "--seconds", "0.5", "--machine", "g5.xlarge", "--json", str(tmp_path / "e.json")])
+    code = job.main(
+        [
+            "phase1",
+            "--data.path",
+            pictures,
+            *FLAGS,
+            "--seconds",
+            "0.5",
+            "--machine",
+            "g5.xlarge",
+            "--json",
+            str(tmp_path / "e.json"),
+        ]
+    )
     text = capsys.readouterr().out
     assert code == 0
     for word in ("ok    data", "device-hours", "images/s", "bound", "peak memory", "USD", "epoch"):
@@ -187,5 +274,7 @@ def test_the_command(job, pictures, tmp_path, capsys):
 
 
 def test_the_command_fails_with_exit_code_1(job, pictures, capsys):
-    assert job.main(["phase2", "--data.path", pictures, *FLAGS, "--checks-only"]) == 1  # there is no Phase 1 model
+    assert (
+        job.main(["phase2", "--data.path", pictures, *FLAGS, "--checks-only"]) == 1
+    )  # there is no Phase 1 model
     assert "fail  starting model" in capsys.readouterr().out

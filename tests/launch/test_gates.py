@@ -22,10 +22,26 @@ def test_none_is_set_none_is_checked():
 
 def test_each_gate_looks_at_its_number():
     all_set = Gates(val_top1=65, max_gap=10, gain=10)
-    assert names(gates.check(all_set, GOOD, 50.0)) == {"val_top1": True, "max_gap": True, "gain": True}
-    assert names(gates.check(all_set, {**GOOD, "best/val_top1": 64.9}, 50.0)) == {"val_top1": False, "max_gap": True, "gain": True}
-    assert names(gates.check(all_set, {**GOOD, "final/gap": 10.1}, 50.0)) == {"val_top1": True, "max_gap": False, "gain": True}
-    assert names(gates.check(all_set, GOOD, 60.1)) == {"val_top1": True, "max_gap": True, "gain": False}
+    assert names(gates.check(all_set, GOOD, 50.0)) == {
+        "val_top1": True,
+        "max_gap": True,
+        "gain": True,
+    }
+    assert names(gates.check(all_set, {**GOOD, "best/val_top1": 64.9}, 50.0)) == {
+        "val_top1": False,
+        "max_gap": True,
+        "gain": True,
+    }
+    assert names(gates.check(all_set, {**GOOD, "final/gap": 10.1}, 50.0)) == {
+        "val_top1": True,
+        "max_gap": False,
+        "gain": True,
+    }
+    assert names(gates.check(all_set, GOOD, 60.1)) == {
+        "val_top1": True,
+        "max_gap": True,
+        "gain": False,
+    }
 
 
 def test_bounds_are_included():
@@ -46,9 +62,18 @@ def test_a_tuning_score_stands_in_for_validation():
 def test_a_failed_model_is_refused_unless_there_is_a_reason():
     result = {"gates": gates.as_json(gates.check(Gates(val_top1=80), GOOD, None))}
     run = Run(model=Model(init_from="phase1"))
-    with pytest.raises(LaunchError, match=r"phase1-x failed its success criteria \(val_top1 wanted 80, got 70.00\)"):
+    with pytest.raises(
+        LaunchError, match=r"phase1-x failed its success criteria \(val_top1 wanted 80, got 70.00\)"
+    ):
         gates.refuse_failed(run, "phase1-x", result)
-    note = gates.refuse_failed(Run(model=Model(init_from="phase1"), gates=Gates(force="a trial")), "phase1-x", result)
+    note = gates.refuse_failed(
+        Run(model=Model(init_from="phase1"), gates=Gates(force="a trial")), "phase1-x", result
+    )
     assert "because: a trial" in note
-    assert gates.refuse_failed(run, "phase1-x", {"gates": gates.as_json(gates.check(Gates(val_top1=60), GOOD, None))}) == ""
+    assert (
+        gates.refuse_failed(
+            run, "phase1-x", {"gates": gates.as_json(gates.check(Gates(val_top1=60), GOOD, None))}
+        )
+        == ""
+    )
     assert gates.refuse_failed(run, "some file", {}) == ""

@@ -19,15 +19,35 @@ from ftlib.tree import override, to_dict
 RUN = Run(stage="phase1")
 
 
-@pytest.mark.parametrize("change", [
-    {"name": "x"}, {"cluster.workers": "4"}, {"track.experiment": "e"}, {"checkpoint.every_steps": 7}, {"data.path": "elsewhere"}, {"data.loader_workers": 3},
-    {"train.log_every": 1}, {"gates.val_top1": 90.0},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "x"},
+        {"cluster.workers": "4"},
+        {"track.experiment": "e"},
+        {"checkpoint.every_steps": 7},
+        {"data.path": "elsewhere"},
+        {"data.loader_workers": 3},
+        {"train.log_every": 1},
+        {"gates.val_top1": 90.0},
+    ],
+)
 def test_how_a_run_is_carried_out_does_not_change_what_it_is(change):
     assert fingerprint(override(RUN, change), "d", None) == fingerprint(RUN, "d", None)
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"model.dropout": 0.1}, {"optimizer": "SGD"}, {"train.epochs": 7}, {"data.subset": 0.5}, {"stage": "other"}, {"model.init_from": "imagenet"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"model.dropout": 0.1},
+        {"optimizer": "SGD"},
+        {"train.epochs": 7},
+        {"data.subset": 0.5},
+        {"stage": "other"},
+        {"model.init_from": "imagenet"},
+    ],
+)
 def test_what_it_computes_does(change):
     assert fingerprint(override(RUN, change), "d", None) != fingerprint(RUN, "d", None)
 
@@ -36,7 +56,16 @@ def test_data_and_starting_weights_count_by_their_contents():
     start = override(RUN, {"model.init_from": "phase1"})
     same = override(RUN, {"model.init_from": "run:phase1-x"})
     assert fingerprint(start, "d", "w") == fingerprint(same, "d", "w")
-    assert len({fingerprint(start, "d", "w"), fingerprint(start, "d", "v"), fingerprint(start, "e", "w")}) == 3
+    assert (
+        len(
+            {
+                fingerprint(start, "d", "w"),
+                fingerprint(start, "d", "v"),
+                fingerprint(start, "e", "w"),
+            }
+        )
+        == 3
+    )
 
 
 @pytest.mark.parametrize("data", ["digits", "my pictures (2024)", "a/b", "--", "x" * 300])
@@ -51,8 +80,13 @@ def test_a_record_reads_back_and_other_settings_are_refused(tmp_path):
     found = Record.read(str(tmp_path))
     assert found == record
     refuse_other_settings(RUN, str(tmp_path), found, print_, "d")
-    other = dataclasses.replace(RUN, name="x", seed=1, train=Train(epochs=3), cluster=Cluster(workers="2"))
-    with pytest.raises(LaunchError, match=r"taken by a run with other settings: seed was 42, now 1, train.epochs was 50, now 3\."):
+    other = dataclasses.replace(
+        RUN, name="x", seed=1, train=Train(epochs=3), cluster=Cluster(workers="2")
+    )
+    with pytest.raises(
+        LaunchError,
+        match=r"taken by a run with other settings: seed was 42, now 1, train.epochs was 50, now 3\.",
+    ):
         refuse_other_settings(other, str(tmp_path), found, fingerprint(other, "d", None), "d")
     with pytest.raises(LaunchError, match="trained on other data"):
         refuse_other_settings(RUN, str(tmp_path), found, fingerprint(RUN, "e", None), "e")
@@ -91,7 +125,11 @@ with Lease({folder!r}, "r"):
 def holder(tmp_path):
     """Another process that holds the lease of tmp_path."""
     root = str(identity.Path(identity.__file__).parents[2])
-    process = subprocess.Popen([sys.executable, "-c", HOLD.format(root=root, folder=str(tmp_path))], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD.format(root=root, folder=str(tmp_path))],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -115,7 +153,9 @@ def test_the_lease_of_a_killed_process_is_taken_at_once(tmp_path, holder):
 
 
 def test_a_reused_process_number_is_not_the_holder(tmp_path):
-    (tmp_path / "lease.json").write_text(json.dumps({**identity._me(), "token": "old", "started": 1.0, "renewed": time.time()}))
+    (tmp_path / "lease.json").write_text(
+        json.dumps({**identity._me(), "token": "old", "started": 1.0, "renewed": time.time()})
+    )
     with Lease(str(tmp_path), "r"):
         pass
 
@@ -136,7 +176,9 @@ def test_a_lease_elsewhere_is_waited_out_and_one_that_moves_is_refused(tmp_path,
         assert time.monotonic() - started >= 1.5
 
     file.write_text(json.dumps({**elsewhere, "renewed": 1.0}))
-    monkeypatch.setattr(identity.time, "sleep", lambda s: file.write_text(json.dumps({**elsewhere, "renewed": 2.0})))
+    monkeypatch.setattr(
+        identity.time, "sleep", lambda s: file.write_text(json.dumps({**elsewhere, "renewed": 2.0}))
+    )
     monkeypatch.setattr(identity.time, "time", lambda: 2.0)
     with pytest.raises(LaunchError, match="on another"):
         Lease(str(tmp_path), "r").take()
@@ -144,11 +186,27 @@ def test_a_lease_elsewhere_is_waited_out_and_one_that_moves_is_refused(tmp_path,
 
 def test_many_at_once_one_gets_it(tmp_path):
     """Eight processes start at one moment upon a dead lease."""
-    (tmp_path / "lease.json").write_text(json.dumps({**identity._me(), "token": "old", "started": 1.0, "renewed": time.time()}))
-    code = HOLD.replace('print("held", flush=True)\n    time.sleep(60)', 'print("held", flush=True)\n    sys.stdin.read()')
-    code = "import sys; sys.stdin.readline()\n" + code.replace("import sys, time\n", "import time\n")
+    (tmp_path / "lease.json").write_text(
+        json.dumps({**identity._me(), "token": "old", "started": 1.0, "renewed": time.time()})
+    )
+    code = HOLD.replace(
+        'print("held", flush=True)\n    time.sleep(60)',
+        'print("held", flush=True)\n    sys.stdin.read()',
+    )
+    code = "import sys; sys.stdin.readline()\n" + code.replace(
+        "import sys, time\n", "import time\n"
+    )
     code = code.format(root=str(identity.Path(identity.__file__).parents[2]), folder=str(tmp_path))
-    crowd = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(8)]
+    crowd = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for _ in range(8)
+    ]
     for p in crowd:
         p.stdin.write("\n")
         p.stdin.flush()
@@ -162,4 +220,6 @@ def test_many_at_once_one_gets_it(tmp_path):
 
 
 def test_resuming_needs_the_model_it_began_with():
-    assert fingerprint(dataclasses.replace(RUN, model=Model(init_from="file:/a")), "d", "w") == fingerprint(dataclasses.replace(RUN, model=Model(init_from="phase1")), "d", "w")
+    assert fingerprint(
+        dataclasses.replace(RUN, model=Model(init_from="file:/a")), "d", "w"
+    ) == fingerprint(dataclasses.replace(RUN, model=Model(init_from="phase1")), "d", "w")

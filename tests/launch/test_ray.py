@@ -38,19 +38,29 @@ def test_two_workers_killed_and_started_again_end_as_one_undisturbed(jobs, home)
         assert whole.wait(300) == 0, whole.log()
     longer = ("--name", "torn", "--cluster.workers", "2", *strict)
     with jobs.started(*FLAGS, *longer) as torn:
-        jobs.until(lambda: (home / "runs" / "torn" / "checkpoints" / "step-00000002").is_dir(), torn)
+        jobs.until(
+            lambda: (home / "runs" / "torn" / "checkpoints" / "step-00000002").is_dir(), torn
+        )
         torn.send_signal(signal.SIGKILL)
         torn.wait()
     assert not (home / "runs" / "torn" / "result.json").exists()
     before = json.loads((home / "runs" / "torn" / "run.json").read_text())
     with jobs.started(*FLAGS, *longer, cwd=str(home)) as torn:
         assert torn.wait(300) == 0, torn.log()
-        assert "going on with 2 workers" in torn.log() and "finished in" in torn.log() and "Traceback" not in torn.log()
+        assert (
+            "going on with 2 workers" in torn.log()
+            and "finished in" in torn.log()
+            and "Traceback" not in torn.log()
+        )
     after = json.loads((home / "runs" / "torn" / "run.json").read_text())
     assert after["mlflow"]["run_id"] == before["mlflow"]["run_id"] and after["launches"] == 2
     one, two = result(home, "whole"), result(home, "torn")
     for a, b in zip(one["history"], two["history"], strict=True):
-        assert (a["train/loss"], a["val/loss"], a["val/top1"]) == (b["train/loss"], b["val/loss"], b["val/top1"])
+        assert (a["train/loss"], a["val/loss"], a["val/top1"]) == (
+            b["train/loss"],
+            b["val/loss"],
+            b["val/top1"],
+        )
     theirs = weights(home, "torn")
     assert all((value == theirs[name]).all() for name, value in weights(home, "whole").items())
     with jobs.started(*FLAGS, *longer) as again:
@@ -62,15 +72,37 @@ def test_sigterm_ends_with_a_checkpoint_and_143(jobs, home):
         jobs.until(lambda: "loss" in process.log(), process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(90) == 143, process.log()
-        step = int(re.search(r"stopped at step (\d+) of 800 on request, with a checkpoint", process.log())[1])
-    assert (home / "runs" / "stopped" / "checkpoints" / f"step-{step:08d}" / "manifest.json").is_file()
+        step = int(
+            re.search(r"stopped at step (\d+) of 800 on request, with a checkpoint", process.log())[
+                1
+            ]
+        )
+    assert (
+        home / "runs" / "stopped" / "checkpoints" / f"step-{step:08d}" / "manifest.json"
+    ).is_file()
     assert not (home / "runs" / "stopped" / "lease.json").exists()
 
 
 def test_an_error_that_would_come_again_is_not_retried(jobs, home):
-    with jobs.started(*FLAGS, "--name", "boom", "--optimizer.lr", "1e30", "--train.clip-norm", "0", "--train.max-nonfinite", "0", "--train.epochs", "20") as process:
+    with jobs.started(
+        *FLAGS,
+        "--name",
+        "boom",
+        "--optimizer.lr",
+        "1e30",
+        "--train.clip-norm",
+        "0",
+        "--train.max-nonfinite",
+        "0",
+        "--train.epochs",
+        "20",
+    ) as process:
         assert process.wait(240) == 1, process.log()
-        assert "error: the loss or its gradient was not finite" in process.log() and "Traceback" not in process.log() and "goes on from" not in process.log()
+        assert (
+            "error: the loss or its gradient was not finite" in process.log()
+            and "Traceback" not in process.log()
+            and "goes on from" not in process.log()
+        )
 
 
 @pytest.fixture
@@ -80,15 +112,34 @@ def head(free_port, jobs, family):
     dashboard = free_port()
     env = jobs.environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=jobs.token)
     # Not with --block, which ends everything when Ray's client server, that nobody needs here, is slow to start.
-    command = [jobs.ray, "start", "--head", "--port", str(free_port()), "--dashboard-port", str(dashboard), "--dashboard-agent-listen-port", str(free_port()),
-               "--ray-client-server-port", str(free_port()), "--temp-dir", str(short), "--disable-usage-stats", "--num-cpus", "2"]
+    command = [
+        jobs.ray,
+        "start",
+        "--head",
+        "--port",
+        str(free_port()),
+        "--dashboard-port",
+        str(dashboard),
+        "--dashboard-agent-listen-port",
+        str(free_port()),
+        "--ray-client-server-port",
+        str(free_port()),
+        "--temp-dir",
+        str(short),
+        "--disable-usage-stats",
+        "--num-cpus",
+        "2",
+    ]
     try:
         subprocess.run(command, env=env, check=True, capture_output=True, timeout=180)
         deadline = time.monotonic() + 120
         while True:
             assert time.monotonic() < deadline, "the dashboard does not answer"
             with contextlib.suppress(OSError):
-                asked = urllib.request.Request(f"http://127.0.0.1:{dashboard}/api/version", headers={"Authorization": f"Bearer {jobs.token}"})
+                asked = urllib.request.Request(
+                    f"http://127.0.0.1:{dashboard}/api/version",
+                    headers={"Authorization": f"Bearer {jobs.token}"},
+                )
                 with urllib.request.urlopen(asked, timeout=5):
                     break
             time.sleep(0.5)
@@ -99,7 +150,14 @@ def head(free_port, jobs, family):
 
 
 def submit(jobs, head, *command):
-    return subprocess.run([jobs.ray, "job", "submit", "--working-dir", str(jobs.root), "--", *command], env=head, cwd=str(jobs.root), capture_output=True, text=True, timeout=500)
+    return subprocess.run(
+        [jobs.ray, "job", "submit", "--working-dir", str(jobs.root), "--", *command],
+        env=head,
+        cwd=str(jobs.root),
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
 
 
 def test_submitted_as_a_job(jobs, home, head):
@@ -107,29 +165,102 @@ def test_submitted_as_a_job(jobs, home, head):
     python = sys.executable
     env = {**head, "FTLIB_HOME": str(home)}
     give = ["env", f"FTLIB_HOME={home}", "OMP_NUM_THREADS=1", python]
-    one = submit(jobs, env, *give, "jobs/phase1.py", "--data.path", jobs.shapes, *jobs.settings, *FLAGS, "--name", "one")
+    one = submit(
+        jobs,
+        env,
+        *give,
+        "jobs/phase1.py",
+        "--data.path",
+        jobs.shapes,
+        *jobs.settings,
+        *FLAGS,
+        "--name",
+        "one",
+    )
     assert one.returncode == 0, one.stdout + one.stderr
     assert "one: finished in" in one.stdout
-    two = submit(jobs, env, *give, "jobs/phase2.py", "--data.path", jobs.shapes, *jobs.settings, *FLAGS, "--name", "two", "--model.dropout", "0", "--augment.randaugment-m", "1", "--gates.gain", "-99", "--schedule.min-lr", "0")
+    two = submit(
+        jobs,
+        env,
+        *give,
+        "jobs/phase2.py",
+        "--data.path",
+        jobs.shapes,
+        *jobs.settings,
+        *FLAGS,
+        "--name",
+        "two",
+        "--model.dropout",
+        "0",
+        "--augment.randaugment-m",
+        "1",
+        "--gates.gain",
+        "-99",
+        "--schedule.min-lr",
+        "0",
+    )
     assert two.returncode == 0, two.stdout + two.stderr
     assert result(home, "two")["start_top1"] == result(home, "one")["metrics"]["best/val_top1"]
     scored = submit(jobs, env, *give, "jobs/evaluate.py", "two", "--no-report", "--no-track")
     assert scored.returncode == 0 and "top-1" in scored.stdout, scored.stdout + scored.stderr
-    wrong = submit(jobs, env, *give, "jobs/phase2.py", "--data.path", jobs.shapes, *jobs.settings, *FLAGS, "--name", "two", "--seed", "5", "--model.dropout", "0")
-    assert wrong.returncode == 1 and "exit code 2" in wrong.stdout + wrong.stderr and "the name 'two' is taken" in wrong.stdout
+    wrong = submit(
+        jobs,
+        env,
+        *give,
+        "jobs/phase2.py",
+        "--data.path",
+        jobs.shapes,
+        *jobs.settings,
+        *FLAGS,
+        "--name",
+        "two",
+        "--seed",
+        "5",
+        "--model.dropout",
+        "0",
+    )
+    assert (
+        wrong.returncode == 1
+        and "exit code 2" in wrong.stdout + wrong.stderr
+        and "the name 'two' is taken" in wrong.stdout
+    )
 
 
 def test_a_sweep_submitted_as_a_job(jobs, home, head):
     """A sweep on a cluster that somebody else started: its trials run there, its report and its MLflow runs are whole."""
-    recipe = {"stage": "phase2", "data": {"path": jobs.shapes, "tuning_fraction": 0.25}, "augment": {"size": 16, "crop_scale": [0.9, 1.0], "flip": 0.0}, "mix": {"mixup_alpha": 0.2},
-              "model": {"arch": "shufflenet_v2_x0_5"}, "train": {"epochs": 2, "batch_size": 32, "microbatch_size": 16}, "track": {"system_metrics": False}}
+    recipe = {
+        "stage": "phase2",
+        "data": {"path": jobs.shapes, "tuning_fraction": 0.25},
+        "augment": {"size": 16, "crop_scale": [0.9, 1.0], "flip": 0.0},
+        "mix": {"mixup_alpha": 0.2},
+        "model": {"arch": "shufflenet_v2_x0_5"},
+        "train": {"epochs": 2, "batch_size": 32, "microbatch_size": 16},
+        "track": {"system_metrics": False},
+    }
     (home / "recipe.json").write_text(json.dumps(recipe))
-    done = submit(jobs, {**head, "FTLIB_HOME": str(home)}, "env", f"FTLIB_HOME={home}", "OMP_NUM_THREADS=1", sys.executable, "jobs/sweep.py", "--recipe", str(home / "recipe.json"),
-                  "--space", "quick", "--trials", "3", "--name", "far")
+    done = submit(
+        jobs,
+        {**head, "FTLIB_HOME": str(home)},
+        "env",
+        f"FTLIB_HOME={home}",
+        "OMP_NUM_THREADS=1",
+        sys.executable,
+        "jobs/sweep.py",
+        "--recipe",
+        str(home / "recipe.json"),
+        "--space",
+        "quick",
+        "--trials",
+        "3",
+        "--name",
+        "far",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "best of 3 trials" in done.stdout and "0 failed" in done.stdout
     report = home / "runs" / "far" / "report"
-    assert (report / "index.html").is_file() and json.loads((report / "best.json").read_text())["data"]["path"] == jobs.shapes
+    assert (report / "index.html").is_file() and json.loads((report / "best.json").read_text())[
+        "data"
+    ]["path"] == jobs.shapes
     with contextlib.closing(sqlite3.connect(home / "mlflow.db")) as db:
         runs = dict(db.execute("select name, status from runs").fetchall())
     assert set(runs.values()) == {"FINISHED"} and len(runs) == 4

@@ -28,10 +28,21 @@ class MemoryDataset:
     def __init__(self, train, val, classes=10, side=16):
         x, y = load_digits(return_X_y=True)
         keep = np.flatnonzero(y < classes)
-        jpegs = [cv2.imencode(".jpg", cv2.resize(np.repeat((x[i].reshape(8, 8, 1) * 15.9).astype(np.uint8), 3, 2), (side, side)))[1].tobytes() for i in keep[: train + val]]
+        jpegs = [
+            cv2.imencode(
+                ".jpg",
+                cv2.resize(
+                    np.repeat((x[i].reshape(8, 8, 1) * 15.9).astype(np.uint8), 3, 2), (side, side)
+                ),
+            )[1].tobytes()
+            for i in keep[: train + val]
+        ]
         labels = y[keep]
         self.classes = tuple(str(c) for c in range(classes))
-        self._splits = {"train": MemorySplit(jpegs[:train], labels[:train]), "val": MemorySplit(jpegs[train:], labels[train:train + val])}
+        self._splits = {
+            "train": MemorySplit(jpegs[:train], labels[:train]),
+            "val": MemorySplit(jpegs[train:], labels[train : train + val]),
+        }
 
     def split(self, name):
         return self._splits[name]

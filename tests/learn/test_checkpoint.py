@@ -12,7 +12,12 @@ from ftlib.storage import StorageError, join
 
 
 def state(step):
-    return {"step": step, "model": {"w": torch.full((3, 3), float(step))}, "history": [{"epoch": 1.0}], "list": [torch.tensor(step), None, "x"]}
+    return {
+        "step": step,
+        "model": {"w": torch.full((3, 3), float(step))},
+        "history": [{"epoch": 1.0}],
+        "list": [torch.tensor(step), None, "x"],
+    }
 
 
 def written(tmp_path, *numbers, **keep):
@@ -28,7 +33,11 @@ def test_the_newest_by_step_is_found_whatever_the_clocks_say(tmp_path):
     uri = written(tmp_path, 1, 20, 3)
     os.utime(tmp_path / "checkpoints" / "step-00000020", (0, 0))
     step, found = latest(uri)
-    assert step == 20 and torch.equal(found["model"]["w"], torch.full((3, 3), 20.0)) and found["list"][1:] == [None, "x"]
+    assert (
+        step == 20
+        and torch.equal(found["model"]["w"], torch.full((3, 3), 20.0))
+        and found["list"][1:] == [None, "x"]
+    )
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "zero tail", "no manifest", "empty"])
@@ -61,9 +70,14 @@ def test_a_hostile_checkpoint_runs_nothing(tmp_path, caplog):
             return os.system, (f"touch {canary}",)
 
     import io
+
     buffer = io.BytesIO()
     torch.save({"step": Evil()}, buffer)
-    storage.write_folder(str(tmp_path / "checkpoints" / "step-00000009"), {"state.pt": buffer.getvalue()}, {"step": 9})
+    storage.write_folder(
+        str(tmp_path / "checkpoints" / "step-00000009"),
+        {"state.pt": buffer.getvalue()},
+        {"step": 9},
+    )
     assert latest(str(tmp_path / "checkpoints")) is None
     assert not canary.exists()
 
@@ -76,7 +90,9 @@ def test_old_ones_go_and_the_best_stay(tmp_path):
         writer.save(n, state(n))
     writer.wait()
     writer.close()
-    assert steps(join(str(tmp_path), "checkpoints")) == [4, 3] and steps(join(str(tmp_path), "best")) == [3]
+    assert steps(join(str(tmp_path), "checkpoints")) == [4, 3] and steps(
+        join(str(tmp_path), "best")
+    ) == [3]
 
 
 def test_a_snapshot_does_not_follow_training():
@@ -106,7 +122,9 @@ def test_a_full_disk_is_survived_for_a_while_then_said_clearly(tmp_path, monkeyp
     writer.save(2, state(2))
     with pytest.raises(StorageError, match="disk is full"):
         writer.wait()
-    monkeypatch.setattr(storage, "_write_durably", real)  # space again: training was never stopped, and the next one is fine
+    monkeypatch.setattr(
+        storage, "_write_durably", real
+    )  # space again: training was never stopped, and the next one is fine
     writer.save(3, state(3))
     writer.wait()
     assert steps(str(tmp_path / "checkpoints")) == [3, 1]

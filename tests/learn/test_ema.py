@@ -13,7 +13,9 @@ from ftlib.learn.ema import Ema
 
 def net():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 4)
+    )
 
 
 def train_a_step(model, t):
@@ -33,7 +35,10 @@ def floats(model):
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99, 0.9999])
 def test_without_warm_up_it_is_torchs_averaged_model_with_buffers(decay):
     model = net()
-    ours, theirs = Ema(model, decay, warmup=False), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    ours, theirs = (
+        Ema(model, decay, warmup=False),
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True),
+    )
     theirs.update_parameters(model)  # AveragedModel's first update is a copy; ours starts as one
     for t in range(20):
         train_a_step(model, t)
@@ -49,11 +54,17 @@ def test_with_warm_up_it_is_the_recursion_written_out():
     ema, expected = Ema(model, 0.9), {k: v.double().clone() for k, v in floats(model).items()}
     for t in range(120):
         train_a_step(model, t)
-        assert ema.current_decay() == min(0.9, (1 + t) / (10 + t)) == pytest.approx(0.9 if t >= 80 else (1 + t) / (10 + t))
+        assert (
+            ema.current_decay()
+            == min(0.9, (1 + t) / (10 + t))
+            == pytest.approx(0.9 if t >= 80 else (1 + t) / (10 + t))
+        )
         ema.update(model)
         d = min(0.9, (1 + t) / (10 + t))
         expected = {k: d * v + (1 - d) * floats(model)[k].double() for k, v in expected.items()}
-    torch.testing.assert_close({k: v.double() for k, v in floats(ema.module).items()}, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        {k: v.double() for k, v in floats(ema.module).items()}, expected, rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("steps", [20, 200])
@@ -82,11 +93,19 @@ def test_the_average_is_apart_from_the_model_without_gradients_and_in_eval_mode(
     model = net().to(memory_format=torch.channels_last).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     ema = Ema(model, 0.9)
-    assert not any(p.requires_grad for p in ema.module.parameters()) and not ema.module.training and model.training
+    assert (
+        not any(p.requires_grad for p in ema.module.parameters())
+        and not ema.module.training
+        and model.training
+    )
     assert ema.module[0].weight.stride() == model[0].weight.stride()
-    assert not {t.data_ptr() for t in ema.module.state_dict().values()} & {t.data_ptr() for t in model.state_dict().values()}
+    assert not {t.data_ptr() for t in ema.module.state_dict().values()} & {
+        t.data_ptr() for t in model.state_dict().values()
+    }
     ema.update(model)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and all(
+        p.requires_grad for p in model.parameters()
+    )
 
 
 def test_stopped_anywhere_it_goes_on_bit_for_bit_from_a_weights_only_file():
@@ -105,7 +124,9 @@ def test_stopped_anywhere_it_goes_on_bit_for_bit_from_a_weights_only_file():
             e.update(model)
     for other in copies:
         a, b = ema.state_dict(), other.state_dict()
-        assert a["updates"] == b["updates"] == 6 and all(torch.equal(v, b["module"][k]) for k, v in a["module"].items())
+        assert a["updates"] == b["updates"] == 6 and all(
+            torch.equal(v, b["module"][k]) for k, v in a["module"].items()
+        )
 
 
 def test_an_update_does_not_wait_for_the_device():

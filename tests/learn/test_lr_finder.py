@@ -10,7 +10,12 @@ from ftlib.learn import lr_finder as L
 def curve(fall_at, low=1e-6, high=10.0, n=200, minimum_at=1.0, noise=0.0):
     """A loss that falls as a logistic function of log(rate), steepest at `fall_at`, and rises quadratically beyond `minimum_at`."""
     rates = np.geomspace(low, high, n)
-    losses = 1 - 0.05 * np.log(rates) + 2 / (1 + np.exp(2.5 * np.log(rates / fall_at))) + 3 * np.maximum(0, np.log(rates / minimum_at)) ** 2
+    losses = (
+        1
+        - 0.05 * np.log(rates)
+        + 2 / (1 + np.exp(2.5 * np.log(rates / fall_at)))
+        + 3 * np.maximum(0, np.log(rates / minimum_at)) ** 2
+    )
     return L.Curve(rates, losses + noise * np.random.default_rng(0).normal(size=n))
 
 
@@ -40,7 +45,9 @@ def test_gradient_descent_on_a_parabola_breaks_at_two_over_its_curvature():
     reading = L.read(found)
     lowest = found.rates[int(found.losses.argmin())]
     assert 0.2 / c < lowest < 2.2 / c
-    assert 2 / c < found.rates[-1] < 20 / c, "it ends soon after the loss has diverged, and not before it can"
+    assert 2 / c < found.rates[-1] < 20 / c, (
+        "it ends soon after the loss has diverged, and not before it can"
+    )
     assert reading.steepest < 1 / c and reading.suggestion <= reading.minimum / 3
     # The steepest place is where the product of (1 - rate * c)^2 so far falls fastest: computed here without the finder.
     shrink = np.cumprod(np.concatenate([[1], (1 - found.rates[:-1] * c) ** 2]))
@@ -76,15 +83,23 @@ def test_the_suggestion_is_what_the_schedule_reaches():
     reading = L.Reading(steepest=6.04e-3, minimum=1.0)
     assert L.applied(Run(optimizer=Adam()), reading).optimizer == Adam(lr=6.0e-3)
     one_cycle = L.applied(Run(optimizer=Adam(), schedule=OneCycle(peak=3.0)), reading)
-    assert one_cycle.optimizer.lr == pytest.approx(2.0e-3) and one_cycle.schedule == OneCycle(peak=3.0)
+    assert one_cycle.optimizer.lr == pytest.approx(2.0e-3) and one_cycle.schedule == OneCycle(
+        peak=3.0
+    )
 
 
 def test_on_a_real_recipe_it_touches_nothing(tmp_path):
     from tests.delivery import made
 
     data = made.dataset(tmp_path, train=16, val=2)
-    run = Run(name="r", data=Data(path=data.path), augment=Augment(size=32, crop_scale=(0.8, 1.0), color_jitter_p=0), model=Model(arch="resnet18"),
-              optimizer=Adam(lr=1e-3), train=Train(epochs=1, batch_size=16, microbatch_size=8, precision="fp32"))
+    run = Run(
+        name="r",
+        data=Data(path=data.path),
+        augment=Augment(size=32, crop_scale=(0.8, 1.0), color_jitter_p=0),
+        model=Model(arch="resnet18"),
+        optimizer=Adam(lr=1e-3),
+        train=Train(epochs=1, batch_size=16, microbatch_size=8, precision="fp32"),
+    )
     before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
     with L.recipe_step(run, data, steps=24) as step:
         found = L.range_test(step, 1e-6, 1e3, 24)

@@ -24,12 +24,16 @@ print(statistics.median(faults() for _ in range(15)))  # some steps the heap sti
 
 
 def faults_per_step(how):
-    done = subprocess.run([sys.executable, "-c", STEPS, how], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", STEPS, how], capture_output=True, text=True, check=True
+    )
     return float(done.stdout)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the setting")
 def test_freed_memory_serves_the_next_step():
-    assert faults_per_step("plain") > 10_000  # 123 MB in pages of 4 KiB, less what is kept anyway: the test would notice
+    assert (
+        faults_per_step("plain") > 10_000
+    )  # 123 MB in pages of 4 KiB, less what is kept anyway: the test would notice
     # In one process of some twenty the largest block was given back nevertheless, for reasons not known; three such in a row would be another matter.
     assert any(faults_per_step("keep") < 100 for _ in range(3))

@@ -19,7 +19,9 @@ NEXT = torch.arange(B).roll(1)
 @pytest.fixture
 def batch():
     g = torch.Generator().manual_seed(0)
-    return torch.randn(B, 3, H, W, generator=g), soft_targets(torch.randperm(C, generator=g)[:B], C, 0.1)
+    return torch.randn(B, 3, H, W, generator=g), soft_targets(
+        torch.randperm(C, generator=g)[:B], C, 0.1
+    )
 
 
 def torchvisions(kind, params, images, targets, monkeypatch):
@@ -31,7 +33,9 @@ def torchvisions(kind, params, images, targets, monkeypatch):
 @pytest.mark.parametrize("lam", [0.0, 0.25, 0.7, 1.0])
 def test_mixup_is_torchvisions(batch, lam, monkeypatch):
     ours = mix.mixup(*batch, NEXT, lam)
-    torch.testing.assert_close(ours, torchvisions(v2.MixUp, {"lam": lam}, *batch, monkeypatch), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        ours, torchvisions(v2.MixUp, {"lam": lam}, *batch, monkeypatch), rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("box", [(0, 0, W, H), (3, 5, 17, 9), (20, 0, W, 24), (7, 7, 7, 7)])
@@ -49,9 +53,19 @@ def test_cutmix_is_torchvisions(batch, box, monkeypatch):
 def test_the_box_of_a_lambda_and_a_centre_is_torchvisions(lam, monkeypatch):
     transform = v2.CutMix(num_classes=C)
     for x, y in [(0, 0), (W - 1, H - 1), (W // 2, H // 2), (3, 20)]:
-        monkeypatch.setattr(transform, "_dist", type("Fixed", (), {"sample": staticmethod(lambda shape: torch.tensor(lam, dtype=torch.float64))}))
+        monkeypatch.setattr(
+            transform,
+            "_dist",
+            type(
+                "Fixed",
+                (),
+                {"sample": staticmethod(lambda shape: torch.tensor(lam, dtype=torch.float64))},
+            ),
+        )
         centre = iter([x, y])
-        monkeypatch.setattr(torch, "randint", lambda *a, centre=centre, **k: torch.tensor([next(centre)]))
+        monkeypatch.setattr(
+            torch, "randint", lambda *a, centre=centre, **k: torch.tensor([next(centre)])
+        )
         params = transform.make_params([torch.zeros(B, 3, H, W)])
         box = mix.cutmix_box(lam, x, y, H, W)
         assert box == tuple(params["box"])
@@ -60,11 +74,22 @@ def test_the_box_of_a_lambda_and_a_centre_is_torchvisions(lam, monkeypatch):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
-@pytest.mark.parametrize("plan", [
-    mix.Plan("mixup", torch.randperm(B, generator=torch.Generator().manual_seed(3)), 0.3),
-    mix.Plan("cutmix", torch.randperm(B, generator=torch.Generator().manual_seed(3)), 0.75, (0, 0, W // 2, H // 2)),
-], ids=["mixup", "cutmix"])
-def test_every_type_and_memory_order_element_by_element_and_the_arguments_stay(batch, plan, dtype, channels_last):
+@pytest.mark.parametrize(
+    "plan",
+    [
+        mix.Plan("mixup", torch.randperm(B, generator=torch.Generator().manual_seed(3)), 0.3),
+        mix.Plan(
+            "cutmix",
+            torch.randperm(B, generator=torch.Generator().manual_seed(3)),
+            0.75,
+            (0, 0, W // 2, H // 2),
+        ),
+    ],
+    ids=["mixup", "cutmix"],
+)
+def test_every_type_and_memory_order_element_by_element_and_the_arguments_stay(
+    batch, plan, dtype, channels_last
+):
     images, targets = (batch[0] * 40 + 128).clamp(0, 255).to(dtype), batch[1]
     if channels_last:
         images = images.to(memory_format=torch.channels_last)
@@ -74,10 +99,14 @@ def test_every_type_and_memory_order_element_by_element_and_the_arguments_stay(b
     for i, j in enumerate(plan.partner.tolist()):
         if plan.kind == "mixup":
             expected = plan.lam * images[i].double() + (1 - plan.lam) * images[j].double()
-            torch.testing.assert_close(mixed[i].double(), expected, rtol=0.01, atol=0.51 if dtype == torch.uint8 else 1e-4)
+            torch.testing.assert_close(
+                mixed[i].double(), expected, rtol=0.01, atol=0.51 if dtype == torch.uint8 else 1e-4
+            )
         else:
             assert torch.equal(mixed[i, :, : H // 2, : W // 2], images[j, :, : H // 2, : W // 2])
-            assert torch.equal(mixed[i, :, H // 2 :], images[i, :, H // 2 :]) and torch.equal(mixed[i, :, :, W // 2 :], images[i, :, :, W // 2 :])
+            assert torch.equal(mixed[i, :, H // 2 :], images[i, :, H // 2 :]) and torch.equal(
+                mixed[i, :, :, W // 2 :], images[i, :, :, W // 2 :]
+            )
         torch.testing.assert_close(soft[i], plan.lam * targets[i] + (1 - plan.lam) * targets[j])
     torch.testing.assert_close(soft.sum(1), torch.ones(B))
     assert torch.equal(images, before[0]) and torch.equal(targets, before[1])
@@ -87,7 +116,11 @@ class NoWaiting(TorchDispatchMode):
     """Fails on what reads a value from a device to the host."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.is_nonzero.default), func
+        assert func not in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.is_nonzero.default,
+        ), func
         return func(*args, **(kwargs or {}))
 
 
@@ -142,7 +175,9 @@ def test_nothing_is_mixed_when_both_are_off_or_p_is_zero():
 
 def test_one_alone_is_the_only_one_drawn_whatever_the_share():
     assert {p.kind for p in plans(config.Mix(mixup_alpha=1.0, cutmix_share=1.0), 100)} == {"mixup"}
-    assert {p.kind for p in plans(config.Mix(cutmix_alpha=1.0, cutmix_share=0.0), 100)} == {"cutmix"}
+    assert {p.kind for p in plans(config.Mix(cutmix_alpha=1.0, cutmix_share=0.0), 100)} == {
+        "cutmix"
+    }
 
 
 @pytest.mark.parametrize("p,share", [(1.0, 0.5), (0.4, 0.25), (0.9, 1.0), (1.0, 0.0)])
@@ -151,7 +186,11 @@ def test_shares_of_mixed_and_of_cutmix_and_never_both(p, share):
     mixed = [d for d in drawn if d is not None]
     cut = [d for d in mixed if d.kind == "cutmix"]
     assert stats.binomtest(len(mixed), N, p).pvalue > 1e-3 if 0 < p < 1 else len(mixed) == p * N
-    assert stats.binomtest(len(cut), len(mixed), share).pvalue > 1e-3 if 0 < share < 1 else len(cut) == share * len(mixed)
+    assert (
+        stats.binomtest(len(cut), len(mixed), share).pvalue > 1e-3
+        if 0 < share < 1
+        else len(cut) == share * len(mixed)
+    )
     assert all((d.box is not None) == (d.kind == "cutmix") for d in mixed)
 
 
@@ -172,18 +211,29 @@ def test_the_boxes_areas_and_centres_are_those_of_the_paper():
     size, rng = 224, np.random.default_rng(0)
     lam, x, y = rng.random(400_000), rng.random(400_000) * size, rng.random(400_000) * size
     half = size * np.sqrt(1 - lam) / 2
-    areas = (np.minimum(x + half, size) - np.maximum(x - half, 0)) * (np.minimum(y + half, size) - np.maximum(y - half, 0)) / size**2
+    areas = (
+        (np.minimum(x + half, size) - np.maximum(x - half, 0))
+        * (np.minimum(y + half, size) - np.maximum(y - half, 0))
+        / size**2
+    )
     drawn = plans(config.Mix(cutmix_alpha=1.0))
     ours = np.array([1 - p.lam for p in drawn])
     assert abs(ours.mean() - areas.mean()) < 4 * areas.std() / np.sqrt(N) + 2 / size
     assert stats.ks_2samp(ours, areas[:50_000]).statistic < 0.04
-    inside = np.array([((b := p.box)[2] > 0, b[0] >= 0, b[2] <= size, b[3] <= size, b[0] <= b[2], b[1] <= b[3]) for p in drawn])
+    inside = np.array(
+        [
+            ((b := p.box)[2] > 0, b[0] >= 0, b[2] <= size, b[3] <= size, b[0] <= b[2], b[1] <= b[3])
+            for p in drawn
+        ]
+    )
     assert inside.all()
     covered = np.zeros((size, size))
     for p in drawn:
         x1, y1, x2, y2 = p.box
         covered[y1:y2, x1:x2] += 1
-    assert np.abs(covered / covered.mean() - covered.T / covered.mean()).mean() < 0.05  # x and y alike
+    assert (
+        np.abs(covered / covered.mean() - covered.T / covered.mean()).mean() < 0.05
+    )  # x and y alike
 
 
 def test_a_cutmix_targets_share_is_the_share_of_its_own_pixels():
@@ -210,7 +260,9 @@ def test_partners_are_uniform_permutations():
 def test_changing_one_setting_leaves_the_other_draws():
     a, b = plans(config.Mix(mixup_alpha=0.2), 200), plans(config.Mix(mixup_alpha=0.2, p=0.5), 200)
     kept = [(x, y) for x, y in zip(a, b) if y is not None]
-    assert 60 < len(kept) < 140 and all(x.lam == y.lam and torch.equal(x.partner, y.partner) for x, y in kept)
+    assert 60 < len(kept) < 140 and all(
+        x.lam == y.lam and torch.equal(x.partner, y.partner) for x, y in kept
+    )
 
 
 def test_one_image_meets_itself():

@@ -13,16 +13,32 @@ from ftlib import config
 from ftlib.learn import optim
 
 ALL = [
-    config.AdamW(lr=0.01, weight_decay=0.1), config.Adam(lr=0.01, weight_decay=0.1), config.SGD(lr=0.01, weight_decay=0.1),
-    config.SGD(lr=0.01, momentum=0.0, nesterov=False), config.RMSprop(lr=0.01, weight_decay=0.1),
+    config.AdamW(lr=0.01, weight_decay=0.1),
+    config.Adam(lr=0.01, weight_decay=0.1),
+    config.SGD(lr=0.01, weight_decay=0.1),
+    config.SGD(lr=0.01, momentum=0.0, nesterov=False),
+    config.RMSprop(lr=0.01, weight_decay=0.1),
 ]
 ids = ["AdamW", "Adam", "SGD", "SGD-plain", "RMSprop"]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    ),
+]
 
 
 def net(channels_last=False, device="cpu"):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 2), nn.GroupNorm(1, 5), nn.Flatten(), nn.Linear(20, 4)).to(device)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 5, 2),
+        nn.GroupNorm(1, 5),
+        nn.Flatten(),
+        nn.Linear(20, 4),
+    ).to(device)
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
 
@@ -44,12 +60,20 @@ def equal(a, b):
 
 
 def flat_state(optimizer):
-    return {(i, k): v.clone() if torch.is_tensor(v) else torch.tensor(v) for i, s in optimizer.state_dict()["state"].items() for k, v in s.items() if v is not None}
+    return {
+        (i, k): v.clone() if torch.is_tensor(v) else torch.tensor(v)
+        for i, s in optimizer.state_dict()["state"].items()
+        for k, v in s.items()
+        if v is not None
+    }
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("arch", ["resnet18", "convnext_tiny", "swin_t", "vit_b_32", "mobilenet_v3_small"])
+
+@pytest.mark.parametrize(
+    "arch", ["resnet18", "convnext_tiny", "swin_t", "vit_b_32", "mobilenet_v3_small"]
+)
 def test_every_parameter_is_in_one_group_and_no_norm_nor_bias_is_decayed(arch):
     with torch.device("cpu" if arch.startswith(("swin", "regnet")) else "meta"):
         model = torchvision.models.get_model(arch, weights=None)
@@ -62,7 +86,9 @@ def test_every_parameter_is_in_one_group_and_no_norm_nor_bias_is_decayed(arch):
     biases = {id(p) for n, p in model.named_parameters() if "bias" in n.split(".")[-1]}
     assert {id(p) for p in spared["params"]} == {id(p) for p in norms} | biases
     assert {id(p) for p in decayed["params"]} == {id(p) for p in others} - biases
-    assert optim.parameter_groups(model, config.AdamW(weight_decay=0.05, decay_norm_and_bias=True)) == [{"params": list(model.parameters()), "weight_decay": 0.05}]
+    assert optim.parameter_groups(
+        model, config.AdamW(weight_decay=0.05, decay_norm_and_bias=True)
+    ) == [{"params": list(model.parameters()), "weight_decay": 0.05}]
 
 
 def test_a_shared_and_a_frozen_parameter_are_there_once():
@@ -86,6 +112,7 @@ def test_weight_decay_moves_only_what_it_should():
 
 # --- parity -----------------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("cfg", ALL, ids=ids)
 def test_ten_steps_are_those_of_torchs_plain_optimizer(cfg, device):
@@ -94,11 +121,22 @@ def test_ten_steps_are_those_of_torchs_plain_optimizer(cfg, device):
     groups = optim.parameter_groups(theirs, cfg)
     match cfg:
         case config.AdamW() | config.Adam():
-            b = getattr(torch.optim, type(cfg).__name__)(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, foreach=False)
+            b = getattr(torch.optim, type(cfg).__name__)(
+                groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, foreach=False
+            )
         case config.SGD():
-            b = torch.optim.SGD(groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, foreach=False)
+            b = torch.optim.SGD(
+                groups, lr=cfg.lr, momentum=cfg.momentum, nesterov=cfg.nesterov, foreach=False
+            )
         case _:
-            b = torch.optim.RMSprop(groups, lr=cfg.lr, alpha=cfg.alpha, momentum=cfg.momentum, eps=cfg.eps, foreach=False)
+            b = torch.optim.RMSprop(
+                groups,
+                lr=cfg.lr,
+                alpha=cfg.alpha,
+                momentum=cfg.momentum,
+                eps=cfg.eps,
+                foreach=False,
+            )
     for t in range(10):
         for model, o in ((ours, a), (theirs, b)):
             optim.set_lr(o, cfg.lr * (t + 1) / 10)
@@ -109,7 +147,13 @@ def test_ten_steps_are_those_of_torchs_plain_optimizer(cfg, device):
 
 
 def test_the_kernels_are_fused_where_torch_has_them():
-    assert [bool(optim.build(cfg, net(), "cpu").defaults.get("fused")) for cfg in ALL] == [True, True, True, True, False]
+    assert [bool(optim.build(cfg, net(), "cpu").defaults.get("fused")) for cfg in ALL] == [
+        True,
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_the_rate_is_set_in_every_group():
@@ -119,6 +163,7 @@ def test_the_rate_is_set_in_every_group():
 
 
 # --- skipped steps ----------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -148,7 +193,10 @@ def test_a_skipped_step_leaves_no_trace(cfg, first, bad, device):
 @pytest.mark.parametrize("cfg", ALL, ids=ids)
 def test_a_finite_step_is_the_optimizers_own(cfg):
     a, b = net(), net()
-    for model, step in ((a, lambda o: optim.step_if_finite(o, torch.tensor(True))), (b, lambda o: o.step())):
+    for model, step in (
+        (a, lambda o: optim.step_if_finite(o, torch.tensor(True))),
+        (b, lambda o: o.step()),
+    ):
         optimizer = optim.build(cfg, model, "cpu")
         for t in range(3):
             give_gradients(model, t)
@@ -212,6 +260,7 @@ def test_a_parameter_that_thaws_later_joins_in(cfg):
 
 # --- memory order -----------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("cfg", ALL, ids=ids)
 def test_memory_order_does_not_matter(cfg, device):
@@ -247,6 +296,7 @@ def test_state_of_a_contiguous_model_goes_on_in_a_channels_last_one(cfg):
 
 # --- restore ----------------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("stop", range(5))
 @pytest.mark.parametrize("cfg", ALL, ids=ids)
 def test_stopped_anywhere_it_goes_on_bit_for_bit_from_a_weights_only_file(cfg, stop):
@@ -266,4 +316,6 @@ def test_stopped_anywhere_it_goes_on_bit_for_bit_from_a_weights_only_file(cfg, s
             optim.set_lr(o, 0.01 / (t + 1))
             give_gradients(m, t, float("nan") if t == 3 else None)
             optim.step_if_finite(o, torch.tensor(t != 3))
-    assert equal(weights(model), weights(resumed)) and equal(flat_state(optimizer), flat_state(again))
+    assert equal(weights(model), weights(resumed)) and equal(
+        flat_state(optimizer), flat_state(again)
+    )

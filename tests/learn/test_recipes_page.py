@@ -22,11 +22,20 @@ def recipe(stage):
 
 
 def row(start):
-    return next([c.strip() for c in line.strip("|").split("|")] for line in PAGE.splitlines() if line.startswith(f"| {start}"))
+    return next(
+        [c.strip() for c in line.strip("|").split("|")]
+        for line in PAGE.splitlines()
+        if line.startswith(f"| {start}")
+    )
 
 
 def test_every_op_is_named():
-    names = {n.strip() for line in PAGE.splitlines() if line.count("|") == 4 for n in line.split("|")[1].split(",")}
+    names = {
+        n.strip()
+        for line in PAGE.splitlines()
+        if line.count("|") == 4
+        for n in line.split("|")[1].split(",")
+    }
     assert {op.name for op in OPS} <= names
 
 
@@ -43,11 +52,20 @@ def test_the_phases_values_are_the_recipes(column, stage):
     assert row("epochs")[column].split(",")[0] == str(run.train.epochs)
     assert (f"EMA {run.train.ema_decay:g}" in row("epochs")[column]) == (run.train.ema_decay > 0)
     if stage != "phase3":
-        assert row("optimizer")[column].startswith(f"{type(run.optimizer).__name__}, lr {run.optimizer.lr:.0e}".replace("e-0", "e-"))
-    assert (run.train.batch_size, run.train.microbatch_size, run.train.clip_norm) == (128, 32, 1.0) and "128 as 4 microbatches of 32" in PAGE
+        assert row("optimizer")[column].startswith(
+            f"{type(run.optimizer).__name__}, lr {run.optimizer.lr:.0e}".replace("e-0", "e-")
+        )
+    assert (run.train.batch_size, run.train.microbatch_size, run.train.clip_norm) == (
+        128,
+        32,
+        1.0,
+    ) and "128 as 4 microbatches of 32" in PAGE
 
 
 def test_phase_1s_rates_are_those_of_the_table():
     run = recipe("phase1")
     rates = [learning_rate(run.schedule, run.optimizer.lr, t, 1000, 100) for t in (0, 299, 999)]
-    assert rates == pytest.approx([6e-4, 3e-3, 6e-7]) and "6e-4 up to 3e-3 in 30 % of the steps, down to 6e-7" in row("schedule")[1]
+    assert (
+        rates == pytest.approx([6e-4, 3e-3, 6e-7])
+        and "6e-4 up to 3e-3 in 30 % of the steps, down to 6e-7" in row("schedule")[1]
+    )

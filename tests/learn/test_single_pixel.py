@@ -16,12 +16,18 @@ from ftlib.learn import single_pixel
 def test_as_torch_convolves(data):
     draw = data.draw
     kernel, stride = draw(st.integers(1, 5)), draw(st.integers(1, 3))
-    padding, height, width = draw(st.integers(0, kernel)), draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    padding, height, width = (
+        draw(st.integers(0, kernel)),
+        draw(st.integers(1, 6)),
+        draw(st.integers(1, 6)),
+    )
     if min(height, width) + 2 * padding < kernel:
         return
     torch.manual_seed(draw(st.integers(0, 100)))
     plain = nn.Conv2d(3, 4, kernel, stride, padding, bias=draw(st.booleans())).double()
-    short = nn.Sequential(nn.Conv2d(3, 4, kernel, stride, padding, bias=plain.bias is not None)).double()
+    short = nn.Sequential(
+        nn.Conv2d(3, 4, kernel, stride, padding, bias=plain.bias is not None)
+    ).double()
     short[0].load_state_dict(plain.state_dict())
     single_pixel.shorten(short)
     x = torch.randn(2, 3, height, width, dtype=torch.double)
@@ -37,7 +43,14 @@ def test_as_torch_convolves(data):
 
 def test_the_short_way_is_taken_where_one_pixel_comes_out(monkeypatch):
     calls = []
-    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: calls.append(x.shape) or torch.nn.functional.conv2d(x, self.weight, self.bias, self.stride, self.padding))
+    monkeypatch.setattr(
+        nn.Conv2d,
+        "forward",
+        lambda self, x: (
+            calls.append(x.shape)
+            or torch.nn.functional.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        ),
+    )
     conv = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1))
     single_pixel.shorten(conv)
     assert conv(torch.ones(1, 2, 1, 1)).shape == (1, 2, 1, 1) and not calls
@@ -51,4 +64,6 @@ def test_a_resnet_is_torchvisions(size):
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(2, 3, size, size)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
-    assert sum(type(m) is single_pixel.Conv2d for m in ours.modules()) == 17  # all but the three 1x1 of the shortcuts
+    assert (
+        sum(type(m) is single_pixel.Conv2d for m in ours.modules()) == 17
+    )  # all but the three 1x1 of the shortcuts

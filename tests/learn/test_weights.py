@@ -20,20 +20,39 @@ def recipe(**changes):
     return override(Run(), {**SMALL, **changes})
 
 
-def finished(root, name, stage="phase1", digest="d1", top1=50.0, classes=CLASSES, status="completed", seed=0):
+def finished(
+    root, name, stage="phase1", digest="d1", top1=50.0, classes=CLASSES, status="completed", seed=0
+):
     """A finished run's folder with random weights; the weights."""
     torch.manual_seed(seed)
     run = recipe(stage=stage)
     state = models.build(run.model, len(classes)).state_dict()
-    about = {"arch": run.model.arch, "classes": list(classes), "run": name, "stage": stage, "scores": {"val/top1": top1}, "step": 3}
-    storage.write_folder(str(root / name / "best" / "step-00000003"), {"model.safetensors": save(state), "model.json": json.dumps(about).encode()}, {})
-    (root / name / "run.json").write_text(json.dumps({"run": to_dict(run), "data": {"name": "pets", "digest": digest}}))
-    (root / name / "result.json").write_text(json.dumps({"status": status, "metrics": {"best/val_top1": top1}}))
+    about = {
+        "arch": run.model.arch,
+        "classes": list(classes),
+        "run": name,
+        "stage": stage,
+        "scores": {"val/top1": top1},
+        "step": 3,
+    }
+    storage.write_folder(
+        str(root / name / "best" / "step-00000003"),
+        {"model.safetensors": save(state), "model.json": json.dumps(about).encode()},
+        {},
+    )
+    (root / name / "run.json").write_text(
+        json.dumps({"run": to_dict(run), "data": {"name": "pets", "digest": digest}})
+    )
+    (root / name / "result.json").write_text(
+        json.dumps({"status": status, "metrics": {"best/val_top1": top1}})
+    )
     return state
 
 
 def find(root, init_from, digest="d1", classes=CLASSES, **changes):
-    return weights.resolve_init(recipe(**{"model.init_from": init_from, **changes}), "pets", digest, classes, str(root))
+    return weights.resolve_init(
+        recipe(**{"model.init_from": init_from, **changes}), "pets", digest, classes, str(root)
+    )
 
 
 def test_scratch_and_imagenet_need_no_source(tmp_path):
@@ -60,9 +79,16 @@ def test_no_earlier_phase_says_the_command_that_makes_it(tmp_path):
         find(tmp_path, "phase1")
 
 
-@pytest.mark.parametrize("wanted, words", [
-    ("run:none", "holds no best model"), ("file:/none", "never finished"), ("file:/none.safetensors", "there is no file"), ("ftp://x", "use scratch"), ("mlflow:abc", "no tracking server"),
-])
+@pytest.mark.parametrize(
+    "wanted, words",
+    [
+        ("run:none", "holds no best model"),
+        ("file:/none", "never finished"),
+        ("file:/none.safetensors", "there is no file"),
+        ("ftp://x", "use scratch"),
+        ("mlflow:abc", "no tracking server"),
+    ],
+)
 def test_sources_that_are_not_there(tmp_path, wanted, words):
     with pytest.raises(ConfigError, match=words):
         find(tmp_path, wanted)
@@ -99,7 +125,9 @@ def test_a_bare_file_must_fit(tmp_path):
     with pytest.raises(ConfigError, match="changed since"):
         weights.start(run, tuple("abcde"), source)
     with pytest.raises(ConfigError, match="not a safetensors file"):
-        weights.start(run, tuple("abcde"), weights.resolve_init(run, "pets", "d", CLASSES, str(tmp_path)))
+        weights.start(
+            run, tuple("abcde"), weights.resolve_init(run, "pets", "d", CLASSES, str(tmp_path))
+        )
 
 
 def test_damaged_weights_are_never_used(tmp_path):

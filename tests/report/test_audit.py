@@ -21,13 +21,17 @@ JOB = Path(__file__).parents[2] / "jobs" / "audit.py"
 def scene(seed, side=64):
     """Coloured blobs: pictures that no two seeds share."""
     rng = np.random.default_rng(seed)
-    image = cv2.resize(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8), (side, side), interpolation=cv2.INTER_CUBIC)
+    image = cv2.resize(
+        rng.integers(0, 256, (6, 6, 3), dtype=np.uint8), (side, side), interpolation=cv2.INTER_CUBIC
+    )
     return image
 
 
 def hashes(images):
     prints = [A.fingerprint(i) for i in images]
-    return np.array([p.gradient for p in prints], np.uint64), np.array([p.frequency for p in prints], np.uint64)
+    return np.array([p.gradient for p in prints], np.uint64), np.array(
+        [p.frequency for p in prints], np.uint64
+    )
 
 
 def test_the_banded_search_finds_every_pair_that_comparing_all_with_all_finds():
@@ -40,7 +44,12 @@ def test_the_banded_search_finds_every_pair_that_comparing_all_with_all_finds():
     both = np.concatenate([base, base ^ flips])
     for near in (0, 3, 4, 7):
         found = {(p.a, p.b) for p in A.near_pairs(both, both, near)}
-        wanted = {(a, b) for a in range(600) for b in range(a + 1, 600) if int(both[a] ^ both[b]).bit_count() <= near}
+        wanted = {
+            (a, b)
+            for a in range(600)
+            for b in range(a + 1, 600)
+            if int(both[a] ^ both[b]).bit_count() <= near
+        }
         assert found == wanted and len(wanted) > 20
     with pytest.raises(ValueError, match="pairs would be missed"):
         A.near_pairs(both, both, 8)
@@ -50,14 +59,21 @@ def test_the_banded_search_finds_every_pair_that_comparing_all_with_all_finds():
 def test_the_hashes_survive_what_makes_near_duplicates_and_tell_others_apart(change):
     originals = [scene(i) for i in range(40)]
     if change == "quality":
-        changed = [cv2.imdecode(cv2.imencode(".jpg", i, [cv2.IMWRITE_JPEG_QUALITY, 60])[1], cv2.IMREAD_COLOR) for i in originals]
+        changed = [
+            cv2.imdecode(
+                cv2.imencode(".jpg", i, [cv2.IMWRITE_JPEG_QUALITY, 60])[1], cv2.IMREAD_COLOR
+            )
+            for i in originals
+        ]
     elif change == "smaller":
         changed = [cv2.resize(i, (40, 40), interpolation=cv2.INTER_AREA) for i in originals]
     else:
         changed = [np.clip(i.astype(int) * 0.9 + 20, 0, 255).astype(np.uint8) for i in originals]
     found = A.near_pairs(*hashes(originals + changed))
     right = sum(p.b == p.a + 40 for p in found)
-    assert right >= 36 and right == len(found), "missed too many, or took different pictures for the same"
+    assert right >= 36 and right == len(found), (
+        "missed too many, or took different pictures for the same"
+    )
 
 
 def test_exact_repeats_point_to_the_first():
@@ -72,7 +88,9 @@ def test_planted_wrong_labels_come_first_and_right_ones_are_let_be():
     labels[wrong] = 1 - labels[wrong]
     found, agreement = A.suspects(np.stack([A.features(p) for p in pictures]), labels)
     assert set(wrong) <= {s.position for s in found[:6]} and len(found) <= 8
-    assert 0.9 < agreement < 1 and all(s.said == 1 - labels[s.position] and s.confidence > s.own for s in found)
+    assert 0.9 < agreement < 1 and all(
+        s.said == 1 - labels[s.position] and s.confidence > s.own for s in found
+    )
 
 
 def test_labels_of_tiny_or_single_classes_are_not_judged():
@@ -96,7 +114,9 @@ def planted(tmp_path_factory):
         for c, kind in enumerate(("left", "right")):
             (root / "pictures" / split / kind).mkdir(parents=True)
             for i in range(n):
-                Image.fromarray(scene(start + 1000 * c + i)).save(root / "pictures" / split / kind / f"{i}.jpg", quality=95)
+                Image.fromarray(scene(start + 1000 * c + i)).save(
+                    root / "pictures" / split / kind / f"{i}.jpg", quality=95
+                )
     p = root / "pictures"
     copy = lambda a, b: (p / b).write_bytes((p / a).read_bytes())  # noqa: E731
     copy("train/left/0.jpg", "val/left/leak.jpg")
@@ -105,7 +125,9 @@ def planted(tmp_path_factory):
     copy("train/left/2.jpg", "train/left/twice.jpg")
     copy("train/left/3.jpg", "train/right/both.jpg")
     for split in ("train", "val"):
-        Image.fromarray(np.full((64, 64, 3), 200 if split == "train" else 190, np.uint8)).save(p / split / "left" / "blank.jpg")
+        Image.fromarray(np.full((64, 64, 3), 200 if split == "train" else 190, np.uint8)).save(
+            p / split / "left" / "blank.jpg"
+        )
     return prepare(p, root / "set", engine="here", workers=1, progress=False).dataset
 
 
@@ -116,20 +138,39 @@ def found(planted):
 
 def test_planted_duplicates_are_found_and_nothing_else(found):
     named = lambda pairs: {tuple(sorted((found.file(p.a), found.file(p.b)))) for p in pairs}  # noqa: E731
-    assert named(p for p in found.leaks if p.distance == 0) == {("train/left/0.jpg", "val/left/leak.jpg")}
-    assert named(p for p in found.leaks if p.distance) == {("train/right/1.jpg", "val/right/again.jpg")}
+    assert named(p for p in found.leaks if p.distance == 0) == {
+        ("train/left/0.jpg", "val/left/leak.jpg")
+    }
+    assert named(p for p in found.leaks if p.distance) == {
+        ("train/right/1.jpg", "val/right/again.jpg")
+    }
     assert named(found.conflicts) == {("train/left/3.jpg", "train/right/both.jpg")}
-    assert named(found.within) == {("train/left/2.jpg", "train/left/twice.jpg"), ("train/left/3.jpg", "train/right/both.jpg")}
+    assert named(found.within) == {
+        ("train/left/2.jpg", "train/left/twice.jpg"),
+        ("train/left/3.jpg", "train/right/both.jpg"),
+    }
     assert found.flat == 2
 
 
 def test_the_page_shows_them_and_the_list_names_them(found, tmp_path):
     files = audit_page.write(found, tmp_path)
     html = files[0].read_text()
-    for word in ("val/left/leak.jpg", "val/right/again.jpg", "train/right/both.jpg", "left or right", "In train and in val: 2", "2 are too uniform"):
+    for word in (
+        "val/left/leak.jpg",
+        "val/right/again.jpg",
+        "train/right/both.jpg",
+        "left or right",
+        "In train and in val: 2",
+        "2 are too uniform",
+    ):
         assert word in html
     rows = list(csv.DictReader((tmp_path / "findings.csv").read_text().splitlines()))
-    assert {r["finding"] for r in rows} >= {"same across splits", "near across splits", "same", "same, labels differ"}
+    assert {r["finding"] for r in rows} >= {
+        "same across splits",
+        "near across splits",
+        "same",
+        "same, labels differ",
+    }
     with Image.open(tmp_path / "classes.png") as image:
         assert image.width > 800
 
@@ -144,12 +185,29 @@ def test_features_of_a_trained_model_can_judge(planted):
     assert audit_page.audit(planted, features=features).suspects == [] and asked == [planted]
 
 
-@pytest.mark.parametrize(("limits", "passed"), [({}, []), ({"max_leaks": 2}, []), ({"max_leaks": 1}, ["leaks"]), ({"max_conflicts": 0, "max_duplicates": 0.5}, ["conflicts"]), ({"max_duplicates": 0.01}, ["duplicates"])])
+@pytest.mark.parametrize(
+    ("limits", "passed"),
+    [
+        ({}, []),
+        ({"max_leaks": 2}, []),
+        ({"max_leaks": 1}, ["leaks"]),
+        ({"max_conflicts": 0, "max_duplicates": 0.5}, ["conflicts"]),
+        ({"max_duplicates": 0.01}, ["duplicates"]),
+    ],
+)
 def test_thresholds(found, limits, passed):
     spec = importlib.util.spec_from_file_location("audit_job", JOB)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    arguments = argparse.Namespace(**{"max_leaks": None, "max_conflicts": None, "max_duplicates": None, "max_suspects": None, **limits})
+    arguments = argparse.Namespace(
+        **{
+            "max_leaks": None,
+            "max_conflicts": None,
+            "max_duplicates": None,
+            "max_suspects": None,
+            **limits,
+        }
+    )
     assert [line.split()[0] for line in module.exceeded(found, arguments)] == passed
 
 

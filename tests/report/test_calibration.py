@@ -45,7 +45,9 @@ def test_calibration_lowers_nll_and_ece_and_keeps_every_prediction():
     found = C.cross_fitted(logits, labels)
     before, after = M.scores(logits, labels), M.scores(found.scaled, labels)
     assert after["nll"].value < before["nll"].value and after["ece"].value < before["ece"].value / 3
-    assert (found.scaled.argmax(axis=1) == logits.argmax(axis=1)).all() and after["top1"].value == before["top1"].value
+    assert (found.scaled.argmax(axis=1) == logits.argmax(axis=1)).all() and after[
+        "top1"
+    ].value == before["top1"].value
 
 
 def test_no_image_takes_part_in_fitting_its_own_temperature():

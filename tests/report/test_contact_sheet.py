@@ -15,12 +15,23 @@ from ftlib.data.keys import MIX, key
 from ftlib.data.order import step_plan
 from ftlib.data.shards import DataError
 from ftlib.learn import losses, mix
-from ftlib.report.contact_sheet import contact_sheet, epochs_section, mixing_section, network_section, ops_section, training_rows
+from ftlib.report.contact_sheet import (
+    contact_sheet,
+    epochs_section,
+    mixing_section,
+    network_section,
+    ops_section,
+    training_rows,
+)
 from ftlib.tree import ConfigError
 
 RUN = config.Run(
-    stage="phase2", seed=3, augment=config.Augment(size=32, randaugment_n=2, randaugment_m=9, randaugment_p=0.5), mix=config.Mix(mixup_alpha=0.4, cutmix_alpha=1.0),
-    train=config.Train(epochs=4, batch_size=16, microbatch_size=8))
+    stage="phase2",
+    seed=3,
+    augment=config.Augment(size=32, randaugment_n=2, randaugment_m=9, randaugment_p=0.5),
+    mix=config.Mix(mixup_alpha=0.4, cutmix_alpha=1.0),
+    train=config.Train(epochs=4, batch_size=16, microbatch_size=8),
+)
 
 
 class Memory:
@@ -62,24 +73,38 @@ def test_the_network_section_is_what_training_makes(dataset):
     assert len(section.rows) == len(plan)
     transform = TrainTransform(RUN.augment, RUN.seed)
     for row, mb in zip(section.rows, plan):
-        images = torch.from_numpy(np.stack([transform(dataset.image(r), mb.epoch, int(r)) for r in mb.rows])).permute(0, 3, 1, 2)
+        images = torch.from_numpy(
+            np.stack([transform(dataset.image(r), mb.epoch, int(r)) for r in mb.rows])
+        ).permute(0, 3, 1, 2)
         targets = losses.soft_targets(torch.from_numpy(dataset.labels[mb.rows]), 3, 0.1)
-        mixed, mixed_targets = mix.apply(mix.draw(RUN.mix, key(MIX, RUN.seed, 3, mb.k), len(mb.rows), 32, 32), images, targets)
+        mixed, mixed_targets = mix.apply(
+            mix.draw(RUN.mix, key(MIX, RUN.seed, 3, mb.k), len(mb.rows), 32, 32), images, targets
+        )
         for i, tile in enumerate(row.tiles):
             assert np.array_equal(tile.image, mixed[i].permute(1, 2, 0).numpy())
             shown = dict(reversed(line.split(" ", 1)) for line in tile.caption.split("\n"))
-            assert shown and all(abs(float(v) - mixed_targets[i, dataset.classes.index(c)]) < 0.006 for c, v in shown.items())
+            assert shown and all(
+                abs(float(v) - mixed_targets[i, dataset.classes.index(c)]) < 0.006
+                for c, v in shown.items()
+            )
             assert sum(map(float, shown.values())) > 0.9
 
 
 def test_mixing_that_is_off_for_the_last_epochs_is_off_in_the_picture(dataset):
-    run = config.Run(seed=3, augment=RUN.augment, mix=config.Mix(mixup_alpha=0.4, off_epochs=4), train=RUN.train)
+    run = config.Run(
+        seed=3, augment=RUN.augment, mix=config.Mix(mixup_alpha=0.4, off_epochs=4), train=RUN.train
+    )
     assert [row.note for row in network_section(dataset, run, 0).rows] == ["not mixed", "not mixed"]
 
 
 def test_mixing_rows_say_when_the_recipe_has_it_off(dataset):
-    on, off = mixing_section(dataset, RUN), mixing_section(dataset, config.Run(augment=config.Augment(size=32)))
-    assert [r.title for r in on.rows] == ["Mixup", "CutMix"] and all("off" not in r.note for r in on.rows)
+    on, off = (
+        mixing_section(dataset, RUN),
+        mixing_section(dataset, config.Run(augment=config.Augment(size=32))),
+    )
+    assert [r.title for r in on.rows] == ["Mixup", "CutMix"] and all(
+        "off" not in r.note for r in on.rows
+    )
     assert all("off in this recipe" in r.note for r in off.rows)
     assert "α 0.4" in on.rows[0].note
     assert any("\n" in tile.caption for tile in on.rows[1].tiles)  # two classes on a mixed picture
@@ -96,10 +121,18 @@ def test_a_row_per_op_and_a_column_per_strength(dataset):
 
 
 def test_ops_outside_the_recipe_are_named_as_such(dataset):
-    run = config.Run(augment=config.Augment(size=32, randaugment_n=1, randaugment_m=4, randaugment_ops=("rotate", "blur")))
+    run = config.Run(
+        augment=config.Augment(
+            size=32, randaugment_n=1, randaugment_m=4, randaugment_ops=("rotate", "blur")
+        )
+    )
     rows = ops_section(dataset, run).rows
     inside = {row.title for row in rows if "not in this recipe" not in row.note}
-    assert inside == {"rotate", "blur"} == {row.title for row in rows if any(t.marked for t in row.tiles)}
+    assert (
+        inside
+        == {"rotate", "blur"}
+        == {row.title for row in rows if any(t.marked for t in row.tiles)}
+    )
 
 
 def test_epochs_differ(dataset):
@@ -124,12 +157,17 @@ def test_tuning_images_are_not_shown(dataset):
 
 
 def test_the_job_explains_mistakes(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("preview", Path(__file__).parents[2] / "jobs" / "preview.py")
+    spec = importlib.util.spec_from_file_location(
+        "preview", Path(__file__).parents[2] / "jobs" / "preview.py"
+    )
     preview = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(preview)
     with pytest.raises(ConfigError, match="unknown recipe phase9.*phase3"):
         preview.main(["phase9"])
-    for arguments, part in ((["phase2", "--augment.randaugment-k", "3"], "randaugment"), (["phase2", "--step", "-1"], "negative")):
+    for arguments, part in (
+        (["phase2", "--augment.randaugment-k", "3"], "randaugment"),
+        (["phase2", "--step", "-1"], "negative"),
+    ):
         with pytest.raises(SystemExit) as end:
             preview.main(arguments)
         assert end.value.code == 2 and part in capsys.readouterr().err

@@ -42,20 +42,32 @@ def test_agrees_with_the_papers_equations(resnet):
     assert ours.min() >= 0 and ours.max() == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize(("size", "layer"), [(224, "layer4"), (128, "layer4"), (64, "layer3"), (32, "layer2")])
+@pytest.mark.parametrize(
+    ("size", "layer"), [(224, "layer4"), (128, "layer4"), (64, "layer3"), (32, "layer2")]
+)
 def test_takes_the_deepest_layer_that_still_shows_places(resnet, size, layer):
     assert gradcam.target_layer(resnet, images(size, 1)) is getattr(resnet, layer)
 
 
-@pytest.mark.parametrize(("arch", "size"), [("convnext_tiny", 64), ("swin_t", 128), ("vit_b_32", 128), ("mobilenet_v3_small", 128)])
+@pytest.mark.parametrize(
+    ("arch", "size"),
+    [("convnext_tiny", 64), ("swin_t", 128), ("vit_b_32", 128), ("mobilenet_v3_small", 128)],
+)
 def test_works_for_other_families(arch, size):
     torch.manual_seed(0)
     extra = {"image_size": size} if arch.startswith("vit") else {}
     model = tv.get_model(arch, weights=None, num_classes=4, **extra).eval()
     if extra:
-        torch.nn.init.normal_(model.heads.head.weight)  # torchvision starts it at zero, where nothing speaks for anything
+        torch.nn.init.normal_(
+            model.heads.head.weight
+        )  # torchvision starts it at zero, where nothing speaks for anything
     found = gradcam.grad_cam(model, images(size), np.array([0, 3]))
-    assert found.shape == (2, size, size) and np.isfinite(found).all() and found.min() >= 0 and found.max() <= 1 + 1e-6
+    assert (
+        found.shape == (2, size, size)
+        and np.isfinite(found).all()
+        and found.min() >= 0
+        and found.max() <= 1 + 1e-6
+    )
     assert found.std() > 0
 
 
@@ -64,7 +76,10 @@ def test_a_frozen_model_is_left_as_it_was(resnet):
     resnet.fc.requires_grad_(True)
     try:
         assert gradcam.grad_cam(resnet, images(64), np.array([0, 1])).max() > 0
-        assert [n for n, p in resnet.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
+        assert [n for n, p in resnet.named_parameters() if p.requires_grad] == [
+            "fc.weight",
+            "fc.bias",
+        ]
         assert all(p.grad is None for p in resnet.parameters()) and not resnet._forward_hooks
         assert not any(m._forward_hooks for m in resnet.modules())
     finally:
@@ -73,7 +88,9 @@ def test_a_frozen_model_is_left_as_it_was(resnet):
 
 def test_a_model_without_maps_is_refused():
     with pytest.raises(ValueError, match="nothing to show"):
-        gradcam.target_layer(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 2)), images(8, 1))
+        gradcam.target_layer(
+            torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 2)), images(8, 1)
+        )
 
 
 def test_the_overlay_is_red_where_the_map_is_high_and_keeps_the_picture():

@@ -25,7 +25,9 @@ def test_top_k_agrees_with_scikit_learn_and_torchmetrics(k):
     logits, labels = made()
     ours = M.hits(logits, labels, k).mean()
     assert ours == pytest.approx(sk.top_k_accuracy_score(labels, logits, k=k))
-    theirs = tm.multiclass_accuracy(torch.tensor(logits), torch.tensor(labels), num_classes=9, top_k=k, average="micro")
+    theirs = tm.multiclass_accuracy(
+        torch.tensor(logits), torch.tensor(labels), num_classes=9, top_k=k, average="micro"
+    )
     assert ours == pytest.approx(float(theirs), abs=1e-6)
 
 
@@ -45,7 +47,9 @@ def test_nll_agrees_with_scikit_learn_and_survives_huge_logits():
     logits, labels = made()
     assert M.nll(logits, labels).mean() == pytest.approx(sk.log_loss(labels, M.softmax(logits)))
     assert np.isfinite(M.nll(logits * 1e4, labels)).all()
-    np.testing.assert_allclose(M.softmax(logits), torch.softmax(torch.tensor(logits).double(), 1).numpy(), rtol=1e-12)
+    np.testing.assert_allclose(
+        M.softmax(logits), torch.softmax(torch.tensor(logits).double(), 1).numpy(), rtol=1e-12
+    )
 
 
 def test_per_class_and_confusion_agree_with_scikit_learn():
@@ -55,9 +59,16 @@ def test_per_class_and_confusion_agree_with_scikit_learn():
     predicted = logits.argmax(axis=1)
     matrix = M.confusion(predicted, labels, 9)
     np.testing.assert_array_equal(matrix, sk.confusion_matrix(labels, predicted, labels=range(9)))
-    precision, recall, f1, support = sk.precision_recall_fscore_support(labels, predicted, labels=range(9), zero_division=0)
+    precision, recall, f1, support = sk.precision_recall_fscore_support(
+        labels, predicted, labels=range(9), zero_division=0
+    )
     ours = M.per_class(matrix)
-    for a, b in ((ours.precision, precision), (ours.recall, recall), (ours.f1, f1), (ours.support, support)):
+    for a, b in (
+        (ours.precision, precision),
+        (ours.recall, recall),
+        (ours.f1, f1),
+        (ours.support, support),
+    ):
         np.testing.assert_allclose(a, b)
 
 
@@ -75,7 +86,9 @@ def test_ece_agrees_with_torchmetrics_where_equal_mass_and_equal_width_bins_coin
     rng = np.random.default_rng(3)
     confidence = (np.arange(1500) + 0.5) / 1500  # evenly spread: quantiles are widths
     right = rng.random(1500) < confidence**2
-    theirs = tm.binary_calibration_error(torch.tensor(confidence), torch.tensor(right.astype(int)), n_bins=15, norm="l1")
+    theirs = tm.binary_calibration_error(
+        torch.tensor(confidence), torch.tensor(right.astype(int)), n_bins=15, norm="l1"
+    )
     assert M.reliability(confidence, right).error == pytest.approx(float(theirs), abs=2e-4)
 
 
@@ -83,7 +96,10 @@ def test_ece_agrees_with_torchmetrics_where_equal_mass_and_equal_width_bins_coin
 @settings(max_examples=60, deadline=None)
 def test_scores_do_not_depend_on_the_order_of_images(n, classes, seed):
     rng = np.random.default_rng(seed)
-    logits, labels = rng.integers(-2, 3, (n, classes)).astype(np.float32), rng.integers(0, classes, n)
+    logits, labels = (
+        rng.integers(-2, 3, (n, classes)).astype(np.float32),
+        rng.integers(0, classes, n),
+    )
     order = rng.permutation(n)
     a, b = M.scores(logits, labels), M.scores(logits[order], labels[order])
     for name, score in a.items():
@@ -114,15 +130,21 @@ def test_the_interval_agrees_with_scipys_bootstrap():
 
     logits, labels = made(n=400)
     losses = M.nll(logits, labels)
-    theirs = bootstrap((losses,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    theirs = bootstrap(
+        (losses,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
     ours = M.scores(logits, labels)["nll"]
-    assert ours.low == pytest.approx(theirs.low, abs=0.02) and ours.high == pytest.approx(theirs.high, abs=0.02)
+    assert ours.low == pytest.approx(theirs.low, abs=0.02) and ours.high == pytest.approx(
+        theirs.high, abs=0.02
+    )
 
 
 def test_all_right_is_not_certainty():
     logits = np.eye(5)[np.arange(100) % 5] * 9
     found = M.scores(logits, np.arange(100) % 5)["top1"]
-    assert found.value == found.high == 100 and found.low == pytest.approx(96.38, abs=0.01)  # Clopper-Pearson, n = 100
+    assert found.value == found.high == 100 and found.low == pytest.approx(
+        96.38, abs=0.01
+    )  # Clopper-Pearson, n = 100
     assert M.scores(-logits, np.arange(100) % 5)["top1"].high == pytest.approx(3.62, abs=0.01)
 
 

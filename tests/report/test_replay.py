@@ -43,19 +43,27 @@ def test_loss_and_images_of_any_step_come_back(trained, step):
     before = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
     found = replay(RUN, data, str(run_dir), step, None)
     assert found.loss == pytest.approx(logged[step + 1], abs=2e-6)
-    assert found.start == max((s for s in checkpoint.steps(str(run_dir / "checkpoints")) if s <= step), default=None)
+    assert found.start == max(
+        (s for s in checkpoint.steps(str(run_dir / "checkpoints")) if s <= step), default=None
+    )
     assert [len(found.losses[k]) for k in found.losses] == [len(found.rows[k]) for k in found.rows]
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == before
 
 
 def test_the_steps_of_an_epoch_show_every_image_once(trained):
     run_dir, _, data = trained
-    seen = [row for step in range(7, 14) for rows in replay(RUN, data, str(run_dir), step, None, with_loss=False).rows.values() for row in rows]
+    seen = [
+        row
+        for step in range(7, 14)
+        for rows in replay(RUN, data, str(run_dir), step, None, with_loss=False).rows.values()
+        for row in rows
+    ]
     assert sorted(seen) == list(range(100))
 
 
 def test_the_sheet_is_a_picture_with_a_tile_per_image(trained, tmp_path):
     from PIL import Image
+
     run_dir, _, data = trained
     found = replay(RUN, data, str(run_dir), 8, None)
     picture = np.asarray(Image.open(sheet(RUN, data, found, tmp_path / "x.png")))

@@ -20,16 +20,62 @@ def finished(tmp_path):
     """finished(name, correct, seed=.., changes=..): the folder of a run that answered `correct` (bool per validation image)."""
     labels = np.arange(2000) % 10
 
-    def make(name, correct, seed=42, changes=None, digest="d" * 64, init=None, status="completed", rows=None):
-        run = override(Run(name=name, seed=seed, data=Data(path="x"), model=Model(), train=Train(epochs=3)), changes or {})
+    def make(
+        name,
+        correct,
+        seed=42,
+        changes=None,
+        digest="d" * 64,
+        init=None,
+        status="completed",
+        rows=None,
+    ):
+        run = override(
+            Run(name=name, seed=seed, data=Data(path="x"), model=Model(), train=Train(epochs=3)),
+            changes or {},
+        )
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
-        (folder / "run.json").write_text(json.dumps({"run": to_dict(run), "fingerprint": "f", "data": {"name": "set", "digest": digest, "path": "x"}, "init": init, "mlflow": None}))
-        history = [{"epoch": float(e), "val/top1": 50.0 + e, "train/top1": 55.0 + e, "val/loss": 2.0 - e / 10} for e in (1, 2, 3)]
-        (folder / "result.json").write_text(json.dumps({"status": status, "metrics": {"best/val_top1": 100 * float(np.mean(correct))}, "history": history}))
+        (folder / "run.json").write_text(
+            json.dumps(
+                {
+                    "run": to_dict(run),
+                    "fingerprint": "f",
+                    "data": {"name": "set", "digest": digest, "path": "x"},
+                    "init": init,
+                    "mlflow": None,
+                }
+            )
+        )
+        history = [
+            {
+                "epoch": float(e),
+                "val/top1": 50.0 + e,
+                "train/top1": 55.0 + e,
+                "val/loss": 2.0 - e / 10,
+            }
+            for e in (1, 2, 3)
+        ]
+        (folder / "result.json").write_text(
+            json.dumps(
+                {
+                    "status": status,
+                    "metrics": {"best/val_top1": 100 * float(np.mean(correct))},
+                    "history": history,
+                }
+            )
+        )
         rows = np.arange(len(correct)) if rows is None else rows
-        order = np.random.default_rng(0).permutation(len(correct))  # readers must not depend on the order in which answers were written
-        np.savez_compressed(folder / "predictions.npz", rows=rows[order], labels=labels[: len(correct)][order], correct=np.asarray(correct)[order], split="val")
+        order = np.random.default_rng(0).permutation(
+            len(correct)
+        )  # readers must not depend on the order in which answers were written
+        np.savez_compressed(
+            folder / "predictions.npz",
+            rows=rows[order],
+            labels=labels[: len(correct)][order],
+            correct=np.asarray(correct)[order],
+            split="val",
+        )
         return str(folder)
 
     return make
@@ -44,9 +90,22 @@ class Driver:
 
     def start(self, **plan) -> subprocess.Popen:
         self.count += 1
-        environment = {**os.environ, "FTLIB_HOME": str(self.home), "FAKE_PLAN": json.dumps(plan), "FAKE_LOG": str(self.scratch / "log.txt"), "OMP_NUM_THREADS": "1", "RAY_LOG_TO_DRIVER": "0"}
+        environment = {
+            **os.environ,
+            "FTLIB_HOME": str(self.home),
+            "FAKE_PLAN": json.dumps(plan),
+            "FAKE_LOG": str(self.scratch / "log.txt"),
+            "OMP_NUM_THREADS": "1",
+            "RAY_LOG_TO_DRIVER": "0",
+        }
         with open(self.scratch / f"out{self.count}.txt", "w") as out:
-            return subprocess.Popen([sys.executable, str(Path(__file__).with_name("fake_sweep.py"))], env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+            return subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("fake_sweep.py"))],
+                env=environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def output(self) -> str:
         return (self.scratch / f"out{self.count}.txt").read_text()

@@ -34,16 +34,35 @@ def train(shared, config, report):
     epochs = run["train"]["epochs"]
 
     def score_at(epoch):
-        return 60 - 100 * abs(run["model"]["dropout"] - 0.04) - 5 * abs(run["mix"]["mixup_alpha"] - 0.5) - 8 / epoch
+        return (
+            60
+            - 100 * abs(run["model"]["dropout"] - 0.04)
+            - 5 * abs(run["mix"]["mixup_alpha"] - 0.5)
+            - 8 / epoch
+        )
 
-    final = {"score": score_at(epochs), "run_dir": str(folder), "best_dir": "", "mlflow_run_id": "", "metrics": {},
-             "history": [{"epoch": e, "score": score_at(e), "seconds": PLAN.get("seconds", 0.0)} for e in range(1, epochs + 1)]}
+    final = {
+        "score": score_at(epochs),
+        "run_dir": str(folder),
+        "best_dir": "",
+        "mlflow_run_id": "",
+        "metrics": {},
+        "history": [
+            {"epoch": e, "score": score_at(e), "seconds": PLAN.get("seconds", 0.0)}
+            for e in range(1, epochs + 1)
+        ],
+    }
     if start == epochs:  # it had finished, but the driver died before it heard of it
         log("found", start)
         return {**final, "found": True}
     log("start", start)
     tracking = training.TitledTracking(shared.tracking, config["title"], config["params"])
-    tracked = tracking.start_run(config["name"], tags={"kind": shared.kind, **shared.tags, "trial": config["name"]}, params={}, parent=shared.parent)
+    tracked = tracking.start_run(
+        config["name"],
+        tags={"kind": shared.kind, **shared.tags, "trial": config["name"]},
+        params={},
+        parent=shared.parent,
+    )
     try:
         for epoch in range(start + 1, epochs + 1):
             time.sleep(PLAN.get("seconds", 0.0))
@@ -65,9 +84,28 @@ def train(shared, config, report):
 
 
 if __name__ == "__main__":
-    recipe = Run(stage="phase2", data=Data(path="fake"), augment=Augment(randaugment_n=2, randaugment_m=9), mix=Mix(mixup_alpha=0.2, cutmix_alpha=1.0), model=Model(dropout=0.02),
-                 train=Train(epochs=PLAN.get("epochs", 3)), cluster=Cluster(allow_open=True, gpus_per_worker=0, cpus_per_worker=1))
-    result = sweep(Sweep(recipe, "phase2", spaces.load("regularisation"), PLAN.get("name", ""), PLAN.get("trials", 6), early_stopping=PLAN.get("asha", True), parallel=2), check=check, train=train)
+    recipe = Run(
+        stage="phase2",
+        data=Data(path="fake"),
+        augment=Augment(randaugment_n=2, randaugment_m=9),
+        mix=Mix(mixup_alpha=0.2, cutmix_alpha=1.0),
+        model=Model(dropout=0.02),
+        train=Train(epochs=PLAN.get("epochs", 3)),
+        cluster=Cluster(allow_open=True, gpus_per_worker=0, cpus_per_worker=1),
+    )
+    result = sweep(
+        Sweep(
+            recipe,
+            "phase2",
+            spaces.load("regularisation"),
+            PLAN.get("name", ""),
+            PLAN.get("trials", 6),
+            early_stopping=PLAN.get("asha", True),
+            parallel=2,
+        ),
+        check=check,
+        train=train,
+    )
     import ray
 
     if ray.is_initialized():

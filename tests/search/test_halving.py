@@ -20,14 +20,24 @@ def feed(scheduler, number, scores, start=0):
     trial = SimpleNamespace(trial_id=f"id{number}", config={"number": number})
     scheduler.on_trial_add(None, trial)
     for epoch, score in enumerate(scores[start:], start + 1):
-        if scheduler.on_trial_result(None, trial, {"epoch": epoch, "score": score}) == TrialScheduler.STOP:
+        if (
+            scheduler.on_trial_result(None, trial, {"epoch": epoch, "score": score})
+            == TrialScheduler.STOP
+        ):
             return epoch
     return None
 
 
 def test_it_stops_what_rays_asha_stops():
     ours = Halving(EPOCHS, 1, 3, protected=())
-    theirs = ASHAScheduler(time_attr="epoch", metric="score", mode="max", max_t=EPOCHS + 1, grace_period=1, reduction_factor=3)
+    theirs = ASHAScheduler(
+        time_attr="epoch",
+        metric="score",
+        mode="max",
+        max_t=EPOCHS + 1,
+        grace_period=1,
+        reduction_factor=3,
+    )
     for number, scores in enumerate(curves(40)):
         expected = feed(theirs, number, scores)
         assert feed(ours, number, scores) == (None if expected == EPOCHS else expected)
@@ -54,9 +64,28 @@ def test_a_trial_that_goes_on_after_a_crash_is_judged_once_per_rung():
     for n, s in enumerate(scores[:-1]):
         feed(whole, n, s)
         feed(broken, n, s)
-    open_trial = Trial(11, {}, "tpe", history=[{"epoch": 1, "score": 99.0}, {"epoch": 2, "score": 99.0}])
+    open_trial = Trial(
+        11, {}, "tpe", history=[{"epoch": 1, "score": 99.0}, {"epoch": 2, "score": 99.0}]
+    )
     restarted = Halving(EPOCHS, 1, 3)
-    restarted.replay([*(Trial(n, {}, "tpe", "pruned", history=[{"epoch": e, "score": v} for e, v in enumerate(s[: broken.stopped.get(n, EPOCHS)], 1)]) for n, s in enumerate(scores[:-1])), open_trial])
+    restarted.replay(
+        [
+            *(
+                Trial(
+                    n,
+                    {},
+                    "tpe",
+                    "pruned",
+                    history=[
+                        {"epoch": e, "score": v}
+                        for e, v in enumerate(s[: broken.stopped.get(n, EPOCHS)], 1)
+                    ],
+                )
+                for n, s in enumerate(scores[:-1])
+            ),
+            open_trial,
+        ]
+    )
     assert feed(restarted, 11, [99.0] * EPOCHS, start=2) is None
     assert {m: len(r) for m, r in restarted._brackets[0]._rungs}[1] == 12
 
@@ -74,6 +103,9 @@ def test_a_trials_outcome_is_no_score():
     halving = Halving(EPOCHS)
     trial = SimpleNamespace(trial_id="x", config={"number": 3})
     halving.on_trial_add(None, trial)
-    assert halving.on_trial_result(None, trial, {"ended": True, "outcome": "failed"}) == TrialScheduler.CONTINUE
+    assert (
+        halving.on_trial_result(None, trial, {"ended": True, "outcome": "failed"})
+        == TrialScheduler.CONTINUE
+    )
     halving.on_trial_complete(None, trial, {})
     halving.on_trial_remove(None, trial)

@@ -36,10 +36,27 @@ def test_a_trial_whose_number_was_not_committed_is_not_there(tmp_path):
 
 
 def test_a_name_taken_by_another_sweep_is_refused_with_what_differs(tmp_path):
-    Ledger(str(tmp_path), "s").open({"recipe": {"train.epochs": 9, "data.mean": (0.1, 0.2)}, "space": {"model.dropout": "0 to 1"}}, {"kind": "sweep"})
-    Ledger(str(tmp_path), "s").open({"recipe": {"train.epochs": 9, "data.mean": (0.1, 0.2)}, "space": {"model.dropout": "0 to 1"}}, {"kind": "sweep"})
-    with pytest.raises(ConfigError, match=r"the name s is taken by another sweep(.|\n)*recipe.train.epochs is 9 there, 10 here(.|\n)*space.model.dropout(.|\n)*another --name"):
-        Ledger(str(tmp_path), "s").open({"recipe": {"train.epochs": 10, "data.mean": (0.1, 0.2)}, "space": {}}, {})
+    Ledger(str(tmp_path), "s").open(
+        {
+            "recipe": {"train.epochs": 9, "data.mean": (0.1, 0.2)},
+            "space": {"model.dropout": "0 to 1"},
+        },
+        {"kind": "sweep"},
+    )
+    Ledger(str(tmp_path), "s").open(
+        {
+            "recipe": {"train.epochs": 9, "data.mean": (0.1, 0.2)},
+            "space": {"model.dropout": "0 to 1"},
+        },
+        {"kind": "sweep"},
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"the name s is taken by another sweep(.|\n)*recipe.train.epochs is 9 there, 10 here(.|\n)*space.model.dropout(.|\n)*another --name",
+    ):
+        Ledger(str(tmp_path), "s").open(
+            {"recipe": {"train.epochs": 10, "data.mean": (0.1, 0.2)}, "space": {}}, {}
+        )
 
 
 def test_an_epoch_run_again_replaces_the_first():
@@ -54,7 +71,10 @@ def test_two_drivers_cannot_run_one_sweep_and_a_killed_one_lets_go(tmp_path):
     code = f"import sys,time; sys.path.insert(0,{ROOT!r})\nfrom ftlib.search.ledger import Ledger\nwith Ledger({str(tmp_path)!r},'s').lock():\n print('held',flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError, match=f"s is running already .process {other.pid} on"), Ledger(str(tmp_path), "s").lock():
+        with (
+            pytest.raises(ConfigError, match=f"s is running already .process {other.pid} on"),
+            Ledger(str(tmp_path), "s").lock(),
+        ):
             pass
         os.kill(other.pid, signal.SIGKILL)
         other.wait()

@@ -15,12 +15,34 @@ RECIPE = Run(stage="phase2", data=Data(path="x"), mix=Mix(mixup_alpha=0.2), trai
 SEEDS = (42, 43, 44, 45, 46)
 
 
-def sweep_ledger(root, values=(0.2, 0.4, 0.6, 0.4), scores=(50, 52, 51, 51.5), axis="mix.mixup_alpha"):
+def sweep_ledger(
+    root, values=(0.2, 0.4, 0.6, 0.4), scores=(50, 52, 51, 51.5), axis="mix.mixup_alpha"
+):
     ledger = Ledger(str(root), "s")
-    ledger.open({}, {"kind": "sweep", "recipe": to_dict(RECIPE), "recipe_name": "phase2", "base": to_dict(RECIPE), "axes": [axis], "constants": {}, "data": {"name": "set", "digest": "d" * 64},
-                     "init": {"uri": "", "sha256": ""}, "split": "tuning"})
+    ledger.open(
+        {},
+        {
+            "kind": "sweep",
+            "recipe": to_dict(RECIPE),
+            "recipe_name": "phase2",
+            "base": to_dict(RECIPE),
+            "axes": [axis],
+            "constants": {},
+            "data": {"name": "set", "digest": "d" * 64},
+            "init": {"uri": "", "sha256": ""},
+            "split": "tuning",
+        },
+    )
     for n, (v, s) in enumerate(zip(values, scores)):
-        ledger.add(Trial(n, {axis: v}, "tpe" if n else "recipe", "completed", history=[{"epoch": 3, "score": s}]))
+        ledger.add(
+            Trial(
+                n,
+                {axis: v},
+                "tpe" if n else "recipe",
+                "completed",
+                history=[{"epoch": 3, "score": s}],
+            )
+        )
     return ledger
 
 
@@ -39,15 +61,35 @@ def confirmations(finished, gains, **other):
         for k, gain in enumerate((0.0, *gains)):
             origin = "recipe" if k == 0 else f"t{k:02d}"
             changes = {"mix.mixup_alpha": 0.2 + 0.2 * k, **other.get(origin, {})}
-            folder = finished(f"{origin}-{seed}", answers(seed, gain), seed=seed, changes=changes, init=other.get("init", {}).get(origin))
-            wanted.append(Trial(i * 10 + k, {"mix.mixup_alpha": 0.2 + 0.2 * k}, origin, "completed", result={"run_dir": folder}, seed=seed))
-    chosen = [Trial(k, {"mix.mixup_alpha": 0.2 + 0.2 * k}, "tpe", "completed") for k in range(1, len(gains) + 1)]
+            folder = finished(
+                f"{origin}-{seed}",
+                answers(seed, gain),
+                seed=seed,
+                changes=changes,
+                init=other.get("init", {}).get(origin),
+            )
+            wanted.append(
+                Trial(
+                    i * 10 + k,
+                    {"mix.mixup_alpha": 0.2 + 0.2 * k},
+                    origin,
+                    "completed",
+                    result={"run_dir": folder},
+                    seed=seed,
+                )
+            )
+    chosen = [
+        Trial(k, {"mix.mixup_alpha": 0.2 + 0.2 * k}, "tpe", "completed")
+        for k in range(1, len(gains) + 1)
+    ]
     return wanted, chosen
 
 
 def test_candidates_are_the_best_that_differ(tmp_path):
     ledger = sweep_ledger(tmp_path)
-    assert [t.number for t in candidates(ledger, 3)] == [1, 2], "trial 3 repeats trial 1, trial 0 is the recipe"
+    assert [t.number for t in candidates(ledger, 3)] == [1, 2], (
+        "trial 3 repeats trial 1, trial 0 is the recipe"
+    )
     assert [t.number for t in candidates(ledger, 1)] == [1]
     with pytest.raises(ConfigError, match="no trial but the recipe"):
         candidates(sweep_ledger(tmp_path / "x", (0.2,), (50,)), 3)
@@ -56,8 +98,18 @@ def test_candidates_are_the_best_that_differ(tmp_path):
 def test_a_real_gain_is_promoted(finished):
     verdicts, own, groups, left_out = judge(*confirmations(finished, (0.01, 0.4)))
     winner, sentence = conclusion(verdicts)
-    assert winner.candidate.name == "t02" and winner.difference.seeds == 5 and own.seeds == SEEDS and len(groups) == 2 and not left_out
-    assert sentence.startswith("mixup_alpha 0.6 (t02) gains ") and sentence.endswith("promoted") and "95 % interval" in sentence
+    assert (
+        winner.candidate.name == "t02"
+        and winner.difference.seeds == 5
+        and own.seeds == SEEDS
+        and len(groups) == 2
+        and not left_out
+    )
+    assert (
+        sentence.startswith("mixup_alpha 0.6 (t02) gains ")
+        and sentence.endswith("promoted")
+        and "95 % interval" in sentence
+    )
 
 
 def test_without_one_the_recipe_is_kept(finished):
@@ -69,8 +121,13 @@ def test_a_worse_candidate_is_never_promoted(finished):
     assert conclusion(judge(*confirmations(finished, (-0.5,)))[0])[0] is None
 
 
-@pytest.mark.parametrize(("other", "message"), [
-    ({"t01": {"train.epochs": 9}}, "another budget .train.epochs is 9 against 3"), ({"init": {"t01": {"sha256": "abc", "uri": "u"}}}, "other starting weights")])
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"t01": {"train.epochs": 9}}, "another budget .train.epochs is 9 against 3"),
+        ({"init": {"t01": {"sha256": "abc", "uri": "u"}}}, "other starting weights"),
+    ],
+)
 def test_runs_that_cannot_be_compared_are_refused(finished, other, message):
     with pytest.raises(ComparisonError, match=message):
         judge(*confirmations(finished, (0.4,), **other))
@@ -80,7 +137,9 @@ def test_a_failed_candidate_is_left_out_and_a_failed_recipe_ends_it(finished):
     wanted, chosen = confirmations(finished, (0.4, 0.4))
     next(t for t in wanted if t.origin == "t01").outcome = "failed"
     verdicts, _, _, left_out = judge(wanted, chosen)
-    assert [v.candidate.name for v in verdicts] == ["t02"] and left_out[0].startswith("t01: its run of seed 42 failed")
+    assert [v.candidate.name for v in verdicts] == ["t02"] and left_out[0].startswith(
+        "t01: its run of seed 42 failed"
+    )
     wanted[0].outcome = "failed"
     with pytest.raises(ComparisonError, match="the recipe's own run of seed 42 failed"):
         judge(wanted, chosen)
@@ -141,8 +200,17 @@ def promote(monkeypatch, finished, tmp_path):
             if not trial.outcome:
                 ran.append(trial.label)
                 run = keeper.run_of(trial)
-                assert run.data.tuning_fraction == 0 and run.seed == trial.seed and run.train.epochs == 3
-                folder = finished(trial.label.replace(" ", "-"), answers(trial.seed, 0.0 if trial.origin == "recipe" else run_gain[0]), seed=trial.seed, changes={"mix.mixup_alpha": run.mix.mixup_alpha})
+                assert (
+                    run.data.tuning_fraction == 0
+                    and run.seed == trial.seed
+                    and run.train.epochs == 3
+                )
+                folder = finished(
+                    trial.label.replace(" ", "-"),
+                    answers(trial.seed, 0.0 if trial.origin == "recipe" else run_gain[0]),
+                    seed=trial.seed,
+                    changes={"mix.mixup_alpha": run.mix.mixup_alpha},
+                )
                 keeper.ended(trial.number, "completed", "", {"run_dir": folder})
         return True
 
@@ -156,21 +224,47 @@ def promote(monkeypatch, finished, tmp_path):
 
     def go(ledger, gain=0.4, **more):
         run_gain[0] = gain
-        return promotion.promote(ledger, check=lambda run: Basis("set", "d" * 64, "", "", None, 1), tracking_for=lambda *a, **k: tracking, recipes=tmp_path / "recipes", **more), list(ran), tracking
+        return (
+            promotion.promote(
+                ledger,
+                check=lambda run: Basis("set", "d" * 64, "", "", None, 1),
+                tracking_for=lambda *a, **k: tracking,
+                recipes=tmp_path / "recipes",
+                **more,
+            ),
+            list(ran),
+            tracking,
+        )
 
     return go
 
 
 def test_the_whole_promotion_writes_a_recipe_that_can_be_run(promote, tmp_path, capsys):
-    result, ran, tracking = promote(sweep_ledger(tmp_path / "runs2"), top=1, seeds=4, onto=("phase3", Run(stage="phase3", train=Train(epochs=60))))
+    result, ran, tracking = promote(
+        sweep_ledger(tmp_path / "runs2"),
+        top=1,
+        seeds=4,
+        onto=("phase3", Run(stage="phase3", train=Train(epochs=60))),
+    )
     assert len(ran) == 8 and ran[:2] == ["recipe s42", "t01 s42"], "seed by seed"
     assert result.winner.candidate.name == "t01"
     recipe = from_json(Run, (tmp_path / "recipes" / "s.json").read_text())
-    assert recipe.promoted_from == "s/t01" and recipe.mix.mixup_alpha == 0.4 and recipe.seed == RECIPE.seed and recipe.name == ""
+    assert (
+        recipe.promoted_from == "s/t01"
+        and recipe.mix.mixup_alpha == 0.4
+        and recipe.seed == RECIPE.seed
+        and recipe.name == ""
+    )
     third = from_json(Run, (tmp_path / "recipes" / "s-phase3.json").read_text())
     assert third.train.epochs == 60 and third.mix.mixup_alpha == 0.4
-    assert tracking.ended[-1][0] == "completed" and "promoted" in tracking.ended[-1][1] and tracking.tags_["winner"]
-    table = json.loads((tmp_path / "runs2" / "s" / "promotion" / "report" / "comparison.json").read_text())
+    assert (
+        tracking.ended[-1][0] == "completed"
+        and "promoted" in tracking.ended[-1][1]
+        and tracking.tags_["winner"]
+    )
+    table = json.loads(
+        (tmp_path / "runs2" / "s" / "promotion" / "report" / "comparison.json").read_text()
+    )
     assert table["data"][0][0] == "recipe" and len(table["data"]) == 2
     assert "promoted" in capsys.readouterr().out
 
@@ -186,14 +280,25 @@ def test_it_goes_on_and_seeds_may_be_raised(promote, tmp_path):
 
 def test_no_winner_writes_no_recipe(promote, tmp_path):
     result, _, tracking = promote(sweep_ledger(tmp_path / "runs2"), gain=0.0, top=1, seeds=3)
-    assert result.winner is None and not (tmp_path / "recipes").exists() and "keep it" in tracking.ended[-1][1] and tracking.tags_["winner"] == "recipe"
+    assert (
+        result.winner is None
+        and not (tmp_path / "recipes").exists()
+        and "keep it" in tracking.ended[-1][1]
+        and tracking.tags_["winner"] == "recipe"
+    )
 
 
 def test_bad_requests(promote, tmp_path):
     with pytest.raises(ConfigError, match="two seeds"):
         promote(sweep_ledger(tmp_path / "a"), top=1, seeds=1)
-    with pytest.raises(ComparisonError, match=r"another budget or start.*train.epochs is 9 against 3.*--set"):
-        promote(sweep_ledger(tmp_path / "b", values=(3, 9), scores=(1, 2), axis="train.epochs"), top=1, seeds=2)
+    with pytest.raises(
+        ComparisonError, match=r"another budget or start.*train.epochs is 9 against 3.*--set"
+    ):
+        promote(
+            sweep_ledger(tmp_path / "b", values=(3, 9), scores=(1, 2), axis="train.epochs"),
+            top=1,
+            seeds=2,
+        )
     with pytest.raises(ConfigError, match=r"no sweep quikc.*Did you mean quick\?"):
         promotion.open_sweep(str(tmp_path), "quikc", ["quick"])
 

@@ -10,7 +10,14 @@ from ftlib.search import report, spaces
 from ftlib.search.ledger import Ledger, Trial
 from ftlib.tree import to_dict
 
-SPACE = spaces.build("s", {"model.dropout": tune.uniform(0, 0.1), "mix.mixup_alpha": tune.quniform(0, 1, 0.1), "schedule": tune.choice(["Cosine", "OneCycle"])})
+SPACE = spaces.build(
+    "s",
+    {
+        "model.dropout": tune.uniform(0, 0.1),
+        "mix.mixup_alpha": tune.quniform(0, 1, 0.1),
+        "schedule": tune.choice(["Cosine", "OneCycle"]),
+    },
+)
 
 
 def trials(n, seed=0):
@@ -21,19 +28,49 @@ def trials(n, seed=0):
         values = spaces.choose(SPACE, lambda axis: axis.draw(rng))
         level = 60 - 300 * abs(values["model.dropout"] - 0.03) + rng.normal(0, 0.3)
         stop = number and level < 55
-        history = [{"epoch": e, "score": level - 10 / e, "seconds": 2.0} for e in range(1, 4 if stop else 10)]
-        out.append(Trial(number, values, "tpe" if number else "recipe", "pruned" if stop else "completed", history=history))
+        history = [
+            {"epoch": e, "score": level - 10 / e, "seconds": 2.0}
+            for e in range(1, 4 if stop else 10)
+        ]
+        out.append(
+            Trial(
+                number,
+                values,
+                "tpe" if number else "recipe",
+                "pruned" if stop else "completed",
+                history=history,
+            )
+        )
     return out
 
 
 @pytest.fixture
 def ledger(tmp_path):
     made = Ledger(str(tmp_path), "reg")
-    made.open({}, {"kind": "sweep", "recipe_name": "phase2", "base": to_dict(Run(data=Data(path="x"), model=Model(), train=Train(epochs=9))), "split": "tuning", "data": {"name": "set", "digest": "d" * 64},
-                   "init": {"uri": "", "sha256": ""}, "seed": 0, "search": "tpe"})
+    made.open(
+        {},
+        {
+            "kind": "sweep",
+            "recipe_name": "phase2",
+            "base": to_dict(Run(data=Data(path="x"), model=Model(), train=Train(epochs=9))),
+            "split": "tuning",
+            "data": {"name": "set", "digest": "d" * 64},
+            "init": {"uri": "", "sha256": ""},
+            "seed": 0,
+            "search": "tpe",
+        },
+    )
     for t in trials(24):
         made.add(t)
-    made.add(Trial(24, {"model.dropout": 0.05, "mix.mixup_alpha": 0.1, "schedule": "Cosine"}, "tpe", "failed", "out of memory: <b>CUDA</b>"))
+    made.add(
+        Trial(
+            24,
+            {"model.dropout": 0.05, "mix.mixup_alpha": 0.1, "schedule": "Cosine"},
+            "tpe",
+            "failed",
+            "out of memory: <b>CUDA</b>",
+        )
+    )
     return made
 
 
@@ -41,7 +78,11 @@ def test_the_setting_that_decides_is_found():
     found = importances.importance(SPACE, trials(40))
     assert next(iter(found.shares)) == "model.dropout" and found.shares["model.dropout"][0] > 0.5
     share, low, high = found.shares["model.dropout"]
-    assert low <= share + 0.05 and share - 0.05 <= high and sum(v[0] for v in found.shares.values()) == pytest.approx(1)
+    assert (
+        low <= share + 0.05
+        and share - 0.05 <= high
+        and sum(v[0] for v in found.shares.values()) == pytest.approx(1)
+    )
     assert found.at_epoch == 3, "at an epoch that all trials reached"
 
 
@@ -52,20 +93,36 @@ def test_too_few_trials_are_not_ranked():
 
 
 def test_settings_under_a_condition_are_named_as_not_ranked():
-    space = spaces.build("s", {"model.dropout": tune.uniform(0, 0.1), "mix.mixup_alpha": tune.uniform(0, 1), "mix.p": spaces.When(tune.uniform(0, 1), given=lambda v: v["mix.mixup_alpha"] > 0.5)})
+    space = spaces.build(
+        "s",
+        {
+            "model.dropout": tune.uniform(0, 0.1),
+            "mix.mixup_alpha": tune.uniform(0, 1),
+            "mix.p": spaces.When(tune.uniform(0, 1), given=lambda v: v["mix.mixup_alpha"] > 0.5),
+        },
+    )
     assert "mix.p: searched under a condition" in importances.importance(space, trials(20)).remark
 
 
 def test_the_page_says_what_matters_and_stands_alone(ledger, tmp_path):
     files = report.write_report(ledger, SPACE, tmp_path / "report")
-    assert {f.name for f in files} == {"index.html", "importance.png", "slices.png", "curves.png", "best_so_far.png"}
+    assert {f.name for f in files} == {
+        "index.html",
+        "importance.png",
+        "slices.png",
+        "curves.png",
+        "best_so_far.png",
+    }
     assert all(f.read_bytes()[:4] == b"\x89PNG" for f in files if f.suffix == ".png")
     page = (tmp_path / "report" / "index.html").read_text()
     best = report.best_trial(ledger)
     assert f"{best.score:.2f} % of the tuning split" in page and "against the recipe" in page
     assert "the validation set was not looked at" in page and "promote.py reg" in page
     assert "&lt;b&gt;CUDA" in page and "<b>CUDA" not in page
-    assert not re.search(r'(src|href)="https?:', page.replace("xlink:href", "")) and "<script" not in page
+    assert (
+        not re.search(r'(src|href)="https?:', page.replace("xlink:href", ""))
+        and "<script" not in page
+    )
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids)), "figures on one page must not share ids"
     refs = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', page))
@@ -76,7 +133,11 @@ def test_the_page_says_what_matters_and_stands_alone(ledger, tmp_path):
 
 def test_the_note_begins_with_the_result_and_the_links(ledger):
     lines = report.note(ledger, SPACE, "http://x/view").splitlines()
-    assert lines[0].startswith("**Best: t") and "http://x/view" in lines[2] and "report/index.html" in lines[3]
+    assert (
+        lines[0].startswith("**Best: t")
+        and "http://x/view" in lines[2]
+        and "report/index.html" in lines[3]
+    )
 
 
 def test_a_sweep_without_a_winner_says_so(ledger):

@@ -13,7 +13,9 @@ def answers(rng, seeds, images, spread=0.0, gains=(0.0, 0.0)):
     out = []
     for gain in gains:
         luck = rng.normal(0, spread, seeds)
-        out.append(1.2 + gain + luck[:, None] - difficulty + 0.6 * rng.logistic(size=(seeds, images)) > 0)
+        out.append(
+            1.2 + gain + luck[:, None] - difficulty + 0.6 * rng.logistic(size=(seeds, images)) > 0
+        )
     return out
 
 
@@ -22,12 +24,18 @@ def test_one_seed_agrees_with_scipys_bootstrap_and_with_mcnemar():
     a, b = answers(rng, 1, 2000, gains=(0.15, 0.0))
     ours = paired_difference(a, b)
     d = 100.0 * (a[0].astype(float) - b[0])
-    theirs = stats.bootstrap((d,), np.mean, n_resamples=20_000, method="basic", rng=np.random.default_rng(1))
+    theirs = stats.bootstrap(
+        (d,), np.mean, n_resamples=20_000, method="basic", rng=np.random.default_rng(1)
+    )
     assert ours.points == pytest.approx(d.mean())
-    assert (ours.low, ours.high) == pytest.approx((theirs.confidence_interval.low, theirs.confidence_interval.high), abs=0.12)
+    assert (ours.low, ours.high) == pytest.approx(
+        (theirs.confidence_interval.low, theirs.confidence_interval.high), abs=0.12
+    )
     assert ours.se_images == pytest.approx(theirs.standard_error, rel=0.03)
     table = [[0, int((a & ~b).sum())], [int((~a & b).sum()), 0]]
-    assert ours.p_different == pytest.approx(mcnemar(table, exact=False, correction=False).pvalue, abs=0.01)
+    assert ours.p_different == pytest.approx(
+        mcnemar(table, exact=False, correction=False).pvalue, abs=0.01
+    )
     assert np.isnan(ours.se_seeds)
 
 
@@ -37,24 +45,34 @@ def test_where_only_seeds_vary_it_is_students_t_test():
         effect = rng.normal(0.01, 0.01, 6)
         a = np.zeros((6, 100_000), bool)
         b = np.zeros_like(a)
-        for s, e in enumerate(effect):  # the same images for all seeds but for a hair, so that images contribute next to nothing
+        for s, e in enumerate(
+            effect
+        ):  # the same images for all seeds but for a hair, so that images contribute next to nothing
             half = 50_000 + round(50_000 * e)
             a[s, :half] = True
             b[s, :50_000] = True
-        of_seed = (a.mean(1) - b.mean(1))
+        of_seed = a.mean(1) - b.mean(1)
         ours = paired_difference(a, b, replicates=40_000)
         theirs = stats.ttest_1samp(of_seed, 0)
         assert ours.se_seeds == pytest.approx(100 * stats.sem(of_seed))
         assert ours.p_different == pytest.approx(theirs.pvalue, abs=0.05)
         interval = theirs.confidence_interval()
-        assert (ours.low, ours.high) == pytest.approx((100 * interval.low, 100 * interval.high), abs=0.35 * 100 * (interval.high - interval.low) / 2)
+        assert (ours.low, ours.high) == pytest.approx(
+            (100 * interval.low, 100 * interval.high),
+            abs=0.35 * 100 * (interval.high - interval.low) / 2,
+        )
 
 
-@pytest.mark.parametrize(("seeds", "spread"), [(5, 0.0), (5, 0.06), (5, 0.3), (3, 0.06), (10, 0.06)])
+@pytest.mark.parametrize(
+    ("seeds", "spread"), [(5, 0.0), (5, 0.06), (5, 0.3), (3, 0.06), (10, 0.06)]
+)
 def test_nothing_is_found_where_nothing_differs(seeds, spread):
     """False positives at the 5 % level, and coverage of the 95 % interval, over simulated worlds without a difference."""
     rng = np.random.default_rng(seeds)
-    found = [paired_difference(*answers(rng, seeds, 400, spread), replicates=999, seed=i) for i in range(500)]
+    found = [
+        paired_difference(*answers(rng, seeds, 400, spread), replicates=999, seed=i)
+        for i in range(500)
+    ]
     false_positives = np.mean([d.p_better < 0.05 for d in found])
     covered = np.mean([d.low <= 0 <= d.high for d in found])
     assert false_positives <= 0.05 + 2.6 * np.sqrt(0.05 * 0.95 / 500)
@@ -77,9 +95,15 @@ def test_holm_keeps_the_family_at_five_percent_and_has_power():
     wrong, right = 0, 0
     for i in range(250):
         own, *others = answers(rng, 5, 400, 0.05, gains=(0, 0, 0, 0))
-        wrong += min(holm([paired_difference(o, own, replicates=999, seed=i).p_better for o in others])) < 0.05
+        wrong += (
+            min(holm([paired_difference(o, own, replicates=999, seed=i).p_better for o in others]))
+            < 0.05
+        )
         own, *others = answers(rng, 5, 2000, 0.05, gains=(0, 0.3, 0, 0))
-        right += holm([paired_difference(o, own, replicates=999, seed=i).p_better for o in others])[0] < 0.05
+        right += (
+            holm([paired_difference(o, own, replicates=999, seed=i).p_better for o in others])[0]
+            < 0.05
+        )
     assert wrong / 250 <= 0.05 + 2.6 * np.sqrt(0.05 * 0.95 / 250)
     assert right / 250 > 0.9
 

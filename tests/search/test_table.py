@@ -10,7 +10,14 @@ class Terminal(io.StringIO):
 
 
 def trial(number, outcome="", scores=(), **more):
-    return Trial(number, {"model.dropout": 0.02, "mix.mixup_alpha": 0.4}, "tpe" if number else "recipe", outcome, history=[{"epoch": e, "score": s, "seconds": 1.0} for e, s in enumerate(scores, 1)], **more)
+    return Trial(
+        number,
+        {"model.dropout": 0.02, "mix.mixup_alpha": 0.4},
+        "tpe" if number else "recipe",
+        outcome,
+        history=[{"epoch": e, "score": s, "seconds": 1.0} for e, s in enumerate(scores, 1)],
+        **more,
+    )
 
 
 NAMES = {"model.dropout": "dropout", "mix.mixup_alpha": "mixup_alpha"}
@@ -44,10 +51,21 @@ def test_the_live_table_shows_trials_values_epoch_score_best_and_time_left():
         shown = Console(file=io.StringIO(), width=160)
         shown.print(table.render())
     text = shown.file.getvalue()
-    for wanted in ("best 74.00 % (t29)", "dropout", "mixup_alpha", "2/2", "running", "about 0:01", "more", "tuning split"):
+    for wanted in (
+        "best 74.00 % (t29)",
+        "dropout",
+        "mixup_alpha",
+        "2/2",
+        "running",
+        "about 0:01",
+        "more",
+        "tuning split",
+    ):
         assert wanted in text, wanted
-    rows = text[text.index("t00 recipe"):]
-    assert rows.index("t00 recipe") < rows.index("t29") < rows.index("t28"), "running first, then the best"
+    rows = text[text.index("t00 recipe") :]
+    assert rows.index("t00 recipe") < rows.index("t29") < rows.index("t28"), (
+        "running first, then the best"
+    )
 
 
 def test_time_left_waits_for_the_first_trial():

@@ -56,13 +56,37 @@ class Server:
         self.process: subprocess.Popen | None = None
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}", "--artifacts-destination", str(self.folder / "artifacts"),
-                   "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "server",
+            "--backend-store-uri",
+            f"sqlite:///{self.folder / 'mlflow.db'}",
+            "--artifacts-destination",
+            str(self.folder / "artifacts"),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--workers",
+            "1",
+        ]
         with open(self.folder / "server.log", "ab") as log:
-            self.process = subprocess.Popen(command, env={**os.environ, **UI_ENVIRONMENT}, stdout=log, stderr=log, start_new_session=True, cwd=self.folder)
+            self.process = subprocess.Popen(
+                command,
+                env={**os.environ, **UI_ENVIRONMENT},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd=self.folder,
+            )
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer:
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer,
+            ):
                 if answer.status == 200:
                     return
             time.sleep(0.2)
@@ -107,7 +131,16 @@ class Proxy:
                 if proxy.mode == "error":
                     self.reply(500, b"the database is on fire")
                     return
-                request = urllib.request.Request(target + self.path, data=body or None, method=self.command, headers={k: v for k, v in self.headers.items() if k.lower() not in ("host", "connection")})
+                request = urllib.request.Request(
+                    target + self.path,
+                    data=body or None,
+                    method=self.command,
+                    headers={
+                        k: v
+                        for k, v in self.headers.items()
+                        if k.lower() not in ("host", "connection")
+                    },
+                )
                 try:
                     with urllib.request.urlopen(request, timeout=30) as got:
                         self.reply(got.status, got.read(), got.headers.get("Content-Type", ""))

@@ -24,13 +24,20 @@ def job():
 
 def test_status_deliver_and_reap(job, store, mlflow, home, capsys, monkeypatch):
     monkeypatch.setattr(tracker, "FINISH_SECONDS", 0.5)
-    with open_tracking(Track(uri="http://127.0.0.1:9", offline=True), experiment="e", journal_dir=home / "runs" / "r" / "journal") as tracking:
+    with open_tracking(
+        Track(uri="http://127.0.0.1:9", offline=True),
+        experiment="e",
+        journal_dir=home / "runs" / "r" / "journal",
+    ) as tracking:
         run = tracking.start_run("r", tags={}, params={"lr": 1})
         run.writer().metrics({"m": 1}, 1)
         run.writer().artifact(home / "missing")
         run.finish("completed")
     job(["status"])
-    assert "r: 4 records wait for http://127.0.0.1:9 (MLflow does not know the run yet)" in capsys.readouterr().out
+    assert (
+        "r: 4 records wait for http://127.0.0.1:9 (MLflow does not know the run yet)"
+        in capsys.readouterr().out
+    )
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     job(["deliver"])
     assert "Name that server with --uri" in capsys.readouterr().out
@@ -43,7 +50,11 @@ def test_status_deliver_and_reap(job, store, mlflow, home, capsys, monkeypatch):
     (home / "missing").write_text("here now")
     job(["deliver", "--again", "--uri", store])
     assert [a.path for a in mlflow.list_artifacts(got.info.run_id)] == ["missing"]
-    dead = mlflow.create_run(got.info.experiment_id, tags={"ftlib.driver": "elsewhere 1 1", "ftlib.heartbeat": "1000"}, run_name="lost")
+    dead = mlflow.create_run(
+        got.info.experiment_id,
+        tags={"ftlib.driver": "elsewhere 1 1", "ftlib.heartbeat": "1000"},
+        run_name="lost",
+    )
     capsys.readouterr()
     job(["reap", "--uri", store])
     assert f"lost ({dead.info.run_id})" in capsys.readouterr().out
@@ -53,5 +64,12 @@ def test_status_deliver_and_reap(job, store, mlflow, home, capsys, monkeypatch):
 
 
 def test_mistakes_are_answered(home):
-    done = subprocess.run([sys.executable, ROOT / "jobs" / "track.py", "deliver", str(home / "nowhere")], capture_output=True, text=True, cwd=home)
-    assert done.returncode == 2 and "no such folder" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, ROOT / "jobs" / "track.py", "deliver", str(home / "nowhere")],
+        capture_output=True,
+        text=True,
+        cwd=home,
+    )
+    assert (
+        done.returncode == 2 and "no such folder" in done.stderr and "Traceback" not in done.stderr
+    )

@@ -66,9 +66,16 @@ def test_a_record_longer_than_a_block_is_read_whole(tmp_path):
 
 def test_what_was_appended_survives_kill_9(tmp_path):
     path = tmp_path / "a.jsonl"
-    code = ("import sys, time\nfrom pathlib import Path\nfrom ftlib.track.journal import Journal, encode\nj = Journal(Path(sys.argv[1]))\n"
-            "i = 0\nwhile True:\n    j.append(encode({'op': 'metrics', 'i': i})); print(i, flush=True); i += 1\n")
-    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom ftlib.track.journal import Journal, encode\nj = Journal(Path(sys.argv[1]))\n"
+        "i = 0\nwhile True:\n    j.append(encode({'op': 'metrics', 'i': i})); print(i, flush=True); i += 1\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
     last = -1
     for line in process.stdout:
         last = int(line)
@@ -83,11 +90,25 @@ def test_what_was_appended_survives_kill_9(tmp_path):
 
 def test_processes_and_threads_append_whole_lines_to_one_file(tmp_path):
     path = tmp_path / "a.jsonl"
-    code = ("import sys\nfrom pathlib import Path\nfrom ftlib.track.journal import Journal, encode\nj = Journal(Path(sys.argv[1]))\n"
-            "for i in range(300): j.append(encode({'op': 'metrics', 'who': sys.argv[2], 'i': i, 'pad': 'x' * (i % 97)}))\n")
-    others = [subprocess.Popen([sys.executable, "-c", code, str(path), str(k)], cwd=Path(__file__).parents[2]) for k in range(2)]
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom ftlib.track.journal import Journal, encode\nj = Journal(Path(sys.argv[1]))\n"
+        "for i in range(300): j.append(encode({'op': 'metrics', 'who': sys.argv[2], 'i': i, 'pad': 'x' * (i % 97)}))\n"
+    )
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(path), str(k)], cwd=Path(__file__).parents[2]
+        )
+        for k in range(2)
+    ]
     j = Journal(path)
-    threads = [threading.Thread(target=lambda k=k: [j.append(encode({"op": "metrics", "who": f"t{k}", "i": i})) for i in range(300)]) for k in range(2)]
+    threads = [
+        threading.Thread(
+            target=lambda k=k: [
+                j.append(encode({"op": "metrics", "who": f"t{k}", "i": i})) for i in range(300)
+            ]
+        )
+        for k in range(2)
+    ]
     [t.start() for t in threads]
     [t.join() for t in threads]
     assert [p.wait() for p in others] == [0, 0]
@@ -137,7 +158,9 @@ def test_state_survives_and_a_damaged_one_starts_over(tmp_path):
     assert State.load(path) == State()
 
 
-@pytest.mark.parametrize("name", ["phase2", "t03 do.27 mx.44", "../../etc/passwd", "", "ü/ö", "a" * 300])
+@pytest.mark.parametrize(
+    "name", ["phase2", "t03 do.27 mx.44", "../../etc/passwd", "", "ü/ö", "a" * 300]
+)
 def test_any_name_has_a_file_of_its_own_in_the_folder(tmp_path, name):
     path = file_of(tmp_path, name)
     assert path.parent == tmp_path and len(path.name) < 120
@@ -146,7 +169,12 @@ def test_any_name_has_a_file_of_its_own_in_the_folder(tmp_path, name):
 
 def test_folder_belongs_to_one_process_and_is_free_after_its_death(tmp_path):
     code = f"import sys, time\nfrom pathlib import Path\nfrom ftlib.track.journal import own\nprint(own(Path({str(tmp_path)!r})), flush=True)\ntime.sleep(60)\n"
-    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2])
+    other = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
     assert other.stdout.readline().strip() == "True"
     assert not journal.own(tmp_path)
     other.kill()

@@ -24,7 +24,13 @@ from ftlib.track import package as P
 code = P.image_classifier
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
-RUN = Run(name="tiny", stage="phase2", model=Model(arch="resnet18"), augment=Augment(size=32), evaluate=Evaluate(crop=0.8))
+RUN = Run(
+    name="tiny",
+    stage="phase2",
+    model=Model(arch="resnet18"),
+    augment=Augment(size=32),
+    evaluate=Evaluate(crop=0.8),
+)
 
 
 def photo(height, width, seed=0):
@@ -53,7 +59,16 @@ def model():
 @pytest.fixture(scope="module")
 def folder(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("package") / "model"
-    return P.package(model, RUN, CLASSES, {"val/top1": 91.2345, "val/top5": 99.1}, 1.7, out, data={"name": "zoo", "digest": "0123456789abcdef"}, calibrated_on="1,000 images")
+    return P.package(
+        model,
+        RUN,
+        CLASSES,
+        {"val/top1": 91.2345, "val/top5": 99.1},
+        1.7,
+        out,
+        data={"name": "zoo", "digest": "0123456789abcdef"},
+        calibrated_on="1,000 images",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +76,24 @@ def loaded(folder):
     return P.load(str(folder))
 
 
-@pytest.mark.parametrize(("height", "width"), [(40, 40), (33, 90), (90, 33), (500, 331), (1200, 900), (257, 2000), (20, 31)])
-@pytest.mark.parametrize("options", [{"quality": 95, "subsampling": 0}, {"quality": 75, "subsampling": 2}, {"quality": 60, "subsampling": 1, "progressive": True}])
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(40, 40), (33, 90), (90, 33), (500, 331), (1200, 900), (257, 2000), (20, 31)],
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quality": 95, "subsampling": 0},
+        {"quality": 75, "subsampling": 2},
+        {"quality": 60, "subsampling": 1, "progressive": True},
+    ],
+)
 def test_pixels_are_those_of_evaluation_bit_for_bit(height, width, options):
     jpeg = encoded(photo(height, width), **options)
     for size, crop in ((32, 0.8), (64, 0.875), (48, 1.0)):
-        np.testing.assert_array_equal(code.pixels(jpeg, size, max(size, round(size / crop))), EvalTransform(size, crop)(jpeg))
+        np.testing.assert_array_equal(
+            code.pixels(jpeg, size, max(size, round(size / crop))), EvalTransform(size, crop)(jpeg)
+        )
 
 
 def test_probabilities_are_those_of_the_model_in_any_batch(model, loaded):
@@ -77,7 +104,12 @@ def test_probabilities_are_those_of_the_model_in_any_batch(model, loaded):
         logits = model(normalise(images, RUN.data.mean, RUN.data.std))
     expected = torch.softmax(logits.double() / 1.7, dim=1).numpy()
     answers = loaded.predict(jpegs, params={"top_k": len(CLASSES)})
-    got = np.array([[next(t["probability"] for t in a["top"] if t["class"] == c) for c in CLASSES] for a in answers])
+    got = np.array(
+        [
+            [next(t["probability"] for t in a["top"] if t["class"] == c) for c in CLASSES]
+            for a in answers
+        ]
+    )
     np.testing.assert_allclose(got, expected, atol=1e-6)
     assert [a["class"] for a in answers] == [CLASSES[i] for i in logits.argmax(1)]
     assert [a["class"] for a in answers[:3]] == [loaded.predict([j])[0]["class"] for j in jpegs[:3]]
@@ -88,7 +120,13 @@ def test_bytes_path_and_base64_are_the_same_picture(loaded, tmp_path):
     jpeg = encoded(photo(60, 60))
     (tmp_path / "a.jpg").write_bytes(jpeg)
     text = base64.b64encode(jpeg).decode()
-    forms = [jpeg, tmp_path / "a.jpg", text, f"data:image/jpeg;base64,{text}", base64.encodebytes(jpeg).decode()]
+    forms = [
+        jpeg,
+        tmp_path / "a.jpg",
+        text,
+        f"data:image/jpeg;base64,{text}",
+        base64.encodebytes(jpeg).decode(),
+    ]
     answers = loaded.predict(forms, params={"top_k": 2})
     assert all(a == answers[0] for a in answers) and len(answers[0]["top"]) == 2
 
@@ -113,7 +151,10 @@ def test_other_kinds_of_pictures(loaded):
     assert loaded.predict([encoded(clear, "PNG")])[0] == loaded.predict([white])[0]
     grey = np.asarray(upright.convert("L"))
     deep = Image.fromarray(grey.astype(np.uint16) * 257)
-    assert loaded.predict([encoded(deep, "PNG")])[0] == loaded.predict([encoded(Image.fromarray(grey), "PNG")])[0]
+    assert (
+        loaded.predict([encoded(deep, "PNG")])[0]
+        == loaded.predict([encoded(Image.fromarray(grey), "PNG")])[0]
+    )
 
 
 def bomb():
@@ -133,7 +174,10 @@ def bomb():
         (b"<html>404</html>", "no picture of a known kind"),
         (encoded(photo(200, 200))[:2000], "damaged"),
         (bomb(), "more than 50 megapixels"),
-        (encoded(photo(20, 20), "GIF", save_all=True, append_images=[photo(20, 20, 1)]), "animation of 2 frames"),
+        (
+            encoded(photo(20, 20), "GIF", save_all=True, append_images=[photo(20, 20, 1)]),
+            "animation of 2 frames",
+        ),
         ("not base64!", "not base64"),
         (17, "not int"),
         (pathlib.Path("/nowhere/a.jpg"), "cannot be read"),
@@ -168,17 +212,31 @@ assert "torchvision" not in sys.modules and "ftlib" not in sys.modules
 """
 
 
-def test_a_copied_package_works_in_a_fresh_process_without_ftlib_and_without_pickle(folder, loaded, tmp_path):
+def test_a_copied_package_works_in_a_fresh_process_without_ftlib_and_without_pickle(
+    folder, loaded, tmp_path
+):
     import shutil
 
     shutil.copytree(folder, tmp_path / "elsewhere")
     jpeg = encoded(photo(50, 50))
     (tmp_path / "a.jpg").write_bytes(jpeg)
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-I", "-c", ALONE, str(tmp_path / "elsewhere"), str(tmp_path / "a.jpg")], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ALONE, str(tmp_path / "elsewhere"), str(tmp_path / "a.jpg")],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == loaded.predict([jpeg], params={"top_k": 3})
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jpg", "elsewhere"], "loading left files behind"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jpg", "elsewhere"], (
+        "loading left files behind"
+    )
 
 
 def test_nothing_in_it_is_a_pickle_and_nothing_names_this_machine(folder):
@@ -188,7 +246,9 @@ def test_nothing_in_it_is_a_pickle_and_nothing_names_this_machine(folder):
             assert str(folder.parent).encode() not in path.read_bytes(), path
     with zipfile.ZipFile(folder / "artifacts" / "program.pt2") as archive:
         for entry in archive.infolist():
-            assert not archive.read(entry).startswith((b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")) or entry.filename.startswith("program/data/weights/")
+            assert not archive.read(entry).startswith(
+                (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")
+            ) or entry.filename.startswith("program/data/weights/")
         assert not archive.read("program/data/sample_inputs/model.pt")
 
 
@@ -196,7 +256,10 @@ def test_a_program_with_a_smuggled_pickle_is_not_loaded(folder, tmp_path):
     source, target = folder / "artifacts" / "program.pt2", tmp_path / "program.pt2"
     with zipfile.ZipFile(source) as a, zipfile.ZipFile(target, "w") as b:
         for entry in a.infolist():
-            b.writestr(entry.filename, b"\x80\x04N." if "sample_inputs" in entry.filename else a.read(entry))
+            b.writestr(
+                entry.filename,
+                b"\x80\x04N." if "sample_inputs" in entry.filename else a.read(entry),
+            )
     with pytest.raises(ValueError, match="a pickle can run any code"):
         code.program(target)
 
@@ -204,16 +267,31 @@ def test_a_program_with_a_smuggled_pickle_is_not_loaded(folder, tmp_path):
 def test_weights_go_back_into_the_model(folder, model):
     again = models.build(RUN.model, len(CLASSES))
     again.load_state_dict(load_file(folder / "artifacts" / "model.safetensors"))
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values())
+    )
 
 
 def test_the_card_and_the_metadata_say_what_it_is(folder):
     text = (folder / "README.md").read_text()
-    for word in ("zoo", "0123456789ab", "91.23", "resnet18", "gnu", "1.7", "1,000 images", "## Limits", "32 x 32"):
+    for word in (
+        "zoo",
+        "0123456789ab",
+        "91.23",
+        "resnet18",
+        "gnu",
+        "1.7",
+        "1,000 images",
+        "## Limits",
+        "32 x 32",
+    ):
         assert word in text
     meta = json.loads((folder / "artifacts" / "meta.json").read_text())
     assert meta["recipe"]["augment"]["size"] == 32 and meta["scores"]["val/top1"] == 91.2345
-    assert "torch==" in (folder / "requirements.txt").read_text() and "+" not in (folder / "requirements.txt").read_text()
+    assert (
+        "torch==" in (folder / "requirements.txt").read_text()
+        and "+" not in (folder / "requirements.txt").read_text()
+    )
 
 
 def test_the_served_form_takes_its_own_example(folder, loaded):

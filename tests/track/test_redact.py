@@ -9,12 +9,33 @@ from hypothesis import strategies as st
 from ftlib.track.redact import HIDDEN, is_secret_name, redact, redact_tree, redact_value
 
 WORD = st.text(string.ascii_letters + string.digits, min_size=8, max_size=40)
-URL_SAFE = st.text(string.ascii_letters + string.digits + "-._~!$&()*+,;=%:@/?#", min_size=1, max_size=30)
+URL_SAFE = st.text(
+    string.ascii_letters + string.digits + "-._~!$&()*+,;=%:@/?#", min_size=1, max_size=30
+)
 PLAIN = st.text(st.characters(exclude_characters="'\"<>", exclude_categories=["Cs"]), max_size=30)
-SECRET_NAMES = st.sampled_from(["password", "DB_PASSWORD", "MLFLOW_TRACKING_TOKEN", "api_key", "apiKey", "AWS_SECRET_ACCESS_KEY", "client-secret", "accessToken", "aws.secret.key", "pwd", "credentials"])
+SECRET_NAMES = st.sampled_from(
+    [
+        "password",
+        "DB_PASSWORD",
+        "MLFLOW_TRACKING_TOKEN",
+        "api_key",
+        "apiKey",
+        "AWS_SECRET_ACCESS_KEY",
+        "client-secret",
+        "accessToken",
+        "aws.secret.key",
+        "pwd",
+        "credentials",
+    ]
+)
 
 
-@given(before=PLAIN, user=st.text(string.ascii_lowercase, max_size=8), secret=URL_SAFE, scheme=st.sampled_from(["http", "https", "postgresql+psycopg2", "mysql", "redis", "s3"]))
+@given(
+    before=PLAIN,
+    user=st.text(string.ascii_lowercase, max_size=8),
+    secret=URL_SAFE,
+    scheme=st.sampled_from(["http", "https", "postgresql+psycopg2", "mysql", "redis", "s3"]),
+)
 def test_passwords_in_urls_never_survive(before, user, secret, scheme):
     text = f"{before} {scheme}://{user}:{secret}@host.example:5432/db"
     cleaned = redact(text)
@@ -22,7 +43,22 @@ def test_passwords_in_urls_never_survive(before, user, secret, scheme):
     assert f"{HIDDEN}@host.example:5432/db" in cleaned
 
 
-@given(name=SECRET_NAMES, secret=WORD, form=st.sampled_from(["{n}={s}", "{n}: {s}", '"{n}": "{s}"', "--{n} {s}", "--{n}={s}", "'{n}':'{s}'", "https://h/p?{n}={s}&x=1", "export {n}='{s}'"]))
+@given(
+    name=SECRET_NAMES,
+    secret=WORD,
+    form=st.sampled_from(
+        [
+            "{n}={s}",
+            "{n}: {s}",
+            '"{n}": "{s}"',
+            "--{n} {s}",
+            "--{n}={s}",
+            "'{n}':'{s}'",
+            "https://h/p?{n}={s}&x=1",
+            "export {n}='{s}'",
+        ]
+    ),
+)
 def test_named_secrets_never_survive(name, secret, form):
     assert secret not in redact("run " + form.format(n=name, s=secret) + " end")
 
@@ -38,10 +74,21 @@ def test_authorization_headers_never_survive(secret, kind):
     assert secret not in redact(f"curl -H 'Authorization: {kind} {secret}' https://h")
 
 
-@pytest.mark.parametrize("token", [
-    "AKIAIOSFODNN7EXAMPLE", "ghp_" + "a1B2" * 9, "github_pat_" + "A1b2" * 10, "hf_" + "Ab3" * 11, "sk-proj-" + "Zz9" * 12, "xoxb-1234567890-abcdef", "AIza" + "Sy1" * 12,
-    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N", "glpat-" + "x1Y2" * 5, "dapi" + "0123456789abcdef" * 2,
-])
+@pytest.mark.parametrize(
+    "token",
+    [
+        "AKIAIOSFODNN7EXAMPLE",
+        "ghp_" + "a1B2" * 9,
+        "github_pat_" + "A1b2" * 10,
+        "hf_" + "Ab3" * 11,
+        "sk-proj-" + "Zz9" * 12,
+        "xoxb-1234567890-abcdef",
+        "AIza" + "Sy1" * 12,
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N",
+        "glpat-" + "x1Y2" * 5,
+        "dapi" + "0123456789abcdef" * 2,
+    ],
+)
 @given(before=st.text("abc /=.", max_size=5), after=st.sampled_from(["", " ", ",", "'", ")"]))
 def test_known_token_shapes_never_survive(token, before, after):
     text = f"{before} {token}{after}"
@@ -63,15 +110,44 @@ def test_redacting_twice_changes_nothing_more(text):
     assert redact(redact(text)) == redact(text)
 
 
-@pytest.mark.parametrize("text", [
-    "sqlite:////home/u/ftlib/mlflow.db", "http://mlflow.example.org:5000/path", "python jobs/phase2.py --mix.mixup-alpha 0.4 --data.path /data/imagenette", "s3://bucket/prefix@2",
-    "val/top1 = 67.4 at epoch 12", "a token ring network", "the secret garden", "ratio 3:4@2x", "tokens/s 120", "git@github.com:org/repo.git", "author: me", "key=value", "RuntimeError: 2 tokens",
-    "torch==2.14.1 --seed 42", "imagenette@ab12cd34",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sqlite:////home/u/ftlib/mlflow.db",
+        "http://mlflow.example.org:5000/path",
+        "python jobs/phase2.py --mix.mixup-alpha 0.4 --data.path /data/imagenette",
+        "s3://bucket/prefix@2",
+        "val/top1 = 67.4 at epoch 12",
+        "a token ring network",
+        "the secret garden",
+        "ratio 3:4@2x",
+        "tokens/s 120",
+        "git@github.com:org/repo.git",
+        "author: me",
+        "key=value",
+        "RuntimeError: 2 tokens",
+        "torch==2.14.1 --seed 42",
+        "imagenette@ab12cd34",
+    ],
+)
 def test_ordinary_text_stays(text):
     assert redact(text) == text
 
 
-@pytest.mark.parametrize("name", ["lr", "mixup_alpha", "monkey", "keyboard", "tokenizer", "authors", "passes", "data.path", "seed", "compass"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lr",
+        "mixup_alpha",
+        "monkey",
+        "keyboard",
+        "tokenizer",
+        "authors",
+        "passes",
+        "data.path",
+        "seed",
+        "compass",
+    ],
+)
 def test_ordinary_names_are_no_secrets(name):
     assert not is_secret_name(name)

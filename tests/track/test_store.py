@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from ftlib.track import store
-from ftlib.track.store import TrackingError, client, ensure_experiment, ensure_store, experiment_link, resolve_uri, run_link, ui_command
+from ftlib.track.store import (
+    TrackingError,
+    client,
+    ensure_experiment,
+    ensure_store,
+    experiment_link,
+    resolve_uri,
+    run_link,
+    ui_command,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,9 +35,17 @@ def test_relative_sqlite_paths_become_absolute(tmp_path, monkeypatch):
     assert resolve_uri("sqlite:///a/b.db") == f"sqlite:///{tmp_path}/a/b.db"
 
 
-@pytest.mark.parametrize(("uri", "says"), [
-    ("mlruns", "sqlite:///"), ("file:///x", "sqlite:////x/mlflow.db"), ("ftp://h", "http://"), ("sqlite://", "needs a file"), ("http://", "no host"), ("sqlite:///:memory:", "needs a file"),
-])
+@pytest.mark.parametrize(
+    ("uri", "says"),
+    [
+        ("mlruns", "sqlite:///"),
+        ("file:///x", "sqlite:////x/mlflow.db"),
+        ("ftp://h", "http://"),
+        ("sqlite://", "needs a file"),
+        ("http://", "no host"),
+        ("sqlite:///:memory:", "needs a file"),
+    ],
+)
 def test_wrong_addresses_say_what_to_write(uri, says):
     with pytest.raises(TrackingError, match=says):
         resolve_uri(uri)
@@ -54,7 +71,12 @@ def test_the_store_is_in_wal_mode_and_leaves_no_temporary_files(empty_store):
     with sqlite3.connect(empty_store) as db:
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     db.close()
-    assert {p.name for p in empty_store.parent.iterdir()} <= {"mlflow.db", "mlflow.db.lock", "mlflow.db-wal", "mlflow.db-shm"}
+    assert {p.name for p in empty_store.parent.iterdir()} <= {
+        "mlflow.db",
+        "mlflow.db.lock",
+        "mlflow.db-wal",
+        "mlflow.db-shm",
+    }
     ensure_store(f"sqlite:///{empty_store}")
 
 
@@ -75,25 +97,41 @@ def test_files_that_are_no_store_are_refused_untouched(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_an_error_with_a_remedy(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrackingError, match=r"cannot be made or opened.*track\.uri.*--track\.offline"):
+    with pytest.raises(
+        TrackingError, match=r"cannot be made or opened.*track\.uri.*--track\.offline"
+    ):
         ensure_store(f"sqlite:///{tmp_path / 'file' / 'mlflow.db'}")
 
 
-def test_experiments_keep_artifacts_beside_the_database_and_deleted_ones_are_refused(store, mlflow, tmp_path):
+def test_experiments_keep_artifacts_beside_the_database_and_deleted_ones_are_refused(
+    store, mlflow, tmp_path
+):
     made = ensure_experiment(mlflow, "img net/v2", store)
     assert ensure_experiment(mlflow, "img net/v2", store) == made
-    assert mlflow.get_experiment(made).artifact_location == f"file://{tmp_path}/mlflow-artifacts/img-net-v2"
+    assert (
+        mlflow.get_experiment(made).artifact_location
+        == f"file://{tmp_path}/mlflow-artifacts/img-net-v2"
+    )
     mlflow.delete_experiment(made)
     with pytest.raises(TrackingError, match="has been deleted"):
         ensure_experiment(mlflow, "img net/v2", store)
 
 
 def test_links_open_the_pages_for_training_and_hide_passwords():
-    assert experiment_link("http://u:pw@h:5000", "3", "ftlib-phases") == "http://h:5000/#/experiments/3/runs?viewStateShareKey=ftlib-phases&compareRunsMode=CHART&workflowType=machine_learning"
-    assert run_link("sqlite:////x.db", "3", "abc") == "http://127.0.0.1:5000/#/experiments/3/runs/abc?workflowType=machine_learning"
+    assert (
+        experiment_link("http://u:pw@h:5000", "3", "ftlib-phases")
+        == "http://h:5000/#/experiments/3/runs?viewStateShareKey=ftlib-phases&compareRunsMode=CHART&workflowType=machine_learning"
+    )
+    assert (
+        run_link("sqlite:////x.db", "3", "abc")
+        == "http://127.0.0.1:5000/#/experiments/3/runs/abc?workflowType=machine_learning"
+    )
     assert ui_command("https://u:pw@h") == "open https://h"
     command = ui_command("sqlite:////x y/mlflow.db")
-    assert "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false" in command and "'sqlite:////x y/mlflow.db'" in command
+    assert (
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false" in command
+        and "'sqlite:////x y/mlflow.db'" in command
+    )
     assert "pw" not in ui_command("postgresql://u:pw@h/d")
 
 

@@ -32,18 +32,26 @@ def history(mlflow, run_id, key):
 
 
 def by_name(mlflow, experiment, name):
-    found = mlflow.search_runs([mlflow.get_experiment_by_name(experiment).experiment_id], filter_string=f"attributes.run_name = '{name}'")
+    found = mlflow.search_runs(
+        [mlflow.get_experiment_by_name(experiment).experiment_id],
+        filter_string=f"attributes.run_name = '{name}'",
+    )
     return found
 
 
 # --- one run on SQLite ------------------------------------------------------------------------------------------------------------
+
 
 def test_everything_of_a_run_arrives(store, mlflow, tmp_path):
     (tmp_path / "figure.png").write_bytes(b"png")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "x.txt").write_text("x")
     with opened(store, tmp_path / "journal") as tracking:
-        run = tracking.start_run("phase2", tags={"kind": "train", "db": "postgresql://u:hunter2@h/d"}, params={"lr": 1e-3, "dropout": 0.0, "api_token": "abc"})
+        run = tracking.start_run(
+            "phase2",
+            tags={"kind": "train", "db": "postgresql://u:hunter2@h/d"},
+            params={"lr": 1e-3, "dropout": 0.0, "api_token": "abc"},
+        )
         writer = run.writer()
         for epoch in range(1, 31):
             writer.metrics({"train/loss": 1 / epoch, "val/top1": 60 + epoch, "bad": "text"}, epoch)
@@ -61,18 +69,34 @@ def test_everything_of_a_run_arrives(store, mlflow, tmp_path):
     got = mlflow.get_run(run_id)
     assert got.info.status == "FINISHED" and got.info.run_name == "phase2"
     assert got.data.params == {"lr": "0.001", "dropout": "0.0", "late": "1", "api_token": "***"}
-    assert got.data.tags["db"] == "postgresql://u:***@h/d" and got.data.tags["stage"] == "phase2" and got.data.tags["outcome"] == "completed"
+    assert (
+        got.data.tags["db"] == "postgresql://u:***@h/d"
+        and got.data.tags["stage"] == "phase2"
+        and got.data.tags["outcome"] == "completed"
+    )
     assert got.data.tags["mlflow.note.content"] == "**97 %**" and "left out" not in got.data.tags
     assert history(mlflow, run_id, "val/top1") == [(e, 60 + e) for e in range(1, 31)]
     assert "bad" not in got.data.metrics and {"nan", "inf"} <= set(got.data.metrics)
-    assert {a.path for folder in ("", "figures", "more") for a in mlflow.list_artifacts(run_id, folder)} >= {"run.json", "figures/figure.png", "more/x.txt"}
-    assert "hunter2" not in Path(mlflow.download_artifacts(run_id, "run.json", str(tmp_path))).read_text()
+    assert {
+        a.path for folder in ("", "figures", "more") for a in mlflow.list_artifacts(run_id, folder)
+    } >= {"run.json", "figures/figure.png", "more/x.txt"}
+    assert (
+        "hunter2"
+        not in Path(mlflow.download_artifacts(run_id, "run.json", str(tmp_path))).read_text()
+    )
     assert got.inputs.dataset_inputs[0].dataset.name == "digits"
-    assert TAG + "ftlib-phases" in mlflow.get_experiment(got.info.experiment_id).tags and "viewStateShareKey=ftlib-phases" in link and "workflowType=machine_learning" in link
+    assert (
+        TAG + "ftlib-phases" in mlflow.get_experiment(got.info.experiment_id).tags
+        and "viewStateShareKey=ftlib-phases" in link
+        and "workflowType=machine_learning" in link
+    )
     assert "hunter2" not in file_of(tmp_path / "journal", "phase2").read_text()
 
 
-@pytest.mark.parametrize(("outcome", "status"), [("completed", "FINISHED"), ("pruned", "FINISHED"), ("failed", "FAILED"), ("killed", "KILLED")])
+@pytest.mark.parametrize(
+    ("outcome", "status"),
+    [("completed", "FINISHED"), ("pruned", "FINISHED"), ("failed", "FAILED"), ("killed", "KILLED")],
+)
 def test_outcomes(store, mlflow, tmp_path, outcome, status):
     with opened(store, tmp_path / "journal") as tracking:
         run = tracking.start_run("r", tags={}, params={})
@@ -82,7 +106,10 @@ def test_outcomes(store, mlflow, tmp_path, outcome, status):
     assert (got.data.tags.get("reason") == "ValueError: bad") == (outcome != "completed")
 
 
-@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), "KILLED"), (SystemExit(1), "KILLED"), (RuntimeError("no"), "FAILED")])
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(KeyboardInterrupt(), "KILLED"), (SystemExit(1), "KILLED"), (RuntimeError("no"), "FAILED")],
+)
 def test_a_run_left_open_is_ended_when_tracking_closes(store, mlflow, tmp_path, error, status):
     with pytest.raises(type(error)), opened(store, tmp_path / "journal") as tracking:
         run = tracking.start_run("r", tags={}, params={})
@@ -96,7 +123,12 @@ def test_a_restart_continues_the_same_run_by_name_or_by_id(store, mlflow, tmp_pa
     for attempt in range(3):
         folder = tmp_path / ("journal" if attempt < 2 else "another")
         with opened(store, folder) as tracking:
-            run = tracking.start_run("r", tags={"kind": "train"}, params={"lr": 1}, run_id=ids[0] if attempt == 2 else None)
+            run = tracking.start_run(
+                "r",
+                tags={"kind": "train"},
+                params={"lr": 1},
+                run_id=ids[0] if attempt == 2 else None,
+            )
             assert mlflow.get_run(run.run_id).info.status == "RUNNING" or run.finish("failed")
             run.writer().metrics({"m": attempt}, attempt)
             run.finish("failed" if attempt < 2 else "completed")
@@ -136,7 +168,9 @@ def test_delivering_twice_changes_nothing(store, mlflow, tmp_path):
     assert mlflow.get_run(run_id).info.status == "FINISHED"
 
 
-def test_a_record_that_mlflow_never_takes_is_put_aside_and_the_rest_arrives(store, mlflow, tmp_path):
+def test_a_record_that_mlflow_never_takes_is_put_aside_and_the_rest_arrives(
+    store, mlflow, tmp_path
+):
     folder = tmp_path / "journal"
     with opened(store, folder) as tracking:
         run = tracking.start_run("r", tags={}, params={"lr": 1})
@@ -145,7 +179,11 @@ def test_a_record_that_mlflow_never_takes_is_put_aside_and_the_rest_arrives(stor
         run.writer().artifact(tmp_path / "not there")
         assert run.finish("completed")
         got = mlflow.get_run(run.run_id)
-    assert got.data.params == {"lr": "1", "fine": "3"} and set(got.data.metrics) == {"good", "also/good"} and got.info.status == "FINISHED"
+    assert (
+        got.data.params == {"lr": "1", "fine": "3"}
+        and set(got.data.metrics) == {"good", "also/good"}
+        and got.info.status == "FINISHED"
+    )
     path = file_of(folder, "r")
     assert describe(path).rejected == 3
     (tmp_path / "not there").write_text("late")
@@ -158,7 +196,13 @@ def test_parent_and_children_from_other_processes_and_orphans(store, mlflow, tmp
     with opened(store, tmp_path / "journal") as tracking:
         parent = tracking.start_run("sweep s", tags={"kind": "sweep"}, params={})
         handle = pickle.loads(pickle.dumps(tracking.handle()))
-        child = handle.start_run("t00", tags={"kind": "trial"}, params={"lr": 2}, parent=parent.reference, wait_seconds=10)
+        child = handle.start_run(
+            "t00",
+            tags={"kind": "trial"},
+            params={"lr": 2},
+            parent=parent.reference,
+            wait_seconds=10,
+        )
         assert child.run_id
         child.writer().metrics({"m": 1}, 1)
         child.finish("pruned", "stopped by ASHA")
@@ -168,8 +212,15 @@ def test_parent_and_children_from_other_processes_and_orphans(store, mlflow, tmp
         parent.finish("completed")
     runs = {r.info.run_name: r for r in mlflow.search_runs([parent.experiment_id])}
     assert {n: (r.info.status, r.data.tags["outcome"]) for n, r in runs.items()} == {
-        "sweep s": ("FINISHED", "completed"), "t00": ("FINISHED", "pruned"), "t01": ("FAILED", "failed")}
-    assert runs["t00"].data.tags["mlflow.parentRunId"] == runs["t01"].data.tags["mlflow.parentRunId"] == parent.run_id
+        "sweep s": ("FINISHED", "completed"),
+        "t00": ("FINISHED", "pruned"),
+        "t01": ("FAILED", "failed"),
+    }
+    assert (
+        runs["t00"].data.tags["mlflow.parentRunId"]
+        == runs["t01"].data.tags["mlflow.parentRunId"]
+        == parent.run_id
+    )
 
 
 def test_logged_model_carries_metrics_and_alias(store, mlflow, tmp_path):
@@ -185,22 +236,37 @@ def test_logged_model_carries_metrics_and_alias(store, mlflow, tmp_path):
         run.writer().metrics({"val/top1": 60.0}, 1)
         run.writer().metrics({"val/top1": 70.0}, 2)
         run.writer().metrics({"best/val_top1": 70.0}, 0)
-        run.log_model(package, name="classifier", registered_name="digits", alias="challenger", step=2)
+        run.log_model(
+            package, name="classifier", registered_name="digits", alias="challenger", step=2
+        )
         run.log_model(tmp_path / "nothing", name="missing")  # warns, does not raise
         assert run.finish("completed")
     path = file_of(tmp_path / "journal", "r")
     journal.state_file(path).unlink()
     deliver_folder(tmp_path / "journal", store, mlflow)  # again
     models = mlflow.search_logged_models([run.experiment_id])
-    assert len(models) == 1 and str(models[0].status) == "READY" and models[0].source_run_id == run.run_id
-    assert {(m.key, m.value) for m in models[0].metrics} == {("val/top1", 70.0), ("best/val_top1", 70.0)}
+    assert (
+        len(models) == 1
+        and str(models[0].status) == "READY"
+        and models[0].source_run_id == run.run_id
+    )
+    assert {(m.key, m.value) for m in models[0].metrics} == {
+        ("val/top1", 70.0),
+        ("best/val_top1", 70.0),
+    }
     version = mlflow.get_model_version_by_alias("digits", "challenger")
-    assert version.run_id == run.run_id and len(mlflow.search_model_versions("name = 'digits'")) == 1
+    assert (
+        version.run_id == run.run_id and len(mlflow.search_model_versions("name = 'digits'")) == 1
+    )
     local = Path(models[0].artifact_location.removeprefix("file://"))
-    assert Model.load(str(local)).model_id == models[0].model_id and (local / "weights").read_bytes() == b"w" * 10
+    assert (
+        Model.load(str(local)).model_id == models[0].model_id
+        and (local / "weights").read_bytes() == b"w" * 10
+    )
 
 
 # --- a server, and what can happen to it ------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def quick(monkeypatch):
@@ -217,7 +283,9 @@ def test_a_dead_server_fails_a_first_launch_at_once_with_what_to_do(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["hang", "error"])
-def test_a_hanging_or_failing_server_fails_a_first_launch_within_10_seconds(proxy, tmp_path, quick, mode):
+def test_a_hanging_or_failing_server_fails_a_first_launch_within_10_seconds(
+    proxy, tmp_path, quick, mode
+):
     client(proxy.uri)
     proxy.mode = mode
     started = time.monotonic()
@@ -226,14 +294,18 @@ def test_a_hanging_or_failing_server_fails_a_first_launch_within_10_seconds(prox
     assert time.monotonic() - started < 10.5
 
 
-def test_offline_starts_on_the_journal_and_the_run_is_made_when_delivered(server, tmp_path, experiment, monkeypatch):
+def test_offline_starts_on_the_journal_and_the_run_is_made_when_delivered(
+    server, tmp_path, experiment, monkeypatch
+):
     monkeypatch.setattr(tracker, "FINISH_SECONDS", 1.0)
     dead = "http://127.0.0.1:9"
     folder = tmp_path / "journal"
     started = time.monotonic()
     with opened(dead, folder, experiment, offline=True) as tracking:
         parent = tracking.start_run("parent", tags={}, params={})
-        run = tracking.start_run("r", tags={"kind": "train"}, params={"lr": 1}, parent=parent.reference)
+        run = tracking.start_run(
+            "r", tags={"kind": "train"}, params={"lr": 1}, parent=parent.reference
+        )
         for step in range(20):
             run.writer().metrics({"m": step}, step)
         run.writer().text("hello", "note.txt")
@@ -245,7 +317,11 @@ def test_offline_starts_on_the_journal_and_the_run_is_made_when_delivered(server
     assert deliver_folder(folder, server.uri, mlflow) == []  # it was meant for another server
     assert sorted(deliver_folder(folder, server.uri, mlflow, any_uri=True)) == ["parent", "r"]
     (got,), (above,) = by_name(mlflow, experiment, "r"), by_name(mlflow, experiment, "parent")
-    assert got.info.status == "FINISHED" and got.data.params == {"lr": "1"} and got.data.tags["mlflow.parentRunId"] == above.info.run_id
+    assert (
+        got.info.status == "FINISHED"
+        and got.data.params == {"lr": "1"}
+        and got.data.tags["mlflow.parentRunId"] == above.info.run_id
+    )
     assert history(mlflow, got.info.run_id, "m") == [(s, s) for s in range(20)]
     recorded = next(r["t"] for r, _ in journal.read(file_of(folder, "r")))
     assert got.info.start_time == recorded
@@ -254,7 +330,9 @@ def test_offline_starts_on_the_journal_and_the_run_is_made_when_delivered(server
 
 
 @pytest.mark.parametrize("mode", ["error", "hang", "slow"])
-def test_a_server_that_stops_serving_in_the_middle_delays_training_by_less_than_10_seconds_and_loses_nothing(proxy, server, tmp_path, experiment, quick, mode, monkeypatch):
+def test_a_server_that_stops_serving_in_the_middle_delays_training_by_less_than_10_seconds_and_loses_nothing(
+    proxy, server, tmp_path, experiment, quick, mode, monkeypatch
+):
     monkeypatch.setattr(tracker, "FINISH_SECONDS", 3.0)
     folder = tmp_path / "journal"
     costs = []
@@ -284,7 +362,9 @@ def test_a_server_that_stops_serving_in_the_middle_delays_training_by_less_than_
     assert history(mlflow, got.info.run_id, "val/top1") == [(s, s) for s in range(300)]
 
 
-def test_a_server_killed_in_the_middle_gets_everything_when_it_is_back(server, tmp_path, experiment, monkeypatch):
+def test_a_server_killed_in_the_middle_gets_everything_when_it_is_back(
+    server, tmp_path, experiment, monkeypatch
+):
     with opened(server.uri, tmp_path / "journal", experiment) as tracking:
         run = tracking.start_run("r", tags={}, params={"lr": 1})
         writer = run.writer()
@@ -306,7 +386,9 @@ def test_a_server_killed_in_the_middle_gets_everything_when_it_is_back(server, t
         assert mlflow.get_run(run.run_id).info.status == "FINISHED"
 
 
-def test_a_restart_with_a_dead_server_starts_at_once(proxy, server, tmp_path, experiment, quick, monkeypatch):
+def test_a_restart_with_a_dead_server_starts_at_once(
+    proxy, server, tmp_path, experiment, quick, monkeypatch
+):
     monkeypatch.setattr(tracker, "FINISH_SECONDS", 1.0)
     folder = tmp_path / "journal"
     with opened(proxy.uri, folder, experiment) as tracking:
@@ -326,10 +408,15 @@ def test_a_restart_with_a_dead_server_starts_at_once(proxy, server, tmp_path, ex
     folder.rename(tmp_path / "moved")
     (tmp_path / "runs" / "a").mkdir(parents=True)
     (tmp_path / "moved").rename(tmp_path / "runs" / "a" / "journal")
-    with opened(proxy.uri, other, experiment) as tracking:  # the next start of any run delivers what is left
+    with opened(
+        proxy.uri, other, experiment
+    ) as tracking:  # the next start of any run delivers what is left
         tracking.start_run("b", tags={}, params={}).finish("completed")
         deadline = time.monotonic() + 15
-        while time.monotonic() < deadline and client(server.uri).get_run(first_id).info.status != "FINISHED":
+        while (
+            time.monotonic() < deadline
+            and client(server.uri).get_run(first_id).info.status != "FINISHED"
+        ):
             time.sleep(0.2)
     got = client(server.uri).get_run(first_id)
     assert got.info.status == "FINISHED" and got.data.metrics == {"m": 1.0}
@@ -354,7 +441,12 @@ for step in range(100000):
 
 def test_kill_9_of_the_driver_loses_nothing_and_leaves_no_running_run(store, mlflow, tmp_path):
     folder = tmp_path / "runs" / "a" / "journal"
-    process = subprocess.Popen([sys.executable, "-c", DRIVER, store, str(folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, store, str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
     run_id = process.stdout.readline().strip()
     last = -1
     for line in process.stdout:
@@ -394,10 +486,20 @@ def test_reap_ends_dead_drivers_runs_only(store, mlflow):
     now = time.time()
     alive = run(reap.driver_tag(), now - 9999)
     dead = run(f"{journal.machine()} {gone.pid} 1", now)
-    elsewhere, stale, foreign = run("other:1 1 1", now - 60), run("other:1 1 1", now - 9999), run("", 0)
+    elsewhere, stale, foreign = (
+        run("other:1 1 1", now - 60),
+        run("other:1 1 1", now - 9999),
+        run("", 0),
+    )
     assert {r.info.run_id for r in reap.reap(mlflow)} == {dead, stale}
     status = {i: mlflow.get_run(i).info.status for i in (alive, dead, elsewhere, stale, foreign)}
-    assert status == {alive: "RUNNING", dead: "KILLED", elsewhere: "RUNNING", stale: "KILLED", foreign: "RUNNING"}
+    assert status == {
+        alive: "RUNNING",
+        dead: "KILLED",
+        elsewhere: "RUNNING",
+        stale: "KILLED",
+        foreign: "RUNNING",
+    }
     assert mlflow.get_run(stale).info.end_time == int(now - 9999) * 1000
 
 
@@ -415,6 +517,7 @@ def test_journal_folders_are_found_below_a_home(store, tmp_path):
 
 
 # --- the writer -------------------------------------------------------------------------------------------------------------------
+
 
 def test_writer_is_quick_and_never_raises(store, tmp_path, caplog):
     with opened(store, tmp_path / "journal") as tracking:

@@ -8,17 +8,35 @@ from ftlib.track import views
 from ftlib.track.params import PARAMS
 
 
-@pytest.mark.parametrize("view", [views.phases_view(), views.phases_view("tuning"), views.sweep_view("reg 11/22", ["dropout", "mixup_alpha"]), views.sweep_view("x", list(PARAMS), finished_only=False)])
+@pytest.mark.parametrize(
+    "view",
+    [
+        views.phases_view(),
+        views.phases_view("tuning"),
+        views.sweep_view("reg 11/22", ["dropout", "mixup_alpha"]),
+        views.sweep_view("x", list(PARAMS), finished_only=False),
+    ],
+)
 def test_views_survive_the_round_trip_and_fit_into_a_tag(view):
     value = views.encode(view, 1, 2)
     assert len(value) < views.LARGEST_TAG
     assert views.decode(view.key, value) == view
-    charts, sections = view.state["compareRunCharts"], {s["uuid"] for s in view.state["compareRunSections"]}
-    assert len({c["uuid"] for c in charts}) == len(charts) and {c["metricSectionId"] for c in charts} == sections
+    charts, sections = (
+        view.state["compareRunCharts"],
+        {s["uuid"] for s in view.state["compareRunSections"]},
+    )
+    assert (
+        len({c["uuid"] for c in charts}) == len(charts)
+        and {c["metricSectionId"] for c in charts} == sections
+    )
 
 
 def test_views_show_parameters_that_runs_have():
-    shown = {c.split("`")[1] for c in views.phases_view().state["selectedColumns"] if c.startswith("params.")}
+    shown = {
+        c.split("`")[1]
+        for c in views.phases_view().state["selectedColumns"]
+        if c.startswith("params.")
+    }
     assert shown <= set(PARAMS)
 
 
@@ -26,9 +44,20 @@ def test_searches_are_ones_that_mlflow_takes(store, mlflow):
     experiment = mlflow.create_experiment("e")
     mlflow.create_run(experiment, tags={"kind": "train"})
     mlflow.create_run(experiment, tags={"kind": "trial", "sweep": "s", "outcome": "completed"})
-    for view in (views.phases_view(), views.sweep_view("s", ["dropout"]), views.sweep_view("s", ["dropout"], finished_only=False)):
+    for view in (
+        views.phases_view(),
+        views.sweep_view("s", ["dropout"]),
+        views.sweep_view("s", ["dropout"], finished_only=False),
+    ):
         order = view.state["orderByKey"] + (" ASC" if view.state["orderByAsc"] else " DESC")
-        assert len(mlflow.search_runs([experiment], filter_string=view.state["searchFilter"], order_by=[order])) == 1
+        assert (
+            len(
+                mlflow.search_runs(
+                    [experiment], filter_string=view.state["searchFilter"], order_by=[order]
+                )
+            )
+            == 1
+        )
 
 
 def test_a_view_is_written_once_and_renewed_unless_a_person_changed_it(store, mlflow):
@@ -44,6 +73,16 @@ def test_a_view_is_written_once_and_renewed_unless_a_person_changed_it(store, ml
     assert json.loads(mlflow.get_experiment(experiment).tags[tag])["name"] == "my own"
 
 
-@pytest.mark.parametrize(("version", "is_known"), [("3.17.2", True), ("3.15.0", True), ("3.14.9", False), ("2.22.0", False), ("4.0.0", False), ("", False)])
+@pytest.mark.parametrize(
+    ("version", "is_known"),
+    [
+        ("3.17.2", True),
+        ("3.15.0", True),
+        ("3.14.9", False),
+        ("2.22.0", False),
+        ("4.0.0", False),
+        ("", False),
+    ],
+)
 def test_only_for_versions_whose_format_is_known(version, is_known):
     assert views.known(version) is is_known
