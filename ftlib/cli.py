@@ -19,7 +19,7 @@ from typing import Any, get_args
 import tyro
 
 from ftlib.config import Run
-from ftlib.tree import ConfigError, Settings, from_json, hints, nearest, override, to_json
+from ftlib.settings import ConfigError, Settings, from_json, hints, nearest, override, to_json
 
 UNIONS = ("loss", "optimizer", "schedule")
 

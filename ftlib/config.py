@@ -1,6 +1,6 @@
 """A run is a value: `Run` is one frozen tree of typed settings, and every setting there is lives here.
 
-A recipe (`jobs/phase2.py`) is a complete `Run(...)`; the command line and a sweep only replace leaves of it (`ftlib.tree`).
+A recipe (`jobs/phase2.py`) is a complete `Run(...)`; the command line and a sweep only replace leaves of it (`ftlib.settings`).
 Each field says its meaning and unit below it; `--help` shows the same text. Values out of bounds and combinations that cannot
 work fail while the tree is being built, with the remedy in the message. This file imports no torch, so `--help` answers at once.
 
@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, Union
 
-from ftlib.tree import Between, ConfigError, Settings
+from ftlib.settings import Between, ConfigError, Settings
 
 Fraction = Annotated[float, Between(0, 1)]
 """0 to 1."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlib.config import Run
-from ftlib.tree import ConfigError, from_json, nearest, override
+from ftlib.settings import ConfigError, from_json, nearest, override
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = "sample-"

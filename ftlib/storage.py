@@ -27,7 +27,7 @@ class StorageError(RuntimeError):
     """Storage that refuses to work; the message says where and what to do."""
 
 
-class Damaged(ValueError):
+class DamagedError(ValueError):
     """A folder whose contents do not match its manifest."""
 
 
@@ -172,38 +172,40 @@ def read_file(uri: str) -> bytes | None:
 
 
 def read_json(uri: str) -> Any | None:
-    """The file as JSON; None when there is none. Raises Damaged when it is not JSON."""
+    """The file as JSON; None when there is none. Raises DamagedError when it is not JSON."""
     data = read_file(uri)
     if data is None:
         return None
     try:
         return json.loads(data)
     except ValueError as error:
-        raise Damaged(f"{uri} is not valid JSON ({error})") from None
+        raise DamagedError(f"{uri} is not valid JSON ({error})") from None
 
 
 def read_folder(uri: str) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """(files, manifest) of a folder, every file checked against its size and sha256. Raises Damaged."""
+    """(files, manifest) of a folder, every file checked against its size and sha256. Raises DamagedError."""
     manifest = read_json(join(uri, MANIFEST))
     if manifest is None:
-        raise Damaged(f"{uri} has no {MANIFEST}: it was never finished")
+        raise DamagedError(f"{uri} has no {MANIFEST}: it was never finished")
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise Damaged(f"{uri}/{MANIFEST} is not a manifest")
+        raise DamagedError(f"{uri}/{MANIFEST} is not a manifest")
     if manifest.get("schema", 0) > SCHEMA:
-        raise Damaged(
+        raise DamagedError(
             f"{uri} was written by a newer ftlib (schema {manifest['schema']}, this one knows {SCHEMA})"
         )
     files: dict[str, bytes] = {}
     for name, known in manifest["files"].items():
         if "/" in name or name.startswith("."):
-            raise Damaged(f"{uri}/{MANIFEST} names a file outside its folder: {name!r}")
+            raise DamagedError(f"{uri}/{MANIFEST} names a file outside its folder: {name!r}")
         data = read_file(join(uri, name))
         if data is None:
-            raise Damaged(f"{uri}/{name} is missing")
+            raise DamagedError(f"{uri}/{name} is missing")
         if len(data) != known["bytes"]:
-            raise Damaged(f"{uri}/{name} has {len(data)} bytes, its manifest says {known['bytes']}")
+            raise DamagedError(
+                f"{uri}/{name} has {len(data)} bytes, its manifest says {known['bytes']}"
+            )
         if hashlib.sha256(data).hexdigest() != known["sha256"]:
-            raise Damaged(
+            raise DamagedError(
                 f"{uri}/{name} does not have the sha256 of its manifest: its contents were altered"
             )
         files[name] = data

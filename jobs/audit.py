@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     from rich.progress import Progress
 
     from ftlib.data.shards import Dataset
-    from ftlib.home import absolute, data_path, home
+    from ftlib.paths import absolute, data_path, home
     from ftlib.report.audit_page import audit, summary, write
 
     dataset = Dataset.open(data_path(arguments.data))

@@ -139,7 +139,7 @@ def options() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     asked = options().parse_args(argv)
     from ftlib.benchmark.measure import BenchmarkError, Part, machine, sentence
-    from ftlib.tree import nearest
+    from ftlib.settings import nearest
 
     names = list(WHAT) if asked.what == "all" else [name.strip() for name in asked.what.split(",")]
     for name in names:

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def main() -> None:
-    from ftlib.home import absolute, home
+    from ftlib.paths import absolute, home
 
     parser = argparse.ArgumentParser(
         prog="python jobs/compare.py",
@@ -37,9 +37,9 @@ def main() -> None:
     )
     asked = parser.parse_args()
 
-    from ftlib.search import compare
+    from ftlib.settings import nearest
     from ftlib.storage import folders, is_remote, join, read_file
-    from ftlib.tree import nearest
+    from ftlib.tune import compare
 
     root = absolute(asked.storage) if asked.storage else str(home() / "runs")
 

@@ -62,7 +62,7 @@ def options() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     arguments, flags = options().parse_known_args(argv)
     run = parse(recipes.load(arguments.recipe), flags)
-    from ftlib.launch import checks, estimate
+    from ftlib.launch import checklist, estimate
 
     price = (
         estimate.price_of(arguments.machine)
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.price > 0
         else None
     )
-    ready = checks.check(run)
+    ready = checklist.check(run)
     for line in ready.checks:
         print(line, flush=True)
     found = None

@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from ftlib import storage
     from ftlib.data.shards import Dataset
-    from ftlib.home import absolute, data_path, home
+    from ftlib.paths import absolute, data_path, home
     from ftlib.report.evaluation import load, score
     from ftlib.report.report import write
 

@@ -76,9 +76,9 @@ def main(argv: list[str] | None = None) -> None:
 
     from ftlib import storage
     from ftlib.data.shards import Dataset
-    from ftlib.home import absolute, data_path, home
+    from ftlib.packaging import export, package, register
+    from ftlib.paths import absolute, data_path, home
     from ftlib.report.evaluation import load, score
-    from ftlib.track import export, package, register
     from ftlib.track.store import resolve_uri
 
     run_dir = absolute(

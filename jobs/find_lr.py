@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ftlib import recipes
 from ftlib.cli import job, parse
-from ftlib.tree import to_json
+from ftlib.settings import to_json
 
 
 def options() -> argparse.ArgumentParser:
@@ -66,10 +66,10 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from ftlib.data.shards import Dataset
-    from ftlib.home import data_path, runs_root
-    from ftlib.learn import lr_finder
-    from ftlib.learn.weights import resolve_init
+    from ftlib.paths import data_path, runs_root
     from ftlib.report.lr_figure import lr_figure
+    from ftlib.training import lr_finder
+    from ftlib.training.initial_weights import resolve_init
 
     dataset = Dataset.open(data_path(run.data.path))
     source = resolve_init(run, dataset.name, dataset.digest, dataset.classes, runs_root(run))

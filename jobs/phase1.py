@@ -40,7 +40,7 @@ PHASE1 = Run(
 
 def main() -> None:
     run = parse(PHASE1, about=__doc__)
-    from ftlib.launch.trainer import launch  # imports torch and ray, which --help does not need
+    from ftlib.launch.launch import launch  # imports torch and ray, which --help does not need
 
     launch(run)
 

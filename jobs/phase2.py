@@ -43,7 +43,7 @@ PHASE2 = Run(
 
 def main() -> None:
     run = parse(PHASE2, about=__doc__)
-    from ftlib.launch.trainer import launch  # imports torch and ray, which --help does not need
+    from ftlib.launch.launch import launch  # imports torch and ray, which --help does not need
 
     launch(run)
 

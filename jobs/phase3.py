@@ -49,7 +49,7 @@ PHASE3 = Run(
 
 def main() -> None:
     run = parse(PHASE3, about=__doc__)
-    from ftlib.launch.trainer import launch  # imports torch and ray, which --help does not need
+    from ftlib.launch.launch import launch  # imports torch and ray, which --help does not need
 
     launch(run)
 

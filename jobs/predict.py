@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         TimeRemainingColumn,
     )
 
-    from ftlib.launch.batch_predict import predict_folder
+    from ftlib.deploy.batch_predict import predict_folder
 
     tracking = ""
     if arguments.model.startswith(("models:/", "runs:/")):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ftlib.data.admit_rules import Rules
+from ftlib.preparation.options import PrepareOptions
 
 
 def options() -> argparse.ArgumentParser:
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         background = tuple(int(part) for part in arguments.background.split(","))
-        rules = Rules(
+        rules = PrepareOptions(
             arguments.max_side,
             arguments.quality,
             arguments.subsampling,
@@ -136,8 +136,8 @@ def main(argv: list[str] | None = None) -> int:
         )  # type: ignore[arg-type]
         if arguments.verify:
             return verify(arguments.verify)
-        from ftlib.data.prepare import prepare
-        from ftlib.data.prepare_report import text
+        from ftlib.preparation.prepare import prepare
+        from ftlib.preparation.report import text
 
         done = prepare(
             arguments.source,
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def verify(path: str) -> int:
     from ftlib.data.shards import Dataset
-    from ftlib.home import data_path
+    from ftlib.paths import data_path
 
     dataset = Dataset.open(data_path(path))
     dataset.verify(deep=True)

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     run = parse(recipes.load(arguments.recipe), flags)
 
     from ftlib.data.shards import Dataset
-    from ftlib.home import data_path
+    from ftlib.paths import data_path
     from ftlib.report.contact_sheet import contact_sheet
 
     dataset = Dataset.open(data_path(run.data.path))

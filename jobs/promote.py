@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 def main() -> None:
     from ftlib import recipes
-    from ftlib.home import absolute, home
+    from ftlib.paths import absolute, home
 
     parser = argparse.ArgumentParser(
         prog="python jobs/promote.py",
@@ -69,8 +69,8 @@ def main() -> None:
         "RAY_LOG_TO_DRIVER", "0"
     )  # what trials print goes to Ray's log files, not through the table; must be set before ray is imported
 
-    from ftlib.search.promote import open_sweep, promote
     from ftlib.storage import folders, join, read_file
+    from ftlib.tune.promote import open_sweep, promote
 
     root = absolute(asked.storage) if asked.storage else str(home() / "runs")
     known = sorted(

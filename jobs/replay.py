@@ -46,16 +46,16 @@ def main() -> None:
     from ftlib import storage
     from ftlib.config import Run
     from ftlib.data.shards import Dataset
-    from ftlib.home import run_folder
-    from ftlib.learn.weights import Source
+    from ftlib.paths import run_folder
     from ftlib.report.replay import replay, sheet
-    from ftlib.tree import from_dict
+    from ftlib.settings import from_dict
+    from ftlib.training.initial_weights import InitialWeights
 
     run_dir = run_folder(asked.run, asked.storage)
     record = storage.read_json(storage.join(run_dir, "run.json"))
     run = from_dict(Run, record["run"])
     dataset = Dataset.open(record["data"]["path"])
-    source = Source.from_dict(record["init"]) if record.get("init") else None
+    source = InitialWeights.from_dict(record["init"]) if record.get("init") else None
     found = replay(run, dataset, run_dir, asked.step, source, with_loss=not asked.pictures)
     train = dataset.split("train")
     for k, rows in found.rows.items():

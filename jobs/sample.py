@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from ftlib.cli import job
-from ftlib.tree import override
+from ftlib.settings import override
 from jobs import phase1, phase2
 
 SMALL = {"data.path": "digits", "data.subset": 1.0, "model.arch": "resnet18", "augment.size": 32}
@@ -35,9 +35,9 @@ def main() -> None:
         raise SystemExit(
             "jobs/sample.py takes no options. Use jobs/prepare.py, jobs/phase1.py and jobs/phase2.py with your own"
         )
-    from ftlib.data.prepare import prepare
+    from ftlib.launch.launch import launch
     from ftlib.launch.summary import sample
-    from ftlib.launch.trainer import launch
+    from ftlib.preparation.prepare import prepare
     from ftlib.track.store import resolve_uri, ui_command
 
     prepare("digits", engine="here")

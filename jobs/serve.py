@@ -68,9 +68,9 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.replicas < 1 or not 0 < arguments.port < 65536 or arguments.max_megabytes <= 0:
         parser.error("--replicas needs to be 1 or more, --port 1 to 65535, --max-megabytes above 0")
 
+    from ftlib.deploy.serving import deployment
     from ftlib.launch.cluster import connect
-    from ftlib.launch.serving import deployment
-    from ftlib.track.package import check
+    from ftlib.packaging.package import check
 
     model, tracking = arguments.model, ""
     if model.startswith(("models:/", "runs:/")):

@@ -123,8 +123,8 @@ def main() -> None:
     )  # what trials print goes to Ray's log files, not through the table; must be set before ray is imported
 
     recipe = recipes.load(asked.recipe, asked.settings)
-    from ftlib.search import spaces as space_files
-    from ftlib.search.sweep import Sweep, sweep
+    from ftlib.tune import spaces as space_files
+    from ftlib.tune.sweep import Sweep, sweep
 
     result = sweep(
         Sweep(

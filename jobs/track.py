@@ -85,9 +85,9 @@ def ui(uri: str, port: int, only_print: bool) -> None:
 
 
 def journals_below(folders: list[str]) -> list[Path]:
-    from ftlib.home import home
-    from ftlib.track.deliver import journal_folders
-    from ftlib.tree import ConfigError
+    from ftlib.paths import home
+    from ftlib.settings import ConfigError
+    from ftlib.track.delivery_thread import journal_folders
 
     roots = [Path(f).expanduser() for f in folders] or [home()]
     for root in roots:
@@ -99,7 +99,7 @@ def journals_below(folders: list[str]) -> list[Path]:
 
 
 def status(folders: list[str]) -> None:
-    from ftlib.track.deliver import describe
+    from ftlib.track.delivery_thread import describe
     from ftlib.track.journal import journals
 
     found = [describe(path) for folder in journals_below(folders) for path in journals(folder)]
@@ -117,7 +117,7 @@ def status(folders: list[str]) -> None:
 
 
 def deliver(uri: str, folders: list[str], again: bool, everything: bool) -> None:
-    from ftlib.track import deliver as delivery
+    from ftlib.track import delivery_thread as delivery
     from ftlib.track.journal import undelivered
     from ftlib.track.redact import redact
     from ftlib.track.store import client, ensure_store, reach
@@ -149,7 +149,7 @@ def deliver(uri: str, folders: list[str], again: bool, everything: bool) -> None
 
 
 def reap(uri: str, stale_minutes: float) -> None:
-    from ftlib.track.reap import reap as end_dead
+    from ftlib.track.orphans import reap as end_dead
     from ftlib.track.store import client, ensure_store, reach
 
     ensure_store(uri)

@@ -22,3 +22,19 @@ def home(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("FTLIB_HOME", str(path))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
     return path
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """A prepared data set of three drawn classes."""
+    from tests.deploy import made
+
+    return made.dataset(tmp_path_factory.mktemp("shapes"))
+
+
+@pytest.fixture(scope="session")
+def shapes_run(shapes, tmp_path_factory):
+    """The folder of a run on it, with a model that is right more often than not."""
+    from tests.deploy import made
+
+    return made.run_folder(tmp_path_factory.mktemp("home"), shapes)

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE / "learn"), str(HERE / "distributed"), str(HERE.parent)]
+sys.path[:0] = [str(HERE / "training"), str(HERE.parent)]
 
 from test_workers import Workers
 

@@ -10,7 +10,7 @@ import pytest
 
 from ftlib.cli import job, parse
 from ftlib.config import SGD, AdamW, Focal, Gates, OneCycle, Run
-from ftlib.tree import ConfigError, flat, to_json
+from ftlib.settings import ConfigError, flat, to_json
 
 ROOT = Path(__file__).parents[1]
 BASE = Run(stage="phase2", optimizer=SGD(lr=0.3, momentum=0.8), schedule=OneCycle())

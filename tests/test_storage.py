@@ -8,7 +8,7 @@ import textwrap
 import pytest
 
 from ftlib import storage
-from ftlib.storage import Damaged, StorageError, join
+from ftlib.storage import DamagedError, StorageError, join
 
 FILES = {"a.bin": bytes(range(256)) * 64, "b.json": b'{"x": 1}'}
 
@@ -45,7 +45,7 @@ def test_damage_is_always_recognised(tmp_path, harm, words):
     uri = tmp_path / "step-1"
     storage.write_folder(str(uri), FILES, {})
     harm(uri)
-    with pytest.raises(Damaged, match=words):
+    with pytest.raises(DamagedError, match=words):
         storage.read_folder(str(uri))
 
 

@@ -5,7 +5,7 @@ N = 0 switches RandAugment off, and then M and p are not searched.
 
 from ray import tune
 
-from ftlib.search.spaces import When
+from ftlib.tune.spaces import When
 
 
 def randaugment(values):

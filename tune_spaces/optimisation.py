@@ -6,7 +6,7 @@ the two are searched together. Batch sizes are multiples of 32: set train.microb
 
 from ray import tune
 
-from ftlib.search.spaces import When
+from ftlib.tune.spaces import When
 
 SPACE = {
     "optimizer.lr": tune.loguniform(1e-5, 1e-2),

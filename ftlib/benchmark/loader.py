@@ -18,13 +18,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from ftlib.benchmark import peers
+from ftlib.benchmark import baselines
 from ftlib.benchmark.measure import BenchmarkError, Case, Goal, Part, by_turns, stream_cost
 from ftlib.config import Augment, Run, Train
-from ftlib.data.admit_rules import Rules
 from ftlib.data.loader import AHEAD, train_batches
-from ftlib.data.prepare import prepare
 from ftlib.data.shards import Dataset
+from ftlib.preparation.options import PrepareOptions
+from ftlib.preparation.prepare import prepare
 
 QUALITY = 90
 PHASE2 = Augment(size=224, color_jitter_p=0.2, randaugment_n=2, randaugment_m=9, randaugment_p=0.3)
@@ -103,9 +103,11 @@ def benchmark(
     )  # peers fork their processes, which must not inherit a thread pool whose threads are not there
     folder = pictures_of(source, scratch, max(8, min(images, 128)))
     say(f"preparing {folder}")
-    kept = prepared(folder, scratch / "originals", Rules())
-    tiles = prepared(folder, scratch / "tiles", Rules(tiles=True))
-    reduced = prepared(folder, scratch / "reencoded", Rules(max_side=max_side, quality=QUALITY))
+    kept = prepared(folder, scratch / "originals", PrepareOptions())
+    tiles = prepared(folder, scratch / "tiles", PrepareOptions(tiles=True))
+    reduced = prepared(
+        folder, scratch / "reencoded", PrepareOptions(max_side=max_side, quality=QUALITY)
+    )
     files, small = _files(kept, scratch / "files"), _files(reduced, scratch / "small-files")
     batch = min(32, len(files))
     phase2, plain = sized(PHASE2, size), sized(PLAIN, size)
@@ -113,8 +115,8 @@ def benchmark(
     def torch_case(
         name: str, names: list[Path], transform: Callable[[int], Callable[[Path], object]]
     ) -> Case:
-        opened = peers.dataloader(names, transform(size), batch, workers)
-        return Case(name, lambda: stream_cost(opened, images, peers.AHEAD * workers * batch))
+        opened = baselines.dataloader(names, transform(size), batch, workers)
+        return Case(name, lambda: stream_cost(opened, images, baselines.AHEAD * workers * batch))
 
     our_case = partial(ours, batch=batch, workers=workers, images=images)
     making: dict[str, Callable[[], Case]] = {
@@ -122,9 +124,11 @@ def benchmark(
         TILED: lambda: our_case(TILED, tiles, phase2),
         REENCODED: lambda: our_case(REENCODED, reduced, phase2),
         OURS_PLAIN: lambda: our_case(OURS_PLAIN, reduced, plain),
-        TORCHVISION: lambda: torch_case(TORCHVISION, files, peers.torchvision_reference),
-        FULL_SIZE: lambda: torch_case(FULL_SIZE, files, peers.full_size_albumentations),
-        TORCHVISION_PLAIN: lambda: torch_case(TORCHVISION_PLAIN, small, peers.torchvision_plain),
+        TORCHVISION: lambda: torch_case(TORCHVISION, files, baselines.torchvision_reference),
+        FULL_SIZE: lambda: torch_case(FULL_SIZE, files, baselines.full_size_albumentations),
+        TORCHVISION_PLAIN: lambda: torch_case(
+            TORCHVISION_PLAIN, small, baselines.torchvision_plain
+        ),
     }
     notes = [
         f"{len(files)} pictures, {_kilobytes(files):.0f} kB each; re-encoded with longer side {max_side} at quality {QUALITY} {_kilobytes(small):.0f} kB",
@@ -132,9 +136,9 @@ def benchmark(
     ]
     absent = []
     for name, make in (
-        (TIMM, lambda: peers.timm_reference(size, files, batch, workers)),
-        (FFCV, lambda: peers.ffcv(small, scratch, size, batch, workers)),
-        (DALI, lambda: peers.dali(small, size, batch, workers)),
+        (TIMM, lambda: baselines.timm_reference(size, files, batch, workers)),
+        (FFCV, lambda: baselines.ffcv(small, scratch, size, batch, workers)),
+        (DALI, lambda: baselines.dali(small, size, batch, workers)),
     ):
         try:
             opened, ahead = make()
@@ -191,7 +195,7 @@ def _ours(dataset: Dataset, augment: Augment, batch: int, workers: int) -> Itera
         yield (len(b.labels) for b in batches)
 
 
-def prepared(folder: Path, out: Path, rules: Rules, val_fraction: float = 0.0) -> Dataset:
+def prepared(folder: Path, out: Path, rules: PrepareOptions, val_fraction: float = 0.0) -> Dataset:
     """A folder's pictures as a prepared set; where it has no train/ and val/, `val_fraction` of them are for validation."""
     split = (folder / "train").is_dir()
     return prepare(

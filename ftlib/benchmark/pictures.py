@@ -14,23 +14,23 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ftlib.benchmark import peers
+from ftlib.benchmark import baselines
 from ftlib.benchmark.loader import PHASE2, QUALITY, ours, pictures_of, prepared, sized
 from ftlib.benchmark.measure import Case, Cost, Part, by_turns, timed
 from ftlib.benchmark.training import Say, device
 from ftlib.config import AdamW, Cosine, CrossEntropy, Data, Mix, Model, Run, Train
-from ftlib.data import order
-from ftlib.data.admit_rules import Rules
+from ftlib.data import sampler
 from ftlib.data.augment import crop_box
 from ftlib.data.decode import decode
-from ftlib.data.keys import AUGMENT, Randomness, key
 from ftlib.data.loader import Batch, train_batches
+from ftlib.data.rng import AUGMENT, Randomness, key
 from ftlib.data.shards import Dataset, Split
-from ftlib.launch.pace import steps
-from ftlib.learn.loop import Job, Training
+from ftlib.launch.timing import steps
+from ftlib.preparation.options import PrepareOptions
+from ftlib.training.loop import Training, WorkerContext
 
 WAYS = tuple(
-    Rules(max_side=side, quality=QUALITY, subsampling=chroma)
+    PrepareOptions(max_side=side, quality=QUALITY, subsampling=chroma)
     for side, chroma in (
         (256, None),
         (288, None),
@@ -58,7 +58,7 @@ def sides(
     """CPU per training image, length of a file and what is left of the picture, by the size that `prepare --max-side` keeps."""
     cv2.setNumThreads(1)
     folder = pictures_of(source, scratch, 64)
-    kept = prepared(folder, scratch / "originals", Rules())
+    kept = prepared(folder, scratch / "originals", PrepareOptions())
     batch = min(32, len(kept.split("train")))
     augment = sized(PHASE2, size)
     cases = [ours("originals", kept, augment, batch, workers, images)]
@@ -111,7 +111,7 @@ def accuracy(
 ) -> Part:
     """Validation top-1 after training from scratch on ftlib's pictures and on those of `peers.full_size_chain`: same seeds, weights, order, mixing and schedule."""
     dataset = prepared(
-        pictures_of(source, scratch, 96), scratch / "prepared", Rules(), val_fraction=0.25
+        pictures_of(source, scratch, 96), scratch / "prepared", PrepareOptions(), val_fraction=0.25
     )
     scores: dict[str, list[float]] = {FAST: [], PLAIN: []}
 
@@ -129,7 +129,7 @@ def accuracy(
             schedule=Cosine(min_lr=1e-6),
             train=Train(epochs=epochs, batch_size=64, microbatch_size=32),
         )
-        training = Training(Job(run, dataset, "", device()))
+        training = Training(WorkerContext(run, dataset, "", device()))
         with feed(training) as batches:
             cost = timed(lambda: steps(training, batches, training.total))
         scores[name].append(training.score().metrics("val")["val/top1"])
@@ -179,11 +179,11 @@ def _plain_batches(training: Training, dataset: Dataset) -> Iterator[Batch]:
     import albumentations as A
 
     run, split = training.run, dataset.split("train")
-    chain, randomness = A.Compose(peers.full_size_chain(run.augment.size)), Randomness(run.seed)
+    chain, randomness = A.Compose(baselines.full_size_chain(run.augment.size)), Randomness(run.seed)
     chain.set_random_state(randomness.generator, randomness.python)
     for step in range(training.total):
-        for mb in order.owned(
-            order.step_plan(
+        for mb in sampler.owned(
+            sampler.step_plan(
                 run.seed, step, training.rows, run.train.batch_size, run.train.microbatch_size
             ),
             0,

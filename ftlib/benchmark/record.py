@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ftlib.config import Track
-from ftlib.home import home
+from ftlib.paths import home
 from ftlib.track.lineage import lineage_tags
-from ftlib.track.tracker import open_tracking
+from ftlib.track.tracking import open_tracking
 
 
 def record(found: dict[str, Any], figure: bytes) -> str:

@@ -6,7 +6,7 @@ import statistics
 from typing import Any, TextIO
 
 from ftlib.benchmark.measure import Part, Quantity, sentence
-from ftlib.report.errors import BLUE, GREY, axes, png
+from ftlib.report.misclassified import BLUE, GREY, axes, png
 
 
 def table(part: Part, out: TextIO) -> None:

@@ -21,10 +21,10 @@ def by_ftlib(folder: Path) -> None:
     os.environ["FTLIB_HOME"] = str(home)
     (home / "journal").mkdir(parents=True)
     from ftlib.config import AdamW, Augment, Data, Model, Run, Track, Train
-    from ftlib.launch.trainer import launch
+    from ftlib.launch.launch import launch
     from ftlib.track.journal import machine
-    from ftlib.track.tracker import Handle
-    from ftlib.track.writer import Place
+    from ftlib.track.tracking import TrackerHandle
+    from ftlib.track.writer import JournalLocation
 
     run = Run(
         data=Data(path=str(folder / "few-prepared"), loader_workers=0),
@@ -38,8 +38,10 @@ def by_ftlib(folder: Path) -> None:
         run,
         local=True,
         kind="trial",
-        tracking=Handle(
-            "sqlite:////nobody/delivers/this.db", "trials", Place(str(home / "journal"), machine())
+        tracking=TrackerHandle(
+            "sqlite:////nobody/delivers/this.db",
+            "trials",
+            JournalLocation(str(home / "journal"), machine()),
         ),
         quiet=True,
     )

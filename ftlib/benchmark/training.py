@@ -34,10 +34,10 @@ from ftlib.config import (
     Train,
 )
 from ftlib.launch.cluster import ROOT
-from ftlib.launch.pace import same_pixels, settle, steps
-from ftlib.learn import checkpoint
-from ftlib.learn.evaluate import autocast
-from ftlib.learn.loop import Job, Training
+from ftlib.launch.timing import same_pixels, settle, steps
+from ftlib.training import checkpoint
+from ftlib.training.evaluate import autocast
+from ftlib.training.loop import Training, WorkerContext
 
 Say = Callable[[str], None]
 CLASSES = 100
@@ -45,7 +45,7 @@ IMAGES = 12_800
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchmarkSettings:
     arch: str = "resnet18"
     size: int = 64
     batch: int = 32
@@ -78,7 +78,7 @@ def device() -> torch.device:
     )
 
 
-def training(s: Settings, run_dir: str = "", rank: int = 0, world: int = 1) -> Training:
+def training(s: BenchmarkSettings, run_dir: str = "", rank: int = 0, world: int = 1) -> Training:
     """ftlib's loop on made-up pixels: a batch of `s.batch` images per worker, one microbatch each."""
     run = Run(
         data=Data(path="made-up"),
@@ -89,11 +89,11 @@ def training(s: Settings, run_dir: str = "", rank: int = 0, world: int = 1) -> T
         train=Train(epochs=10_000, batch_size=s.batch * world, microbatch_size=s.batch),
         checkpoint=Checkpoint(every_seconds=0),
     )
-    return Training(Job(run, Pictures(), run_dir, device(), rank, world))  # type: ignore[arg-type]
+    return Training(WorkerContext(run, Pictures(), run_dir, device(), rank, world))  # type: ignore[arg-type]
 
 
 def plain_step(
-    s: Settings,
+    s: BenchmarkSettings,
     dtype: torch.dtype,
     wrap: Callable[[torch.nn.Module], torch.nn.Module] = lambda m: m,
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -125,7 +125,9 @@ def plain_step(
 
 
 def loops(
-    s: Settings, ours: Training, wrap: Callable[[torch.nn.Module], torch.nn.Module] = lambda m: m
+    s: BenchmarkSettings,
+    ours: Training,
+    wrap: Callable[[torch.nn.Module], torch.nn.Module] = lambda m: m,
 ) -> tuple[Callable[[int], int], Callable[[int], int]]:
     """(ftlib's, plain): each makes so many steps on the same pixels and returns their number; the device has finished when they return."""
     batches, plain = same_pixels(ours), plain_step(s, ours.dtype, wrap)
@@ -146,11 +148,11 @@ def loops(
     return run_ours, run_plain
 
 
-def words(s: Settings, dtype: torch.dtype) -> str:
+def words(s: BenchmarkSettings, dtype: torch.dtype) -> str:
     return f"{s.arch}, {s.size} px, batches of {s.batch}, {str(dtype).removeprefix('torch.')}, {s.steps} steps per case and round, on {'the GPU' if device().type == 'cuda' else 'the CPU'}"
 
 
-def step(s: Settings, scratch: Path, say: Say) -> Part:
+def step(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
     """A training step beside a plain PyTorch loop's. On a CPU they take turns step by step, and a round counts with the medians of its steps: the machine's
     speed changes faster than a round is long. On a GPU a turn is a round's steps: to wait after each would empty its queue."""
     ours = training(s)
@@ -173,7 +175,7 @@ def step(s: Settings, scratch: Path, say: Say) -> Part:
     )
 
 
-def scaling(s: Settings, scratch: Path, say: Say) -> Part:
+def scaling(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
     """Two workers beside torchrun's DistributedDataParallel, in the very same processes."""
     out = scratch / "scaling.json"
     say("Two workers: torchrun starts them")
@@ -224,7 +226,7 @@ def scaling(s: Settings, scratch: Path, say: Say) -> Part:
     )
 
 
-def checkpoints(s: Settings, scratch: Path, say: Say) -> Part:
+def checkpoints(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
     """Steps with a checkpoint written beside them, and without."""
     ours = training(s, str(scratch / "run"))
     run_ours, _ = loops(s, ours)
@@ -260,11 +262,11 @@ def checkpoints(s: Settings, scratch: Path, say: Say) -> Part:
     return Part(part.title, part.unit, part.costs, [usual], [words(s, ours.dtype), note])
 
 
-def startup(s: Settings, scratch: Path, say: Say) -> Part:
+def startup(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
     """Whole processes: --help, a wrong flag, a small one-worker run, and a plain script that trains the same."""
     from ftlib.benchmark.loader import photos
     from ftlib.benchmark.small_run import EPOCHS, PHOTOS
-    from ftlib.data.prepare import prepare
+    from ftlib.preparation.prepare import prepare
 
     photos(scratch / "few", PHOTOS)
     prepare(
@@ -314,7 +316,7 @@ def _process(arguments: list[str], expect: int) -> Cost:
     return Cost(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall)
 
 
-MEASURES: dict[str, Callable[[Settings, Path, Say], Part]] = {
+MEASURES: dict[str, Callable[[BenchmarkSettings, Path, Say], Part]] = {
     "step": step,
     "scaling": scaling,
     "checkpoint": checkpoints,

@@ -15,11 +15,11 @@ import numpy as np
 from PIL import Image
 
 from ftlib import config
-from ftlib.data import colour, ops
+from ftlib.data import color, ops
 from ftlib.data.decode import decode, dimensions
-from ftlib.data.keys import AUGMENT, Randomness, key
+from ftlib.data.rng import AUGMENT, Randomness, key
 from ftlib.data.tiles import Tiles, tiles_of
-from ftlib.tree import ConfigError, nearest
+from ftlib.settings import ConfigError, nearest
 
 
 def check(cfg: config.Augment) -> None:
@@ -209,10 +209,10 @@ class ColorJitter:
         self.steps = [
             (function, max(0.0, centre - strength) if centre else -strength, centre + strength)
             for function, strength, centre in (
-                (colour.brightness, brightness, 1.0),
-                (colour.contrast, contrast, 1.0),
-                (colour.saturation, saturation, 1.0),
-                (colour.hue, hue, 0.0),
+                (color.brightness, brightness, 1.0),
+                (color.contrast, contrast, 1.0),
+                (color.saturation, saturation, 1.0),
+                (color.hue, hue, 0.0),
             )
             if strength > 0
         ]

@@ -25,7 +25,7 @@ class Cache:
     @staticmethod
     def of(uri: str, name: str, digest: str, root: str | None = None) -> Cache:
         if root is None:
-            from ftlib.home import home
+            from ftlib.paths import home
 
             root = str(home() / "cache")
         return Cache(uri, Path(root), Path(root) / f"{name}-{digest[:16]}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ftlib.home import environment
+from ftlib.paths import environment
 
 
 class _Popen(popen_forkserver.Popen):

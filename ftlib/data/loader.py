@@ -1,6 +1,6 @@
 """Prepared pictures to batches of uint8, in the order of the plan, from one iterator that lasts the whole run.
 
-A microbatch is read, decoded and augmented whole by one process, straight into memory that the training process shares (`ftlib.data.ring`);
+A microbatch is read, decoded and augmented whole by one process, straight into memory that the training process shares (`ftlib.data.shared_memory`);
 no pixel is copied on the way. What a batch holds depends on its place in the plan alone, not on the number of processes.
 """
 
@@ -27,8 +27,8 @@ from ftlib import config
 from ftlib.data.augment import EvalTransform, TrainTransform
 from ftlib.data.decode import DecodeError
 from ftlib.data.fork_server import context
-from ftlib.data.order import Microbatch, owned, step_plan
-from ftlib.data.ring import Ring, lease
+from ftlib.data.sampler import Microbatch, owned, step_plan
+from ftlib.data.shared_memory import SharedMemoryRing, lease
 
 if TYPE_CHECKING:
     from ftlib.data.shards import Dataset, Split
@@ -235,7 +235,7 @@ def _received(
 
 
 def _with_slots(
-    plan: Iterable[Microbatch], ring: Ring, bytes_per_image: int
+    plan: Iterable[Microbatch], ring: SharedMemoryRing, bytes_per_image: int
 ) -> Iterator[tuple[Microbatch, int | None]]:
     for mb in plan:
         yield mb, ring.take(len(mb.rows) * bytes_per_image)
@@ -367,7 +367,7 @@ def _processes(
     source: Any, plan: Iterable[Microbatch], largest: int, workers: int, pin: bool
 ) -> Iterator[Any]:
     bytes_per_image = source.size * source.size * 3
-    ring = Ring(AHEAD * workers + HELD, largest * bytes_per_image)
+    ring = SharedMemoryRing(AHEAD * workers + HELD, largest * bytes_per_image)
     loader: DataLoader[Any] = DataLoader(
         _Filler(source, ring),
         batch_size=None,

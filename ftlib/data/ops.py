@@ -31,7 +31,7 @@ import albumentations as A
 import cv2
 import numpy as np
 
-from ftlib.data.colour import (
+from ftlib.data.color import (
     autocontrast,
     brightness,
     contrast,
@@ -41,7 +41,7 @@ from ftlib.data.colour import (
     saturation,
     sharpness,
 )
-from ftlib.data.keys import AUGMENT, key
+from ftlib.data.rng import AUGMENT, key
 
 Group = Literal["geometric", "noise", "colour"]
 GROUPS: tuple[Group, ...] = ("geometric", "noise", "colour")
@@ -297,7 +297,7 @@ class Dropout(Pixels):
 
 
 class Enhance(Pixels):
-    """A function of `ftlib.data.colour` at `centre` plus or minus `amount`."""
+    """A function of `ftlib.data.color` at `centre` plus or minus `amount`."""
 
     def __init__(
         self,

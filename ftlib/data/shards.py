@@ -7,7 +7,7 @@ A set is a folder (or an s3://, gs:// ... address) with
     train-00000.parquet  standard Parquet; its `image` column is PLAIN, uncompressed and without dictionary, so that a picture is one
                          contiguous run of bytes in the file and is read by memory-mapping, without Parquet
 
-and the same for `val`. Pictures are upright three-channel JPEGs (`ftlib.data.admit`). Other readers (pandas, DuckDB, Ray Data) open the
+and the same for `val`. Pictures are upright three-channel JPEGs (`ftlib.preparation.validate`). Other readers (pandas, DuckDB, Ray Data) open the
 shards as they open any Parquet file; the pages carry checksums.
 """
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ftlib.config import Cluster
-from ftlib.home import environment
 from ftlib.launch.errors import LaunchError
+from ftlib.paths import environment
 
 ROOT = str(Path(__file__).resolve().parents[2])
 """Folder that holds ftlib: workers need it on their PYTHONPATH, wherever the job was started from."""

@@ -11,7 +11,7 @@ class RunFailed(RuntimeError):
     """Training started and failed for good; the message carries the first worker's reason."""
 
 
-class Stopped(SystemExit):
+class StoppedError(SystemExit):
     """A signal stopped the run after a checkpoint was written. As the process's exit code: 128 + the signal's number."""
 
     def __init__(self, signal_number: int, message: str) -> None:

@@ -21,15 +21,15 @@ import psutil
 import torch
 
 from ftlib.config import Run
-from ftlib.data import order
+from ftlib.data import sampler
 from ftlib.data.loader import AHEAD, Batch, eval_batches, train_batches
-from ftlib.launch import cluster, pace, trainer
+from ftlib.launch import cluster, launch, timing
 from ftlib.launch.progress import duration
 from ftlib.launch.worker import loader_workers, training_threads
-from ftlib.learn import checkpoint
-from ftlib.learn.evaluate import count
-from ftlib.learn.loop import Job, OutOfMemory, Training
-from ftlib.tree import ConfigError, nearest, override
+from ftlib.settings import ConfigError, nearest, override
+from ftlib.training import checkpoint
+from ftlib.training.evaluate import count
+from ftlib.training.loop import OutOfMemoryError, Training, WorkerContext
 
 WARM_UP = 2
 """Steps before the clock starts: memory is allocated, kernels are chosen, the loader's queue comes to its usual length."""
@@ -66,7 +66,7 @@ PRICES = {
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CostEstimate:
     """What was measured, and what follows for the whole run. Seconds, bytes, images per second over all workers."""
 
     steps_per_epoch: int
@@ -131,11 +131,11 @@ class Estimate:
 
 
 def measure(
-    ready: trainer.Prepared,
+    ready: launch.PreparedRun,
     placement: cluster.Placement,
     seconds: float = 40.0,
     say: Callable[[str], None] = lambda text: None,
-) -> Estimate:
+) -> CostEstimate:
     """Time the run's own steps here for about `seconds`. A run of several workers is timed as one of them: its share of each batch,
     without the traffic between them.
 
@@ -165,14 +165,16 @@ def measure(
     ):
         say("building the model")
         training = Training(
-            Job(mine, dataset, scratch, device, source=ready.source, loader_workers=processes)
+            WorkerContext(
+                mine, dataset, scratch, device, source=ready.source, loader_workers=processes
+            )
         )
         training.freeze_for(0)
         memory: dict[str, int] = {}
         say("a few steps with everything")
         whole, spread, timed_steps = _whole(training, processes, seconds * SHARES["whole"], memory)
         say("steps without loading")
-        alone = pace.same_pixels(training, training.state.step)
+        alone = timing.same_pixels(training, training.state.step)
         device_step, _, _ = _paced(training, alone, seconds * SHARES["device"], warm_up=1)
         say("loading without steps")
         loader_step = _loading(training, processes, seconds * SHARES["loader"])
@@ -185,10 +187,10 @@ def measure(
     evaluations = sum(
         1 for epoch in range(1, train.epochs + 1) if epoch % every == 0 or epoch == train.epochs
     ) + (ready.source is not None and not run.model.reset_head)
-    per_epoch = order.steps_per_epoch(len(training.rows), train.batch_size)
+    per_epoch = sampler.steps_per_epoch(len(training.rows), train.batch_size)
     # The last step of an epoch may be a short one.
     counted = len(training.rows) / train.batch_size
-    return Estimate(
+    return CostEstimate(
         per_epoch,
         train.epochs,
         evaluations,
@@ -221,15 +223,15 @@ def _paced(
 ) -> tuple[float, float, int]:
     """(seconds per full step, relative standard error, steps timed)."""
     full = training.run.train.batch_size
-    pace.steps(training, batches, warm_up)
+    timing.steps(training, batches, warm_up)
     times: list[float] = []
-    began = before = pace.settle(training.job.device)
+    began = before = timing.settle(training.job.device)
     while len(times) < LEAST_STEPS or before - began < seconds:
         at_once = (
             1 if training.job.device.type == "cpu" else 10
         )  # waiting for a GPU after every step would slow it down
-        images = pace.steps(training, batches, at_once)
-        now = pace.settle(training.job.device)
+        images = timing.steps(training, batches, at_once)
+        now = timing.settle(training.job.device)
         times.append((now - before) * full / images)
         before = now
     spread = float(np.std(times) / np.mean(times) / len(times) ** 0.5)
@@ -302,7 +304,7 @@ def _evaluation(training: Training, workers: int, processes: int, seconds: float
     split = job.dataset.split("train" if training.split == "tuning" else "val")
 
     def score(rows: np.ndarray) -> float:
-        began = pace.settle(job.device)
+        began = timing.settle(job.device)
         with contextlib.closing(
             eval_batches(
                 split, rows, run.eval_size, run.evaluate.crop, run.evaluate.batch_size, processes
@@ -317,7 +319,7 @@ def _evaluation(training: Training, workers: int, processes: int, seconds: float
                 run.data.std,
                 training.dtype,
             )
-        return pace.settle(job.device) - began
+        return timing.settle(job.device) - began
 
     size = min(len(mine), run.evaluate.batch_size)
     score(mine[:size])  # memory and kernels
@@ -370,7 +372,7 @@ def _largest_microbatch(training: Training, limit: int = 4096) -> int:
             training.buffer.begin()
             training.microbatch(Batch(0, 0, 0, n, labels, labels, images), training.buffer)
             torch.cuda.synchronize(device)
-        except (torch.cuda.OutOfMemoryError, OutOfMemory):
+        except (torch.cuda.OutOfMemoryError, OutOfMemoryError):
             return False
         finally:
             torch.cuda.empty_cache()
@@ -401,7 +403,7 @@ def price_of(name: str) -> Price:
 
 
 def text(
-    found: Estimate,
+    found: CostEstimate,
     run: Run,
     placement: cluster.Placement,
     price: Price | None = None,

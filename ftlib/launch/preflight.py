@@ -12,18 +12,18 @@ import numpy as np
 
 from ftlib import storage
 from ftlib.config import Run
-from ftlib.data import augment, order
+from ftlib.data import augment, sampler
 from ftlib.data.shards import Dataset
 from ftlib.launch.errors import LaunchError
+from ftlib.settings import ConfigError
 from ftlib.storage import StorageError, is_remote, join
-from ftlib.tree import ConfigError
 
 COPIES = {"AdamW": 3, "Adam": 3, "RMSprop": 3, "SGD": 2}
 """Weights and what the optimizer keeps per weight."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """A run's size in numbers."""
 
     images: int
@@ -48,10 +48,10 @@ def check_data(run: Run, dataset: Dataset) -> tuple[int, int]:
             f"data.path = {run.data.path}: it has {len(dataset.classes)} class; a classifier needs two at least"
         )
     labels = dataset.split("train").labels
-    rows = order.subset(labels, run.data.subset, run.data.subset_seed)
+    rows = sampler.subset(labels, run.data.subset, run.data.subset_seed)
     scored = len(dataset.split("val"))
     if run.data.tuning_fraction:
-        rows, held_out = order.tuning_split(
+        rows, held_out = sampler.tuning_split(
             labels, rows, run.data.tuning_fraction, run.data.subset_seed
         )
         scored = len(held_out)
@@ -70,16 +70,16 @@ def check_data(run: Run, dataset: Dataset) -> tuple[int, int]:
             f"data.path = {run.data.path}: there is nothing to score: no validation images. "
             "Prepare the set with --val-fraction 0.1, or set data.tuning_fraction"
         )
-    if order.steps_per_epoch(len(rows), run.train.batch_size) < 1:
+    if sampler.steps_per_epoch(len(rows), run.train.batch_size) < 1:
         raise ConfigError(
             f"data.subset = {run.data.subset}: {len(rows)} training image is too few for one step. Raise it"
         )
     return len(rows), scored
 
 
-def plan(run: Run, dataset: Dataset) -> Plan:
+def plan(run: Run, dataset: Dataset) -> RunPlan:
     """Check data, augmentation and model against each other and work out the run's size. Raises ConfigError."""
-    from ftlib.learn import model as models
+    from ftlib.training import model as models
 
     images, scored = check_data(run, dataset)
     augment.check(run.augment)
@@ -89,9 +89,9 @@ def plan(run: Run, dataset: Dataset) -> Plan:
         for p in models.outline(run.model, len(dataset.classes), run.augment.size).parameters()
     )
     size = 4 * parameters * (COPIES[type(run.optimizer).__name__] + bool(run.train.ema_decay))
-    steps = order.steps_per_epoch(images, run.train.batch_size)
+    steps = sampler.steps_per_epoch(images, run.train.batch_size)
     disk = size * (run.checkpoint.keep_last + 1) + 4 * parameters * (run.checkpoint.keep_best + 1)
-    return Plan(images, scored, steps, steps * run.train.epochs, parameters, disk)
+    return RunPlan(images, scored, steps, steps * run.train.epochs, parameters, disk)
 
 
 def check_storage(run_dir: str, needed_bytes: int) -> None:

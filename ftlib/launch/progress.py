@@ -11,8 +11,8 @@ LINE_SECONDS = 10.0
 """Plain lines within an epoch come at most this often."""
 
 
-class Screen:
-    """Shows progress points (`ftlib.learn.loop.Job.progress`); a context manager. A point of a step that was shown already ends its epoch."""
+class ProgressDisplay:
+    """Shows progress points (`ftlib.training.loop.Job.progress`); a context manager. A point of a step that was shown already ends its epoch."""
 
     def __init__(self, title: str, out: TextIO | None = None) -> None:
         self.title, self.out = title, out or sys.stderr
@@ -20,7 +20,7 @@ class Screen:
         self._bar: Any = None
         self._task: Any = None
 
-    def __enter__(self) -> Screen:
+    def __enter__(self) -> ProgressDisplay:
         if self.out.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn

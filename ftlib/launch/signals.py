@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from ftlib.launch.errors import Stopped
+from ftlib.launch.errors import StoppedError
 
 NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
@@ -55,10 +55,10 @@ class Signals:
         self.number = number
         self.count += 1
         if self.at_once:  # nothing is being trained
-            raise Stopped(number, "stopped; the same command goes on")
+            raise StoppedError(number, "stopped; the same command goes on")
         if self.count == 1:
             self.on_first()
         elif self.raise_second:
-            raise Stopped(
+            raise StoppedError(
                 number, "stopped at once; the same command goes on from the newest checkpoint"
             )

@@ -6,10 +6,10 @@ import os
 from typing import Any
 
 from ftlib.config import Run
-from ftlib.home import home
 from ftlib.launch.cluster import Placement
 from ftlib.launch.progress import duration
-from ftlib.learn.weights import Source
+from ftlib.paths import home
+from ftlib.training.initial_weights import InitialWeights
 
 
 def starting(run: Run, run_dir: str, url: str, placement: Placement, resumed: bool) -> str:
@@ -78,7 +78,7 @@ def _places(outcome: Any) -> list[str]:
     return lines
 
 
-def note(run: Run, outcome: Any, source: Source | None, report_link: str) -> str:
+def note(run: Run, outcome: Any, source: InitialWeights | None, report_link: str) -> str:
     """Markdown for the run's page: the result first, then where it comes from and where it is."""
     lines = [f"**{scores(outcome)}**", ""]
     lines += [f"- {gate}" for gate in outcome.gates]

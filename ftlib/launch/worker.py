@@ -14,9 +14,9 @@ from typing import Any
 import ray.train
 from ray.train import Checkpoint, UserCallback
 
-from ftlib import tree
+from ftlib import settings
 from ftlib.config import Run
-from ftlib.launch.desk import Notices, ToDesk
+from ftlib.launch.driver_actor import DriverLogHandler, StopSignals
 from ftlib.storage import StorageError
 
 
@@ -30,10 +30,10 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from ftlib.data.shards import Dataset
-    from ftlib.learn import loop
-    from ftlib.learn.weights import Source
+    from ftlib.training import loop
+    from ftlib.training.initial_weights import InitialWeights
 
-    run = tree.from_dict(Run, config["run"])
+    run = settings.from_dict(Run, config["run"])
     desk = config["desk"]
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would print every report
     context = ray.train.get_context()
@@ -43,22 +43,22 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         else torch.device("cpu")
     )
     if not config["local"]:
-        logging.getLogger("ftlib").addHandler(ToDesk(desk))
+        logging.getLogger("ftlib").addHandler(DriverLogHandler(desk))
         desk.tell("hello", ray.get_runtime_context().get_node_id())
     loaders = loader_workers(run.data.loader_workers, config["cpus"])
     if not config["local"]:
         torch.set_num_threads(training_threads(config["cpus"], loaders))
-    notices = Notices(desk)
+    notices = StopSignals(desk)
     try:
         return loop.train(
-            loop.Job(
+            loop.WorkerContext(
                 run=run,
                 dataset=Dataset.open(config["data"]),
                 run_dir=config["run_dir"],
                 device=device,
                 rank=context.get_world_rank(),
                 world=context.get_world_size(),
-                source=Source.from_dict(config["source"]) if config["source"] else None,
+                source=InitialWeights.from_dict(config["source"]) if config["source"] else None,
                 loader_workers=loaders,
                 tracking=config["writer"],
                 report=reporter(config.get("on_report"), config["local"]),
@@ -66,7 +66,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
                 notice=notices,
             )
         )
-    except loop.Interrupted as error:
+    except loop.InterruptedTrainingError as error:
         return {"interrupted": str(error)}
     except Exception as error:
         if final(error):

@@ -22,7 +22,7 @@ from ftlib.report.audit import (
     scan,
     suspects,
 )
-from ftlib.report.errors import BLUE, GREY, RED, axes, png
+from ftlib.report.misclassified import BLUE, GREY, RED, axes, png
 
 SHOWN = 24
 """Findings of a kind whose pictures are on the page; the CSV has all."""

@@ -20,12 +20,12 @@ from PIL import Image, ImageDraw, ImageFont
 from ftlib.config import Run
 from ftlib.data import ops
 from ftlib.data.augment import EvalTransform, TrainTransform, apply, chosen
-from ftlib.data.keys import AUGMENT, MIX, Randomness, key
 from ftlib.data.loader import Batch, train_batches
-from ftlib.data.order import subset, tuning_split
+from ftlib.data.rng import AUGMENT, MIX, Randomness, key
+from ftlib.data.sampler import subset, tuning_split
 from ftlib.data.shards import Dataset
-from ftlib.learn import losses, mix
-from ftlib.tree import override
+from ftlib.settings import override
+from ftlib.training import losses, mixing
 
 TILE, GAP, LABEL, MARGIN = 120, 6, 190, 28
 """Pixels: side of a tile, space between two, width of the labels' column, edge of the sheet."""
@@ -109,7 +109,7 @@ def network_section(dataset: Dataset, run: Run, step: int) -> Section:
 
 def seen_by_the_network(
     dataset: Dataset, run: Run, step: int
-) -> Iterator[tuple[Batch, mix.Plan | None]]:
+) -> Iterator[tuple[Batch, mixing.MixPlan | None]]:
     """The microbatches of a step of the run, on one worker, with the mixing plan of each."""
     with train_batches(
         dataset, training_rows(dataset, run), run, 0, 1, step, step + 1, 0
@@ -119,7 +119,7 @@ def seen_by_the_network(
             height, width = batch.images.shape[1:3]
             yield (
                 batch,
-                mix.draw(
+                mixing.draw(
                     run.mix, key(MIX, run.seed, batch.step, batch.k), len(batch.rows), height, width
                 )
                 if mixing
@@ -184,7 +184,7 @@ def mixing_section(dataset: Dataset, run: Run) -> Section:
             },
         )
         plans = [
-            mix.draw(cfg, key(MIX, run.seed, 0, k), len(examples), *images.shape[1:3])
+            mixing.draw(cfg, key(MIX, run.seed, 0, k), len(examples), *images.shape[1:3])
             for k in range(64)
         ]
         plan = min(
@@ -260,11 +260,11 @@ def _liveliness(image: np.ndarray) -> float:
 
 
 def mixed(
-    batch: Batch, plan: mix.Plan | None, run: Run, classes: int
+    batch: Batch, plan: mixing.MixPlan | None, run: Run, classes: int
 ) -> tuple[np.ndarray, torch.Tensor]:
     """(uint8[b, S, S, 3], targets [b, classes])."""
     targets = losses.soft_targets(batch.labels, classes, run.loss.label_smoothing)
-    images, targets = mix.apply(plan, batch.images.permute(0, 3, 1, 2), targets)
+    images, targets = mixing.apply(plan, batch.images.permute(0, 3, 1, 2), targets)
     return images.permute(0, 2, 3, 1).contiguous().numpy(), targets
 
 

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 
 from ftlib.config import Run
-from ftlib.data import order
+from ftlib.data import sampler
 from ftlib.data.loader import eval_batches
 from ftlib.data.shards import Dataset, Split
-from ftlib.learn import checkpoint
-from ftlib.learn import model as models
-from ftlib.learn.evaluate import normalise, predict
-from ftlib.learn.loop import precision
-from ftlib.learn.weights import LoadedModel, load_run_model
 from ftlib.report.calibration import Calibration, cross_fitted, held_out
-from ftlib.report.metrics import Estimate, Floats, Ints, scores
+from ftlib.report.metrics import Floats, IntervalEstimate, Ints, scores
 from ftlib.storage import join
+from ftlib.training import checkpoint
+from ftlib.training import model as models
+from ftlib.training.evaluate import normalise, predict
+from ftlib.training.initial_weights import LoadedModel, load_run_model
+from ftlib.training.loop import precision
 
 Weights = Literal["best", "last", "raw"]
 
@@ -43,9 +43,9 @@ class Scored:
     size: int
     flip: bool
     calibration: Calibration
-    before: dict[str, Estimate]
+    before: dict[str, IntervalEstimate]
     """top1, top5, nll, ece of the logits as they are."""
-    after: dict[str, Estimate]
+    after: dict[str, IntervalEstimate]
     """The same after temperature scaling; the temperature was fitted on other images."""
 
     @property
@@ -92,9 +92,9 @@ def rows_of(run: Run, dataset: Dataset, name: str) -> tuple[Split, Ints]:
     train = dataset.split("train")
     if name == "val":
         return dataset.split("val"), np.arange(len(dataset.split("val")), dtype=np.int64)
-    kept, tuning = order.tuning_split(
+    kept, tuning = sampler.tuning_split(
         train.labels,
-        order.subset(train.labels, run.data.subset, run.data.subset_seed),
+        sampler.subset(train.labels, run.data.subset, run.data.subset_seed),
         run.data.tuning_fraction,
         run.data.subset_seed,
     )

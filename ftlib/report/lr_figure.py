@@ -6,11 +6,11 @@ from typing import Protocol
 
 import numpy as np
 
-from ftlib.report.errors import BLUE, GREY, RED, axes, png
+from ftlib.report.misclassified import BLUE, GREY, RED, axes, png
 
 
 class Curve(Protocol):
-    """`ftlib.learn.lr_finder.Curve`: rates and losses of equal length."""
+    """`ftlib.training.lr_finder.Curve`: rates and losses of equal length."""
 
     rates: np.ndarray
     losses: np.ndarray

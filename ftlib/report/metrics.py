@@ -27,7 +27,7 @@ class ScoreError(ValueError):
 
 
 @dataclass(frozen=True)
-class Estimate:
+class IntervalEstimate:
     """A score and the ends of its 95 % interval."""
 
     value: float
@@ -177,32 +177,34 @@ def bootstrap(n: int, statistic: Callable[[Floats], Floats], seed: int = 0) -> F
     return np.concatenate([statistic(block) for block in weights(n, seed)])
 
 
-def interval(value: float, resampled: Floats, low: float = 0.0, high: float = inf) -> Estimate:
+def interval(
+    value: float, resampled: Floats, low: float = 0.0, high: float = inf
+) -> IntervalEstimate:
     """The central 95 % of the resampled values, moved by their bias (resampling noise always enlarges a calibration error, so
     without that the interval may miss the value itself), within the possible range."""
     bias = float(resampled.mean()) - value
     ends = np.quantile(resampled, [0.025, 0.975]) - bias
-    return Estimate(
+    return IntervalEstimate(
         value,
         float(np.clip(min(ends[0], value), low, high)),
         float(np.clip(max(ends[1], value), low, high)),
     )
 
 
-def share(right: NDArray[np.bool_], resampled: Floats) -> Estimate:
+def share(right: NDArray[np.bool_], resampled: Floats) -> IntervalEstimate:
     """A percentage. Where all or none are right there is no spread to resample; there the open end is the exact binomial bound
     (Clopper and Pearson 1934), not the value itself."""
     n, value = len(right), float(right.mean()) * 100
     found = interval(value, resampled * 100, 0, 100)
     tail = 0.025 ** (1 / n)  # P(no success in n) = 2.5 %
     if right.all():
-        return Estimate(value, 100 * tail, 100.0)
+        return IntervalEstimate(value, 100 * tail, 100.0)
     if not right.any():
-        return Estimate(value, 0.0, 100 * (1 - tail))
+        return IntervalEstimate(value, 0.0, 100 * (1 - tail))
     return found
 
 
-def scores(logits: Floats, labels: Ints, seed: int = 0) -> dict[str, Estimate]:
+def scores(logits: Floats, labels: Ints, seed: int = 0) -> dict[str, IntervalEstimate]:
     """top1 and top5 (percent; top5 with fewer than five classes is 100), nll (nats) and ece (0..1), with 95 % bootstrap
     intervals over images. The bins of the ece stay those of the full set while resampling."""
     check(logits, labels)

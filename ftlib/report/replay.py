@@ -14,13 +14,9 @@ import torch
 
 from ftlib import storage
 from ftlib.config import Run
-from ftlib.data import keys
+from ftlib.data import rng
 from ftlib.data.loader import Batch
 from ftlib.data.shards import Dataset
-from ftlib.learn import checkpoint, loop
-from ftlib.learn.evaluate import autocast
-from ftlib.learn.parallel import StepBuffer
-from ftlib.learn.weights import Source
 from ftlib.report.contact_sheet import (
     COLUMNS,
     NAMES,
@@ -33,6 +29,10 @@ from ftlib.report.contact_sheet import (
     targets_text,
 )
 from ftlib.storage import join
+from ftlib.training import checkpoint, loop
+from ftlib.training.data_parallel import GradientBuffer
+from ftlib.training.evaluate import autocast
+from ftlib.training.initial_weights import InitialWeights
 
 
 @dataclass
@@ -60,13 +60,15 @@ def replay(
     dataset: Dataset,
     run_dir: str,
     step: int,
-    source: Source | None,
+    source: InitialWeights | None,
     with_loss: bool = True,
     device: torch.device | None = None,
 ) -> Replay:
     """Do `step` (from 0) of the run again. Raises ValueError when the run has no such step."""
     with tempfile.TemporaryDirectory() as scratch:
-        job = loop.Job(run, dataset, scratch, device=device or torch.device("cpu"), source=source)
+        job = loop.WorkerContext(
+            run, dataset, scratch, device=device or torch.device("cpu"), source=source
+        )
         training = _OneStep(job, step)
         if not 0 <= step < training.total:
             raise ValueError(
@@ -91,7 +93,7 @@ def _bring_checkpoint(run_dir: str, scratch: str, step: int) -> int | None:
         if known <= step:
             try:
                 files, _ = storage.read_folder(join(uri, checkpoint.step_name(known)))
-            except storage.Damaged:
+            except storage.DamagedError:
                 continue
             storage.write_folder(
                 join(scratch, "checkpoints", checkpoint.step_name(known)), files, {"step": known}
@@ -107,12 +109,12 @@ class _Done(Exception):
 class _OneStep(loop.Training):
     """Trains up to the wanted step, keeps the loss of each of its images, and stops there."""
 
-    def __init__(self, job: loop.Job, wanted: int) -> None:
+    def __init__(self, job: loop.WorkerContext, wanted: int) -> None:
         super().__init__(job)
         self.wanted = wanted
         self.seen: dict[int, list[float]] = {}
 
-    def microbatch(self, batch: Batch, buffer: StepBuffer) -> None:
+    def microbatch(self, batch: Batch, buffer: GradientBuffer) -> None:
         if batch.step > self.wanted:
             raise _Done
         if batch.step == self.wanted:
@@ -129,7 +131,7 @@ class _OneStep(loop.Training):
     def keep(self, batch: Batch) -> None:
         """The forward pass of training, with each image's own loss kept."""
         run, device = self.run, self.job.device
-        loop.seed_device(keys.key(keys.DROPOUT, run.seed, batch.step, batch.k), device)
+        loop.seed_device(rng.key(rng.DROPOUT, run.seed, batch.step, batch.k), device)
         images, targets = self.inputs(batch)
         with autocast(self.dtype, device):
             logits = self.forward(images)

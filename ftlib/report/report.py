@@ -16,9 +16,7 @@ import torch
 
 from ftlib.data.augment import EvalTransform
 from ftlib.data.shards import Dataset
-from ftlib.learn.evaluate import normalise
-from ftlib.learn.weights import LoadedModel
-from ftlib.report import errors, page
+from ftlib.report import misclassified, page
 from ftlib.report.evaluation import Scored, load, score
 from ftlib.report.gradcam import grad_cam, overlay, target_layer
 from ftlib.report.metrics import (
@@ -29,6 +27,8 @@ from ftlib.report.metrics import (
     reliability,
     softmax,
 )
+from ftlib.training.evaluate import normalise
+from ftlib.training.initial_weights import LoadedModel
 
 PAIRS, EXAMPLES, WORST = 8, 4, 12
 """Confused pairs shown, example pictures of each, and worst mistakes shown."""
@@ -81,8 +81,8 @@ def write(
     by_class = per_class(matrix)
     confidence = softmax(first.logits).max(axis=1)
     drawn = {
-        "confusion.png": errors.confusion_figure(matrix, classes),
-        "calibration.png": errors.calibration_figure(
+        "confusion.png": misclassified.confusion_figure(matrix, classes),
+        "calibration.png": misclassified.calibration_figure(
             reliability(confidence, right),
             reliability(probabilities.max(axis=1), right),
             probabilities.max(axis=1),
@@ -92,7 +92,9 @@ def write(
     pixels = _Pixels(first, loaded)
     cards, tiles = _worst_cards(loaded, first, probabilities, pixels)
     if tiles:
-        drawn["worst.png"] = errors.sheet(tiles, ("picture", "for the truth", "for the answer"))
+        drawn["worst.png"] = misclassified.sheet(
+            tiles, ("picture", "for the truth", "for the answer")
+        )
     sections = [
         page.section("Scores", _score_table(all_scored), note=_score_note(first)),
         page.section(
@@ -200,7 +202,9 @@ def _pairs(
 ) -> str:
     cards = []
     for true, said, count in confused_pairs(matrix, PAIRS):
-        found = errors.examples(predicted, scored.labels, probabilities, true, said, EXAMPLES)
+        found = misclassified.examples(
+            predicted, scored.labels, probabilities, true, said, EXAMPLES
+        )
         title = f"{classes[true]} taken for {classes[said]}: {count} of {matrix[true].sum()}"
         cards.append(
             page.card(
@@ -216,7 +220,7 @@ def _worst_cards(
     loaded: LoadedModel, scored: Scored, probabilities: np.ndarray, pixels: _Pixels
 ) -> tuple[list[str], list[tuple[str, list[np.ndarray]]]]:
     """(cards of the page, tiles of the contact sheet)."""
-    positions = errors.worst(probabilities, scored.labels, WORST)
+    positions = misclassified.worst(probabilities, scored.labels, WORST)
     if not len(positions):
         return [], []
     model = loaded.model.float()

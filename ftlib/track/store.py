@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlsplit
 
-from ftlib.home import home
+from ftlib.paths import home
 from ftlib.track.redact import redact
 
 if TYPE_CHECKING:

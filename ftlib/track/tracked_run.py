@@ -10,14 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftlib.track.journal import State, file_of, first
-from ftlib.track.reap import heartbeat_tags
+from ftlib.track.orphans import heartbeat_tags
 from ftlib.track.redact import redact
 from ftlib.track.store import artifact_link, experiment_link, run_link
 from ftlib.track.views import View
-from ftlib.track.writer import Place, Writer, clean_params, clean_tags, journal_at, warn_once
+from ftlib.track.writer import (
+    JournalLocation,
+    Writer,
+    clean_params,
+    clean_tags,
+    journal_at,
+    warn_once,
+)
 
 if TYPE_CHECKING:
-    from ftlib.track.tracker import Tracking
+    from ftlib.track.tracking import Tracking
 
 
 @dataclass
@@ -26,7 +33,7 @@ class TrackedRun:
 
     name: str
     key: str
-    place: Place
+    place: JournalLocation
     uri: str
     tracking: Tracking | None = field(default=None, repr=False)
     """None in a process that only writes (a trial); the driver delivers."""
@@ -41,7 +48,7 @@ class TrackedRun:
             return self.tracking.delivery.feed(self.path).state
         if self.place.here:
             return State.load(self.path)
-        from ftlib.track.actor import state
+        from ftlib.track.tracker_actor import state
 
         return state(self.place.actor, self.path.name, 5.0)
 
@@ -150,7 +157,7 @@ class TrackedRun:
             tags["reason"] = note.strip().splitlines()[0][:250]
         writer = self.writer()
         if self.tracking is not None and writer.place.actor is not None:
-            from ftlib.track.actor import wait_for
+            from ftlib.track.tracker_actor import wait_for
 
             wait_for(
                 writer.place.actor, 5.0
@@ -163,12 +170,12 @@ class TrackedRun:
 
 
 @dataclass(frozen=True)
-class Handle:
+class TrackerHandle:
     """Picklable: starts runs from any process of the job. The driver's `Tracking` makes and delivers them."""
 
     uri: str
     experiment: str
-    place: Place
+    place: JournalLocation
 
     def start_run(
         self,
@@ -189,7 +196,7 @@ class Handle:
 
 
 def begin(
-    place: Place,
+    place: JournalLocation,
     uri: str,
     experiment: str,
     name: str,

@@ -1,7 +1,7 @@
 """The writer that training code holds: small, picklable, never raises, never waits for a server.
 
 On the driver's machine it appends to the run's journal itself. Elsewhere it hands each line to the tracker actor on the driver's node
-(`ftlib.track.actor`) without waiting for an answer. Nothing here imports MLflow or torch.
+(`ftlib.track.tracker_actor`) without waiting for an answer. Nothing here imports MLflow or torch.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def _never_raises(method: Callable[..., None]) -> Callable[..., None]:
 
 
 @dataclass(frozen=True)
-class Place:
+class JournalLocation:
     """Where a run's journal is, and how to reach it from any process of the job."""
 
     folder: str
@@ -100,7 +100,7 @@ def clean_params(params: Mapping[str, Any]) -> dict[str, str]:
 class Writer:
     """Records metrics, tags, params, texts and files of one run; see the module's docstring."""
 
-    place: Place
+    place: JournalLocation
     name: str
     """File name of the run's journal."""
     wake: threading.Event | None = field(default=None, compare=False, repr=False)
@@ -229,7 +229,7 @@ class Writer:
     def flush(self, seconds: float = 5.0) -> None:
         """Wait until lines sent to the tracker actor are in the journal. At once on the driver's machine."""
         if not self.place.here and self.place.actor is not None:
-            from ftlib.track.actor import wait_for
+            from ftlib.track.tracker_actor import wait_for
 
             wait_for(self.place.actor, seconds)
 

@@ -15,7 +15,7 @@ from scipy.stats import chisquare, ks_2samp, kstest
 from sklearn.datasets import load_sample_image
 
 from ftlib import config
-from ftlib.data import augment, colour, ops
+from ftlib.data import augment, color, ops
 from ftlib.data.augment import (
     ColorJitter,
     EvalTransform,
@@ -28,9 +28,9 @@ from ftlib.data.augment import (
     erase,
 )
 from ftlib.data.decode import DecodeError
-from ftlib.data.keys import Randomness
+from ftlib.data.rng import Randomness
 from ftlib.data.tiles import tiles_of
-from ftlib.tree import ConfigError, override
+from ftlib.settings import ConfigError, override
 
 PLAIN = config.Augment(size=64, crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, color_jitter_p=0)
 RICH = config.Augment(
@@ -226,10 +226,10 @@ def test_jitter_is_torchvisions_given_the_same_factors(photo):
     """The same order and factors through torchvision's functions on PIL."""
     image = cv2.resize(photo, (128, 128), interpolation=cv2.INTER_AREA)
     functions = {
-        colour.brightness: TF.adjust_brightness,
-        colour.contrast: TF.adjust_contrast,
-        colour.saturation: TF.adjust_saturation,
-        colour.hue: TF.adjust_hue,
+        color.brightness: TF.adjust_brightness,
+        color.contrast: TF.adjust_contrast,
+        color.saturation: TF.adjust_saturation,
+        color.hue: TF.adjust_hue,
     }
     jitter = ColorJitter(0.4, 0.4, 0.4, 0.1, p=1.0)
     for k in range(20):
@@ -251,7 +251,7 @@ def test_jitter_draws_as_torchvision_does(monkeypatch):
         return lambda image, factor: drawn.append((name, factor)) or image
 
     for name in ("brightness", "contrast", "saturation", "hue"):
-        monkeypatch.setattr(colour, name, recorder(name))
+        monkeypatch.setattr(color, name, recorder(name))
     jitter, randomness = ColorJitter(0.4, 0.4, 1.5, 0.1, p=0.2), Randomness(1)
     for _ in range(10_000):
         jitter(np.zeros((1, 1, 3), np.uint8), randomness)

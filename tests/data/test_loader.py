@@ -18,10 +18,10 @@ from sklearn.datasets import load_sample_image
 from ftlib import config
 from ftlib.data.augment import EvalTransform, TrainTransform
 from ftlib.data.loader import Batches, LoadError, eval_batches, train_batches
-from ftlib.data.order import step_plan, steps_per_epoch
-from ftlib.data.prepare import prepare
+from ftlib.data.sampler import step_plan, steps_per_epoch
 from ftlib.data.shards import Dataset
-from ftlib.tree import override
+from ftlib.preparation.prepare import prepare
+from ftlib.settings import override
 
 RUN = config.Run(
     seed=7,

@@ -16,10 +16,10 @@ from sklearn.datasets import load_sample_image
 from torchvision.transforms import InterpolationMode
 
 import ftlib.data
-from ftlib.data import colour, ops
+from ftlib.data import color, ops
 from ftlib.data.augment import apply
-from ftlib.data.keys import Randomness
 from ftlib.data.ops import GROUPS, OPS
+from ftlib.data.rng import Randomness
 
 BY_NAME = {op.name: op for op in OPS}
 each_op = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -129,10 +129,10 @@ def test_signed_ops_go_either_way_equally_often():
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (colour.brightness, ImageEnhance.Brightness),
-        (colour.contrast, ImageEnhance.Contrast),
-        (colour.saturation, ImageEnhance.Color),
-        (colour.sharpness, ImageEnhance.Sharpness),
+        (color.brightness, ImageEnhance.Brightness),
+        (color.contrast, ImageEnhance.Contrast),
+        (color.saturation, ImageEnhance.Color),
+        (color.sharpness, ImageEnhance.Sharpness),
     ],
     ids=["brightness", "contrast", "saturation", "sharpness"],
 )
@@ -140,7 +140,7 @@ def test_enhancements_are_pils(photos, ours, theirs, factor):
     for image in photos:
         expected = np.asarray(theirs(Image.fromarray(image)).enhance(factor))
         assert off(ours(image, factor), expected).max() <= (
-            2 if ours is colour.sharpness else 1
+            2 if ours is color.sharpness else 1
         )  # PIL rounds the smoothed picture first
         if factor == 1:
             assert np.array_equal(ours(image, factor), image)
@@ -150,7 +150,7 @@ def test_enhancements_are_pils(photos, ours, theirs, factor):
 def test_hue_is_torchvisions(photos, turns):
     for image in photos:
         expected = np.asarray(TF.adjust_hue(Image.fromarray(image), turns))
-        difference = off(colour.hue(image, turns), expected)
+        difference = off(color.hue(image, turns), expected)
         assert (
             difference.mean() < 1.2 and np.percentile(difference, 99) <= 5
         )  # both through 8-bit HSV, rounded differently
@@ -194,7 +194,7 @@ def test_gamma_is_torchvisions(photos):
     for octaves in (-1, -0.3, 0.5, 1):
         assert (
             off(
-                colour.gamma(photos[0], octaves),
+                color.gamma(photos[0], octaves),
                 np.asarray(TF.adjust_gamma(Image.fromarray(photos[0]), 2**octaves)),
             ).max()
             <= 1

@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftlib import storage
-from ftlib.data import prepare_shard
-from ftlib.data.prepare import prepare
-from ftlib.data.shard_writer import ShardWriter
 from ftlib.data.shards import DataError, Dataset, checksum
+from ftlib.preparation import shard_task
+from ftlib.preparation.prepare import prepare
+from ftlib.preparation.shard_writer import ShardWriter
 
 
 def jpeg(seed: int, height: int = 12, width: int = 16) -> bytes:
@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     jpeg(1000 * label + i + (500 if split == "val" else 0), 12 + label, 16 + i)
                 )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_shard, "ROWS_PER_SHARD", 17)
+        patch.setattr(shard_task, "ROWS_PER_SHARD", 17)
         prepare(root / "pictures", root / "set", progress=False)
     return root / "set"
 

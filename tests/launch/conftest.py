@@ -19,7 +19,7 @@ from ftlib.config import SGD, Augment, Cosine, Data, Model, Run, Track, Train
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
     """Path of a prepared set: 2 classes, bright left or bright right half, 24 training and 8 validation pictures each, 16 px."""
-    from ftlib.data.prepare import prepare
+    from ftlib.preparation.prepare import prepare
 
     root = tmp_path_factory.mktemp("pictures")
     draw = np.random.default_rng(0)

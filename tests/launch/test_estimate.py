@@ -11,10 +11,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from ftlib.config import Augment, Cluster, Data, Model, Run, Track, Train
-from ftlib.data.prepare import prepare
-from ftlib.launch import checks, cluster, estimate, pace, trainer
-from ftlib.learn.loop import Job, Training
-from ftlib.tree import ConfigError, override
+from ftlib.launch import checklist, cluster, estimate, launch, timing
+from ftlib.preparation.prepare import prepare
+from ftlib.settings import ConfigError, override
+from ftlib.training.loop import Training, WorkerContext
 
 JOB = Path(__file__).parents[2] / "jobs" / "estimate.py"
 
@@ -61,7 +61,7 @@ def files_below(folder):
 
 
 def test_a_run_that_may_start(run):
-    ready = checks.check(run)
+    ready = checklist.check(run)
     assert ready.ok and ready.prepared is not None and ready.placement is not None
     assert states(ready) == {
         "data": "ok",
@@ -90,7 +90,7 @@ def test_each_failure_is_one_line_and_hides_no_other(run, changes, line, message
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    ready = checks.check(override(run, changes))
+    ready = checklist.check(override(run, changes))
     failed = {c.name: c.text for c in ready.checks if c.state == "fail"}
     assert list(failed) == [line] and message in failed[line]
     assert {"devices", "storage", "tracking"} <= set(states(ready))
@@ -103,13 +103,13 @@ def test_a_shard_that_is_gone_fails_the_data_check(run, tmp_path):
     copy = tmp_path / "set"
     shutil.copytree(run.data.path, copy)
     next(copy.glob("train-*.parquet")).unlink()
-    assert states(checks.check(override(run, {"data.path": str(copy)})))["data"] == "fail"
+    assert states(checklist.check(override(run, {"data.path": str(copy)})))["data"] == "fail"
 
 
 def test_a_dead_server_is_a_failure_and_with_offline_a_warning(run):
     dead = override(run, {"track.uri": "http://127.0.0.1:9", "track.offline": False})
-    assert states(checks.check(dead))["tracking"] == "fail"
-    assert states(checks.check(override(dead, {"track.offline": True})))["tracking"] == "warn"
+    assert states(checklist.check(dead))["tracking"] == "fail"
+    assert states(checklist.check(override(dead, {"track.offline": True})))["tracking"] == "warn"
 
 
 # --- the timing -----------------------------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def test_a_dead_server_is_a_failure_and_with_offline_a_warning(run):
 
 def test_nothing_of_the_run_is_touched(run, home):
     before = files_below(run.data.path)
-    ready = checks.check(run)
+    ready = checklist.check(run)
     found = estimate.measure(ready.prepared, ready.placement, seconds=0.5)
     assert not (home / "runs" / "est").exists() and files_below(home / "runs") == []
     assert files_below(run.data.path) == before
@@ -139,9 +139,9 @@ def test_nothing_of_the_run_is_touched(run, home):
 
 def test_estimate_of_a_real_short_run_has_its_structure(run, tmp_path):
     run = override(run, {"checkpoint.storage": str(tmp_path / "runs"), "train.epochs": 2})
-    ready = checks.check(run)
+    ready = checklist.check(run)
     found = estimate.measure(ready.prepared, ready.placement, seconds=1.0)
-    outcome = trainer.launch(run, local=True, quiet=True)
+    outcome = launch.launch(run, local=True, quiet=True)
     history = json.loads((Path(outcome.run_dir) / "result.json").read_text())["history"]
     assert (found.epochs, found.evaluations) == (
         len(history),
@@ -154,7 +154,7 @@ def test_estimate_of_a_real_short_run_has_its_structure(run, tmp_path):
 
 
 def test_an_epoch_counts_its_short_last_step_by_its_images():
-    found = estimate.Estimate(
+    found = estimate.CostEstimate(
         4,
         3,
         2,
@@ -182,10 +182,10 @@ def test_steps_are_those_of_training(run):
 
     from ftlib.data.loader import train_batches
 
-    dataset = trainer.prepare(run).dataset
-    paced, plain = (Training(Job(run, dataset, "")) for _ in range(2))
+    dataset = launch.prepare(run).dataset
+    paced, plain = (Training(WorkerContext(run, dataset, "")) for _ in range(2))
     with train_batches(dataset, paced.rows, run, 0, 1, 0, 3, 0) as batches:
-        assert pace.steps(paced, batches, 3) == 48
+        assert timing.steps(paced, batches, 3) == 48
     with train_batches(dataset, plain.rows, run, 0, 1, 0, 3, 0) as batches:
         plain.freeze_for(0)
         for _ in range(3):
@@ -198,10 +198,10 @@ def test_steps_are_those_of_training(run):
 
 
 def test_same_pixels_fit_every_step_of_the_plan(run):
-    dataset = trainer.prepare(run).dataset
-    training = Training(Job(run, dataset, ""))
+    dataset = launch.prepare(run).dataset
+    training = Training(WorkerContext(run, dataset, ""))
     assert (
-        pace.steps(training, pace.same_pixels(training), 5) == 16 + 16 + 16 + 12 + 16
+        timing.steps(training, timing.same_pixels(training), 5) == 16 + 16 + 16 + 12 + 16
     )  # 60 images: the fourth step is short
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ftlib.data.prepare import prepare
+from ftlib.preparation.prepare import prepare
 from ftlib.report import audit as A
 from ftlib.report import audit_page
-from tests.delivery import made
+from tests.deploy import made
 
 JOB = Path(__file__).parents[2] / "jobs" / "audit.py"
 

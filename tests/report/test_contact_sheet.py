@@ -11,10 +11,9 @@ from sklearn.datasets import load_sample_image
 from ftlib import config
 from ftlib.data import ops
 from ftlib.data.augment import TrainTransform
-from ftlib.data.keys import MIX, key
-from ftlib.data.order import step_plan
+from ftlib.data.rng import MIX, key
+from ftlib.data.sampler import step_plan
 from ftlib.data.shards import DataError
-from ftlib.learn import losses, mix
 from ftlib.report.contact_sheet import (
     contact_sheet,
     epochs_section,
@@ -23,7 +22,8 @@ from ftlib.report.contact_sheet import (
     ops_section,
     training_rows,
 )
-from ftlib.tree import ConfigError
+from ftlib.settings import ConfigError
+from ftlib.training import losses, mixing
 
 RUN = config.Run(
     stage="phase2",
@@ -77,8 +77,8 @@ def test_the_network_section_is_what_training_makes(dataset):
             np.stack([transform(dataset.image(r), mb.epoch, int(r)) for r in mb.rows])
         ).permute(0, 3, 1, 2)
         targets = losses.soft_targets(torch.from_numpy(dataset.labels[mb.rows]), 3, 0.1)
-        mixed, mixed_targets = mix.apply(
-            mix.draw(RUN.mix, key(MIX, RUN.seed, 3, mb.k), len(mb.rows), 32, 32), images, targets
+        mixed, mixed_targets = mixing.apply(
+            mixing.draw(RUN.mix, key(MIX, RUN.seed, 3, mb.k), len(mb.rows), 32, 32), images, targets
         )
         for i, tile in enumerate(row.tiles):
             assert np.array_equal(tile.image, mixed[i].permute(1, 2, 0).numpy())

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "learn"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 from conftest import MemoryDataset
 from worker import BASE
 
 from ftlib.config import Run
-from ftlib.learn import checkpoint
-from ftlib.learn.loop import Job, train
 from ftlib.report.replay import replay, sheet
-from ftlib.tree import override
+from ftlib.settings import override
+from ftlib.training import checkpoint
+from ftlib.training.loop import WorkerContext, train
 
 RUN = override(Run(), {**BASE, "checkpoint.every_steps": 3, "checkpoint.keep_last": 9})
 
@@ -33,7 +33,7 @@ class Recorder:
 def trained(tmp_path_factory):
     torch.set_num_threads(1)
     run_dir, recorder, data = tmp_path_factory.mktemp("run"), Recorder(), MemoryDataset(100, 37)
-    train(Job(RUN, data, str(run_dir), tracking=recorder))
+    train(WorkerContext(RUN, data, str(run_dir), tracking=recorder))
     return run_dir, recorder.loss, data
 
 

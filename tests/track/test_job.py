@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ftlib.config import Track
-from ftlib.track import tracker
-from ftlib.track.tracker import open_tracking
+from ftlib.track import tracking as tracking_module
+from ftlib.track.tracking import open_tracking
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +23,7 @@ def job():
 
 
 def test_status_deliver_and_reap(job, store, mlflow, home, capsys, monkeypatch):
-    monkeypatch.setattr(tracker, "FINISH_SECONDS", 0.5)
+    monkeypatch.setattr(tracking_module, "FINISH_SECONDS", 0.5)
     with open_tracking(
         Track(uri="http://127.0.0.1:9", offline=True),
         experiment="e",

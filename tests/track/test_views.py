@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ftlib.track import views
-from ftlib.track.params import PARAMS
+from ftlib.track.logged_params import PARAMS
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,70 @@
+"""Training steps carried out for their time alone: what `jobs/estimate.py` and `jobs/benchmark.py` time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+
+from ftlib.data import sampler
+from ftlib.data.loader import Batch
+from ftlib.training.loop import Training
+
+
+def same_pixels(training: Training, step: int = 0) -> Iterator[Batch]:
+    """Batches that fit the plan from `step` on without end, all with the same random pixels: training on them never waits for a loader."""
+    run, job, train = training.run, training.job, training.run.train
+    side = run.augment.size
+    images = torch.randint(
+        0,
+        256,
+        (train.microbatch_size + 1, side, side, 3),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(0),
+    )
+    if job.device.type == "cuda":
+        images = images.pin_memory()
+    labels = job.dataset.split("train").labels
+    while True:
+        for mb in sampler.owned(
+            sampler.step_plan(
+                run.seed, step, training.rows, train.batch_size, train.microbatch_size
+            ),
+            job.rank,
+            job.world,
+        ):
+            yield Batch(
+                mb.step,
+                mb.epoch,
+                mb.k,
+                mb.images_in_step,
+                torch.from_numpy(mb.rows.copy()),
+                torch.from_numpy(labels[mb.rows].copy()),
+                images[: len(mb.rows)],
+            )
+        step += 1
+
+
+def steps(training: Training, batches: Iterator[Batch], count: int) -> int:
+    """`count` steps as `Training.go` makes them, its waiting for the device at log points included. Returns the images trained on."""
+    images = 0
+    for _ in range(count):
+        training.freeze_for(training.state.step // training.steps_per_epoch)
+        read = (training.state.step + 1) % training.reading == 0
+        training.train_step(batches, ask=read)
+        training.state.step += 1
+        if read:
+            training.read()
+        within = (
+            (training.state.step - 1) % training.steps_per_epoch * training.run.train.batch_size
+        )
+        images += min(training.run.train.batch_size, len(training.rows) - within)
+    return images
+
+
+def settle(device: torch.device) -> float:
+    """Wait for the device; the time in seconds, for differences."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,75 @@
+"""Where things are kept: `$FTLIB_HOME` (default ~/ftlib) holds data/, runs/, mlflow.db and mlflow-artifacts/. And other environment variables."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ftlib.config import Run
+from ftlib.settings import ConfigError, nearest
+from ftlib.storage import folders, is_remote, join, read_file
+
+
+def home() -> Path:
+    """`$FTLIB_HOME` as an absolute path, `~/ftlib` where it is not set. It need not exist yet."""
+    return Path(os.path.abspath(Path(os.environ.get("FTLIB_HOME") or "~/ftlib").expanduser()))
+
+
+def absolute(path: str) -> str:
+    """An address as it is; a folder as an absolute path. Ray's workers have another working folder than the user's shell."""
+    if is_remote(path):
+        return path.rstrip("/")
+    return os.path.abspath(Path(path.removeprefix("file://")).expanduser())
+
+
+def data_path(name_or_path: str) -> str:
+    """A prepared data set's place from what the user wrote: a bare name lies below $FTLIB_HOME/data, anything else is a path or address.
+
+    Raises ConfigError for an empty name.
+    """
+    if not name_or_path:
+        raise ConfigError(
+            "data.path is empty: name a prepared data set with --data.path. `python jobs/prepare.py --source FOLDER --out NAME` makes one"
+        )
+    bare = (
+        not is_remote(name_or_path)
+        and os.sep not in name_or_path
+        and not name_or_path.startswith((".", "~"))
+    )
+    return str(home() / "data" / name_or_path) if bare else absolute(name_or_path)
+
+
+def runs_root(run: Run) -> str:
+    """The folder or address that holds this run's folder: checkpoint.storage, or $FTLIB_HOME/runs."""
+    return absolute(run.checkpoint.storage) if run.checkpoint.storage else str(home() / "runs")
+
+
+def run_folder(name_or_folder: str, storage: str = "") -> str:
+    """A run's folder or address from its name (below `storage`, or $FTLIB_HOME/runs) or from the folder itself.
+
+    Raises ConfigError with the nearest name when there is no such run.
+    """
+    root = absolute(storage) if storage else str(home() / "runs")
+    place = absolute(name_or_folder) if "/" in name_or_folder else join(root, name_or_folder)
+    if read_file(join(place, "run.json")) is None:
+        raise ConfigError(
+            f"there is no run {name_or_folder}: {place} has no run.json.{nearest(name_or_folder, sorted(folders(root)))}"
+        )
+    return place
+
+
+@contextlib.contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Environment variables of this process, and of those it starts, while it is entered."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,87 @@
+"""What decides whether and how a picture enters a data set, as plain values. Imports no decoder, so it costs nothing to import."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+MIN_SIDE = 8
+"""Pixels. Smaller pictures are placeholders and tracking pixels."""
+MAX_ASPECT = 20
+"""Longer side over shorter. Beyond it a crop shows a bar."""
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What to do with a picture. All of it enters the identity of the prepared set."""
+
+    max_side: int | None = None
+    """Longer sides are reduced to this many pixels; None leaves the size."""
+    quality: int | None = None
+    """Every picture is encoded again at this JPEG quality; None keeps original bytes wherever it can."""
+    subsampling: str | None = None
+    """Chroma of pictures that are encoded again for `max_side` or `quality`: "420" (the default where one of these is given), "444", or "keep" for that of the
+    original. Halving the chroma is what JPEG encoders do unless told otherwise: a fifth fewer bytes, a quarter less time to decode."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """Colour (red, green, blue) behind transparent pixels."""
+    max_megapixels: float = 50.0
+    """Larger pictures are refused before they are decoded."""
+    accept_warnings: bool = False
+    """Take JPEGs that decode only with a warning, encoded again from what could be decoded."""
+    tiles: bool = False
+    """Store JPEGs that would keep their bytes as tiles, without loss (`ftlib.preparation.transcode`): training then decodes only what it crops."""
+
+    def __post_init__(self) -> None:
+        if self.max_side is not None and self.max_side < MIN_SIDE:
+            raise ValueError(f"max_side = {self.max_side}: needs at least {MIN_SIDE} pixels")
+        if self.quality is not None and not 1 <= self.quality <= 100:
+            raise ValueError(f"quality = {self.quality}: needs 1 to 100")
+        if self.subsampling not in (None, "420", "444", "keep"):
+            raise ValueError(f"subsampling = {self.subsampling!r}: needs to be 420, 444 or keep")
+        if self.subsampling is not None and self.chroma is None:
+            raise ValueError(
+                f"subsampling = {self.subsampling!r} is for pictures that are encoded again: give max_side or quality as well"
+            )
+        if not self.max_megapixels > 0:
+            raise ValueError(f"max_megapixels = {self.max_megapixels}: needs to be above 0")
+        if len(self.background) != 3 or not all(0 <= c <= 255 for c in self.background):
+            raise ValueError(
+                f"background = {self.background}: needs red, green and blue from 0 to 255"
+            )
+
+    @property
+    def chroma(self) -> str | None:
+        """`subsampling` as it acts; None where nothing is encoded again by choice."""
+        return None if self.max_side is None and self.quality is None else self.subsampling or "420"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a prepared set's identity is made of: the chroma as it acts, and not at all where nothing is encoded again by choice."""
+        found = {**asdict(self), "subsampling": self.chroma}
+        if self.chroma is None:
+            del found["subsampling"]
+        return found
+
+
+@dataclass(frozen=True)
+class ValidatedImage:
+    """A picture as it will be stored."""
+
+    jpeg: bytes
+    height: int
+    width: int
+    repairs: tuple[str, ...]
+    """What was changed, such as 'orientation'; empty when the bytes are the file's own."""
+    moments: tuple[float, ...]
+    """Mean of red, green, blue and mean of their squares, pixels scaled to 0..1, over a regular grid of at most about 10,000 pixels."""
+
+
+class RejectedImage(ValueError):
+    """A picture that is not taken. `reason` is a short word to count by; the message has the detail."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RejectedImage, (self.reason, self.detail)

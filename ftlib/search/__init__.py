@@ -1,1 +1,0 @@
-"""Search: sweeps over spaces of settings, confirmation of winners over seeds, comparison of runs."""

@@ -1,0 +1,285 @@
+"""Figures of a sweep, a promotion and a comparison. Each function draws into a new matplotlib Figure; nothing global is touched."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+from ftlib.tune.importance import Importance
+from ftlib.tune.spaces import Space
+from ftlib.tune.statistics import Difference
+from ftlib.tune.trial_store import Trial
+
+BEST, OWN, REST, STOPPED = "#c8102e", "#111111", "#3b6ea5", "#b9c3cf"
+SETTINGS: Any = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.axisbelow": True,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "ftlib",
+}
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def learning_curves(trials: Sequence[Trial], best: Trial | None, split: str) -> Figure:
+    """Score by epoch: stopped trials grey up to a cross, the best red, the recipe's own black."""
+    with matplotlib.rc_context(SETTINGS):
+        figure, ((axes,),) = _figure(7.2, 3.6)
+        for trial in sorted(
+            (t for t in trials if t.history),
+            key=lambda t: (t is best, t.number == 0, t.outcome == "completed"),
+        ):
+            x, y = [p["epoch"] for p in trial.history], [p["score"] for p in trial.history]
+            stopped = trial.outcome != "completed"
+            color = (
+                BEST
+                if trial is best
+                else OWN
+                if trial.number == 0
+                else STOPPED
+                if stopped
+                else REST
+            )
+            label = (
+                f"best: {trial.name}"
+                if trial is best
+                else "the recipe"
+                if trial.number == 0
+                else None
+            )
+            axes.plot(
+                x,
+                y,
+                color=color,
+                lw=2.2 if trial is best or trial.number == 0 else 1,
+                label=label,
+                marker="o" if len(x) == 1 else None,
+                ms=3,
+            )
+            if stopped:
+                axes.plot(x[-1:], y[-1:], "x", color="#8594a5", ms=5)
+        axes.plot([], [], "x-", color=STOPPED, label="stopped early")
+        axes.plot([], [], color=REST, label="ran to the end")
+        axes.set(xlabel="epoch", ylabel=f"top-1 of the {split} split, %")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        return figure
+
+
+def slices(
+    space: Space, names: Mapping[str, str], trials: Sequence[Trial], best: Trial | None, split: str
+) -> Figure:
+    """Score against each setting, shaded by order; stopped trials hollow."""
+    with matplotlib.rc_context(SETTINGS):
+        columns = min(len(space.axes), 3)
+        rows = math.ceil(len(space.axes) / columns)
+        figure, grid = _figure(3.1 * columns, 2.7 * rows, rows, columns)
+        scored = [t for t in trials if t.score is not None and t.outcome in ("completed", "pruned")]
+        newest = max((t.number for t in scored), default=1) or 1
+        for axis, axes in zip(space.axes, grid.flat):
+            with_it = [t for t in scored if axis.path in t.values]
+            place = (
+                {
+                    c: i
+                    for i, c in enumerate(
+                        dict.fromkeys([*axis.choices, *(t.values[axis.path] for t in with_it)])
+                    )
+                }
+                if axis.kind == "choice"
+                else None
+            )
+            shade = matplotlib.colormaps["Blues"]
+            for trial in with_it:
+                x = place[trial.values[axis.path]] if place is not None else trial.values[axis.path]
+                color = shade(0.35 + 0.6 * trial.number / newest)
+                if trial is best or trial.number == 0:
+                    axes.plot(
+                        x,
+                        trial.score,
+                        "*" if trial is best else "D",
+                        color=BEST if trial is best else OWN,
+                        ms=11 if trial is best else 6,
+                        zorder=3,
+                    )
+                else:
+                    axes.plot(
+                        x,
+                        trial.score,
+                        "o",
+                        ms=5,
+                        mec=color,
+                        mfc="none" if trial.outcome == "pruned" else color,
+                    )
+            if place is not None:
+                axes.set_xticks(
+                    range(len(place)), [str(c) for c in place], rotation=20 if len(place) > 3 else 0
+                )
+            elif axis.log:
+                axes.set_xscale("log")
+                axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
+                axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+                axes.xaxis.set_minor_formatter(NullFormatter())
+                axes.tick_params(axis="x", labelrotation=30)
+            axes.set(xlabel=names[axis.path])
+        for axes in list(grid.flat)[len(space.axes) :]:
+            axes.set_visible(False)
+        for row in grid:
+            row[0].set_ylabel(f"best top-1 ({split}), %")
+        return figure
+
+
+def importances(found: Importance, names: Mapping[str, str]) -> Figure:
+    with matplotlib.rc_context(SETTINGS):
+        figure, ((axes,),) = _figure(6, 0.9 + 0.42 * max(len(found.shares), 2))
+        if not found.shares:
+            axes.text(
+                0.5,
+                0.5,
+                found.remark,
+                ha="center",
+                va="center",
+                wrap=True,
+                transform=axes.transAxes,
+            )
+            axes.set_axis_off()
+            return figure
+        labels = [names[p] for p in found.shares][::-1]
+        share, low, high = (np.array([v[i] for v in found.shares.values()])[::-1] for i in range(3))
+        axes.barh(labels, 100 * share, color=REST, height=0.6)
+        axes.errorbar(
+            100 * share,
+            labels,
+            xerr=100 * np.vstack([np.maximum(share - low, 0), np.maximum(high - share, 0)]),
+            fmt="none",
+            ecolor=OWN,
+            capsize=3,
+            lw=1,
+        )
+        axes.set(
+            xlabel=f"share of the effect on the score after epoch {found.at_epoch}, %\n(lines: 90 % of resamples of {found.trials} trials)",
+            xlim=(0, None),
+        )
+        axes.grid(axis="y", visible=False)
+        return figure
+
+
+def best_so_far(trials: Sequence[Trial], split: str) -> Figure:
+    with matplotlib.rc_context(SETTINGS):
+        figure, ((axes,),) = _figure(7.2, 2.6)
+        scored = sorted(
+            (t for t in trials if t.score is not None and t.outcome in ("completed", "pruned")),
+            key=lambda t: t.number,
+        )
+        x, y = [t.number for t in scored], [t.score or 0.0 for t in scored]
+        for trial in scored:
+            axes.plot(
+                trial.number,
+                trial.score,
+                "o",
+                ms=4,
+                mec=REST,
+                mfc="none" if trial.outcome == "pruned" else REST,
+            )
+        if scored:
+            axes.step(
+                x, np.maximum.accumulate(y), where="post", color=BEST, lw=1.8, label="best so far"
+            )
+            axes.axhline(
+                y[0],
+                color=OWN,
+                lw=1,
+                ls=":",
+                label="the recipe" if scored[0].number == 0 else "first trial",
+            )
+            axes.legend(frameon=False, fontsize=8, loc="lower right")
+        axes.set(xlabel="trial", ylabel=f"best top-1 ({split}), %")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        return figure
+
+
+def differences(rows: Sequence[tuple[str, Difference, bool]], against: str) -> Figure:
+    """Intervals of (name, difference, whether it is significant) around zero."""
+    with matplotlib.rc_context(SETTINGS):
+        figure, ((axes,),) = _figure(7.2, 0.9 + 0.45 * len(rows))
+        for place, (_, d, significant) in enumerate(reversed(rows)):
+            color = BEST if significant and d.points > 0 else REST
+            axes.plot([d.low, d.high], [place, place], color=color, lw=2.5, solid_capstyle="round")
+            axes.plot(d.points, place, "o", color=color, ms=7)
+            axes.annotate(
+                f"{d.points:+.2f}",
+                (d.points, place),
+                textcoords="offset points",
+                xytext=(0, 7),
+                ha="center",
+                fontsize=8,
+            )
+        axes.axvline(0, color=OWN, lw=1)
+        axes.set_yticks(range(len(rows)), [name for name, _, _ in reversed(rows)])
+        axes.set(
+            xlabel=f"points of validation top-1 against {against}, with 95 % interval",
+            ylim=(-0.6, len(rows) - 0.3),
+        )
+        axes.grid(axis="y", visible=False)
+        return figure
+
+
+def curves(
+    histories: Mapping[str, Sequence[Mapping[str, float]]], metrics: Sequence[str]
+) -> Figure:
+    """Histories of runs over each other, a panel per metric that any of them has."""
+    with matplotlib.rc_context(SETTINGS):
+        shown = [
+            m for m in metrics if any(m in row for h in histories.values() for row in h)
+        ] or list(metrics[:1])
+        figure, grid = _figure(4.2 * len(shown), 3.3, 1, len(shown))
+        for metric, axes in zip(shown, grid.flat):
+            for index, (name, history) in enumerate(histories.items()):
+                rows = [r for r in history if metric in r]
+                axes.plot(
+                    [r["epoch"] for r in rows],
+                    [r[metric] for r in rows],
+                    color=matplotlib.colormaps["tab10"](index % 10),
+                    label=name,
+                    lw=1.6,
+                )
+            axes.set(xlabel="epoch", title=metric)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        next(iter(grid.flat)).legend(frameon=False, fontsize=8)
+        return figure
+
+
+def png(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=130)
+    return out.getvalue()
+
+
+def svg(figure: Figure, key: str) -> str:
+    """For inlining into a page: without the XML head, ids made unique by `key`, scaling with the page."""
+    out = io.StringIO()
+    with matplotlib.rc_context(SETTINGS):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'id="([^"]+)"', rf'id="{key}-\1"', text)
+    text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{key}-", text)
+    width, height = re.search(r'width="([\d.]+)pt"', text), re.search(r'height="([\d.]+)pt"', text)
+    assert width and height
+    return text.replace(f'height="{height[1]}pt"', "", 1).replace(
+        f'width="{width[1]}pt"', f'style="max-width:{float(width[1]) * 4 / 3:.0f}px;width:100%"', 1
+    )

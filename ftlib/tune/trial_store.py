@@ -1,0 +1,186 @@
+"""The ledger of a sweep: what was decided, tried and found, in small JSON files that survive any crash.
+
+    <root>/<sweep>/sweep.json            what the sweep is: recipe, space, search; written once
+    <root>/<sweep>/trials/t03/trial.json the trial's values, its score epoch by epoch, and its outcome once it is over
+
+A trial is written before it starts and after each epoch, each time whole and atomically, and only by the driver. A trial with an outcome is done:
+it is never run again. Everything a restart needs is here; the search and the early stopping are rebuilt from it (no pickles).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ftlib.settings import ConfigError
+from ftlib.storage import is_remote, join, read_json, write_file
+
+SCHEMA = 1
+
+
+@dataclass
+class Trial:
+    """One trial. `number` 0 is the recipe as it is."""
+
+    number: int
+    values: dict[str, Any]
+    """Dotted path -> value, of the searched settings."""
+    origin: str
+    """recipe, point, tpe, random or grid; of a confirmation run: recipe, or the name of the trial it confirms."""
+    outcome: str = ""
+    """Empty until it is over: completed, pruned (stopped early because others do better) or failed."""
+    reason: str = ""
+    """Why it was stopped or failed."""
+    history: list[dict[str, float]] = field(default_factory=list)
+    """A dict per epoch: epoch, score, seconds, and the metrics of that epoch."""
+    result: dict[str, Any] = field(default_factory=dict)
+    """What the finished run gave: best score, run folder, MLflow run."""
+    seed: int | None = None
+    """Seed of a confirmation run; trials of a sweep keep the recipe's."""
+
+    @property
+    def name(self) -> str:
+        return f"t{self.number:02d}"
+
+    @property
+    def label(self) -> str:
+        """What it is called in tables: t03; of a confirmation run `t18 s42`."""
+        return self.name if self.seed is None else f"{self.origin} s{self.seed}"
+
+    @property
+    def score(self) -> float | None:
+        """Best score over its epochs, in percent."""
+        if "score" in self.result:
+            return self.result["score"]
+        return max((p["score"] for p in self.history), default=None)
+
+    @property
+    def epoch(self) -> int:
+        return int(self.history[-1]["epoch"]) if self.history else 0
+
+    @property
+    def seconds(self) -> float:
+        """Time it trained, crashes and restarts left out."""
+        return sum(p.get("seconds", 0.0) for p in self.history)
+
+    def record(self, point: Mapping[str, float]) -> None:
+        """Add an epoch; one that was run again after a crash replaces the first."""
+        self.history = [p for p in self.history if p["epoch"] < point["epoch"]] + [dict(point)]
+
+
+class TrialStore:
+    """The files of one sweep. Holds a lock, so that two drivers cannot run the same sweep at once."""
+
+    def __init__(self, root: str, name: str):
+        self.uri = join(root, name)
+        self.name = name
+        self.trials: dict[int, Trial] = {}
+        self.about: dict[str, Any] = {}
+
+    def trials_root(self) -> str:
+        return join(self.uri, "trials")
+
+    def read(self) -> bool:
+        """Load what is there. False if there is no such sweep."""
+        about = read_json(join(self.uri, "sweep.json"))
+        if about is None:
+            return False
+        if about.get("schema", 0) > SCHEMA:
+            raise ConfigError(
+                f"{self.uri} was written by a newer ftlib (schema {about['schema']}, this one knows {SCHEMA}). Update this one, or choose another --name"
+            )
+        self.about = about
+        known = {f.name for f in fields(Trial)}
+        self.trials = {}
+        for number in range(about.get("proposed", 0)):
+            stored = read_json(join(self.trials_root(), f"t{number:02d}", "trial.json"))
+            if stored is not None:
+                self.trials[number] = Trial(**{k: v for k, v in stored.items() if k in known})
+        return True
+
+    def open(self, identity: Mapping[str, Any], more: Mapping[str, Any]) -> bool:
+        """Start the sweep, or go on with it when it is there with the same identity. True when it went on.
+
+        Raises ConfigError when the name is taken by a sweep of another identity, saying what differs.
+        """
+        if self.read():
+            known = self.about["identity"]
+            differ = _differences(known, json.loads(json.dumps(identity)))
+            if differ:
+                raise ConfigError(
+                    f"the name {self.name} is taken by another {self.about.get('kind', 'sweep')} ({self.uri}):\n  "
+                    + "\n  ".join(differ)
+                    + "\nChoose another --name, or repeat that command's settings to go on with it"
+                )
+            return True
+        self.about = {
+            "schema": SCHEMA,
+            "name": self.name,
+            "created": time.time(),
+            "proposed": 0,
+            "identity": dict(identity),
+            **more,
+        }
+        self.save_about()
+        return False
+
+    def save_about(self, **changes: Any) -> None:
+        self.about.update(changes)
+        write_file(join(self.uri, "sweep.json"), json.dumps(self.about, indent=1).encode())
+
+    def add(self, trial: Trial) -> None:
+        self.trials[trial.number] = trial
+        self.save(trial)
+        self.save_about(proposed=max(self.about["proposed"], trial.number + 1))
+
+    def save(self, trial: Trial) -> None:
+        write_file(
+            join(self.trials_root(), trial.name, "trial.json"),
+            json.dumps(asdict(trial), indent=1).encode(),
+        )
+
+    def done(self) -> list[Trial]:
+        return [t for t in self.trials.values() if t.outcome]
+
+    def open_trials(self) -> list[Trial]:
+        return [t for t in self.trials.values() if not t.outcome]
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the sweep; the system lets go of it when the process ends, however it ends. Object stores have no locks: nothing is held there."""
+        if is_remote(self.uri):
+            yield
+            return
+        folder = Path(self.uri)
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "a+") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                raise ConfigError(
+                    f"{self.name} is running already ({handle.read().strip() or 'elsewhere'}). Wait for it, or stop it first"
+                ) from None
+            handle.truncate(0)
+            handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+            handle.flush()
+            yield
+
+
+def _differences(known: Mapping[str, Any], asked: Mapping[str, Any], where: str = "") -> list[str]:
+    found = []
+    for key in {**known, **asked}:
+        a, b, path = known.get(key), asked.get(key), f"{where}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{path}.")
+        elif a != b:
+            found.append(f"{path} is {a!r} there, {b!r} here")
+    return found

@@ -1,0 +1,274 @@
+"""The service over real HTTP, its page in a real browser, and the whole on Ray Serve."""
+
+import base64
+import concurrent.futures
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import uvicorn
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from ftlib.config import Augment, Model, Run
+from ftlib.deploy.serving import Service
+from ftlib.packaging.package import load, package
+from ftlib.training import model as models
+from tests.deploy.browser import CHROMIUM, Browser
+
+CLASSES = ("ant", "bee", "cat", "dog", "eel", "<fox>")
+RUN = Run(name="served", model=Model(arch="resnet18"), augment=Augment(size=64))
+
+
+def picture(seed=0, kind="JPEG"):
+    small = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(small).resize((240, 180), Image.Resampling.BICUBIC).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(3)
+    return package(
+        models.build(RUN.model, len(CLASSES)).eval(),
+        RUN,
+        CLASSES,
+        {"val/top1": 50.0},
+        0.2,
+        tmp_path_factory.mktemp("p") / "model",
+    )
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    service = Service(str(folder), max_megabytes=0.5)
+
+    async def answer(request):
+        return await service.respond(request)
+
+    app = Starlette(
+        routes=[Route("/{path:path}", answer, methods=["GET", "POST", "PUT", "DELETE"])]
+    )
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+
+
+def ask(address, body=None, method=None):
+    request = urllib.request.Request(
+        address, data=body, method=method or ("POST" if body is not None else "GET")
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return reply.status, reply.read()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read()
+
+
+def test_it_answers_what_the_package_answers(server, folder):
+    jpeg = picture()
+    status, body = ask(f"{server}/predict?top_k=3", jpeg)
+    answer, direct = json.loads(body), load(str(folder)).predict([jpeg], params={"top_k": 3})[0]
+    assert status == 200 and [t["class"] for t in answer["top"]] == [
+        t["class"] for t in direct["top"]
+    ]
+    assert answer["probability"] == pytest.approx(direct["probability"], abs=1e-5)
+    assert ask(f"{server}/predict", picture(kind="PNG"))[0] == 200
+
+
+def test_requests_that_come_together_are_answered_together_and_not_mixed_up(server, folder):
+    jpegs = [picture(i) for i in range(24)]
+    direct = load(str(folder)).predict(jpegs)
+    before = counters(server)
+    with concurrent.futures.ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(lambda j: json.loads(ask(f"{server}/predict", j)[1]), jpegs))
+    after = counters(server)
+    for a, d in zip(answers, direct):
+        assert a["class"] == d["class"] and a["probability"] == pytest.approx(
+            d["probability"], abs=1e-5
+        )
+    assert after["ftlib_pictures_total"] - before.get("ftlib_pictures_total", 0) == 24
+    assert after["ftlib_batches_total"] - before.get("ftlib_batches_total", 0) < 24
+
+
+def counters(server):
+    return {
+        name: float(value)
+        for name, value in re.findall(
+            r"^([a-z_]+(?:\{[^}]*\})?) (\S+)$", ask(f"{server}/metrics")[1].decode(), re.M
+        )
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "method", "status", "says"),
+    [
+        ("/predict", b"not a picture", None, 400, "no picture of a known kind"),
+        ("/predict", b"", None, 400, "0 bytes"),
+        ("/predict", b"\xff\xd8" + bytes(600_000), None, 413, "more than 0.5 MB"),
+        ("/predict?top_k=none", b"x", None, 400, "top_k must be"),
+        ("/predict", None, "GET", 405, "takes POST"),
+        ("/nowhere", None, None, 404, "there is no /nowhere"),
+        ("/explain?class=unknown", b"x", None, 400, "no class 'unknown'"),
+        ("/../etc/passwd", None, None, 404, "there is no"),
+    ],
+)
+def test_bad_requests_are_explained(server, path, body, method, status, says):
+    got, answer = ask(server + path, body, method)
+    assert got == status and says in json.loads(answer)["error"]
+
+
+def test_health_and_metrics(server):
+    assert json.loads(ask(f"{server}/health")[1]) == {"status": "ok", "model": "served"}
+    about = json.loads(ask(f"{server}/about")[1])
+    assert about["classes"] == 6 and about["explains"] and about["size"] == 64
+    ask(f"{server}/predict", b"x")
+    assert counters(server)['ftlib_requests_total{route="/predict",status="400"}'] >= 1
+
+
+def test_the_explanation_is_a_picture_and_depends_on_the_class(server):
+    pictures = [ask(f"{server}/explain?class={c}", picture()) for c in ("ant", "bee")]
+    shown = []
+    for status, body in pictures:
+        assert status == 200
+        with Image.open(io.BytesIO(body)) as image:
+            assert image.size == (224, 224)
+            shown.append(np.asarray(image))
+    assert not np.array_equal(*shown)
+
+
+DROP = """
+(async () => {
+  const bytes = Uint8Array.from(atob("%s"), c => c.charCodeAt(0));
+  const data = new DataTransfer();
+  data.items.add(new File([bytes], "dropped.jpg", {type: "image/jpeg"}));
+  document.getElementById("drop").dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true}));
+  return true;
+})()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="needs a Chromium on the PATH (apt-get install chromium)"
+)
+def test_the_page_takes_a_dropped_picture_in_a_real_browser(server, folder, tmp_path):
+    keep = Path(os.environ.get("FTLIB_SHOTS", tmp_path))
+    browser = Browser(tmp_path)
+    try:
+        browser.call("Page.navigate", url=server)
+        browser.wait("document.getElementById('about')?.textContent.includes('6 classes')")
+        browser.evaluate(DROP % base64.b64encode(picture()).decode())
+        browser.wait(
+            "!document.getElementById('where').hidden && document.getElementById('cam').complete"
+        )
+        browser.wait(
+            "document.getElementById('cam').naturalWidth === 224 && document.getElementById('picture').naturalWidth === 240"
+        )
+        shown = browser.evaluate(
+            "[...document.querySelectorAll('.bar > span > span:first-child')].map(b => b.textContent)"
+        )
+        direct = load(str(folder)).predict([picture()])[0]
+        assert shown == [t["class"] for t in direct["top"]]
+        widths = browser.evaluate(
+            "[...document.querySelectorAll('.bar u')].map(b => b.getBoundingClientRect().width)"
+        )
+        assert widths == sorted(widths, reverse=True) and widths[0] > 5
+        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        browser.screenshot(keep / "serve.png")
+        first = browser.evaluate("document.getElementById('cam').src")
+        browser.evaluate("document.querySelectorAll('.bar')[1].click()")
+        browser.wait(f"document.getElementById('cam').src !== '{first}'")
+        browser.evaluate(DROP % base64.b64encode(b"no picture").decode())
+        browser.wait(
+            "document.getElementById('error').textContent.includes('no picture of a known kind')"
+        )
+        assert browser.evaluate("document.getElementById('result').hidden")
+        browser.evaluate(DROP % base64.b64encode(picture(1)).decode())
+        browser.wait(
+            "!document.getElementById('result').hidden && document.getElementById('error').textContent === ''"
+        )
+    finally:
+        browser.close()
+
+
+@pytest.mark.slow
+def test_the_job_serves_on_ray_and_ends_with_ctrl_c(folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    temporary = tempfile.mkdtemp(prefix="s", dir="/tmp")
+    env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {
+        "RAY_TMPDIR": temporary,
+        "PYTHONWARNINGS": "",
+    }
+    job = Path(__file__).parents[2] / "jobs" / "serve.py"
+    process = subprocess.Popen(
+        [sys.executable, str(job), "--model", str(folder), "--port", str(port)],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                if ask(f"http://127.0.0.1:{port}/health")[0] == 200:
+                    break
+            except OSError:
+                time.sleep(1)
+        status, body = ask(f"http://127.0.0.1:{port}/predict", picture())
+        assert (
+            status == 200
+            and json.loads(body)["class"] == load(str(folder)).predict([picture()])[0]["class"]
+        )
+        assert ask(f"http://127.0.0.1:{port}/predict", b"x")[0] == 400
+        assert b"What is in the picture" in ask(f"http://127.0.0.1:{port}/")[1]
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def test_a_model_that_is_not_there_is_said_before_anything_starts(tmp_path):
+    job = Path(__file__).parents[2] / "jobs" / "serve.py"
+    done = subprocess.run(
+        [sys.executable, str(job), "--model", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode == 2
+        and "is no packaged model" in done.stderr
+        and "Traceback" not in done.stderr
+    )

@@ -1,0 +1,121 @@
+"""What passes between driver and workers, and what is shown of it."""
+
+import io
+import logging
+
+from ftlib.launch.driver_actor import (
+    DriverActor,
+    DriverLogHandler,
+    LocalChannel,
+    StopSignals,
+    quietly,
+)
+from ftlib.launch.progress import ProgressDisplay, duration, sentence
+from ftlib.launch.worker import final, loader_workers
+from ftlib.settings import ConfigError
+from ftlib.storage import StorageError
+
+POINT = {
+    "epoch": 1,
+    "epochs": 3,
+    "step": 4,
+    "steps": 12,
+    "loss": 1.25,
+    "top1": 50.0,
+    "lr": 0.1,
+    "images_per_s": 1234.5,
+    "seconds_left": 200.0,
+}
+
+
+def test_a_drain_is_one_notice_and_a_stop_stays():
+    desk = DriverActor()
+    notices = StopSignals(LocalChannel(desk))
+    desk.hello("a")
+    assert notices() == ""
+    desk.drain(["elsewhere"])
+    assert notices() == ""
+    for _ in range(3):
+        desk.drain(["a"])
+    assert [notices(), notices()] == ["checkpoint", ""]
+    desk.hello("b")
+    desk.drain(["a", "b"])
+    assert [notices(), notices()] == ["checkpoint", ""]
+    desk.ask_to_stop()
+    assert [notices(), notices()] == ["stop", "stop"]
+
+
+def test_the_first_error_counts_and_points_are_taken_once():
+    desk = DriverActor()
+    desk.fail("ConfigError", "first")
+    desk.fail("ConfigError", "second")
+    assert desk.failed() == ("ConfigError", "first")
+    desk.show(POINT)
+    desk.say("careful")
+    assert desk.take() == [POINT, "careful"] and desk.take() == []
+
+
+def test_warnings_of_a_worker_come_up():
+    desk = DriverActor()
+    log = logging.Logger("ftlib.x")
+    log.addHandler(DriverLogHandler(LocalChannel(desk)))
+    log.info("not this")
+    log.warning("checkpoint %s is damaged", 3)
+    assert desk.take() == ["warning: checkpoint 3 is damaged"]
+
+
+def test_quietly():
+    assert quietly(lambda: 1 / 0) is None and quietly(lambda: 3) == 3
+
+
+def test_only_errors_that_would_come_again_are_final():
+    assert final(ConfigError("x"))
+    assert (
+        not final(StorageError("full"))
+        and not final(RuntimeError("gloo"))
+        and not final(MemoryError())
+    )
+
+
+def test_loader_workers():
+    assert [loader_workers(-1, c) for c in (1, 2, 8)] == [0, 1, 7]
+    assert loader_workers(0, 8) == 0 and loader_workers(3, 1) == 3
+
+
+def test_plain_lines_epoch_ends_and_restarts():
+    out = io.StringIO()
+    with ProgressDisplay("r", out) as screen:
+        screen.show(POINT)
+        screen.show({**POINT, "step": 4, "val_top1": 61.0, "best": 61.0})
+        screen.show({**POINT, "step": 5, "epoch": 2})
+        screen.show({**POINT, "step": 4, "epoch": 1})
+        screen.say("a word")
+    lines = out.getvalue().splitlines()
+    assert (
+        lines[0]
+        == "r  epoch 1/3  step 4/12  loss 1.250  top-1 50.0 %  1,234 images/s  0:03:20 left"
+    )
+    assert (
+        lines[1]
+        == "r  epoch 1/3  loss 1.250  top-1 50.0 %  val 61.00 % (best 61.00)  1,234 images/s  0:03:20 left"
+    )
+    assert lines[2:] == ["r  goes on from step 4", "a word"]
+
+
+def test_a_terminal_gets_a_bar():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    out = Terminal()
+    with ProgressDisplay("r", out) as screen:
+        screen.show(POINT)
+        screen.show({**POINT, "val_top1": 61.0, "best": 61.0})
+    assert "val 61.00 %" in out.getvalue()
+
+
+def test_numbers_in_words():
+    assert (
+        duration(3661) == "1:01:01" and duration(-5) == "0:00:00" and duration(float("inf")) != ""
+    )
+    assert "left" not in sentence({**POINT, "step": 12})

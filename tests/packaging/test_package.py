@@ -1,0 +1,308 @@
+"""Packages: the same pixels and scores as evaluation, no ftlib and no pickle needed, clear words for what is not a picture."""
+
+import base64
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from ftlib.config import Augment, Evaluate, Model, Run
+from ftlib.data.augment import EvalTransform
+from ftlib.packaging import package as P
+from ftlib.training import model as models
+from ftlib.training.evaluate import normalise
+
+code = P.image_classifier
+
+CLASSES = ("ant", "bee", "cat", "dog", "eel", "fox", "gnu")
+RUN = Run(
+    name="tiny",
+    stage="phase2",
+    model=Model(arch="resnet18"),
+    augment=Augment(size=32),
+    evaluate=Evaluate(crop=0.8),
+)
+
+
+def photo(height, width, seed=0):
+    """Smooth noise: like a photograph, it has detail at all scales but no hard grid."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (max(2, height // 6), max(2, width // 6), 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image, kind="JPEG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = models.build(RUN.model, len(CLASSES)).eval()
+    with torch.no_grad():  # BatchNorm statistics that are not those of a fresh layer
+        model.train()
+        model(torch.randn(16, 3, 32, 32))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("package") / "model"
+    return P.package(
+        model,
+        RUN,
+        CLASSES,
+        {"val/top1": 91.2345, "val/top5": 99.1},
+        1.7,
+        out,
+        data={"name": "zoo", "digest": "0123456789abcdef"},
+        calibrated_on="1,000 images",
+    )
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return P.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(40, 40), (33, 90), (90, 33), (500, 331), (1200, 900), (257, 2000), (20, 31)],
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"quality": 95, "subsampling": 0},
+        {"quality": 75, "subsampling": 2},
+        {"quality": 60, "subsampling": 1, "progressive": True},
+    ],
+)
+def test_pixels_are_those_of_evaluation_bit_for_bit(height, width, options):
+    jpeg = encoded(photo(height, width), **options)
+    for size, crop in ((32, 0.8), (64, 0.875), (48, 1.0)):
+        np.testing.assert_array_equal(
+            code.pixels(jpeg, size, max(size, round(size / crop))), EvalTransform(size, crop)(jpeg)
+        )
+
+
+def test_probabilities_are_those_of_the_model_in_any_batch(model, loaded):
+    jpegs = [encoded(photo(40 + i, 50, seed=i)) for i in range(67)]
+    transform = EvalTransform(32, 0.8)
+    images = torch.from_numpy(np.stack([transform(j) for j in jpegs]))
+    with torch.inference_mode():
+        logits = model(normalise(images, RUN.data.mean, RUN.data.std))
+    expected = torch.softmax(logits.double() / 1.7, dim=1).numpy()
+    answers = loaded.predict(jpegs, params={"top_k": len(CLASSES)})
+    got = np.array(
+        [
+            [next(t["probability"] for t in a["top"] if t["class"] == c) for c in CLASSES]
+            for a in answers
+        ]
+    )
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+    assert [a["class"] for a in answers] == [CLASSES[i] for i in logits.argmax(1)]
+    assert [a["class"] for a in answers[:3]] == [loaded.predict([j])[0]["class"] for j in jpegs[:3]]
+    assert all(a["top"] == sorted(a["top"], key=lambda t: -t["probability"]) for a in answers)
+
+
+def test_bytes_path_and_base64_are_the_same_picture(loaded, tmp_path):
+    jpeg = encoded(photo(60, 60))
+    (tmp_path / "a.jpg").write_bytes(jpeg)
+    text = base64.b64encode(jpeg).decode()
+    forms = [
+        jpeg,
+        tmp_path / "a.jpg",
+        text,
+        f"data:image/jpeg;base64,{text}",
+        base64.encodebytes(jpeg).decode(),
+    ]
+    answers = loaded.predict(forms, params={"top_k": 2})
+    assert all(a == answers[0] for a in answers) and len(answers[0]["top"]) == 2
+
+
+def test_a_text_is_never_read_as_a_path(loaded, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(encoded(photo(40, 40)))
+    with pytest.raises(Exception, match="not base64"):
+        loaded.predict([str(tmp_path / "a.jpg")])
+
+
+def test_other_kinds_of_pictures(loaded):
+    upright = photo(48, 64)
+    sure = loaded.predict([encoded(upright, "PNG")])[0]
+    assert loaded.predict([encoded(upright, "BMP")])[0] == sure
+    exif = Image.Exif()
+    exif[274] = 6  # the camera was turned: stored lying, shown upright
+    turned = encoded(upright.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
+    assert loaded.predict([turned])[0] == sure
+    clear = upright.convert("RGBA")
+    clear.putalpha(0)
+    white = encoded(Image.new("RGB", upright.size, "white"), "PNG")
+    assert loaded.predict([encoded(clear, "PNG")])[0] == loaded.predict([white])[0]
+    grey = np.asarray(upright.convert("L"))
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert (
+        loaded.predict([encoded(deep, "PNG")])[0]
+        == loaded.predict([encoded(Image.fromarray(grey), "PNG")])[0]
+    )
+
+
+def bomb():
+    """A PNG header that claims 10,000 x 10,000 pixels."""
+    data = bytearray(encoded(Image.new("RGB", (8, 8)), "PNG"))
+    data[16:24] = (10_000).to_bytes(4, "big") * 2
+    import zlib
+
+    data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("picture", "says"),
+    [
+        (b"", "no picture of a known kind"),
+        (b"<html>404</html>", "no picture of a known kind"),
+        (encoded(photo(200, 200))[:2000], "damaged"),
+        (bomb(), "more than 50 megapixels"),
+        (
+            encoded(photo(20, 20), "GIF", save_all=True, append_images=[photo(20, 20, 1)]),
+            "animation of 2 frames",
+        ),
+        ("not base64!", "not base64"),
+        (17, "not int"),
+        (pathlib.Path("/nowhere/a.jpg"), "cannot be read"),
+    ],
+)
+def test_what_is_no_picture_is_said_so(loaded, picture, says):
+    good = encoded(photo(40, 40))
+    with pytest.raises(Exception, match=rf"picture 1: .*{says}"):
+        loaded.predict([good, picture])
+    rows = loaded.predict([good, picture, good], params={"on_error": "row"})
+    assert says in rows[1]["error"] and rows[0] == rows[2] and "class" in rows[0]
+
+
+def test_impossible_parameters_are_refused(loaded):
+    with pytest.raises(Exception, match="top_k must be 1 or more"):
+        loaded.predict([P.example()], params={"top_k": 0})
+
+
+ALONE = """
+import io, json, pickle, sys
+def refuse(*a, **k): raise AssertionError("something was unpickled")
+import mlflow, torch
+torch.load = pickle.load = pickle.loads = refuse
+try:
+    import ftlib
+    raise SystemExit("ftlib is on the path")
+except ImportError:
+    pass
+model = mlflow.pyfunc.load_model(sys.argv[1])
+print(json.dumps(model.predict([open(sys.argv[2], "rb").read()], params={"top_k": 3})))
+assert "torchvision" not in sys.modules and "ftlib" not in sys.modules
+"""
+
+
+def test_a_copied_package_works_in_a_fresh_process_without_ftlib_and_without_pickle(
+    folder, loaded, tmp_path
+):
+    import shutil
+
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    jpeg = encoded(photo(50, 50))
+    (tmp_path / "a.jpg").write_bytes(jpeg)
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ALONE, str(tmp_path / "elsewhere"), str(tmp_path / "a.jpg")],
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == loaded.predict([jpeg], params={"top_k": 3})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jpg", "elsewhere"], (
+        "loading left files behind"
+    )
+
+
+def test_nothing_in_it_is_a_pickle_and_nothing_names_this_machine(folder):
+    for path in (p for p in folder.rglob("*") if p.is_file()):
+        assert path.suffix not in {".pkl", ".pt", ".pth", ".joblib"}
+        if path.suffix != ".pt2":
+            assert str(folder.parent).encode() not in path.read_bytes(), path
+    with zipfile.ZipFile(folder / "artifacts" / "program.pt2") as archive:
+        for entry in archive.infolist():
+            assert not archive.read(entry).startswith(
+                (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")
+            ) or entry.filename.startswith("program/data/weights/")
+        assert not archive.read("program/data/sample_inputs/model.pt")
+
+
+def test_a_program_with_a_smuggled_pickle_is_not_loaded(folder, tmp_path):
+    source, target = folder / "artifacts" / "program.pt2", tmp_path / "program.pt2"
+    with zipfile.ZipFile(source) as a, zipfile.ZipFile(target, "w") as b:
+        for entry in a.infolist():
+            b.writestr(
+                entry.filename,
+                b"\x80\x04N." if "sample_inputs" in entry.filename else a.read(entry),
+            )
+    with pytest.raises(ValueError, match="a pickle can run any code"):
+        code.program(target)
+
+
+def test_weights_go_back_into_the_model(folder, model):
+    again = models.build(RUN.model, len(CLASSES))
+    again.load_state_dict(load_file(folder / "artifacts" / "model.safetensors"))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values())
+    )
+
+
+def test_the_card_and_the_metadata_say_what_it_is(folder):
+    text = (folder / "README.md").read_text()
+    for word in (
+        "zoo",
+        "0123456789ab",
+        "91.23",
+        "resnet18",
+        "gnu",
+        "1.7",
+        "1,000 images",
+        "## Limits",
+        "32 x 32",
+    ):
+        assert word in text
+    meta = json.loads((folder / "artifacts" / "meta.json").read_text())
+    assert meta["recipe"]["augment"]["size"] == 32 and meta["scores"]["val/top1"] == 91.2345
+    assert (
+        "torch==" in (folder / "requirements.txt").read_text()
+        and "+" not in (folder / "requirements.txt").read_text()
+    )
+
+
+def test_the_served_form_takes_its_own_example(folder, loaded):
+    """What `mlflow models serve` is sent: base64 texts."""
+    body = json.loads((folder / "serving_input_example.json").read_text())
+    answers = loaded.predict(body["inputs"], params=body["params"])
+    assert answers == loaded.predict([P.example()])
+
+
+def test_an_occupied_folder_and_a_missing_package_are_said_so(folder, model, tmp_path):
+    with pytest.raises(ValueError, match="not empty"):
+        P.package(model, RUN, CLASSES, {}, 1.0, folder)
+    with pytest.raises(ValueError, match="cannot be loaded as a packaged model"):
+        P.load(str(tmp_path))

@@ -1,0 +1,51 @@
+"""A package under a name in a real MLflow store, found again by its alias."""
+
+import pytest
+import torch
+
+from ftlib.config import Augment, Model, Run
+from ftlib.packaging.package import PackageError, check, example, load, package
+from ftlib.packaging.register import register
+from ftlib.track.store import client, ensure_store
+from ftlib.training import model as models
+
+RUN = Run(name="named", model=Model(arch="resnet18"), augment=Augment(size=32))
+
+
+def test_a_registered_package_is_found_by_its_alias_and_is_not_registered_twice(tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    ensure_store(uri)
+    mlflow = client(uri)
+    experiment = mlflow.create_experiment("zoo", artifact_location=str(tmp_path / "artifacts"))
+    run = mlflow.create_run(experiment).info.run_id
+    torch.manual_seed(0)
+    folder = package(
+        models.build(RUN.model, 3).eval(),
+        RUN,
+        ("a", "b", "c"),
+        {"val/top1": 50.0},
+        1.0,
+        tmp_path / "model",
+    )
+    where = {"uri": uri, "run_id": run, "experiment_id": experiment}
+    address = register(folder, "zoo", "candidate", **where)
+    assert address == "models:/zoo@candidate"
+    check(address, uri)
+    assert load(address, uri).predict([example()]) == load(str(folder)).predict([example()])
+    register(folder, "zoo", "champion", **where)
+    versions = mlflow.search_model_versions("name = 'zoo'")
+    assert len(versions) == 1 and sorted(mlflow.get_registered_model("zoo").aliases) == [
+        "candidate",
+        "champion",
+    ]
+    for name, alias, says in (
+        ("a/b", "x", "name 'a/b'"),
+        ("zoo", "latest", "alias 'latest'"),
+        ("zoo", "v3", "alias 'v3'"),
+    ):
+        with pytest.raises(PackageError, match=says):
+            register(folder, name, alias, **where)
+    with pytest.raises(PackageError, match="is no package"):
+        register(tmp_path, "zoo", "champion", **where)
+    with pytest.raises(PackageError, match="is no packaged model"):
+        check("models:/zoo@nobody", uri)

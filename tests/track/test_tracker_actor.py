@@ -1,0 +1,81 @@
+"""A writer on another machine than the driver's reaches the journal through the tracker actor, without waiting for it."""
+
+import dataclasses
+import pickle
+import statistics
+import tempfile
+import time
+
+import pytest
+
+from ftlib.config import Track
+from ftlib.track.tracking import open_tracking
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
+        ray.init(
+            address="local",
+            num_cpus=1,
+            include_dashboard=False,
+            _temp_dir=folder,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+        yield
+        ray.shutdown()
+
+
+def test_a_worker_elsewhere_writes_through_the_actor(cluster, store, mlflow, tmp_path, monkeypatch):
+    monkeypatch.setenv(
+        "RAY_ADDRESS", "somewhere"
+    )  # a joined cluster: workers may be on other machines
+    (tmp_path / "figure.png").write_bytes(b"png")
+
+    @ray.remote(num_cpus=1)
+    def train(writer, figure):
+        costs = []
+        for step in range(200):
+            started = time.perf_counter()
+            writer.metrics({"m": step, "n": step}, step)
+            costs.append(time.perf_counter() - started)
+        writer.artifact(figure, "figures")
+        writer.flush()
+        return costs
+
+    with open_tracking(
+        Track(uri=store), experiment="e", journal_dir=tmp_path / "journal"
+    ) as tracking:
+        run = tracking.start_run("r", tags={}, params={})
+        writer = run.writer()
+        assert writer.place.actor is not None
+        elsewhere = dataclasses.replace(
+            writer, place=dataclasses.replace(writer.place, machine="another")
+        )
+        costs = ray.get(train.remote(elsewhere, str(tmp_path / "figure.png")))
+        assert statistics.median(costs) < 0.003  # 1 ms on a quiet machine
+        handle = dataclasses.replace(tracking.handle(), place=elsewhere.place)
+        child = handle.start_run(
+            "child", tags={}, params={"lr": 1}, parent=run.reference, wait_seconds=20
+        )
+        child_id = child.run_id
+        assert child_id
+        child.finish("completed")
+        assert run.finish("completed")
+    assert [(m.step, m.value) for m in mlflow.get_metric_history(run.run_id, "m")] == [
+        (s, s) for s in range(200)
+    ]
+    assert [a.path for a in mlflow.list_artifacts(run.run_id, "figures")] == ["figures/figure.png"]
+    assert mlflow.get_run(child_id).info.status == "FINISHED"
+
+
+def test_on_one_machine_there_is_no_actor(cluster, store, tmp_path):
+    with open_tracking(
+        Track(uri=store), experiment="e", journal_dir=tmp_path / "journal"
+    ) as tracking:
+        run = tracking.start_run("r", tags={}, params={})
+        assert run.writer().place.actor is None
+        assert pickle.loads(pickle.dumps(run.writer())) == run.writer()

@@ -1,0 +1,310 @@
+import json
+
+import numpy as np
+import pytest
+
+from ftlib.config import Data, Mix, Run, Train
+from ftlib.settings import ConfigError, from_json, to_dict
+from ftlib.tune import promote as promotion
+from ftlib.tune.promote import candidates, conclusion, judge
+from ftlib.tune.stored_predictions import ComparisonError
+from ftlib.tune.train_trial import SweepInputs
+from ftlib.tune.trial_store import Trial, TrialStore
+
+RECIPE = Run(stage="phase2", data=Data(path="x"), mix=Mix(mixup_alpha=0.2), train=Train(epochs=3))
+SEEDS = (42, 43, 44, 45, 46)
+
+
+def sweep_ledger(
+    root, values=(0.2, 0.4, 0.6, 0.4), scores=(50, 52, 51, 51.5), axis="mix.mixup_alpha"
+):
+    ledger = TrialStore(str(root), "s")
+    ledger.open(
+        {},
+        {
+            "kind": "sweep",
+            "recipe": to_dict(RECIPE),
+            "recipe_name": "phase2",
+            "base": to_dict(RECIPE),
+            "axes": [axis],
+            "constants": {},
+            "data": {"name": "set", "digest": "d" * 64},
+            "init": {"uri": "", "sha256": ""},
+            "split": "tuning",
+        },
+    )
+    for n, (v, s) in enumerate(zip(values, scores)):
+        ledger.add(
+            Trial(
+                n,
+                {axis: v},
+                "tpe" if n else "recipe",
+                "completed",
+                history=[{"epoch": 3, "score": s}],
+            )
+        )
+    return ledger
+
+
+def answers(seed, gain=0.0, images=2000):
+    """Right answers of one run: what is easy for all, its seed's own luck, and a gain."""
+    rng = np.random.default_rng(0)
+    level = rng.normal(0, 2, images)
+    own = np.random.default_rng([seed, round(abs(gain) * 1000)])
+    return level + 0.5 * own.normal(size=images) + own.normal(0, 0.02) + gain > 0
+
+
+def confirmations(finished, gains, **other):
+    """Confirmation runs of the recipe and of a trial t01, t02 ... per gain."""
+    wanted = []
+    for i, seed in enumerate(SEEDS):
+        for k, gain in enumerate((0.0, *gains)):
+            origin = "recipe" if k == 0 else f"t{k:02d}"
+            changes = {"mix.mixup_alpha": 0.2 + 0.2 * k, **other.get(origin, {})}
+            folder = finished(
+                f"{origin}-{seed}",
+                answers(seed, gain),
+                seed=seed,
+                changes=changes,
+                init=other.get("init", {}).get(origin),
+            )
+            wanted.append(
+                Trial(
+                    i * 10 + k,
+                    {"mix.mixup_alpha": 0.2 + 0.2 * k},
+                    origin,
+                    "completed",
+                    result={"run_dir": folder},
+                    seed=seed,
+                )
+            )
+    chosen = [
+        Trial(k, {"mix.mixup_alpha": 0.2 + 0.2 * k}, "tpe", "completed")
+        for k in range(1, len(gains) + 1)
+    ]
+    return wanted, chosen
+
+
+def test_candidates_are_the_best_that_differ(tmp_path):
+    ledger = sweep_ledger(tmp_path)
+    assert [t.number for t in candidates(ledger, 3)] == [1, 2], (
+        "trial 3 repeats trial 1, trial 0 is the recipe"
+    )
+    assert [t.number for t in candidates(ledger, 1)] == [1]
+    with pytest.raises(ConfigError, match="no trial but the recipe"):
+        candidates(sweep_ledger(tmp_path / "x", (0.2,), (50,)), 3)
+
+
+def test_a_real_gain_is_promoted(finished):
+    verdicts, own, groups, left_out = judge(*confirmations(finished, (0.01, 0.4)))
+    winner, sentence = conclusion(verdicts)
+    assert (
+        winner.candidate.name == "t02"
+        and winner.difference.seeds == 5
+        and own.seeds == SEEDS
+        and len(groups) == 2
+        and not left_out
+    )
+    assert (
+        sentence.startswith("mixup_alpha 0.6 (t02) gains ")
+        and sentence.endswith("promoted")
+        and "95 % interval" in sentence
+    )
+
+
+def test_without_one_the_recipe_is_kept(finished):
+    winner, sentence = conclusion(judge(*confirmations(finished, (0.0, 0.001)))[0])
+    assert winner is None and sentence.startswith("no candidate beats the recipe; keep it")
+
+
+def test_a_worse_candidate_is_never_promoted(finished):
+    assert conclusion(judge(*confirmations(finished, (-0.5,)))[0])[0] is None
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"t01": {"train.epochs": 9}}, "another budget .train.epochs is 9 against 3"),
+        ({"init": {"t01": {"sha256": "abc", "uri": "u"}}}, "other starting weights"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(finished, other, message):
+    with pytest.raises(ComparisonError, match=message):
+        judge(*confirmations(finished, (0.4,), **other))
+
+
+def test_a_failed_candidate_is_left_out_and_a_failed_recipe_ends_it(finished):
+    wanted, chosen = confirmations(finished, (0.4, 0.4))
+    next(t for t in wanted if t.origin == "t01").outcome = "failed"
+    verdicts, _, _, left_out = judge(wanted, chosen)
+    assert [v.candidate.name for v in verdicts] == ["t02"] and left_out[0].startswith(
+        "t01: its run of seed 42 failed"
+    )
+    wanted[0].outcome = "failed"
+    with pytest.raises(ComparisonError, match="the recipe's own run of seed 42 failed"):
+        judge(wanted, chosen)
+
+
+class FakeTracking:
+    """Stands in for MLflow: remembers how its one run ended."""
+
+    def __init__(self):
+        self.ended, self.tags_, self.run_id, self.reference, self.url = [], {}, "r", "r", ""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def start_run(self, name, **_):
+        self.name = name
+        return self
+
+    def place(self):
+        return None
+
+    def handle(self):
+        return None
+
+    def writer(self):
+        return self
+
+    def tags(self, values):
+        self.tags_.update(values)
+
+    def finish(self, outcome, note=None):
+        self.ended.append((outcome, note))
+
+    def end_orphan(self, *_):
+        return None
+
+    def metrics(self, values, step):
+        self.values = values
+
+    def artifact(self, *_):
+        return None
+
+    params = artifact
+
+
+@pytest.fixture
+def promote(monkeypatch, finished, tmp_path):
+    """promote(ledger, gain=..): the whole job but for Ray, MLflow and training."""
+    from ftlib.tune.resources import TrialResources
+
+    ran = []
+
+    def run(wanted, basis, place, tracking, parent, keeper, table, train):
+        for trial in wanted:
+            if not trial.outcome:
+                ran.append(trial.label)
+                run = keeper.run_of(trial)
+                assert (
+                    run.data.tuning_fraction == 0
+                    and run.seed == trial.seed
+                    and run.train.epochs == 3
+                )
+                folder = finished(
+                    trial.label.replace(" ", "-"),
+                    answers(trial.seed, 0.0 if trial.origin == "recipe" else run_gain[0]),
+                    seed=trial.seed,
+                    changes={"mix.mixup_alpha": run.mix.mixup_alpha},
+                )
+                keeper.ended(trial.number, "completed", "", {"run_dir": folder})
+        return True
+
+    run_gain = [0.4]
+    tracking = FakeTracking()
+    monkeypatch.setattr(promotion, "_run", run)
+    monkeypatch.setattr(promotion, "connect", lambda *a: TrialResources(2, {"CPU": 1.0}, True))
+    monkeypatch.setattr("ftlib.track.writer.Writer", lambda place, name: tracking)
+    monkeypatch.setattr(promotion, "file_of", lambda *a: tmp_path, raising=False)
+    tracking.place = lambda: type("P", (), {"folder": str(tmp_path)})()
+
+    def go(ledger, gain=0.4, **more):
+        run_gain[0] = gain
+        return (
+            promotion.promote(
+                ledger,
+                check=lambda run: SweepInputs("set", "d" * 64, "", "", None, 1),
+                tracking_for=lambda *a, **k: tracking,
+                recipes=tmp_path / "recipes",
+                **more,
+            ),
+            list(ran),
+            tracking,
+        )
+
+    return go
+
+
+def test_the_whole_promotion_writes_a_recipe_that_can_be_run(promote, tmp_path, capsys):
+    result, ran, tracking = promote(
+        sweep_ledger(tmp_path / "runs2"),
+        top=1,
+        seeds=4,
+        onto=("phase3", Run(stage="phase3", train=Train(epochs=60))),
+    )
+    assert len(ran) == 8 and ran[:2] == ["recipe s42", "t01 s42"], "seed by seed"
+    assert result.winner.candidate.name == "t01"
+    recipe = from_json(Run, (tmp_path / "recipes" / "s.json").read_text())
+    assert (
+        recipe.promoted_from == "s/t01"
+        and recipe.mix.mixup_alpha == 0.4
+        and recipe.seed == RECIPE.seed
+        and recipe.name == ""
+    )
+    third = from_json(Run, (tmp_path / "recipes" / "s-phase3.json").read_text())
+    assert third.train.epochs == 60 and third.mix.mixup_alpha == 0.4
+    assert (
+        tracking.ended[-1][0] == "completed"
+        and "promoted" in tracking.ended[-1][1]
+        and tracking.tags_["winner"]
+    )
+    table = json.loads(
+        (tmp_path / "runs2" / "s" / "promotion" / "report" / "comparison.json").read_text()
+    )
+    assert table["data"][0][0] == "recipe" and len(table["data"]) == 2
+    assert "promoted" in capsys.readouterr().out
+
+
+def test_it_goes_on_and_seeds_may_be_raised(promote, tmp_path):
+    ledger = sweep_ledger(tmp_path / "runs2")
+    promote(ledger, top=1, seeds=2)
+    _, ran, _ = promote(ledger, top=1, seeds=2)
+    assert len(ran) == 4, "nothing is run again"
+    result, ran, _ = promote(ledger, top=2, seeds=3)
+    assert len(ran) == 9 and len(result.verdicts) == 2 and result.verdicts[0].difference.seeds == 3
+
+
+def test_no_winner_writes_no_recipe(promote, tmp_path):
+    result, _, tracking = promote(sweep_ledger(tmp_path / "runs2"), gain=0.0, top=1, seeds=3)
+    assert (
+        result.winner is None
+        and not (tmp_path / "recipes").exists()
+        and "keep it" in tracking.ended[-1][1]
+        and tracking.tags_["winner"] == "recipe"
+    )
+
+
+def test_bad_requests(promote, tmp_path):
+    with pytest.raises(ConfigError, match="two seeds"):
+        promote(sweep_ledger(tmp_path / "a"), top=1, seeds=1)
+    with pytest.raises(
+        ComparisonError, match=r"another budget or start.*train.epochs is 9 against 3.*--set"
+    ):
+        promote(
+            sweep_ledger(tmp_path / "b", values=(3, 9), scores=(1, 2), axis="train.epochs"),
+            top=1,
+            seeds=2,
+        )
+    with pytest.raises(ConfigError, match=r"no sweep quikc.*Did you mean quick\?"):
+        promotion.open_sweep(str(tmp_path), "quikc", ["quick"])
+
+
+def test_other_data_or_weights_than_the_sweeps_are_refused(promote, tmp_path):
+    ledger = sweep_ledger(tmp_path / "a")
+    ledger.save_about(data={"name": "set", "digest": "e" * 64})
+    with pytest.raises(ComparisonError, match="used other data"):
+        promote(ledger, top=1, seeds=2)

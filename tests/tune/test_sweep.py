@@ -1,0 +1,284 @@
+"""Whole sweeps with real Ray Tune and a fake training function: killed, stopped, failing, raised."""
+
+import json
+import os
+import signal
+import sqlite3
+import time
+
+import psutil
+import pytest
+
+from ftlib.config import Data, Mix, Run, Train
+from ftlib.launch.cluster import Capacity, Node
+from ftlib.launch.errors import LaunchError
+from ftlib.settings import ConfigError, from_json
+from ftlib.tune import spaces
+from ftlib.tune.resources import room
+from ftlib.tune.sweep import Sweep
+from ftlib.tune.trial_store import TrialStore
+
+
+def wait(process, driver, seconds=240):
+    try:
+        process.wait(seconds)
+    except Exception:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(driver.output()[-3000:]) from None
+    return driver.output()
+
+
+def ledger_of(home, name="regularisation-phase2"):
+    ledger = TrialStore(str(home / "runs"), name)
+    assert ledger.read()
+    return ledger
+
+
+def mlflow_runs(home):
+    """name -> (status, tags)."""
+    with sqlite3.connect(home / "mlflow.db") as db:
+        runs = db.execute("select run_uuid, name, status from runs").fetchall()
+        return {
+            name: (
+                status,
+                dict(db.execute("select key, value from tags where run_uuid = ?", (i,)).fetchall()),
+            )
+            for i, name, status in runs
+        }
+
+
+def kill_tree(process):
+    """kill -9 of the driver alone, as the kernel would; what it started must go by itself."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    return children
+
+
+def gone(processes, seconds=60):
+    _, alive = psutil.wait_procs(processes, seconds)
+    return [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_sweep_with_stopped_failing_and_dying_trials(driver, home):
+    process = driver.start(trials=9, epochs=3, seconds=0.05, fails=4, dies=6)
+    children = []
+    while process.poll() is None:
+        children = (
+            {
+                c.pid: c for c in [*children, *psutil.Process(process.pid).children(recursive=True)]
+            }.values()
+            if process.poll() is None
+            else children
+        )
+        time.sleep(1)
+    out = wait(process, driver)
+    assert process.returncode == 0, out
+    assert "PLACEMENT GROUPS LEFT 0" in out and "FINISHED True" in out
+    assert not gone(list(children)), "processes were left behind"
+
+    trials = ledger_of(home).trials
+    assert sorted(trials) == list(range(9)) and all(t.outcome for t in trials.values())
+    assert trials[0].outcome == "completed" and trials[0].origin == "recipe"
+    assert (trials[4].outcome, trials[4].reason) == (
+        "failed",
+        "out of memory: CUDA out of memory. Tried to allocate 2 GiB",
+    )
+    assert trials[6].outcome == "failed" and "died 3 times" in trials[6].reason
+    assert any(t.outcome == "pruned" for t in trials.values())
+    starts = [line[1] for line in driver.log() if line[0] == "start"]
+    assert all(starts.count(str(n)) == (3 if n == 6 else 1) for n in range(9)), starts
+
+    runs = mlflow_runs(home)
+    assert "RUNNING" not in {status for status, _ in runs.values()}, runs
+    assert sum(tags.get("kind") == "trial" for _, tags in runs.values()) == 9
+    parent_status, parent = runs["sweep regularisation-phase2"]
+    assert (
+        parent_status == "FINISHED"
+        and parent["kind"] == "sweep"
+        and parent["mlflow.note.content"].startswith("**")
+    )
+    outcome = {
+        tags["trial"]: tags["outcome"] for _, tags in runs.values() if tags.get("kind") == "trial"
+    }
+    assert outcome == {t.name: t.outcome for t in trials.values()}
+    failed = next(tags for _, tags in runs.values() if tags.get("trial") == "t04")
+    assert "out of memory" in failed["reason"]
+
+    report = home / "runs" / "regularisation-phase2" / "report"
+    page = (report / "index.html").read_text()
+    assert "tuning split" in page and "out of memory" in page and "promote.py" in page
+    best = from_json(Run, (report / "best.json").read_text())
+    assert best.data.tuning_fraction == 0 and best.train.epochs == 3
+
+    process = driver.start(trials=9, epochs=3, seconds=0.05)
+    assert "FINISHED True" in wait(process, driver)
+    assert len([line for line in driver.log() if line[0] == "start"]) == len(starts), (
+        "a finished sweep runs nothing again"
+    )
+    process = driver.start(trials=9, epochs=4)
+    assert (
+        "recipe.train.epochs is 3 there, 4 here" in wait(process, driver)
+        and process.returncode == 1
+    )
+
+
+@pytest.mark.slow
+def test_a_driver_killed_twice_goes_on_and_runs_each_trial_once(driver, home):
+    for kill in range(2):
+        process = driver.start(trials=8, epochs=4, seconds=0.7, asha=False)
+        seen = len(driver.log())
+        deadline = time.monotonic() + 200
+        while (
+            not (
+                len(log := driver.log()) >= seen + 6
+                and log[-1][0] == "epoch"
+                and log[-1][2] in "123"
+            )
+            and time.monotonic() < deadline
+        ):
+            assert process.poll() is None, driver.output()
+            time.sleep(0.1)
+        left = gone(kill_tree(process), 90)
+        assert not left, f"kill {kill}: {left}"
+    done = [t.number for t in ledger_of(home).done()]
+    process = driver.start(trials=10, epochs=4, seconds=0.1, asha=False)
+    out = wait(process, driver)
+    assert "FINISHED True" in out, out
+    trials = ledger_of(home).trials
+    assert sorted(trials) == list(range(10)) and {t.outcome for t in trials.values()} == {
+        "completed"
+    }
+    log = driver.log()
+    ends = [line[1] for line in log if line[0] == "end"]
+    found = {
+        line[1] for line in log if line[0] == "found"
+    }  # killed after its last epoch: a restart finds it finished and trains nothing
+    assert len(ends) == len(set(ends)) and {int(n) for n in {*ends, *found}} == set(range(10)), (
+        "each trial ended exactly once"
+    )
+    epochs = [tuple(line[1:3]) for line in log if line[0] == "epoch"]
+    assert len(epochs) == len(set(epochs)), "no epoch was trained twice"
+    assert all([p["epoch"] for p in t.history][-1] == 4 for t in trials.values())
+    resumed = [line for line in log if line[0] == "start" and line[2] != "0"]
+    assert resumed, "a trial that was cut off went on from its checkpoint"
+    last_start = (
+        max(i for i, line in enumerate(log) if line[0] == "start" and int(line[1]) in done)
+        if done
+        else -1
+    )
+    assert all(int(line[1]) not in done for line in log[last_start + 1 :] if line[0] == "start")
+    runs = mlflow_runs(home)
+    assert {status for status, _ in runs.values()} == {"FINISHED"}, runs
+    assert sum(tags.get("kind") == "trial" for _, tags in runs.values()) == 10, (
+        "a trial that went on is one run"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_in_order_and_it_goes_on(driver, home, how):
+    process = driver.start(trials=6, epochs=6, seconds=0.5, asha=False)
+    while len(driver.log()) < 5:
+        assert process.poll() is None, driver.output()
+        time.sleep(0.1)
+    asked = time.monotonic()
+    os.kill(process.pid, how)
+    out = wait(process, driver)
+    assert time.monotonic() - asked < 45
+    assert "FINISHED False" in out and "The same command goes on" in out, out
+    runs = mlflow_runs(home)
+    assert "RUNNING" not in {status for status, _ in runs.values()}, runs
+    process = driver.start(trials=6, epochs=6, seconds=0.05, asha=False)
+    assert "FINISHED True" in wait(process, driver)
+    assert {status for status, _ in mlflow_runs(home).values()} == {"FINISHED"}
+
+
+@pytest.mark.slow
+def test_a_hundred_tiny_trials_each_exactly_once(driver, home):
+    process = driver.start(trials=100, epochs=1, seconds=0.0, asha=False)
+    while len(driver.log()) < 90:
+        assert process.poll() is None, driver.output()
+        time.sleep(0.1)
+    kill_tree(process)
+    process = driver.start(trials=100, epochs=1, seconds=0.0, asha=False)
+    out = wait(process, driver, 400)
+    assert "FINISHED True" in out and "PLACEMENT GROUPS LEFT 0" in out
+    trials = ledger_of(home).trials
+    assert sorted(trials) == list(range(100)) and {t.outcome for t in trials.values()} == {
+        "completed"
+    }
+    epochs = [int(line[1]) for line in driver.log() if line[0] == "epoch"]
+    assert sorted(epochs) == list(range(100)), "no epoch was trained twice"
+    assert len({json.dumps(t.values, sort_keys=True) for t in trials.values()}) > 90
+
+
+# --- without Ray ------------------------------------------------------------------------------------------------------------------
+
+RECIPE = Run(stage="phase2", data=Data(path="x"), mix=Mix(mixup_alpha=0.2), train=Train(epochs=27))
+
+
+def test_the_plan_of_a_sweep():
+    plan = Sweep(RECIPE, "jobs/phase2", spaces.load("quick"))
+    assert (
+        plan.name == "quick-phase2"
+        and plan.base.data.tuning_fraction == 0.1
+        and plan.first_rung == 3
+    )
+    assert Sweep(RECIPE, "x", spaces.load("quick"), epochs=4).base.train.epochs == 4
+    for wrong in ({"trials": 0}, {"reduction": 1}, {"parallel": -1}):
+        with pytest.raises(ConfigError):
+            Sweep(RECIPE, "x", spaces.load("quick"), **wrong)
+    with pytest.raises(ConfigError, match="validation set is not for choosing"):
+        _ = Sweep(RECIPE, "x", spaces.load("quick"), tuning_fraction=0).base
+
+
+def test_more_trials_and_another_cluster_are_the_same_sweep():
+    from dataclasses import replace
+
+    from ftlib.config import Cluster
+    from ftlib.tune.train_trial import SweepInputs
+
+    basis = SweepInputs("set", "d", "", "", None, 1)
+    plan = Sweep(RECIPE, "x", spaces.load("quick"))
+    same = replace(
+        plan, trials=99, parallel=3, recipe=replace(RECIPE, cluster=Cluster(workers="2"))
+    )
+    assert same.identity(basis) == plan.identity(basis)
+    for other in (
+        {"seed": 1},
+        {"search": "random"},
+        {"early_stopping": False},
+        {"epochs": 3},
+        {"space": spaces.load("regularisation")},
+    ):
+        assert replace(plan, **other).identity(basis) != plan.identity(basis)
+    assert plan.identity(replace(basis, data_digest="e")) != plan.identity(basis)
+
+
+def test_room_is_computed_from_the_cluster():
+    from ftlib.config import Cluster
+    from ftlib.settings import override
+
+    def slots(nodes, **cluster):
+        run = override(
+            RECIPE,
+            {
+                "train.batch_size": 256,
+                **{f"cluster.{k}": v for k, v in cluster.items() if k != "parallel"},
+            },
+        )
+        place = room(run, Capacity(tuple(Node(*n) for n in nodes)), 100, cluster.get("parallel", 0))
+        return place.slots, place.each, place.local
+
+    assert slots([(2, 0)]) == (2, {"CPU": 1.0}, True)
+    assert slots([(16, 0)]) == (4, {"CPU": 4.0}, True)
+    assert slots([(16, 0)], cpus_per_worker=2) == (4, {"CPU": 2.0}, True)
+    assert slots([(32, 4), (32, 4)]) == (8, {"CPU": 8.0, "GPU": 1.0}, True)
+    assert slots([(32, 4), (32, 4)], workers="4") == (2, {"CPU": 8.0, "GPU": 1.0}, False)
+    assert slots([(32, 4)], gpus_per_worker=0.5) == (8, {"CPU": 4.0, "GPU": 0.5}, True)
+    assert Cluster().workers == "1"
+    with pytest.raises(LaunchError, match="only 4 fit on this cluster"):
+        slots([(32, 4)], workers="8")
+    with pytest.raises(LaunchError, match="there is no GPU here"):
+        slots([(8, 0)], gpus_per_worker=1)

@@ -1,0 +1,90 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ftlib.settings import ConfigError
+from ftlib.tune.trial_store import Trial, TrialStore
+
+ROOT = str(Path(__file__).resolve().parents[2])
+
+
+def test_what_is_written_is_read(tmp_path):
+    ledger = TrialStore(str(tmp_path), "s")
+    assert not ledger.open({"recipe": {"a": 1}}, {"kind": "sweep"})
+    for n in range(12):
+        ledger.add(Trial(n, {"model.dropout": n / 100}, "tpe"))
+    ledger.trials[3].record({"epoch": 1, "score": 50.0})
+    ledger.trials[3].outcome = "completed"
+    ledger.save(ledger.trials[3])
+    again = TrialStore(str(tmp_path), "s")
+    assert again.open({"recipe": {"a": 1}}, {})
+    assert again.trials == ledger.trials and again.about["proposed"] == 12
+    assert [t.number for t in again.done()] == [3] and len(again.open_trials()) == 11
+
+
+def test_a_trial_whose_number_was_not_committed_is_not_there(tmp_path):
+    ledger = TrialStore(str(tmp_path), "s")
+    ledger.open({}, {})
+    ledger.save(Trial(0, {}, "recipe"))  # the crash came before sweep.json
+    again = TrialStore(str(tmp_path), "s")
+    again.open({}, {})
+    assert again.trials == {} and again.about["proposed"] == 0
+
+
+def test_a_name_taken_by_another_sweep_is_refused_with_what_differs(tmp_path):
+    TrialStore(str(tmp_path), "s").open(
+        {
+            "recipe": {"train.epochs": 9, "data.mean": (0.1, 0.2)},
+            "space": {"model.dropout": "0 to 1"},
+        },
+        {"kind": "sweep"},
+    )
+    TrialStore(str(tmp_path), "s").open(
+        {
+            "recipe": {"train.epochs": 9, "data.mean": (0.1, 0.2)},
+            "space": {"model.dropout": "0 to 1"},
+        },
+        {"kind": "sweep"},
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"the name s is taken by another sweep(.|\n)*recipe.train.epochs is 9 there, 10 here(.|\n)*space.model.dropout(.|\n)*another --name",
+    ):
+        TrialStore(str(tmp_path), "s").open(
+            {"recipe": {"train.epochs": 10, "data.mean": (0.1, 0.2)}, "space": {}}, {}
+        )
+
+
+def test_an_epoch_run_again_replaces_the_first():
+    t = Trial(0, {}, "recipe")
+    for epoch, score in [(1, 10), (2, 20), (3, 30), (2, 21), (3, 25)]:
+        t.record({"epoch": epoch, "score": score, "seconds": 2.0})
+    assert [(p["epoch"], p["score"]) for p in t.history] == [(1, 10), (2, 21), (3, 25)]
+    assert (t.score, t.epoch, t.seconds) == (25, 3, 6.0)
+
+
+def test_two_drivers_cannot_run_one_sweep_and_a_killed_one_lets_go(tmp_path):
+    code = f"import sys,time; sys.path.insert(0,{ROOT!r})\nfrom ftlib.tune.trial_store import TrialStore\nwith TrialStore({str(tmp_path)!r},'s').lock():\n print('held',flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with (
+            pytest.raises(ConfigError, match=f"s is running already .process {other.pid} on"),
+            TrialStore(str(tmp_path), "s").lock(),
+        ):
+            pass
+        os.kill(other.pid, signal.SIGKILL)
+        other.wait()
+    with TrialStore(str(tmp_path), "s").lock():
+        pass
+
+
+def test_a_newer_ledger_is_refused(tmp_path):
+    ledger = TrialStore(str(tmp_path), "s")
+    ledger.open({}, {})
+    ledger.save_about(schema=99)
+    with pytest.raises(ConfigError, match="newer ftlib"):
+        TrialStore(str(tmp_path), "s").read()
