@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 import tyro
 
+import ftlib
 from ftlib.config import Run
 from ftlib.settings import ConfigError, Settings, from_json, hints, nearest, override, to_json
 
@@ -41,6 +42,7 @@ def job(main: Callable[[], Any]) -> None:
     """Run a job's `main` and end the process as a shell expects: 0, or 1 after a failure, 2 after a mistake of the user's, 130/143 after a
     signal. Mistakes and known faults print one message; only unknown ones a traceback (FTLIB_TRACEBACK=1 prints it for all)."""
     try:
+        _same_checkout(main)
         main()
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -57,6 +59,18 @@ def job(main: Callable[[], Any]) -> None:
         else:
             _complain(error)
         raise SystemExit(2 if isinstance(error, ValueError) and explained(error) else 1) from None
+
+
+def _same_checkout(main: Callable[[], Any]) -> None:
+    """Refuse a job of one checkout that runs on the ftlib of another one."""
+    code = getattr(main, "__code__", None)
+    checkout = Path(code.co_filename).resolve().parents[1] if code else None
+    imported = Path(ftlib.__file__).resolve().parent
+    if checkout and (checkout / "ftlib" / "cli.py").is_file() and checkout / "ftlib" != imported:
+        raise ConfigError(
+            f"this job is of the checkout {checkout}, but ftlib comes from {imported.parent}. "
+            f"Run `make install` in {checkout} and use its .venv/bin/python"
+        )
 
 
 def explained(error: BaseException) -> bool:

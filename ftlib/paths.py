@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import ftlib
 from ftlib.config import Run
 from ftlib.settings import ConfigError, nearest
 from ftlib.storage import folders, is_remote, join, read_file
@@ -15,6 +16,22 @@ from ftlib.storage import folders, is_remote, join, read_file
 def home() -> Path:
     """`$FTLIB_HOME` as an absolute path, `~/ftlib` where it is not set. It need not exist yet."""
     return Path(os.path.abspath(Path(os.environ.get("FTLIB_HOME") or "~/ftlib").expanduser()))
+
+
+def jobs_folder() -> Path:
+    """The folder of the jobs: inside the package in an installed wheel, beside it in a checkout."""
+    return _beside_or_inside("jobs")
+
+
+def spaces_folder() -> Path:
+    """The folder of the tune spaces, found as `jobs_folder` finds the jobs."""
+    return _beside_or_inside("tune_spaces")
+
+
+def _beside_or_inside(name: str) -> Path:
+    package = Path(ftlib.__file__).resolve().parent
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
 
 
 def absolute(path: str) -> str:

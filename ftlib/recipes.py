@@ -1,4 +1,7 @@
-"""Finding a recipe by name: a JSON file, one of recipes/, or the `Run` of a job such as jobs/phase2.py. For all jobs that take a recipe as a word."""
+"""Find a recipe by name: a JSON file, or the `Run` of a job such as jobs/phase2.py.
+
+For every job that takes a recipe as a word.
+"""
 
 from __future__ import annotations
 
@@ -7,63 +10,81 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ftlib.config import Run
+from ftlib.paths import jobs_folder
 from ftlib.settings import ConfigError, from_json, nearest, override
 
-ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = "sample-"
-"""`sample-phase2` is PHASE2 of jobs/sample.py, the recipe's small twin on a data set that comes with ftlib."""
+"""`sample-phase2` is PHASE2 of jobs/sample.py: the small version of the recipe on the digits."""
 
 
 def available() -> list[str]:
-    jobs = sorted(p.stem for p in (ROOT / "jobs").glob("phase*.py"))
-    twin = ROOT / "jobs" / "sample.py"
-    defined = (
-        re.findall(r"^([A-Z0-9_]+) *=", twin.read_text(encoding="utf-8"), re.MULTILINE)
-        if twin.exists()
-        else []
-    )
-    sample = [SAMPLE + name for name in jobs if name.upper() in defined]
-    return jobs + sample + sorted(p.stem for p in (ROOT / "recipes").glob("*.json"))
+    """Names that `load` takes, less paths."""
+    jobs = sorted(path.stem for path in jobs_folder().glob("phase*.py"))
+    sample = jobs_folder() / "sample.py"
+    text = sample.read_text(encoding="utf-8") if sample.exists() else ""
+    defined = re.findall(r"^([A-Z0-9_]+) *=", text, re.MULTILINE)
+    small = [SAMPLE + name for name in jobs if name.upper() in defined]
+    files = {path.stem for folder in _json_folders() for path in folder.glob("*.json")}
+    return jobs + small + sorted(files)
 
 
 def load(name: str, settings: Sequence[str] = ()) -> Run:
-    """The recipe `name` (phase2, sample-phase2, a file of recipes/, or a path to a .json file) with `settings` ("mix.off_epochs=2") put in.
+    """The recipe `name`, with `settings` such as "mix.off_epochs=2" applied in order.
 
-    Raises ConfigError with the nearest name, or what is wrong with the file or a setting.
+    `name` is that of a job (phase2), of the sample (sample-phase2), of a file in recipes/, or the
+    path of a .json file. Raises ConfigError with the nearest name, or with what is wrong in the
+    file or in a setting.
     """
     return override(_load(name), dict(map(_setting, settings)))
 
 
 def _load(name: str) -> Run:
-    for path in (Path(name).expanduser(), ROOT / "recipes" / f"{name}.json"):
+    for path in (Path(name).expanduser(), *(f / f"{name}.json" for f in _json_folders())):
         if path.suffix == ".json" and path.is_file():
-            try:
-                return from_json(Run, path.read_text(encoding="utf-8"))
-            except (ConfigError, UnicodeDecodeError) as error:
-                raise ConfigError(f"recipe {name}: {error}") from None
-    job, wanted = ("sample", name.removeprefix(SAMPLE)) if name.startswith(SAMPLE) else (name, name)
-    path = ROOT / "jobs" / f"{job}.py"
-    if not name.endswith(".json") and job.isidentifier() and path.is_file():
-        spec = importlib.util.spec_from_file_location(f"jobs.{job}", path)
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        found = {k: v for k, v in vars(module).items() if isinstance(v, Run)}
-        for key in (wanted.upper().replace("-", "_"), name.upper().replace("-", "_")):
-            if key in found:
-                return found[key]
-        if len(found) == 1:
+            return _from_file(name, path)
+    from_sample = name.startswith(SAMPLE)
+    job = "sample" if from_sample else name
+    path = jobs_folder() / f"{job}.py"
+    if job.isidentifier() and path.is_file():
+        wanted = name.removeprefix(SAMPLE).upper()
+        found = {k: v for k, v in vars(_module(job, path)).items() if isinstance(v, Run)}
+        if wanted in found:
+            return found[wanted]
+        if len(found) == 1 and not from_sample:
             return next(iter(found.values()))
+    known = available()
     raise ConfigError(
-        f"unknown recipe {name}.{nearest(name, available())} There are: {', '.join(available())}. A path to a .json file (as --show prints it) works too"
+        f"unknown recipe {name}.{nearest(name, known)} There are: {', '.join(known)}. "
+        "A path to a .json file (as --show prints it) works too"
     )
 
 
+def _json_folders() -> tuple[Path, ...]:
+    """Folders with recipes in JSON: recipes/ here, where promotion writes, and of the checkout."""
+    return Path("recipes"), jobs_folder().parent / "recipes"
+
+
+def _from_file(name: str, path: Path) -> Run:
+    try:
+        return from_json(Run, path.read_text(encoding="utf-8"))
+    except (ConfigError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {name}: {error}") from None
+
+
+def _module(job: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"jobs.{job}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _setting(text: str) -> tuple[str, Any]:
-    """("mix.off_epochs", 2) from "mix.off_epochs=2"; values are JSON, and text where they are none."""
+    """("mix.off_epochs", 2) from "mix.off_epochs=2". Values are JSON, or else plain text."""
     path, equals, value = text.partition("=")
     if not equals or not path:
         raise ConfigError(f"--set {text}: needs PATH=VALUE, such as --set mix.off_epochs=2")

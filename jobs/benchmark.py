@@ -22,8 +22,6 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from ftlib.cli import job
 
 WHAT = ("loader", "step", "scaling", "checkpoint", "startup")

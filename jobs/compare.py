@@ -8,10 +8,7 @@ interval then covers seeds as well as images. Takes seconds; the first compariso
 """
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def main() -> None:

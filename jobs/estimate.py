@@ -17,8 +17,6 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from ftlib import recipes
 from ftlib.cli import job, parse
 

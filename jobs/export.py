@@ -11,10 +11,7 @@ per format, and one pass over at most 2,000 pictures to fit the temperature (non
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ftlib.cli import job
 

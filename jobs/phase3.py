@@ -8,11 +8,6 @@ Expected: 78-80 % top-1, 92-94 % top-5. Cost: 75 epochs (60-90 is the useful ran
 so this one is for a cluster: `--cluster.workers 4`, or `1:4` where nodes come and go.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from ftlib.cli import job, parse
 from ftlib.config import AdamW, Augment, Cosine, CrossEntropy, Data, Gates, Mix, Model, Run, Train
 

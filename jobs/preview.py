@@ -11,10 +11,6 @@ the phases themselves. What comes out: one PNG. What it costs: some seconds of o
 from __future__ import annotations
 
 import argparse
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ftlib import recipes
 from ftlib.cli import job, parse

@@ -10,10 +10,7 @@ finds it better at the 5 % level; otherwise the answer is to keep the recipe. Th
 
 import argparse
 import os
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def main() -> None:

@@ -8,10 +8,7 @@ checkpoint at or before it (from the beginning, where there is none) in a scratc
 """
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ftlib.cli import job
 

@@ -10,19 +10,16 @@ The same command again says what is there; another FTLIB_HOME starts over.
 import os
 import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from ftlib import recipes
 from ftlib.cli import job
 from ftlib.settings import override
-from jobs import phase1, phase2
 
 SMALL = {"data.path": "digits", "data.subset": 1.0, "model.arch": "resnet18", "augment.size": 32}
 # 359 held-out digits: one of them is 0.28 points, so a point more or less between the phases says nothing.
-PHASE1 = override(phase1.PHASE1, {**SMALL, "train.epochs": 16, "gates.val_top1": 90.0})
+PHASE1 = override(recipes.load("phase1"), {**SMALL, "train.epochs": 16, "gates.val_top1": 90.0})
 PHASE2 = override(
-    phase2.PHASE2, {**SMALL, "train.epochs": 2, "gates.val_top1": 97.0, "gates.gain": -1.5}
+    recipes.load("phase2"), {**SMALL, "train.epochs": 2, "gates.val_top1": 97.0, "gates.gain": -1.5}
 )
 
 

@@ -11,16 +11,13 @@ trial, and below $FTLIB_HOME/runs/SWEEP/report a page, its figures and best.json
 
 import argparse
 import os
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def main() -> None:
     from ftlib import recipes
+    from ftlib.paths import spaces_folder
 
-    spaces = ", ".join(sorted(p.stem for p in (recipes.ROOT / "tune_spaces").glob("[!_]*.py")))
+    spaces = ", ".join(sorted(p.stem for p in spaces_folder().glob("[!_]*.py")))
     parser = argparse.ArgumentParser(
         prog="python jobs/sweep.py",
         description=__doc__,

@@ -6,6 +6,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ["MLFLOW_TRACKING_URI"] = ""
 os.environ.pop("RAY_ADDRESS", None)
+# Jobs and workers that tests start import the ftlib under test, wherever another one is installed.
+_checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_paths = dict.fromkeys([_checkout, *filter(None, os.environ.get("PYTHONPATH", "").split(":"))])
+os.environ["PYTHONPATH"] = ":".join(_paths)
 
 import pytest
 from hypothesis import settings

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ftlib import recipes
 from ftlib.cli import job, parse
 from ftlib.config import SGD, AdamW, Focal, Gates, OneCycle, Run
 from ftlib.settings import ConfigError, flat, to_json
@@ -189,13 +190,26 @@ def test_a_failed_job_has_no_traceback_unless_asked(capsys, monkeypatch):
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_a_job_of_another_checkout_is_refused(tmp_path):
+    """Editing one checkout and running another one's code would go unnoticed."""
+    (tmp_path / "ftlib").mkdir()
+    (tmp_path / "ftlib" / "cli.py").touch()
+    (tmp_path / "jobs").mkdir()
+    copy = tmp_path / "jobs" / "phase1.py"
+    copy.write_text((ROOT / "jobs" / "phase1.py").read_text())
+    done = subprocess.run([sys.executable, str(copy), "--show"], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert f"this job is of the checkout {tmp_path}" in done.stderr
+    assert f"ftlib comes from {ROOT}" in done.stderr and "make install" in done.stderr
+
+
+@pytest.mark.parametrize("job", sorted(path.stem for path in (ROOT / "jobs").glob("*.py")))
+def test_no_job_changes_the_import_path(job):
+    assert "sys.path" not in (ROOT / "jobs" / f"{job}.py").read_text()
+
+
 def phase(name):
-    sys.path.insert(0, str(ROOT))
-    try:
-        module = __import__(f"jobs.{name}", fromlist=["x"])
-    finally:
-        sys.path.remove(str(ROOT))
-    return getattr(module, name.upper())
+    return recipes.load(name)
 
 
 def test_the_phases_are_those_of_the_plan():
@@ -278,11 +292,6 @@ def test_the_phases_are_those_of_the_plan():
 
 def test_the_sample_differs_only_in_size():
     """Model, picture size, epochs, data, and success criteria to match."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        from jobs import sample
-    finally:
-        sys.path.remove(str(ROOT))
     allowed = {
         "data.path",
         "data.subset",
@@ -293,5 +302,6 @@ def test_the_sample_differs_only_in_size():
         "gates.max_gap",
         "gates.gain",
     }
-    for small, full in ((sample.PHASE1, phase("phase1")), (sample.PHASE2, phase("phase2"))):
+    for name in ("phase1", "phase2"):
+        small, full = phase(f"sample-{name}"), phase(name)
         assert {p for p in flat(full) if flat(full)[p] != flat(small)[p]} <= allowed

@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from ftlib.paths import environment
+import ftlib
+from ftlib.paths import environment, jobs_folder, spaces_folder
 
 
 def test_the_environment_is_as_before_afterwards(monkeypatch):
@@ -14,3 +15,14 @@ def test_the_environment_is_as_before_afterwards(monkeypatch):
         assert os.environ["FTLIB_A"] == os.environ["FTLIB_B"] == "new"
         raise RuntimeError
     assert os.environ["FTLIB_A"] == "old" and "FTLIB_B" not in os.environ
+
+
+def test_jobs_and_spaces_are_found_beside_the_package_and_inside_it(tmp_path, monkeypatch):
+    """Beside it in a checkout, inside it where a wheel was installed."""
+    package = tmp_path / "ftlib"
+    package.mkdir()
+    monkeypatch.setattr(ftlib, "__file__", str(package / "__init__.py"))
+    assert (jobs_folder(), spaces_folder()) == (tmp_path / "jobs", tmp_path / "tune_spaces")
+    (package / "jobs").mkdir()
+    (package / "tune_spaces").mkdir()
+    assert (jobs_folder(), spaces_folder()) == (package / "jobs", package / "tune_spaces")

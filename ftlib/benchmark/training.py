@@ -35,6 +35,7 @@ from ftlib.config import (
 )
 from ftlib.launch.cluster import ROOT
 from ftlib.launch.timing import same_pixels, settle, steps
+from ftlib.paths import jobs_folder
 from ftlib.training import checkpoint
 from ftlib.training.evaluate import autocast
 from ftlib.training.loop import Training, WorkerContext
@@ -272,7 +273,7 @@ def startup(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
     prepare(
         scratch / "few", scratch / "few-prepared", val_fraction=0.25, engine="here", progress=False
     )
-    here, jobs = str(scratch), Path(ROOT, "jobs")
+    here, jobs = str(scratch), jobs_folder()
     commands = {
         "ftlib --help": [str(jobs / "phase2.py"), "--help"],
         "ftlib wrong flag": [str(jobs / "phase2.py"), "--model.dropuot", "0.1"],

@@ -30,9 +30,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 import numpy as np
 
 from ftlib.config import Run
+from ftlib.paths import spaces_folder
 from ftlib.settings import ConfigError, Settings, checked, flat, hints, nearest, override
 
-FOLDER = Path(__file__).resolve().parents[2] / "tune_spaces"
 KEEP = type("KEEP", (), {"__repr__": lambda self: "the recipe's value"})()
 """`When(otherwise=KEEP)`: where the condition does not hold, the setting keeps the recipe's value."""
 INDEXED = re.compile(r"(.+)\[(\d+)\]")
@@ -162,12 +162,12 @@ class Space:
 
 
 def available() -> list[str]:
-    return sorted(p.stem for p in FOLDER.glob("*.py") if not p.stem.startswith("_"))
+    return sorted(p.stem for p in spaces_folder().glob("*.py") if not p.stem.startswith("_"))
 
 
 def load(name: str) -> Space:
     """The space `name` of tune_spaces/, or a path to a file of that form. Raises ConfigError with the nearest name or what is wrong in it."""
-    path = Path(name) if name.endswith(".py") else FOLDER / f"{name}.py"
+    path = Path(name) if name.endswith(".py") else spaces_folder() / f"{name}.py"
     if not path.is_file():
         near = nearest(name, available()) if not name.endswith(".py") else ""
         raise ConfigError(
