@@ -5,51 +5,69 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # The environment is made again when what it is made of changes.
-STAMP = $(VENV)/.installed-$(shell cat requirements.txt $(wildcard requirements.lock) | (sha256sum 2>/dev/null || shasum -a 256) | cut -c1-12)
-DEV_STAMP = $(VENV)/.dev-$(shell cat requirements.txt requirements-dev.txt | (sha256sum 2>/dev/null || shasum -a 256) | cut -c1-12)
+RUNTIME = requirements.txt $(wildcard requirements.lock) pyproject.toml
+STAMP = $(VENV)/.installed-$(shell cat $(RUNTIME) | (sha256sum 2>/dev/null || shasum -a 256) | cut -c1-12)
+DEV_STAMP = $(VENV)/.dev-$(shell cat $(RUNTIME) requirements-dev.txt | (sha256sum 2>/dev/null || shasum -a 256) | cut -c1-12)
+SOURCES := ftlib jobs tests tune_spaces
 PORT ?= 5000
 KILLS ?= 30
 SEED ?= 0
+# TORCH=cpu installs torch's CPU build (200 MB instead of 5 GB), without the lock's hashes.
+TORCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow lint ui soak lock install install-dev clean
+.PHONY: help run test test-slow check format ui soak lock install install-dev clean
 
 help:  ## List the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
+	  | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
 
-install: $(STAMP)  ## Make .venv and install what ftlib stands on
-install-dev: $(DEV_STAMP)
+install: $(STAMP)  ## Make .venv and install ftlib with what it stands on (TORCH=cpu: without CUDA)
+install-dev: $(DEV_STAMP)  ## The same, with what the tests and the gate need
 
-# The lock names the exact files (with their hashes) of one platform and Python; elsewhere the pinned versions are installed without it.
+# The lock names the exact files (with their hashes) of one platform and Python; elsewhere the
+# pinned versions are installed without it.
 $(STAMP):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.installed-*
-	if test -f requirements.lock && $(BIN)/python -m pip install --disable-pip-version-check --quiet --require-hashes --only-binary :all: --no-binary grad-cam -r requirements.lock 2>$(VENV)/lock.log; then \
+	if test -n "$(TORCH)"; then \
+	  $(PIP) install "$$(grep -E '^uv==' requirements-dev.txt)" && \
+	  $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend $(TORCH) -r requirements.txt; \
+	elif test -f requirements.lock && $(PIP) install --require-hashes --only-binary :all: \
+	    --no-binary grad-cam -r requirements.lock 2>$(VENV)/lock.log; then \
 	  echo "installed from requirements.lock, every file checked against its hash"; \
 	else \
-	  test -f requirements.lock && echo "requirements.lock does not fit this platform or Python ($$(tail -n 1 $(VENV)/lock.log | cut -c1-120)); installing requirements.txt without hashes"; \
-	  $(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt; \
+	  test ! -f requirements.lock || echo "requirements.lock does not fit this platform or Python" \
+	    "($$(tail -n 1 $(VENV)/lock.log | cut -c1-120)); installing requirements.txt without hashes"; \
+	  $(PIP) install -r requirements.txt; \
 	fi
+	$(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@
 
 $(DEV_STAMP): $(STAMP)
 	rm -f $(VENV)/.dev-*
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+	$(PIP) install -r requirements-dev.txt
 	touch $@
 
-run: $(STAMP)  ## Prepare the sample, train Phase 1 and Phase 2 on it (about 4 minutes on 2 cores)
+run: $(STAMP)  ## Prepare the sample and train the phases on it (about 4 minutes on 2 cores)
 	$(BIN)/python jobs/sample.py
 
-test: $(DEV_STAMP)  ## Run the tests (about 15 minutes on 2 cores)
+test: $(DEV_STAMP)  ## Run the tests (about 20 minutes on 2 cores)
 	$(BIN)/python -m pytest -q -m "not slow"
 
 test-slow: $(DEV_STAMP)  ## Run the tests that take minutes each
 	$(BIN)/python -m pytest -q -m slow
 
-lint: $(DEV_STAMP)  ## Check style and types
-	$(BIN)/python -m ruff check ftlib jobs tests tune_spaces
-	$(BIN)/python -m mypy ftlib
+check: $(DEV_STAMP)  ## The gate: format, lint and types
+	$(BIN)/python -m ruff format --check $(SOURCES)
+	$(BIN)/python -m ruff check $(SOURCES)
+	$(BIN)/python -m mypy
+
+format: $(DEV_STAMP)  ## Lay the code out and mend what the linter can
+	$(BIN)/python -m ruff format $(SOURCES)
+	$(BIN)/python -m ruff check --fix $(SOURCES)
 
 ui: $(STAMP)  ## Open MLflow's UI on this machine's runs (PORT=5000)
 	$(BIN)/python jobs/track.py ui --port $(PORT)
@@ -57,10 +75,11 @@ ui: $(STAMP)  ## Open MLflow's UI on this machine's runs (PORT=5000)
 soak: $(DEV_STAMP)  ## Kill training at random moments and compare with an undisturbed run (KILLS=30 SEED=0)
 	$(BIN)/python tests/soak.py --kills $(KILLS) --seed $(SEED)
 
-lock: $(DEV_STAMP)  ## Write requirements.lock anew: every package with its hashes (Linux x86-64, Python 3.11)
-	{ echo '# Made by `make lock`: Linux x86-64, Python 3.11.'; \
-	  $(BIN)/python -m uv pip compile --quiet --generate-hashes --no-header --no-annotate --python-version 3.11 --python-platform x86_64-manylinux_2_28 requirements.txt; } > requirements.lock.new
-	mv requirements.lock.new requirements.lock
+lock: $(DEV_STAMP)  ## Bring requirements.lock up to date (UPGRADE=1: newest versions of everything below)
+	$(BIN)/python -m uv pip compile --quiet --generate-hashes --no-header --no-annotate \
+	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 $(if $(UPGRADE),--upgrade) \
+	  --output-file requirements.lock requirements.txt > /dev/null
+	sed -i '1i # Made by `make lock`: Linux x86-64, Python 3.11.' requirements.lock
 
 clean:  ## Remove .venv and the caches; data and runs stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
