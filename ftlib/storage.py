@@ -1,9 +1,13 @@
-"""Folders that are there whole or not at all, on a local disk, a shared one, or an object store.
+"""Folders that exist whole or not at all: on a local disk, a shared one, or an object store.
 
-A folder is written under a temporary name: its files, then `manifest.json` with the sizes and sha256 of all of them, then a rename
-(where the storage can rename; on an object store the manifest is simply the last object written). A folder without a manifest that
-verifies is never read. Writes go to disk (fsync of files and folders) before the rename, so a crash of the machine leaves either the
-old state or the new one.
+A folder is written under a temporary name: first its files, then `manifest.json` with the size and
+sha256 of each, then a rename. Files and folders reach the disk (fsync) before the rename, so after
+a crash of the machine either the old folder is there or the new one.
+
+An object store has no rename. There the manifest is the last object written, and replacing a
+folder deletes the old manifest first. After a crash the folder is there, or reads as unfinished;
+whoever replaces folders keeps an older one beside it. A folder without a manifest that matches its
+files is never read.
 """
 
 from __future__ import annotations
@@ -13,11 +17,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from ftlib.text import hide_password, printable, shorten
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -31,12 +38,58 @@ class DamagedError(ValueError):
     """A folder whose contents do not match its manifest."""
 
 
+class UnsafeNameError(DamagedError):
+    """A name from a file, an archive or a server that could lead out of the folder it is for."""
+
+
+# --- addresses and names --------------------------------------------------------------------------
+
+
 def is_remote(uri: str) -> bool:
     return "://" in uri and not uri.startswith("file://")
 
 
 def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *parts])
+
+
+def safe_name(name: object, what: str = "name") -> str:
+    """`name`, if it can name a file or folder and nothing else.
+
+    For every name that comes from outside: a manifest, an archive, a server, a checkpoint. It is
+    text of 1 to 255 bytes, without separators and control characters, and does not begin with a
+    dot. Raises UnsafeNameError with `what` (say, "train/files of s3://...") and the name.
+    """
+    reason = ""
+    if not isinstance(name, str) or not name:
+        reason = "it must be text"
+    elif re.search(r"[/\\\x00-\x1f\x7f]", name):
+        reason = "it has a path separator or a control character in it"
+    elif name.startswith("."):
+        reason = "it begins with a dot"
+    elif len(name.encode("utf-8", "surrogatepass")) > 255:
+        reason = "it is longer than 255 bytes"
+    elif name != name.encode("utf-8", "ignore").decode():
+        reason = "it is not valid Unicode"
+    if reason:
+        shown = shorten(printable(str(name)), 80)
+        raise UnsafeNameError(f"{what}: the name {shown!r} is refused: {reason}")
+    return str(name)
+
+
+def inside(root: str, *names: object, what: str = "name") -> str:
+    """The path or address of `names`, each checked by `safe_name`, below the folder `root`.
+
+    For places that are written: on a local disk a link that leads out of `root` is refused too.
+    (To read a file, `join(root, safe_name(name))` is enough, and lets people link their shards.)
+    Raises UnsafeNameError.
+    """
+    path = join(root, *(safe_name(name, what) for name in names))
+    if not is_remote(root):
+        top, end = (os.path.realpath(p.removeprefix("file://")) for p in (root, path))
+        if os.path.commonpath([top, end]) != top:
+            raise UnsafeNameError(f"{what}: {path} is a link that leads out of {root}")
+    return path
 
 
 def filesystem(uri: str) -> tuple[Any, str]:
@@ -48,17 +101,20 @@ def filesystem(uri: str) -> tuple[Any, str]:
         return pa.fs.FileSystem.from_uri(uri if "://" in uri else str(Path(uri).absolute()))
     except (pa.ArrowException, OSError) as error:
         raise StorageError(
-            f"{uri}: this storage address cannot be opened ({error}). Use a folder that every node reaches, s3://... or gs://..."
-        ) from error
+            f"{hide_password(uri)}: this storage address cannot be opened "
+            f"({hide_password(str(error))}). "
+            "Use a folder that every node reaches, or an address such as s3://... or gs://..."
+        ) from None
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def write_folder(uri: str, files: Mapping[str, bytes], info: Mapping[str, Any]) -> None:
-    """Write `files` and `info` as the folder `uri`, atomically; a folder that is there already is replaced.
+    """Write `files` and `info` as the folder `uri`, and replace a folder that is there already.
 
-    Raises StorageError naming the place and the remedy when the storage is full, read-only or gone; nothing half-written stays behind.
+    Atomic on a disk; see above for object stores. Raises StorageError with the place and the
+    remedy when the storage is full, read-only or gone; nothing half-written stays behind.
     """
     manifest = {
         "schema": SCHEMA,
@@ -97,16 +153,28 @@ def write_file(uri: str, data: bytes) -> None:
         raise StorageError(explain(uri, error)) from error
 
 
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full. Free some space, or set checkpoint.storage to another place",
+    errno.EDQUOT: (
+        "the quota is used up. Free some space, or set checkpoint.storage to another place"
+    ),
+    errno.EFBIG: (
+        "the file would be larger than is allowed here. Raise the limit (ulimit -f), "
+        "or set checkpoint.storage to another place"
+    ),
+    errno.EROFS: ("the disk is read-only. Set checkpoint.storage to a place that can be written"),
+    errno.EACCES: ("permission denied. Set checkpoint.storage to a place that this user can write"),
+    errno.ENOENT: "the folder is gone. Was the disk unmounted?",
+}
+
+
 def explain(uri: str, error: OSError) -> str:
-    remedy = {
-        errno.ENOSPC: "the disk is full. Free some space, or set checkpoint.storage to another place",
-        errno.EDQUOT: "the quota is used up. Free some space, or set checkpoint.storage to another place",
-        errno.EFBIG: "the file would be larger than is allowed here. Raise the limit (ulimit -f), or set checkpoint.storage to another place",
-        errno.EROFS: "the disk is read-only. Set checkpoint.storage to a place that can be written",
-        errno.EACCES: "permission denied. Set checkpoint.storage to a place that this user can write",
-        errno.ENOENT: "the folder is gone. Was the disk unmounted?",
-    }.get(error.errno or 0, f"{error.strerror or error}. Check that the storage is reachable")
-    return f"cannot write {uri}: {remedy}"
+    """The message of a write to `uri` that failed: what happened and what to do."""
+    remedy = _REMEDIES.get(error.errno or 0)
+    if remedy is None:
+        reason = hide_password(str(error.strerror or error))
+        remedy = f"{reason}. Check that the storage is reachable"
+    return f"cannot write {hide_password(uri)}: {remedy}"
 
 
 def _write_durably(path: Path, data: bytes) -> None:
@@ -132,7 +200,7 @@ def _write_local(target: Path, contents: Mapping[str, bytes]) -> None:
         for name, data in contents.items():
             _write_durably(temporary / name, data)
         _sync_folder(temporary)
-        if target.exists():  # a re-executed step writes the same folder again
+        if target.exists():  # a step that is repeated writes the same folder again
             old = target.parent / f".tmp-old-{uuid.uuid4().hex[:8]}"
             os.replace(target, old)
             os.replace(temporary, target)
@@ -148,12 +216,15 @@ def _write_local(target: Path, contents: Mapping[str, bytes]) -> None:
 def _upload(uri: str, contents: Mapping[str, bytes]) -> None:
     fs, path = filesystem(uri)
     fs.create_dir(path, recursive=True)
+    if MANIFEST in contents:
+        with contextlib.suppress(FileNotFoundError):
+            fs.delete_file(f"{path}/{MANIFEST}")
     for name, data in contents.items():  # the manifest is the last entry
         with fs.open_output_stream(f"{path}/{name}") as stream:
             stream.write(data)
 
 
-# --- reading ----------------------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def read_file(uri: str) -> bytes | None:
@@ -178,42 +249,55 @@ def read_json(uri: str) -> Any | None:
         return None
     try:
         return json.loads(data)
+    except RecursionError:
+        raise DamagedError(f"{uri} is not valid JSON (it is nested too deeply)") from None
     except ValueError as error:
         raise DamagedError(f"{uri} is not valid JSON ({error})") from None
 
 
 def read_folder(uri: str) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """(files, manifest) of a folder, every file checked against its size and sha256. Raises DamagedError."""
+    """(files, manifest) of a folder; each file has the size and sha256 of the manifest.
+
+    Raises DamagedError.
+    """
+    manifest = _read_manifest(uri)
+    return {name: _read_checked(uri, name, manifest) for name in manifest["files"]}, manifest
+
+
+def _read_manifest(uri: str) -> dict[str, Any]:
     manifest = read_json(join(uri, MANIFEST))
     if manifest is None:
         raise DamagedError(f"{uri} has no {MANIFEST}: it was never finished")
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise DamagedError(f"{uri}/{MANIFEST} is not a manifest")
-    if manifest.get("schema", 0) > SCHEMA:
+    schema = manifest.get("schema", 0)
+    if not isinstance(schema, int) or schema > SCHEMA:
         raise DamagedError(
-            f"{uri} was written by a newer ftlib (schema {manifest['schema']}, this one knows {SCHEMA})"
+            f"{uri} was written by a newer ftlib (schema {schema}, this one knows {SCHEMA})"
         )
-    files: dict[str, bytes] = {}
-    for name, known in manifest["files"].items():
-        if "/" in name or name.startswith("."):
-            raise DamagedError(f"{uri}/{MANIFEST} names a file outside its folder: {name!r}")
-        data = read_file(join(uri, name))
-        if data is None:
-            raise DamagedError(f"{uri}/{name} is missing")
-        if len(data) != known["bytes"]:
-            raise DamagedError(
-                f"{uri}/{name} has {len(data)} bytes, its manifest says {known['bytes']}"
-            )
-        if hashlib.sha256(data).hexdigest() != known["sha256"]:
-            raise DamagedError(
-                f"{uri}/{name} does not have the sha256 of its manifest: its contents were altered"
-            )
-        files[name] = data
-    return files, manifest
+    return manifest
+
+
+def _read_checked(uri: str, name: str, manifest: Mapping[str, Any]) -> bytes:
+    data = read_file(join(uri, safe_name(name, f"{uri}/{MANIFEST}")))
+    known = manifest["files"][name]
+    if not isinstance(known, dict):
+        raise DamagedError(f"{uri}/{MANIFEST} is not a manifest")
+    if data is None:
+        raise DamagedError(f"{uri}/{name} is missing")
+    if len(data) != known.get("bytes"):
+        raise DamagedError(
+            f"{uri}/{name} has {len(data)} bytes, its manifest says {known.get('bytes')}"
+        )
+    if hashlib.sha256(data).hexdigest() != known.get("sha256"):
+        raise DamagedError(
+            f"{uri}/{name} does not have the sha256 of its manifest: its contents were altered"
+        )
+    return data
 
 
 def folders(uri: str) -> Iterator[str]:
-    """Names of the folders below `uri`, temporary ones left out, in no special order."""
+    """Names of the folders in `uri`, in no special order; temporary ones are left out."""
     if not is_remote(uri):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             yield from (
@@ -230,7 +314,18 @@ def folders(uri: str) -> Iterator[str]:
             yield entry.base_name
 
 
+def delete_file(uri: str) -> None:
+    """Delete one file; one that does not exist is no error."""
+    if is_remote(uri):
+        fs, path = filesystem(uri)
+        with contextlib.suppress(FileNotFoundError):
+            fs.delete_file(path)
+    else:
+        Path(uri.removeprefix("file://")).unlink(missing_ok=True)
+
+
 def delete_folder(uri: str) -> None:
+    """Delete a folder and all in it; one that does not exist is no error."""
     if is_remote(uri):
         fs, path = filesystem(uri)
         with contextlib.suppress(FileNotFoundError):
@@ -239,8 +334,8 @@ def delete_folder(uri: str) -> None:
         shutil.rmtree(uri.removeprefix("file://"), ignore_errors=True)
 
 
-def sweep_temporary(uri: str) -> None:
-    """Remove what crashed writers left behind. Only the holder of the run's lease may call this."""
+def delete_temporary(uri: str) -> None:
+    """Delete what crashed writers left in `uri`. Only the holder of the run's lease may do so."""
     if not is_remote(uri):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             for entry in os.scandir(uri.removeprefix("file://")):

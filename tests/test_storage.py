@@ -1,3 +1,5 @@
+"""Folders that are whole or not there, names that stay inside, and what failures say."""
+
 import errno
 import os
 import signal
@@ -8,7 +10,7 @@ import textwrap
 import pytest
 
 from ftlib import storage
-from ftlib.storage import DamagedError, StorageError, join
+from ftlib.storage import DamagedError, StorageError, UnsafeNameError, inside, join, safe_name
 
 FILES = {"a.bin": bytes(range(256)) * 64, "b.json": b'{"x": 1}'}
 
@@ -37,7 +39,7 @@ def test_a_folder_comes_back_as_written(tmp_path):
             lambda d: (d / "manifest.json").write_text(
                 '{"schema": 1, "files": {"../../etc/passwd": {"bytes": 1, "sha256": ""}}}'
             ),
-            "outside its folder",
+            "path separator",
         ),
     ],
 )
@@ -106,7 +108,7 @@ def test_a_kill_during_writes_never_leaves_a_folder_that_verifies_wrongly(tmp_pa
             assert set(files["a"]) == set(files["b"]) == {manifest["n"]}
             seen += 1
     assert seen >= 6
-    storage.sweep_temporary(str(tmp_path))
+    storage.delete_temporary(str(tmp_path))
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".tmp")]
 
 
@@ -159,3 +161,96 @@ def test_object_stores_get_the_manifest_last(tmp_path, monkeypatch):
     assert storage.read_json("s3://bucket/run/one.json") == {}
     storage.delete_folder("s3://bucket/run/step-1")
     assert list(storage.folders("s3://bucket/run")) == []
+
+
+def test_a_replacement_on_an_object_store_never_pairs_new_files_with_the_old_manifest(
+    tmp_path, monkeypatch
+):
+    """Killed after any object: the folder reads as the old one, the new one, or as unfinished."""
+    import pyarrow.fs as fs
+
+    class Dies(fs.SubTreeFileSystem):
+        left = 10**9
+
+        def open_output_stream(self, path, *args, **kwargs):
+            Dies.left -= 1
+            if Dies.left < 0:
+                raise KeyboardInterrupt
+            return super().open_output_stream(path, *args, **kwargs)
+
+    store = Dies(str(tmp_path), fs.LocalFileSystem())
+    monkeypatch.setattr(storage, "filesystem", lambda uri: (store, uri.removeprefix("s3://")))
+    for objects in range(4):
+        Dies.left = 10**9
+        storage.write_folder("s3://b/step-1", FILES, {"step": 1})
+        Dies.left = objects
+        new = {"a.bin": b"new", "b.json": b"[]"}
+        try:
+            storage.write_folder("s3://b/step-1", new, {"step": 2})
+        except KeyboardInterrupt:
+            with pytest.raises(DamagedError, match="never finished"):
+                storage.read_folder("s3://b/step-1")
+        else:
+            assert objects == 3 and storage.read_folder("s3://b/step-1")[0] == new
+
+
+HOSTILE = [
+    "",
+    ".",
+    "..",
+    "../x",
+    "a/b",
+    "/etc/passwd",
+    "a\\b",
+    ".hidden",
+    "a\nb",
+    "a\x00b",
+    "a\x1b[31m",
+    "x" * 256,
+    "\udcff",
+    None,
+    7,
+    ["a"],
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_name_that_is_more_than_a_name_is_refused(tmp_path, name):
+    for call in (lambda: safe_name(name, "m.json"), lambda: inside(str(tmp_path), name)):
+        with pytest.raises(UnsafeNameError) as error:
+            call()
+        assert str(error.value).isprintable() and len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "name", ["train-00000.parquet", "my photos", "Müller", "数据", "a..b", "~"]
+)
+def test_usual_names_are_taken_as_they_are(tmp_path, name):
+    assert safe_name(name) == name
+    assert inside(str(tmp_path), "x", name) == f"{tmp_path}/x/{name}"
+    assert inside("s3://bucket/x", name) == f"s3://bucket/x/{name}"
+
+
+def test_a_link_out_of_the_root_is_refused(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "out").symlink_to(tmp_path)
+    (tmp_path / "root" / "in").symlink_to(tmp_path / "root")
+    with pytest.raises(UnsafeNameError, match="leads out of"):
+        inside(str(tmp_path / "root"), "out", "x")
+    assert inside(str(tmp_path / "root"), "in", "x")
+
+
+@pytest.mark.parametrize("manifest", ['{"schema": 1, "files": {"a": 3}}', "[" * 100_000, "[1]"])
+def test_a_manifest_of_the_wrong_shape_is_damage(tmp_path, manifest):
+    (tmp_path / "manifest.json").write_text(manifest)
+    (tmp_path / "a").touch()
+    with pytest.raises(DamagedError):
+        storage.read_folder(str(tmp_path))
+
+
+def test_messages_hide_passwords():
+    uri = "s3://key:sec#ret/x@bucket/runs"
+    assert "sec" not in storage.explain(uri, OSError(errno.EIO, f"no {uri}"))
+    with pytest.raises(StorageError) as error:
+        storage.filesystem("gopher://key:sec#ret@bucket/runs")
+    assert "sec" not in str(error.value)

@@ -95,7 +95,7 @@ class CheckpointWriter:
         self._failed: list[StorageError] = []
         self._lock = threading.Lock()
         for uri in (self.checkpoints, self.best):
-            storage.sweep_temporary(uri)
+            storage.delete_temporary(uri)
 
     def save(
         self, step: int, state: dict[str, Any], done: Callable[[], None] | None = None

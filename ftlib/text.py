@@ -1,0 +1,36 @@
+"""Text that is fit for a message: short, on one line, and without passwords."""
+
+from __future__ import annotations
+
+import re
+
+_USER = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*://)[^\s'\"@/]+@")
+_PASSWORD = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*://)[^\s'\"]*:[^\s'\"]*@")
+_QUERY = re.compile(
+    r"(?P<name>[?&][\w-]*(?:secret|password|passwd|token|access_key|signature|sig)[\w-]*=)[^&\s'\"]+",
+    re.IGNORECASE,
+)
+
+
+def shorten(text: str, limit: int = 200) -> str:
+    """`text` with its middle left out where it is longer than `limit` characters."""
+    if len(text) <= limit:
+        return text
+    kept = (limit - 25) // 2
+    return f"{text[:kept]}... ({len(text):,} characters) ...{text[-kept:]}"
+
+
+def hide_password(text: str) -> str:
+    """`text` with the user part and secret parameters of every address in it replaced by `***`.
+
+    An address is hidden up to its last @, since people write passwords with #, / and : in them.
+    """
+    text = _PASSWORD.sub(r"\g<scheme>***@", text)
+    text = _USER.sub(r"\g<scheme>***@", text)
+    return _QUERY.sub(r"\g<name>***", text)
+
+
+def printable(text: str) -> str:
+    """`text` with control characters and undecodable bytes escaped, so that a terminal shows it."""
+    kept = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return kept.encode("utf-8", "backslashreplace").decode("utf-8")
