@@ -53,7 +53,7 @@ def test_damage_is_always_recognised(tmp_path, harm, words):
 
 @pytest.mark.parametrize("at", range(0, 20000, 1777))
 def test_a_write_that_fails_at_any_byte_leaves_the_old_folder_whole(tmp_path, monkeypatch, at):
-    """The disk fills after `at` more bytes: the old contents stay, nothing half-written remains, the message says what to do."""
+    """The disk fills after `at` bytes: the old contents stay, and the message says what to do."""
     uri = str(tmp_path / "step-1")
     storage.write_folder(uri, {"a.bin": b"old"}, {})
     left = at
@@ -87,7 +87,8 @@ def test_a_kill_during_writes_never_leaves_a_folder_that_verifies_wrongly(tmp_pa
         n = 0
         while True:
             n += 1
-            storage.write_folder(sys.argv[1] + f"/step-{n % 3}", {"a": bytes([n % 256]) * 300_000, "b": bytes([n % 256]) * 10}, {"n": n % 256})
+            files = {"a": bytes([n % 256]) * 300_000, "b": bytes([n % 256]) * 10}
+            storage.write_folder(sys.argv[1] + f"/step-{n % 3}", files, {"n": n % 256})
     """)
     seen = 0
     for attempt in range(6):
@@ -137,7 +138,7 @@ def test_storage_that_refuses_says_why_and_what_to_do(tmp_path, monkeypatch, cod
 
 
 def test_object_stores_get_the_manifest_last(tmp_path, monkeypatch):
-    """Through pyarrow's file systems, as s3:// goes; the manifest is written after everything it names."""
+    """The manifest is written after everything it names."""
     import pyarrow.fs as fs
 
     order = []
