@@ -164,7 +164,9 @@ class TrainedRun:
     def _packaged(self) -> Any:
         from ftlib.packaging.package import load as load_package
 
-        place = Path(self.folder) if not storage.is_remote(self.folder) else home() / "runs" / self.name
+        place = (
+            Path(self.folder) if not storage.is_remote(self.folder) else home() / "runs" / self.name
+        )
         return load_package(str(self._package_into(place / "package")))
 
     def _package_into(self, out: Path) -> Path:
@@ -197,6 +199,7 @@ class TrainedRun:
         from html import escape
 
         rows = "".join(
-            f"<tr><td>{escape(k)}</td><td>{v:.2f}</td></tr>" for k, v in sorted(self.metrics.items())
+            f"<tr><td>{escape(k)}</td><td>{v:.2f}</td></tr>"
+            for k, v in sorted(self.metrics.items())
         )
         return f"<b>{escape(self.name)}</b> {escape(json.dumps(self.passed))}<table>{rows}</table>"

@@ -101,7 +101,9 @@ def run_job(name: str, options: list[str]) -> None:
     if not path.is_file() or path.stem.startswith("_"):
         near = get_close_matches(name, jobs(), n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        print(f"error: there is no job {name[:40]}.{hint} `ftlib --help` lists them.", file=sys.stderr)
+        print(
+            f"error: there is no job {name[:40]}.{hint} `ftlib --help` lists them.", file=sys.stderr
+        )
         raise SystemExit(2)
     sys.argv = [str(path), *options]
     runpy.run_path(str(path), run_name="__main__")

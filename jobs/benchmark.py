@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     parts: list[Part] = []
     with tempfile.TemporaryDirectory(prefix="ftlib-benchmark-") as folder:
         scratch = Path(folder)
-        step = training.Settings(
+        step = training.BenchmarkSettings(
             asked.arch, asked.step_size, asked.batch, asked.steps, asked.rounds
         )
         source = Path(asked.source) if asked.source else None

@@ -210,14 +210,14 @@ def test_loader_processes_are_measured_and_ended(tmp_path):
 
 def test_checkpoints_in_their_smallest_form(tmp_path):
     part = training.checkpoints(
-        training.Settings(size=32, batch=2, steps=1, rounds=1), tmp_path, quiet
+        training.BenchmarkSettings(size=32, batch=2, steps=1, rounds=1), tmp_path, quiet
     )
     assert part.ratios[0].goal == 1.01 and "a checkpoint" in part.notes[1]
 
 
 @pytest.mark.slow
 def test_two_workers_and_startup(tmp_path):
-    smallest = training.Settings(size=32, batch=2, steps=1, rounds=1)
+    smallest = training.BenchmarkSettings(size=32, batch=2, steps=1, rounds=1)
     found = training.scaling(smallest, tmp_path, quiet)
     assert (
         set(found.costs) == {"ftlib, two workers", "torchrun DDP, two workers"}

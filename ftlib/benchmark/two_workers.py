@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ftlib.benchmark.training import Settings, loops, training, words
+from ftlib.benchmark.training import BenchmarkSettings, loops, training, words
 
 
-def main(out: str, settings: Settings) -> None:
+def main(out: str, settings: BenchmarkSettings) -> None:
     backend = "nccl" if torch.cuda.device_count() > 1 else "gloo"
     dist.init_process_group(backend)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -55,4 +55,4 @@ def main(out: str, settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Settings(**json.loads(sys.argv[2])))
+    main(sys.argv[1], BenchmarkSettings(**json.loads(sys.argv[2])))

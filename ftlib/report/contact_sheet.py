@@ -115,14 +115,14 @@ def seen_by_the_network(
         dataset, training_rows(dataset, run), run, 0, 1, step, step + 1, 0
     ) as batches:
         for batch in batches:
-            mixing = batch.epoch < run.train.epochs - run.mix.off_epochs
+            is_mixed = batch.epoch < run.train.epochs - run.mix.off_epochs
             height, width = batch.images.shape[1:3]
             yield (
                 batch,
                 mixing.draw(
                     run.mix, key(MIX, run.seed, batch.step, batch.k), len(batch.rows), height, width
                 )
-                if mixing
+                if is_mixed
                 else None,
             )
 
