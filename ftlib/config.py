@@ -1,10 +1,9 @@
-"""A run is a value: `Run` is one frozen tree of typed settings, and every setting there is lives here.
+"""The settings of a run: `Run` is one frozen tree of typed values, and all settings are here.
 
-A recipe (`jobs/phase2.py`) is a complete `Run(...)`; the command line and a sweep only replace leaves of it (`ftlib.settings`).
-Each field says its meaning and unit below it; `--help` shows the same text. Values out of bounds and combinations that cannot
-work fail while the tree is being built, with the remedy in the message. This file imports no torch, so `--help` answers at once.
-
-It is longer than most files here because it is the one map of all settings, meant to be read in one sitting.
+A recipe such as jobs/phase2.py is a complete `Run(...)`; the command line and a sweep replace
+leaves of it (`ftlib.settings`). The text below a field is what `--help` shows: its meaning and its
+unit. Values out of bounds, and combinations that cannot work, raise ConfigError with the remedy
+while the tree is built. This module imports no torch, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -33,20 +32,25 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 @dataclass(frozen=True)
 class Data(Settings):
+    """The prepared data set and how it is read."""
+
     section: ClassVar[str] = "data"
 
     path: str = ""
-    """The prepared data set (made by jobs/prepare.py): a folder, an s3:// or gs:// address, or a bare name below $FTLIB_HOME/data."""
+    """The prepared data set (jobs/prepare.py makes one): a name below $FTLIB_HOME/data, a folder,
+    or an s3:// or gs:// address."""
     subset: Annotated[float, Between(0, 1, open_low=True)] = 1.0
-    """Fraction of the training images to use, stratified by class. Smaller subsets of one seed lie within larger ones."""
+    """Fraction of the training images to use, the same of each class. With one seed, a smaller
+    subset is part of a larger one."""
     subset_seed: int = 42
     """Seed that chooses the subset."""
     tuning_fraction: Annotated[float, Between(0, 0.5)] = 0.0
-    """Fraction of the training images (after `subset`), stratified, that is kept out of training and scored in place of the
-    validation set. Sweeps set it, so that the validation set is never used to choose. 0 scores the validation set."""
+    """Fraction of the training images (after `subset`, the same of each class) that is kept out of
+    training and scored in place of the validation set. Sweeps set it, so that the validation set is
+    never used to choose settings. 0: the validation set is scored."""
     loader_workers: Annotated[int, Between(-1, 256)] = -1
-    """Loader processes per training worker; 0 loads in a thread of the training process; -1 chooses from the CPUs reserved for
-    the worker (a process for each but one)."""
+    """Loader processes per training worker. 0: a thread of the training process loads. -1: one
+    process for each CPU of the worker but one."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Per-channel mean (red, green, blue; pixels scaled to 0..1) subtracted on the device."""
     std: tuple[float, float, float] = IMAGENET_STD
@@ -59,12 +63,14 @@ class Data(Settings):
 
 @dataclass(frozen=True)
 class Augment(Settings):
+    """Random changes to each training image: crop, flip, color, RandAugment, erasing."""
+
     section: ClassVar[str] = "augment"
 
     size: Annotated[int, Between(8, 2048)] = 224
     """Side of the square training input, in pixels."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Smallest and largest share of the picture's area that RandomResizedCrop takes."""
+    """Smallest and largest share of the picture's area that RandomResizedCrop cuts out."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest aspect ratio (width / height) of that crop."""
     flip: Fraction = 0.5
@@ -72,9 +78,10 @@ class Augment(Settings):
     color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
     """Strength of the jitter of brightness, contrast, saturation (relative) and hue (turns)."""
     color_jitter_p: Fraction = 0.2
-    """Probability that the colour jitter acts on an image."""
+    """Probability that the color jitter acts on an image."""
     randaugment_n: Annotated[int, Between(0, 3)] = 0
-    """How many of the three groups (geometric, noise, colour) an image may go through. 0 switches RandAugment off."""
+    """How many of the three groups of ops (geometric, noise, color) an image may go through. 0: no
+    RandAugment."""
     randaugment_m: Annotated[float, Between(0, 10)] = 0.0
     """Magnitude of every RandAugment op, 0 (identity) to 10 (strongest); fractions are allowed."""
     randaugment_p: Fraction = 0.3
@@ -82,7 +89,8 @@ class Augment(Settings):
     randaugment_ops: tuple[str, ...] = ()
     """Names of the ops to choose from (see docs/augmentation.md); empty means all of them."""
     trivialaugment: bool = False
-    """One random op at one random strength per image (TrivialAugment, Mueller and Hutter 2021), in place of RandAugment."""
+    """One random op at one random strength per image (TrivialAugment, Mueller and Hutter 2021), in
+    place of RandAugment."""
     erasing_p: Fraction = 0.0
     """Probability of RandomErasing (Zhong et al. 2017) on an image."""
     erasing_scale: tuple[float, float] = (0.02, 0.33)
@@ -105,12 +113,14 @@ class Augment(Settings):
         if self.randaugment_n == 0 and self.randaugment_m > 0:
             self.refuse(
                 "randaugment_m",
-                "it would do nothing because augment.randaugment_n is 0. Set augment.randaugment_n to 1, 2 or 3, or the magnitude to 0",
+                "it would do nothing because augment.randaugment_n is 0. "
+                "Set augment.randaugment_n to 1, 2 or 3, or the magnitude to 0",
             )
         if self.trivialaugment and self.randaugment_n > 0:
             self.refuse(
                 "trivialaugment",
-                "it takes the place of RandAugment. Set augment.randaugment_n and augment.randaugment_m to 0",
+                "it takes the place of RandAugment. "
+                "Set augment.randaugment_n and augment.randaugment_m to 0",
             )
         if self.randaugment_ops and self.randaugment_n == 0 and not self.trivialaugment:
             self.refuse(
@@ -121,47 +131,58 @@ class Augment(Settings):
 
 @dataclass(frozen=True)
 class Mix(Settings):
+    """Mixup and CutMix: training images that are blends of two."""
+
     section: ClassVar[str] = "mix"
 
     mixup_alpha: Annotated[float, Between(0, 100)] = 0.0
-    """Mixup (Zhang et al. 2018): lambda is drawn from Beta(alpha, alpha). 0 switches it off."""
+    """Mixup (Zhang et al. 2018): lambda is drawn from Beta(alpha, alpha). 0: off."""
     cutmix_alpha: Annotated[float, Between(0, 100)] = 0.0
-    """CutMix (Yun et al. 2019): lambda is drawn from Beta(alpha, alpha). 0 switches it off."""
+    """CutMix (Yun et al. 2019): lambda is drawn from Beta(alpha, alpha). 0: off."""
     cutmix_share: Fraction = 0.5
-    """Where both are on: the share of mixed microbatches that get CutMix; the others get Mixup. A microbatch never gets both."""
+    """If both are on: the share of mixed microbatches that get CutMix; the others get Mixup."""
     p: Fraction = 1.0
     """Share of microbatches that are mixed at all."""
     off_epochs: Count = 0
-    """No mixing in this many last epochs."""
+    """The last epochs, this many of them, are trained without mixing."""
 
 
 @dataclass(frozen=True)
 class Model(Settings):
+    """The network, its regularization and its starting weights."""
+
     section: ClassVar[str] = "model"
 
     arch: str = "resnet50"
-    """A torchvision classifier by its torchvision name, such as resnet18, resnet50, convnext_tiny, efficientnet_b0, vit_b_16."""
+    """A torchvision classifier by its torchvision name, such as resnet18, resnet50, convnext_tiny,
+    efficientnet_b0, vit_b_16."""
     dropout: Annotated[float, Between(0, 1, open_high=True)] = 0.0
-    """Dropout probability. In ResNets it acts in the blocks (spatial: whole channels) and before the classifier; in other models
-    where torchvision has built dropout in. A model in which it cannot act is refused."""
+    """Dropout probability. In ResNets it acts in the blocks (spatial: whole channels) and before
+    the classifier; in other models where torchvision has built dropout in. A model in which it
+    cannot act is refused."""
     dropout_in: Literal["both", "blocks", "head"] = "both"
     """Where `dropout` acts in a ResNet: in the residual blocks, before the classifier, or both."""
     drop_path: Annotated[float, Between(0, 1, open_high=True)] = 0.0
-    """Stochastic depth (Huang et al. 2016): probability of skipping the last residual block; earlier ones proportionally less."""
+    """Stochastic depth (Huang et al. 2016): probability of skipping the last residual block;
+    earlier ones proportionally less."""
     init_from: str = "scratch"
-    """Where the weights come from: `scratch`; `imagenet` (torchvision's, needs a network once); `phase1` or another stage's name
-    (its best finished run on the same data set, found by itself); `run:NAME`; `mlflow:RUN_ID`; `models:/NAME@ALIAS`; or
-    `file:PATH` (a checkpoint folder or a .safetensors file)."""
+    """Where the weights come from: `scratch`; `imagenet` (torchvision's, needs a network once);
+    `phase1` or another stage's name (its best finished run on the same data set, found by itself);
+    `run:NAME`; `mlflow:RUN_ID`; `models:/NAME@ALIAS`; or `file:PATH` (a checkpoint folder or a
+    .safetensors file)."""
     reset_head: bool = False
-    """Start with a new classifier. Needed when the starting weights were trained for other classes."""
+    """Start with a new classifier. Needed if the starting weights were trained for other classes.
+    """
     freeze_epochs: Annotated[int, Between(-1, 2**31)] = 0
-    """Train only the classifier for this many first epochs, the backbone frozen (its BatchNorm too). -1: for the whole run."""
+    """Train only the classifier for this many epochs at first; the backbone (its BatchNorm too) is
+    frozen. -1: for the whole run."""
 
     def check(self) -> None:
         if self.reset_head and self.init_from == "scratch":
             self.refuse(
                 "reset_head",
-                "it would do nothing because model.init_from is scratch. Leave it out, or name the weights to start from",
+                "it would do nothing because model.init_from is scratch. "
+                "Leave it out, or name the weights to start from",
             )
         if self.dropout_in != "both" and self.dropout == 0:
             self.refuse(
@@ -171,102 +192,105 @@ class Model(Settings):
 
 
 @dataclass(frozen=True)
-class CrossEntropy(Settings):
+class LossSettings(Settings):
+    """What all losses have in common."""
+
+    section: ClassVar[str] = "loss"
+
+    label_smoothing: Annotated[float, Between(0, 1, open_high=True)] = 0.0
+    """Share of the target that is spread evenly over all classes (Szegedy et al. 2016)."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """`balanced` weights each class by the inverse of its share of the training images; the mean
+    weight is 1."""
+
+
+@dataclass(frozen=True)
+class CrossEntropy(LossSettings):
     """Cross-entropy of softmax(logits) against soft targets."""
 
-    section: ClassVar[str] = "loss"
     label_smoothing: Annotated[float, Between(0, 1, open_high=True)] = 0.1
-    """Share of the target spread evenly over all classes (Szegedy et al. 2016)."""
-    class_weights: Literal["none", "balanced"] = "none"
-    """`balanced` weighs each class by the inverse of its share of the training images (mean weight 1)."""
 
 
 @dataclass(frozen=True)
-class NLL(Settings):
-    """Negative log-likelihood of log_softmax(logits): cross-entropy written as torch's NLLLoss, on soft targets."""
-
-    section: ClassVar[str] = "loss"
-    label_smoothing: Annotated[float, Between(0, 1, open_high=True)] = 0.0
-    """Share of the target spread evenly over all classes."""
-    class_weights: Literal["none", "balanced"] = "none"
-    """`balanced` weighs each class by the inverse of its share of the training images (mean weight 1)."""
+class NLL(LossSettings):
+    """Negative log-likelihood of log_softmax(logits): cross-entropy in the form of torch's NLLLoss,
+    on soft targets."""
 
 
 @dataclass(frozen=True)
-class BCE(Settings):
-    """Binary cross-entropy with logits, one against all, summed over classes (Wightman et al. 2021, ResNet strikes back)."""
+class BCE(LossSettings):
+    """Binary cross-entropy with logits, one class against all others, summed over the classes
+    (Wightman et al. 2021, ResNet strikes back)."""
 
-    section: ClassVar[str] = "loss"
     label_smoothing: Annotated[float, Between(0, 1, open_high=True)] = 0.1
-    """Share of the target spread evenly over all classes."""
-    class_weights: Literal["none", "balanced"] = "none"
-    """`balanced` weighs each class by the inverse of its share of the training images (mean weight 1)."""
 
 
 @dataclass(frozen=True)
-class Focal(Settings):
+class Focal(LossSettings):
     """Focal loss (Lin et al. 2017, eq. 5) of softmax(logits), on soft targets."""
 
-    section: ClassVar[str] = "loss"
     gamma: NotNegative = 2.0
     """Focusing exponent; 0 is cross-entropy."""
     alpha: Positive = 1.0
-    """Constant factor of the loss (the paper's alpha, the same for every class; use class_weights for one per class)."""
-    label_smoothing: Annotated[float, Between(0, 1, open_high=True)] = 0.0
-    """Share of the target spread evenly over all classes."""
-    class_weights: Literal["none", "balanced"] = "none"
-    """`balanced` weighs each class by the inverse of its share of the training images (mean weight 1)."""
+    """Constant factor of the loss: the paper's alpha, the same for every class. For one per class,
+    see class_weights."""
 
 
 @dataclass(frozen=True)
-class AdamW(Settings):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+class OptimizerSettings(Settings):
+    """What all optimizers have in common."""
 
     section: ClassVar[str] = "optimizer"
-    lr: Positive = 1e-4
-    """Base learning rate; the schedule multiplies it."""
-    weight_decay: NotNegative = 1e-4
-    """Decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the running averages of the gradient and of its square."""
-    eps: Positive = 1e-8
-    """Added to the denominator."""
-    decay_norm_and_bias: bool = False
-    """Also decay biases and the weights of norm layers."""
+    state_copies: ClassVar[int]
+    """Copies of the weights in a checkpoint: the weights, and what the optimizer keeps for each."""
 
-
-@dataclass(frozen=True)
-class Adam(Settings):
-    """Adam (Kingma and Ba 2015)."""
-
-    section: ClassVar[str] = "optimizer"
     lr: Positive = 1e-3
     """Base learning rate; the schedule multiplies it."""
     weight_decay: NotNegative = 0.0
     """L2 penalty, added to the gradient."""
+    decay_norm_and_bias: bool = False
+    """Decay biases and the weights of normalization layers too."""
+
+
+@dataclass(frozen=True)
+class AdamW(OptimizerSettings):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+
+    state_copies: ClassVar[int] = 3
+
+    lr: Positive = 1e-4
+    weight_decay: NotNegative = 1e-4
+    """Decoupled weight decay: it is multiplied by the learning rate, not added to the gradient."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of the running averages of the gradient and of its square."""
     eps: Positive = 1e-8
     """Added to the denominator."""
-    decay_norm_and_bias: bool = False
-    """Also decay biases and the weights of norm layers."""
 
 
 @dataclass(frozen=True)
-class SGD(Settings):
+class Adam(OptimizerSettings):
+    """Adam (Kingma and Ba 2015)."""
+
+    state_copies: ClassVar[int] = 3
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the running averages of the gradient and of its square."""
+    eps: Positive = 1e-8
+    """Added to the denominator."""
+
+
+@dataclass(frozen=True)
+class SGD(OptimizerSettings):
     """Stochastic gradient descent with momentum."""
 
-    section: ClassVar[str] = "optimizer"
+    state_copies: ClassVar[int] = 2
+
     lr: Positive = 0.1
-    """Base learning rate; the schedule multiplies it."""
+    weight_decay: NotNegative = 5e-5
     momentum: Annotated[float, Between(0, 1, open_high=True)] = 0.9
     """Momentum."""
     nesterov: bool = True
     """Nesterov's form of momentum."""
-    weight_decay: NotNegative = 5e-5
-    """L2 penalty, added to the gradient."""
-    decay_norm_and_bias: bool = False
-    """Also decay biases and the weights of norm layers."""
 
     def check(self) -> None:
         if self.nesterov and self.momentum == 0:
@@ -277,27 +301,24 @@ class SGD(Settings):
 
 
 @dataclass(frozen=True)
-class RMSprop(Settings):
+class RMSprop(OptimizerSettings):
     """RMSprop (Hinton 2012), as in torch."""
 
-    section: ClassVar[str] = "optimizer"
-    lr: Positive = 1e-3
-    """Base learning rate; the schedule multiplies it."""
+    state_copies: ClassVar[int] = 3
+
+    weight_decay: NotNegative = 1e-5
     alpha: Fraction = 0.9
     """Decay rate of the running average of the squared gradient."""
     momentum: Annotated[float, Between(0, 1, open_high=True)] = 0.9
     """Momentum."""
     eps: Positive = 1e-8
     """Added to the denominator."""
-    weight_decay: NotNegative = 1e-5
-    """L2 penalty, added to the gradient."""
-    decay_norm_and_bias: bool = False
-    """Also decay biases and the weights of norm layers."""
 
 
 @dataclass(frozen=True)
 class Cosine(Settings):
-    """Half a cosine from the base rate down to `min_lr` (Loshchilov and Hutter 2017), after an optional linear warm-up."""
+    """Half a cosine from the base rate down to `min_lr` (Loshchilov and Hutter 2017), after an
+    optional linear warm-up."""
 
     section: ClassVar[str] = "schedule"
     min_lr: NotNegative = 1e-6
@@ -308,7 +329,8 @@ class Cosine(Settings):
 
 @dataclass(frozen=True)
 class OneCycle(Settings):
-    """One cycle (Smith and Topin 2018), cosine-shaped as in torch: lr*peak/div up to lr*peak, then down to lr*peak/div/final_div."""
+    """One cycle (Smith and Topin 2018), cosine-shaped as in torch: lr*peak/div up to lr*peak, then
+    down to lr*peak/div/final_div."""
 
     section: ClassVar[str] = "schedule"
     peak: Positive = 3.0
@@ -336,13 +358,14 @@ class Step(Settings):
 
 @dataclass(frozen=True)
 class Plateau(Settings):
-    """The rate is multiplied by `factor` when the monitored score has not risen for `patience` epochs."""
+    """The rate is multiplied by `factor` when the monitored score has not risen for `patience`
+    epochs."""
 
     section: ClassVar[str] = "schedule"
     factor: Annotated[float, Between(0, 1, open_low=True, open_high=True)] = 0.1
     """Factor of each drop."""
     patience: Count = 5
-    """Epochs without a rise that are waited out before a drop."""
+    """Epochs without a rise before a drop."""
     min_lr: NotNegative = 1e-6
     """The rate never falls below this."""
 
@@ -363,6 +386,8 @@ Schedule = Union[Cosine, OneCycle, Step, Plateau, Constant]
 
 @dataclass(frozen=True)
 class Train(Settings):
+    """The training loop: length, batch, precision, early stopping."""
+
     section: ClassVar[str] = "train"
 
     epochs: AtLeastOne = 50
@@ -370,10 +395,12 @@ class Train(Settings):
     batch_size: AtLeastOne = 128
     """Images per optimizer step, over all workers: the global batch."""
     microbatch_size: AtLeastOne = 32
-    """Images that go through the model at once, and over which BatchNorm takes its statistics. batch_size must be a multiple; the
-    microbatches are shared out among the workers and accumulated, so the result does not depend on how many workers there are."""
+    """Images that go through the model at once, and over which BatchNorm takes its statistics.
+    batch_size must be a multiple of it. The workers share the microbatches of a step and accumulate
+    their gradients, so the result does not depend on the number of workers."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Autocast type of the forward pass. `auto`: bf16 on a GPU that has it and on CPUs with bf16 matrix units from 128 px on, else fp32."""
+    """Autocast type of the forward pass. `auto`: bf16 on a GPU that has it and on CPUs with bf16
+    matrix units from 128 px on, else fp32."""
     clip_norm: NotNegative = 1.0
     """Largest global L2 norm of the gradient; 0 switches clipping off."""
     channels_last: bool = True
@@ -381,13 +408,15 @@ class Train(Settings):
     compile: bool = False
     """torch.compile the model: minutes of warm-up, faster steps on a GPU."""
     ema_decay: Annotated[float, Between(0, 1, open_high=True)] = 0.0
-    """Decay per step of the exponential moving average of the weights, which is then what is evaluated and kept as best. 0: off."""
+    """Decay per step of the exponential moving average of the weights, which is then what is
+    evaluated and kept as best. 0: off."""
     early_stopping: Count = 0
     """Stop after this many epochs without a new best score. 0: never."""
     max_nonfinite: Count = 10
     """Steps with a NaN or infinite loss or gradient that are skipped before the run is stopped."""
     log_every: AtLeastOne = 50
-    """Optimizer steps between two progress points. Only there the loop waits for the device."""
+    """Optimizer steps between two progress reports. Only there does the loop wait for the device.
+    """
 
     def check(self) -> None:
         if self.batch_size % self.microbatch_size:
@@ -397,7 +426,8 @@ class Train(Settings):
             )
             self.refuse(
                 "batch_size",
-                f"it is not a multiple of train.microbatch_size ({self.microbatch_size}). Set it to {near}, or set train.microbatch_size to a divisor",
+                f"it is not a multiple of train.microbatch_size ({self.microbatch_size}). "
+                f"Set it to {near}, or set train.microbatch_size to a divisor",
             )
 
     @property
@@ -408,12 +438,15 @@ class Train(Settings):
 
 @dataclass(frozen=True)
 class Evaluate(Settings):
+    """How images are prepared and batched when the model is scored."""
+
     section: ClassVar[str] = "evaluate"
 
     size: Annotated[int, Between(0, 2048)] = 0
-    """Side of the square input at evaluation, in pixels; 0 means augment.size."""
+    """Side of the square input at evaluation, in pixels. 0: augment.size."""
     crop: Annotated[float, Between(0, 1, open_low=True)] = 0.875
-    """The shorter side is resized to size / crop, then the centre is cut out: the aspect ratio is kept."""
+    """The shorter side is resized to size / crop, then the center is cut out; the aspect ratio
+    stays."""
     batch_size: AtLeastOne = 128
     """Images per forward pass at evaluation, per worker."""
     every_epochs: AtLeastOne = 1
@@ -422,36 +455,45 @@ class Evaluate(Settings):
 
 @dataclass(frozen=True)
 class Checkpoint(Settings):
+    """Where and how often the state of a run is saved."""
+
     section: ClassVar[str] = "checkpoint"
 
     storage: str = ""
-    """Where runs are kept: a folder or an s3:// or gs:// address that every node reaches. Empty: $FTLIB_HOME/runs."""
+    """Where runs are kept: a folder or an s3:// or gs:// address that every node reaches. Empty:
+    $FTLIB_HOME/runs."""
     every_steps: Count = 0
-    """Optimizer steps between two checkpoints within an epoch; 0: no limit in steps. There is one at each epoch's end anyway."""
+    """Optimizer steps between two checkpoints within an epoch. 0: no limit in steps. Each epoch
+    ends with a checkpoint anyway."""
     every_seconds: NotNegative = 60.0
-    """Seconds between two checkpoints within an epoch; 0: no limit in seconds."""
+    """Seconds between two checkpoints within an epoch. 0: no limit in seconds."""
     keep_last: Annotated[int, Between(2, 2**31)] = 2
-    """Newest checkpoints kept for resuming; two at least, so that a damaged one leaves another."""
+    """Newest checkpoints that are kept for resuming: at least two, in case one is damaged."""
     keep_best: AtLeastOne = 1
-    """Best-scoring models kept (weights only)."""
+    """Best-scoring models that are kept (weights only)."""
 
 
 @dataclass(frozen=True)
 class Cluster(Settings):
+    """Workers and what each of them gets."""
+
     section: ClassVar[str] = "cluster"
 
     workers: str = "1"
     """Training workers: a number, or LOW:HIGH for as many as the cluster can place right now."""
     gpus_per_worker: Annotated[float, Between(-1, 1024)] = -1
-    """GPUs per worker; 0 trains on CPUs; -1 takes one if the cluster has GPUs, else none."""
+    """GPUs per worker. 0: train on CPUs. -1: one if the cluster has GPUs, else none."""
     cpus_per_worker: Annotated[int, Between(0, 1024)] = 0
-    """CPUs reserved per worker, its loader processes included; 0 shares the node's CPUs out evenly."""
+    """CPUs per worker, its loader processes included. 0: an even share of the node's CPUs."""
     max_failures: Count = 3
-    """Crashed or lost workers that are survived by a restart from the newest checkpoint."""
+    """Restarts from the newest checkpoint after a worker has crashed or was lost, before the run
+    fails."""
     strict_elastic: bool = False
-    """Sum gradients in a fixed order, so that weights are bit-identical for every number of workers. Costs more traffic."""
+    """Sum gradients in a fixed order, so that the weights are the same bit for bit with any number
+    of workers. It costs more network traffic."""
     allow_open: bool = False
-    """Launch on a cluster that others on the network can reach although Ray's token authentication is off."""
+    """Use a cluster that others on the network can reach even if Ray's token authentication is off.
+    """
 
     def check(self) -> None:
         if not re.fullmatch(r"[1-9]\d{0,4}(:[1-9]\d{0,4})?", self.workers):
@@ -472,14 +514,18 @@ class Cluster(Settings):
 
 @dataclass(frozen=True)
 class Track(Settings):
+    """What goes to MLflow, and where MLflow is."""
+
     section: ClassVar[str] = "track"
 
     uri: str = ""
-    """MLflow tracking URI. Empty: $MLFLOW_TRACKING_URI, or else a SQLite database below $FTLIB_HOME."""
+    """MLflow tracking URI. Empty: $MLFLOW_TRACKING_URI, or else a SQLite database below
+    $FTLIB_HOME."""
     experiment: str = ""
     """MLflow experiment. Empty: the data set's name."""
     offline: bool = False
-    """Start although the tracking server cannot be reached: everything is journalled and delivered later."""
+    """Start even if the tracking server cannot be reached: everything goes to a journal and is
+    delivered later."""
     system_metrics: bool = True
     """Record CPU, memory, disk and GPU use every 10 seconds."""
     log_model: bool = True
@@ -488,18 +534,20 @@ class Track(Settings):
 
 @dataclass(frozen=True)
 class Gates(Settings):
-    """What the run must reach. Checked at its end and written to MLflow; the next phase refuses a model that failed."""
+    """What the run must reach. The next phase refuses a model that has failed its gates."""
 
     section: ClassVar[str] = "gates"
 
     val_top1: Annotated[float, Between(0, 100)] = 0.0
-    """Least validation top-1 of the best model, in percent."""
+    """Lowest validation top-1 of the best model that passes, in percent."""
     max_gap: Annotated[float, Between(0, 100)] = 100.0
-    """Largest train top-1 minus validation top-1 at the end, in points."""
+    """Largest difference of training and validation top-1 at the end that passes, in points."""
     gain: Annotated[float, Between(-100, 100)] = -100.0
-    """Least gain of validation top-1 over the run that the weights came from, in points."""
+    """Lowest gain in validation top-1 over the run that the starting weights come from, in points.
+    """
     force: str = ""
-    """Start from a model that failed its gates all the same, for this reason (which is recorded)."""
+    """Start from a model even if it has failed its gates. The text is the reason, and is recorded.
+    """
 
 
 @dataclass(frozen=True)
@@ -509,13 +557,14 @@ class Run(Settings):
     section: ClassVar[str] = ""
 
     name: str = ""
-    """The run's identity: the same name and settings resume it. Empty: STAGE-DATASET-FINGERPRINT, so other settings are another run."""
+    """Name of the run. The same name with the same settings resumes it. Empty:
+    STAGE-DATASET-FINGERPRINT, so that other settings make another run."""
     stage: str = "run"
-    """What the run is in the whole, such as phase1; a later run finds its starting weights by it."""
+    """Pipeline stage, such as phase1. A later run finds its starting weights by this name."""
     seed: Annotated[int, Between(0, 2**63 - 1)] = 42
-    """Seed of everything random: order, augmentation, mixing, dropout, initial weights."""
+    """Seed of all that is random: order, augmentation, mixing, dropout, initial weights."""
     promoted_from: str = ""
-    """The sweep or comparison this recipe was promoted from; written by jobs/promote.py."""
+    """The sweep that this recipe was promoted from. jobs/promote.py writes it."""
     data: Data = field(default_factory=Data)
     augment: Augment = field(default_factory=Augment)
     mix: Mix = field(default_factory=Mix)
@@ -531,37 +580,45 @@ class Run(Settings):
     gates: Gates = field(default_factory=Gates)
 
     def check(self) -> None:
-        if self.name and not NAME.fullmatch(self.name):
-            self.refuse(
-                "name",
-                "use letters, digits, '.', '_' and '-', at most 128, the first a letter or digit",
-            )
-        if not NAME.fullmatch(self.stage):
-            self.refuse(
-                "stage", "use letters, digits, '.', '_' and '-', the first a letter or digit"
-            )
+        self._check_names()
+        self._check_lengths()
         if self.cluster.high > self.train.microbatches:
             raise ConfigError(
-                f"cluster.workers = {self.cluster.workers}: more workers than microbatches. A global batch of {self.train.batch_size} in microbatches of "
-                f"{self.train.microbatch_size} keeps at most {self.train.microbatches} workers busy. Lower cluster.workers or train.microbatch_size, or raise train.batch_size"
-            )
-        if self.mix.off_epochs > self.train.epochs:
-            raise ConfigError(
-                f"mix.off_epochs = {self.mix.off_epochs}: the run has only {self.train.epochs} epochs (train.epochs)"
-            )
-        if self.mix.off_epochs and not (self.mix.mixup_alpha or self.mix.cutmix_alpha):
-            raise ConfigError(
-                f"mix.off_epochs = {self.mix.off_epochs}: it would do nothing because mixing is off. Set mix.mixup_alpha or mix.cutmix_alpha above 0"
-            )
-        warmup = getattr(self.schedule, "warmup_epochs", 0)
-        if warmup and warmup >= self.train.epochs:
-            raise ConfigError(
-                f"schedule.warmup_epochs = {warmup}: the run has only {self.train.epochs} epochs (train.epochs)"
+                f"cluster.workers = {self.cluster.workers}: more workers than microbatches. "
+                f"A global batch of {self.train.batch_size} in microbatches of "
+                f"{self.train.microbatch_size} keeps at most {self.train.microbatches} workers "
+                "busy. Lower cluster.workers or train.microbatch_size, or raise train.batch_size"
             )
         floor = getattr(self.schedule, "min_lr", 0)
         if floor > self.optimizer.lr:
             raise ConfigError(
-                f"schedule.min_lr = {floor:g}: it is above optimizer.lr ({self.optimizer.lr:g}). Lower it, or set it to 0"
+                f"schedule.min_lr = {floor:g}: it is above optimizer.lr ({self.optimizer.lr:g}). "
+                "Lower it, or set it to 0"
+            )
+
+    def _check_names(self) -> None:
+        rule = "use letters, digits, '.', '_' and '-', at most 128, the first a letter or digit"
+        for field_, empty_is_fine in (("name", True), ("stage", False)):
+            value = getattr(self, field_)
+            if not NAME.fullmatch(value) and not (empty_is_fine and not value):
+                self.refuse(field_, rule)
+
+    def _check_lengths(self) -> None:
+        epochs, off = self.train.epochs, self.mix.off_epochs
+        if off > epochs:
+            raise ConfigError(
+                f"mix.off_epochs = {off}: the run has only {epochs} epochs (train.epochs)"
+            )
+        if off and not (self.mix.mixup_alpha or self.mix.cutmix_alpha):
+            raise ConfigError(
+                f"mix.off_epochs = {off}: it would do nothing because mixing is off. "
+                "Set mix.mixup_alpha or mix.cutmix_alpha above 0"
+            )
+        warmup = getattr(self.schedule, "warmup_epochs", 0)
+        if warmup and warmup >= epochs:
+            raise ConfigError(
+                f"schedule.warmup_epochs = {warmup}: the run has only {epochs} epochs "
+                "(train.epochs)"
             )
 
     @property
@@ -581,5 +638,6 @@ NOT_IN_FINGERPRINT = (
     "train.log_every",
     "train.compile",
 )
-"""Settings that change how a run is carried out but not what it computes; a resumed run may change them. (The data set itself enters the
-fingerprint by its digest; `cluster.strict_elastic` is recorded apart.)"""
+"""Settings that change how a run is carried out but not what it computes; a resumed run may change
+them. The data set enters the fingerprint by its digest; `cluster.strict_elastic` is recorded apart.
+"""

@@ -152,18 +152,18 @@ def test_help_is_complete_and_needs_neither_torch_nor_ray(phase):
     )
 
 
-class Explained(ValueError):
+class ExplainedError(ValueError):
     """Stands for an exception that ftlib defines."""
 
 
-Explained.__module__ = "ftlib.somewhere"
+ExplainedError.__module__ = "ftlib.somewhere"
 
 
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
         (ConfigError("model.x = 3: no"), 2, "error: model.x = 3: no\n"),
-        (Explained("the disk is full"), 2, "error: the disk is full\n"),
+        (ExplainedError("the disk is full"), 2, "error: the disk is full\n"),
         (KeyboardInterrupt(), 130, "Interrupted"),
         (SystemExit(143), 143, ""),
         (ZeroDivisionError("odd"), 1, "Traceback"),

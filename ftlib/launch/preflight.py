@@ -18,9 +18,6 @@ from ftlib.launch.errors import LaunchError
 from ftlib.settings import ConfigError
 from ftlib.storage import StorageError, is_remote, join
 
-COPIES = {"AdamW": 3, "Adam": 3, "RMSprop": 3, "SGD": 2}
-"""Weights and what the optimizer keeps per weight."""
-
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -88,7 +85,7 @@ def plan(run: Run, dataset: Dataset) -> RunPlan:
         p.numel()
         for p in models.outline(run.model, len(dataset.classes), run.augment.size).parameters()
     )
-    size = 4 * parameters * (COPIES[type(run.optimizer).__name__] + bool(run.train.ema_decay))
+    size = 4 * parameters * (run.optimizer.state_copies + bool(run.train.ema_decay))
     steps = sampler.steps_per_epoch(images, run.train.batch_size)
     disk = size * (run.checkpoint.keep_last + 1) + 4 * parameters * (run.checkpoint.keep_best + 1)
     return RunPlan(images, scored, steps, steps * run.train.epochs, parameters, disk)

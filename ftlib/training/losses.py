@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import assert_never
 
 from ftlib import config
 
@@ -106,4 +107,4 @@ def build(cfg: config.Loss, class_weights: Tensor | None = None) -> PerImageLoss
             return lambda logits, targets: focal(
                 logits, targets, w, gamma=cfg.gamma, alpha=cfg.alpha
             )
-    raise TypeError(f"no loss for {type(cfg).__name__}")
+    assert_never(cfg)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from typing_extensions import assert_never
 
 from ftlib import config
 
@@ -60,7 +61,7 @@ def build(
                 groups, lr=cfg.lr, alpha=cfg.alpha, momentum=cfg.momentum, eps=cfg.eps
             )
         case _:
-            raise TypeError(f"no optimizer for {type(cfg).__name__}")
+            assert_never(cfg)
     if fused:
         optimizer.register_step_pre_hook(_before_fused_step)
         optimizer.register_load_state_dict_post_hook(_match_layout)

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from typing_extensions import assert_never
+
 from ftlib import config
 
 
@@ -63,7 +65,7 @@ def learning_rate(
             return max(base_lr * (plateau or PlateauState()).factor, cfg.min_lr)
         case config.Constant():
             return base_lr * warmup_factor(step, warmup_steps(cfg.warmup_epochs, steps_per_epoch))
-    raise TypeError(f"no schedule for {type(cfg).__name__}")
+    assert_never(cfg)
 
 
 def warmup_steps(warmup_epochs: float, steps_per_epoch: int) -> int:

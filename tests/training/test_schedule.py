@@ -198,5 +198,5 @@ def test_a_floor_above_the_base_rate_is_refused_with_the_remedy():
 
 
 def test_an_unknown_schedule_is_a_programmers_error():
-    with pytest.raises(TypeError):
+    with pytest.raises(AssertionError):
         schedule.learning_rate(object(), LR, 0, 1, 1)
