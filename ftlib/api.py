@@ -109,7 +109,7 @@ class TrainedRun:
 
     folder: str
     """Folder or address with checkpoints, best model, report and result.json."""
-    recipe: Run
+    recipe: Run = field(repr=False)
     """The settings that it was trained with."""
     result: Mapping[str, Any] = field(repr=False)
     """result.json."""

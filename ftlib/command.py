@@ -11,6 +11,7 @@ import os
 import re
 import runpy
 import sys
+import textwrap
 from collections.abc import Sequence
 from difflib import get_close_matches
 
@@ -37,9 +38,6 @@ complete -o default -F _ftlib ftlib""",
     "zsh": """#compdef ftlib
 _ftlib() { compadd -- $(ftlib --complete "${words[2]}" "$((CURRENT - 1))"); _files }
 compdef _ftlib ftlib""",
-    "fish": """complete -c ftlib -n "__fish_is_first_token" -f -a "(ftlib --complete '' 1)"
-complete -c ftlib -n "not __fish_is_first_token" \
--a "(ftlib --complete (commandline -opc)[2] 2)\"""",
 }
 
 
@@ -82,17 +80,14 @@ def overview() -> str:
             lines += [f"{title}:", *(f"  {n:<10} {shortened(known[n])}" for n in there), ""]
     lines += [
         "`ftlib JOB --help` lists a job's options; `python jobs/JOB.py` runs the same code.",
-        "`ftlib --completion bash` (zsh, fish) prints a completion script for your shell.",
+        "`ftlib --completion bash` (or zsh) prints a completion script for your shell.",
     ]
     return "\n".join(lines)
 
 
 def shortened(sentence: str, width: int = 86) -> str:
-    """The first clause of `sentence`, so that a job's line fits into 100 columns."""
-    sentence = sentence.rstrip(".")
-    if len(sentence) <= width:
-        return sentence
-    return re.split(r"(?<=\w)[:.;,] ", sentence)[0][:width]
+    """`sentence` cut at a word, so that a job's line fits into 100 columns."""
+    return textwrap.shorten(sentence.rstrip("."), width, placeholder=" ...")
 
 
 def run_job(name: str, options: list[str]) -> None:
@@ -113,7 +108,7 @@ def completion_script(shells: Sequence[str]) -> str:
     """A script that makes TAB complete jobs and options. The shell defaults to $SHELL."""
     shell = shells[0] if shells else os.path.basename(os.environ.get("SHELL", "bash"))
     if shell not in COMPLETION:
-        print(f"error: --completion {shell}: needs bash, zsh or fish", file=sys.stderr)
+        print(f"error: --completion {shell}: needs bash or zsh", file=sys.stderr)
         raise SystemExit(2)
     return COMPLETION[shell]
 
@@ -135,9 +130,12 @@ def option_names(job: str) -> list[str]:
 
     text = io.StringIO()
     for flag in ("--help-all", "--help"):
-        with contextlib.redirect_stdout(text), contextlib.redirect_stderr(io.StringIO()):
-            with contextlib.suppress(SystemExit):
-                run_job(job, [flag])
+        with (
+            contextlib.redirect_stdout(text),
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.suppress(SystemExit),
+        ):
+            run_job(job, [flag])
         if "--" in text.getvalue():
             break
     return sorted(set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text.getvalue())))

@@ -263,7 +263,7 @@ def override(node: S, changes: Mapping[str, Any]) -> S:
         head, _, rest = path.partition(".")
         if head not in known:
             raise ConfigError(
-                f"unknown setting {node._path(path)}.{nearest(path, [p for p, _ in leaves(node)])}"
+                f"unknown setting {node._path(path)}.{nearest(node._path(path), [node._path(p) for p, _ in leaves(node)])}"
             )
         if rest:
             below.setdefault(head, {})[rest] = value

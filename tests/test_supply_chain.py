@@ -26,7 +26,7 @@ def test_the_lock_agrees_with_the_requirements_and_hashes_everything():
     }
     for line in pins("requirements.txt"):
         name, version = re.sub(r"\[.*\]", "", line).split("==")
-        assert locked[name.lower()] == version, (
+        assert locked[name.lower().replace("_", "-")] == version, (
             f"requirements.lock has another {name}: run `make lock`"
         )
     for entry in re.split(r"^(?=[\w.-]+==)", text, flags=re.M)[1:]:
