@@ -32,7 +32,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("run", metavar="RUN", help="a run's name, folder or address")
     parser.add_argument(
         "--split",
-        choices=("val", "tuning", "train"),
+        choices=("val", "test", "tuning", "train"),
         default="val",
         help="which pictures (default: %(default)s)",
     )

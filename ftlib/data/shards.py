@@ -31,7 +31,8 @@ FORMAT = "ftlib-dataset"
 SCHEMA = 1
 MANIFEST = "manifest.json"
 PARTS = ".parts"
-SPLITS = ("train", "val")
+SPLITS = ("train", "val", "test")
+"""Every set has `train` and `val`; `test` only where the pictures came with one."""
 INDEX = np.dtype(
     [
         ("shard", "<i4"),
@@ -153,7 +154,7 @@ class Dataset:
         else:
             dataset = Dataset(str(Path(path.removeprefix("file://")).absolute()), manifest, None)
             dataset._check_sizes()
-        for split in SPLITS:
+        for split in dataset.splits:
             dataset.split(split)
         return dataset
 
@@ -161,12 +162,21 @@ class Dataset:
         return Dataset.open, (self.path, None if self._cache is None else str(self._cache.root))
 
     def __repr__(self) -> str:
-        return f"Dataset({self.name}@{self.digest[:12]}, {len(self.classes)} classes, {len(self.split('train'))} train, {len(self.split('val'))} val)"
+        counts = ", ".join(f"{len(self.split(name))} {name}" for name in self.splits)
+        return f"Dataset({self.name}@{self.digest[:12]}, {len(self.classes)} classes, {counts})"
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits that this set has: `train`, `val` and, in some sets, `test`."""
+        return tuple(name for name in SPLITS if name in self.manifest["splits"])
 
     def split(self, name: str) -> Split:
-        """`train` or `val`."""
-        if name not in SPLITS:
-            raise DataError(f"a data set has the splits {' and '.join(SPLITS)}, not {name!r}")
+        """One split by its name. Raises DataError where the set does not have it."""
+        if name not in self.splits:
+            raise DataError(
+                f"{self.path} has the splits {' and '.join(self.splits)}, not {name!r}. "
+                "Prepare it from pictures that have this split, or choose another one"
+            )
         if name not in self._splits:
             self._splits[name] = Split(self, name)
         return self._splits[name]
@@ -221,7 +231,7 @@ _REMEDY = (
 
 
 class Split:
-    """The pictures of `train` or `val`, by row: 0 to len - 1, in the order of class and file name."""
+    """The pictures of one split, by row: 0 to len - 1, in the order of class and file name."""
 
     def __init__(self, dataset: Dataset, name: str) -> None:
         self.dataset = dataset

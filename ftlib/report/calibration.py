@@ -47,12 +47,16 @@ def temperature(logits: Floats, labels: Ints) -> float:
 
 
 def held_out(
-    logits: Floats, labels: Ints, tuning_logits: Floats, tuning_labels: Ints
+    logits: Floats,
+    labels: Ints,
+    tuning_logits: Floats,
+    tuning_labels: Ints,
+    split: str = "tuning",
 ) -> Calibration:
-    """Fitted on the tuning split, applied to the scored images."""
+    """Fitted on another split (`split` is its name), applied to the scored images."""
     t = temperature(tuning_logits, tuning_labels)
     return Calibration(
-        t, logits.astype(np.float64) / t, f"{len(tuning_labels):,} images of the tuning split"
+        t, logits.astype(np.float64) / t, f"{len(tuning_labels):,} images of the {split} split"
     )
 
 

@@ -88,10 +88,13 @@ def load(run_dir: str, weights: Weights = "best") -> LoadedModel:
 
 
 def rows_of(run: Run, dataset: Dataset, name: str) -> tuple[Split, Ints]:
-    """The pictures that `val`, `tuning` or `train` mean for this run: (split, int64[n] rows)."""
+    """The pictures that a split's name means for this run: (split, int64[n] rows).
+
+    Names are `val`, `test`, `tuning` and `train`. Raises DataError where the set has no `test`.
+    """
     train = dataset.split("train")
-    if name == "val":
-        return dataset.split("val"), np.arange(len(dataset.split("val")), dtype=np.int64)
+    if name in ("val", "test"):
+        return dataset.split(name), np.arange(len(dataset.split(name)), dtype=np.int64)
     kept, tuning = sampler.tuning_split(
         train.labels,
         sampler.subset(train.labels, run.data.subset, run.data.subset_seed),
@@ -101,7 +104,7 @@ def rows_of(run: Run, dataset: Dataset, name: str) -> tuple[Split, Ints]:
     if name == "train":
         return train, kept
     if name != "tuning":
-        raise EvaluationError(f"--split {name}: needs to be val, tuning or train")
+        raise EvaluationError(f"--split {name}: needs to be val, test, tuning or train")
     if not len(tuning):
         raise EvaluationError(
             "--split tuning: this run kept no tuning split (its data.tuning_fraction is 0). Use --split val"
@@ -157,8 +160,8 @@ def score(
     size: side of the input in pixels, 0 for the run's own. flip: average the logits with those of the mirrored pictures. limit: score
     at most so many pictures, evenly spread. calibration_data: where the run's tuning split lies, if `dataset` is another one.
 
-    The temperature comes from the tuning split where the run has one (and it is not itself what is scored), else from the other half
-    of the scored pictures.
+    The temperature comes from the tuning split where the run has one (and it is not itself what is
+    scored), for `test` else from `val`, else from the other half of the scored pictures.
     """
     same_classes(loaded, dataset)
     run = loaded.run
@@ -195,10 +198,13 @@ def score(
 
     labels, logits = answers(chosen, rows)
     home = calibration_data or dataset
-    if run.data.tuning_fraction and split != "tuning":
-        tuning_split, tuning_rows = rows_of(run, home, "tuning")
+    held = "tuning" if run.data.tuning_fraction and split != "tuning" else ""
+    if not held and split == "test" and len(home.split("val")):
+        held = "val"
+    if held:
+        tuning_split, tuning_rows = rows_of(run, home, held)
         tuning_labels, tuning_logits = answers(tuning_split, thinned(tuning_rows, limit))
-        calibration = held_out(logits, labels, tuning_logits, tuning_labels)
+        calibration = held_out(logits, labels, tuning_logits, tuning_labels, held)
     else:
         calibration = cross_fitted(logits, labels)
     return Scored(

@@ -164,7 +164,7 @@ def test_rows_outside_are_index_errors(made: Path) -> None:
     for row in (-1, 15):
         with pytest.raises(IndexError, match=r"of val, which has 15"):
             split.image(row)
-    with pytest.raises(DataError, match=r"train and val"):
+    with pytest.raises(DataError, match=r"splits train and val, not 'test'"):
         Dataset.open(str(made)).split("test")
 
 

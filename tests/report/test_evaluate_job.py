@@ -66,7 +66,7 @@ def test_mistakes(job, here, tmp_path, capsys):
     for wrong in (
         ["shapes-run", "--sizes", "big"],
         ["shapes-run", "--limit", "-1"],
-        ["shapes-run", "--split", "test"],
+        ["shapes-run", "--split", "held"],
     ):
         with pytest.raises(SystemExit) as ended:
             job.main(wrong)
