@@ -230,7 +230,10 @@ def _finish(
 ) -> tuple[Dataset, PreparationReport]:
     report = PreparationReport(out, found, records, max_bad_fraction)
     splits, indexes = {}, {}
-    for split in SPLITS:
+    names = [
+        s for s in SPLITS if s != "test" or any(r["split"] == s and r["rows"] for r in records)
+    ]
+    for split in names:
         kept = [(t, r) for t, r in zip(tasks, records) if r["split"] == split and r["rows"]]
         parts = [part_index(t) for t, _ in kept]
         for number, part in enumerate(parts):
@@ -249,11 +252,11 @@ def _finish(
     try:
         report.write()
         report.check(splits["train"]["per_class"], splits["val"]["per_class"])
-        for split in SPLITS:
+        for split in names:
             splits[split]["index"] = _write_index(out, split, indexes[split])
         content = {
             "classes": list(found.classes),
-            **{s: [shard["content"] for shard in splits[s]["shards"]] for s in SPLITS},
+            **{s: [shard["content"] for shard in splits[s]["shards"]] for s in names},
         }
         manifest = {
             "format": FORMAT,
@@ -302,7 +305,7 @@ def _statistics(indexes: dict[str, np.ndarray], records: list[dict[str, Any]]) -
     ) / max(1, len(train))
     spread = {}
     for field, name in (("width", "width"), ("height", "height"), ("length", "bytes")):
-        values = np.concatenate([indexes[s][field] for s in SPLITS])
+        values = np.concatenate([indexes[s][field] for s in indexes])
         spread[name] = dict(
             zip(
                 ("min", "p5", "median", "p95", "max"),

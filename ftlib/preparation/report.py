@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ftlib import storage
-from ftlib.data.shards import SPLITS, DataError, Dataset
+from ftlib.data.shards import DataError, Dataset
 from ftlib.preparation.sources import Found
 
 ON_PURPOSE = ("reduced", "reencoded", "tiled")
@@ -137,8 +137,8 @@ class PreparationReport:
 
     def identical(self, indexes: dict[str, np.ndarray], dataset: Dataset | None) -> None:
         """Find pictures stored with the same bytes: between the splits (scores would flatter), and under two labels (one is wrong)."""
-        ids = np.concatenate([indexes[s]["id"] for s in SPLITS])
-        labels = np.concatenate([indexes[s]["label"] for s in SPLITS])
+        ids = np.concatenate([indexes[s]["id"] for s in ("train", "val")])
+        labels = np.concatenate([indexes[s]["label"] for s in ("train", "val")])
         held_out = np.arange(len(ids)) >= len(indexes["train"])
         order = np.lexsort((held_out, ids))
         same = np.flatnonzero(ids[order][1:] == ids[order][:-1])

@@ -300,10 +300,10 @@ def test_names_of_all_kinds(tmp_path: Path) -> None:
 SUICIDE = """
 import os, sys
 sys.path.insert(0, {root!r})
-from ftlib.data import prepare_engine, prepare_shard
-prepare_shard.ROWS_PER_SHARD = 10
+from ftlib.preparation import executor, shard_task
+shard_task.ROWS_PER_SHARD = 10
 seen = 0
-original = prepare_engine.build
+original = executor.build
 def build(task, examiner, tick, stopped):
     def counted(n):
         global seen
@@ -312,7 +312,7 @@ def build(task, examiner, tick, stopped):
             os.kill(os.getpid(), 9)
         tick(n)
     return original(task, examiner, counted, stopped)
-prepare_engine.build = build
+executor.build = build
 from ftlib.preparation.prepare import prepare
 prepare({source!r}, {out!r}, workers=1, engine="here", progress=False)
 """
