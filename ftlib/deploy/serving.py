@@ -215,8 +215,8 @@ def _explainer(meta: dict[str, Any], loaded: Any) -> Any:
     from ftlib.config import Run
     from ftlib.report.gradcam import grad_cam, overlay, target_layer
     from ftlib.settings import from_dict
-    from ftlib.training import model as models
-    from ftlib.training.evaluate import normalise
+    from ftlib.training import models
+    from ftlib.training.evaluate import normalize
 
     try:
         run = from_dict(Run, meta["recipe"])
@@ -231,7 +231,7 @@ def _explainer(meta: dict[str, Any], loaded: Any) -> Any:
         with lock:  # hooks on the model's layers are not for two threads at once
             cam = grad_cam(
                 model,
-                normalise(torch.from_numpy(np.array(pixels)[None]), meta["mean"], meta["std"]),
+                normalize(torch.from_numpy(np.array(pixels)[None]), meta["mean"], meta["std"]),
                 np.array([index]),
                 layer,
             )[0]

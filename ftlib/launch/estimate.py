@@ -169,7 +169,7 @@ def measure(
                 mine, dataset, scratch, device, source=ready.source, loader_workers=processes
             )
         )
-        training.freeze_for(0)
+        training.update_frozen(0)
         memory: dict[str, int] = {}
         say("a few steps with everything")
         whole, spread, timed_steps = _whole(training, processes, seconds * SHARES["whole"], memory)
@@ -225,13 +225,13 @@ def _paced(
     full = training.run.train.batch_size
     timing.steps(training, batches, warm_up)
     times: list[float] = []
-    began = before = timing.settle(training.job.device)
+    began = before = timing.settle(training.context.device)
     while len(times) < LEAST_STEPS or before - began < seconds:
         at_once = (
-            1 if training.job.device.type == "cpu" else 10
+            1 if training.context.device.type == "cpu" else 10
         )  # waiting for a GPU after every step would slow it down
         images = timing.steps(training, batches, at_once)
-        now = timing.settle(training.job.device)
+        now = timing.settle(training.context.device)
         times.append((now - before) * full / images)
         before = now
     spread = float(np.std(times) / np.mean(times) / len(times) ** 0.5)
@@ -247,7 +247,7 @@ def _whole(
     )  # steps whose images were loaded before the clock starts
     with contextlib.closing(
         train_batches(
-            training.job.dataset,
+            training.context.dataset,
             training.rows,
             run,
             0,
@@ -267,7 +267,9 @@ def _loading(training: Training, processes: int, seconds: float) -> float:
     run = training.run
     images, ahead = 0, AHEAD * max(processes, 1) + 1
     with contextlib.closing(
-        train_batches(training.job.dataset, training.rows, run, 0, 1, 0, training.total, processes)
+        train_batches(
+            training.context.dataset, training.rows, run, 0, 1, 0, training.total, processes
+        )
     ) as batches:
         for _ in itertools.islice(
             batches, ahead
@@ -292,14 +294,14 @@ def _saving(training: Training, scratch: str) -> float:
         training.writer = None
     return stalled + (
         (time.process_time() - cpu) / torch.get_num_threads()
-        if training.job.device.type == "cpu"
+        if training.context.device.type == "cpu"
         else 0.0
     )
 
 
 def _evaluation(training: Training, workers: int, processes: int, seconds: float) -> float:
     """Seconds to score one worker's part of the scored images, from a sample of them."""
-    job, run = training.job, training.run
+    job, run = training.context, training.run
     mine = training.scored_rows[::workers]
     split = job.dataset.split("train" if training.split == "tuning" else "val")
 
@@ -362,14 +364,14 @@ def largest(fits: Callable[[int], bool], start: int, limit: int) -> int:
 
 def _largest_microbatch(training: Training, limit: int = 4096) -> int:
     """By forward and backward passes of random pixels on the GPU, the optimizer's state in place."""
-    device, side = training.job.device, training.run.augment.size
+    device, side = training.context.device, training.run.augment.size
 
     def fits(n: int) -> bool:
         try:
             images = torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8)
             labels = torch.zeros(n, dtype=torch.int64)
             assert training.buffer is not None
-            training.buffer.begin()
+            training.buffer.zero()
             training.microbatch(Batch(0, 0, 0, n, labels, labels, images), training.buffer)
             torch.cuda.synchronize(device)
         except (torch.cuda.OutOfMemoryError, OutOfMemoryError):

@@ -76,14 +76,16 @@ def check_data(run: Run, dataset: Dataset) -> tuple[int, int]:
 
 def plan(run: Run, dataset: Dataset) -> RunPlan:
     """Check data, augmentation and model against each other and work out the run's size. Raises ConfigError."""
-    from ftlib.training import model as models
+    from ftlib.training import models
 
     images, scored = check_data(run, dataset)
     augment.check(run.augment)
     models.check(run.model, run.augment.size, run.eval_size)
     parameters = sum(
         p.numel()
-        for p in models.outline(run.model, len(dataset.classes), run.augment.size).parameters()
+        for p in models.build_on_meta(
+            run.model, len(dataset.classes), run.augment.size
+        ).parameters()
     )
     size = 4 * parameters * (run.optimizer.state_copies + bool(run.train.ema_decay))
     steps = sampler.steps_per_epoch(images, run.train.batch_size)

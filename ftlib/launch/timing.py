@@ -14,7 +14,7 @@ from ftlib.training.loop import Training
 
 def same_pixels(training: Training, step: int = 0) -> Iterator[Batch]:
     """Batches that fit the plan from `step` on without end, all with the same random pixels: training on them never waits for a loader."""
-    run, job, train = training.run, training.job, training.run.train
+    run, context, train = training.run, training.context, training.run.train
     side = run.augment.size
     images = torch.randint(
         0,
@@ -23,16 +23,16 @@ def same_pixels(training: Training, step: int = 0) -> Iterator[Batch]:
         dtype=torch.uint8,
         generator=torch.Generator().manual_seed(0),
     )
-    if job.device.type == "cuda":
+    if context.device.type == "cuda":
         images = images.pin_memory()
-    labels = job.dataset.split("train").labels
+    labels = context.dataset.split("train").labels
     while True:
         for mb in sampler.owned(
             sampler.step_plan(
                 run.seed, step, training.rows, train.batch_size, train.microbatch_size
             ),
-            job.rank,
-            job.world,
+            context.rank,
+            context.world,
         ):
             yield Batch(
                 mb.step,
@@ -47,15 +47,15 @@ def same_pixels(training: Training, step: int = 0) -> Iterator[Batch]:
 
 
 def steps(training: Training, batches: Iterator[Batch], count: int) -> int:
-    """`count` steps as `Training.go` makes them, its waiting for the device at log points included. Returns the images trained on."""
+    """`count` steps as `Training.fit` makes them, its waiting for the device at log points included. Returns the images trained on."""
     images = 0
     for _ in range(count):
-        training.freeze_for(training.state.step // training.steps_per_epoch)
-        read = (training.state.step + 1) % training.reading == 0
-        training.train_step(batches, ask=read)
+        training.update_frozen(training.state.step // training.steps_per_epoch)
+        ask = training.monitor.is_due(training.state.step)
+        training.train_step(batches, ask)
         training.state.step += 1
-        if read:
-            training.read()
+        if ask:
+            training.sync_and_log()
         within = (
             (training.state.step - 1) % training.steps_per_epoch * training.run.train.batch_size
         )

@@ -17,8 +17,8 @@ from ftlib.report.calibration import Calibration, cross_fitted, held_out
 from ftlib.report.metrics import Floats, IntervalEstimate, Ints, scores
 from ftlib.storage import join
 from ftlib.training import checkpoint
-from ftlib.training import model as models
-from ftlib.training.evaluate import normalise, predict
+from ftlib.training import models
+from ftlib.training.evaluate import normalize, predict
 from ftlib.training.initial_weights import LoadedModel, load_run_model
 from ftlib.training.loop import precision
 
@@ -246,7 +246,7 @@ def features_of(
                 )
             ) as batches:
                 for batch in batches:
-                    model(normalise(batch.images.to(device), run.data.mean, run.data.std))
+                    model(normalize(batch.images.to(device), run.data.mean, run.data.std))
     finally:
         hook.remove()
     return np.concatenate(kept)

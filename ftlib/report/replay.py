@@ -80,7 +80,7 @@ def replay(
         if with_loss:
             found.start = _bring_checkpoint(run_dir, scratch, step)
             try:
-                training.go()
+                training.fit()
             except _Done:
                 found.losses = training.seen
         return found
@@ -130,7 +130,7 @@ class _OneStep(loop.Training):
     @torch.no_grad()
     def keep(self, batch: Batch) -> None:
         """The forward pass of training, with each image's own loss kept."""
-        run, device = self.run, self.job.device
+        run, device = self.run, self.context.device
         loop.seed_device(rng.key(rng.DROPOUT, run.seed, batch.step, batch.k), device)
         images, targets = self.inputs(batch)
         with autocast(self.dtype, device):

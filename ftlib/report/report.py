@@ -27,7 +27,7 @@ from ftlib.report.metrics import (
     reliability,
     softmax,
 )
-from ftlib.training.evaluate import normalise
+from ftlib.training.evaluate import normalize
 from ftlib.training.initial_weights import LoadedModel
 
 PAIRS, EXAMPLES, WORST = 8, 4, 12
@@ -226,7 +226,7 @@ def _worst_cards(
     model = loaded.model.float()
     device = next(model.parameters()).device
     images = np.stack([pixels(i) for i in positions])
-    x = normalise(torch.from_numpy(images).to(device), loaded.run.data.mean, loaded.run.data.std)
+    x = normalize(torch.from_numpy(images).to(device), loaded.run.data.mean, loaded.run.data.std)
     layer = target_layer(model, x)
     answers = probabilities[positions].argmax(axis=1)
     maps = [grad_cam(model, x, chosen, layer) for chosen in (scored.labels[positions], answers)]

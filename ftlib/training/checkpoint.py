@@ -1,9 +1,10 @@
 """Checkpoints of a run: written beside training, verified before they are read, ordered by step.
 
     <run>/checkpoints/step-00001234/   state.pt, manifest.json      for resuming
-    <run>/best/step-00001234/          model.safetensors, model.json, manifest.json      the best weights, for use
+    <run>/best/step-00001234/          model.safetensors, model.json, manifest.json    for use
 
-The training thread only copies the tensors (`snapshot`); serialising, hashing and writing happen in one background thread.
+The training thread only copies the tensors (`snapshot`); serialising, hashing and writing happen in
+one background thread.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def steps(uri: str) -> list[int]:
 
 
 def snapshot(tree: Any) -> Any:
-    """A copy of a nest of dicts, lists and tensors that later training does not change; tensors on the CPU."""
+    """A copy of a nest of dicts, lists and tensors that later training does not change; tensors
+    on the CPU."""
     if isinstance(tree, torch.Tensor):
         return tree.detach().to("cpu", copy=True)
     if isinstance(tree, dict):
@@ -54,8 +56,10 @@ def snapshot(tree: Any) -> Any:
 
 
 def latest(uri: str, only: int | None = None) -> tuple[int, dict[str, Any]] | None:
-    """(step, state) of the newest checkpoint below `uri` that verifies, or None. Damaged ones are passed over with a warning.
-    With `only`, no other step than that one is tried."""
+    """(step, state) of the newest checkpoint below `uri` that verifies, or None.
+
+    Damaged ones are passed over with a warning. With `only`, no other step than that one is tried.
+    """
     for step in steps(uri) if only is None else [only]:
         folder = join(uri, step_name(step))
         try:
@@ -83,8 +87,9 @@ def latest(uri: str, only: int | None = None) -> tuple[int, dict[str, Any]] | No
 class CheckpointWriter:
     """Writes one run's checkpoints in a background thread; used by rank 0 only.
 
-    A write that fails is tried again once; after MAX_FAILED_WRITES checkpoints in a row that failed, `check` raises StorageError.
-    Training goes on meanwhile, and older checkpoints stay as they are.
+    A write that fails is tried again once; after MAX_FAILED_WRITES checkpoints in a row that
+    failed, `check` raises StorageError. Training goes on meanwhile, and older checkpoints stay as
+    they are.
     """
 
     def __init__(self, run_dir: str, keep_last: int, keep_best: int) -> None:
@@ -100,7 +105,8 @@ class CheckpointWriter:
     def save(
         self, step: int, state: dict[str, Any], done: Callable[[], None] | None = None
     ) -> None:
-        """Write the training state of `step`; `done` is called in the writing thread once it is safe on disk."""
+        """Write the training state of `step`; `done` is called in the writing thread once it is
+        safe on disk."""
         copy = snapshot(state)
 
         def write() -> None:
@@ -163,14 +169,18 @@ class CheckpointWriter:
         with self._lock:
             if len(self._failed) >= MAX_FAILED_WRITES:
                 raise StorageError(
-                    f"{len(self._failed)} checkpoints in a row could not be written: {self._failed[-1]}"
+                    f"{len(self._failed)} checkpoints in a row could not be written: "
+                    f"{self._failed[-1]}"
                 )
         for future in [f for f in self._pending if f.done()]:
             self._pending.remove(future)
             future.result()
 
     def wait(self) -> None:
-        """Until everything handed over is on disk. Raises StorageError if the newest checkpoint is not."""
+        """Until everything handed over is on disk.
+
+        Raises StorageError if the newest checkpoint is not.
+        """
         while self._pending:
             self._pending.pop(0).result()
         with self._lock:

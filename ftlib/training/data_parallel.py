@@ -1,11 +1,15 @@
-"""Data parallelism over microbatches: gradients, BatchNorm statistics and the step's tallies in one flat buffer.
+"""Data parallelism over microbatches: gradients, BatchNorm statistics and the step's sums in
+one flat buffer.
 
-The global batch is m microbatches; worker r of W handles microbatches k with k mod W = r, adding each one's gradient into the same
-buffer, and one all-reduce per step (in buckets, started while the last backward pass still runs) gives everybody the sum. A step is
-thus defined by its microbatches alone. What the number of workers changes is the order of a floating-point sum, and with
-`strict=True` not even that: every microbatch's own gradient is gathered and added in the order of k.
+The global batch is m microbatches; worker r of W handles microbatches k with k mod W = r, adding
+each one's gradient into the same buffer, and one all-reduce per step (in buckets, started while the
+last backward pass still runs) gives everybody the sum. A step is thus defined by its microbatches
+alone. What the number of workers changes is the order of a floating-point sum, and with
+`strict=True` not even that: every microbatch's own gradient is gathered and added in the order of
+k.
 
-BatchNorm's running statistics move once per step, by the mean over the step's microbatches of the move each of them would make.
+BatchNorm's running statistics move once per step, by the mean over the step's microbatches of the
+move each of them would make.
 """
 
 from __future__ import annotations
@@ -17,15 +21,19 @@ from torch import Tensor, nn
 BUCKET = 25 * 2**20 // 4
 """Elements per all-reduce (25 MiB of float32), as in torch's DDP."""
 
-TALLIES = ("loss", "correct", "images", "checkpoint", "stop")
-"""Summed with every step: loss and correct predictions over its images, images, and the two requests any worker may raise."""
+STEP_SUMS = ("loss", "correct", "images", "checkpoint", "stop")
+"""Summed with every step: loss and correct predictions over its images, images, and the two
+requests any worker may raise."""
 
 
 class GradientBuffer:
-    """Owns the gradients of `model`'s trainable parameters, as views of one float32 buffer, for one training step at a time.
+    """Owns the gradients of `model`'s trainable parameters, as views of one float32 buffer, for
+    one training step at a time.
 
-    Use per step: `begin()`; for each own microbatch k `before(k, last)`, forward and backward of its summed loss divided by the images
-    in the step, `after(k)`; then `reduce(count)` once on every worker, also on one that had no microbatch, and `commit_statistics`.
+    Use per step: `zero()`; for each own microbatch k `before_forward(k, last)`, forward and
+    backward of its summed loss divided by the images in the step, `after_backward(k)`; then
+    `all_reduce(count)` once on every worker, also on one that had no microbatch, and
+    `commit_batchnorm`.
     """
 
     def __init__(
@@ -41,18 +49,17 @@ class GradientBuffer:
             if b.is_floating_point()
         ]
         device = next(model.parameters()).device
-        n_grad, n_stat = (
-            sum(p.numel() for p in self.parameters),
-            sum(getattr(m, n).numel() for m, n in stats),
-        )
-        self.flat = torch.zeros(n_grad + n_stat + len(TALLIES), device=device)
-        self.grads, self.stat_moves, self.tallies = (
+        n_grad = sum(p.numel() for p in self.parameters)
+        n_stat = sum(getattr(m, n).numel() for m, n in stats)
+        self.flat = torch.zeros(n_grad + n_stat + len(STEP_SUMS), device=device)
+        self.grads, self.stat_moves, self.step_sums = (
             self.flat[:n_grad],
             self.flat[n_grad : n_grad + n_stat],
             self.flat[n_grad + n_stat :],
         )
         self._bind_gradients()
-        # The model's floating-point buffers become views of `stats`, so that they are reset and read with one copy each.
+        # The model's floating-point buffers become views of `stats`, so that they are reset and
+        # read with one copy each.
         self.stats = torch.empty(n_stat, device=device)
         start = 0
         for module, name in stats:
@@ -70,12 +77,14 @@ class GradientBuffer:
     def _bind_gradients(self) -> None:
         start = 0
         for p in self.parameters:
-            # The gradient takes the parameter's own memory order (channels_last too), so that accumulating needs no conversion.
+            # The gradient takes the parameter's own memory order (channels_last too), so that
+            # accumulating needs no conversion.
             p.grad = self.flat[start : start + p.numel()].as_strided(p.shape, p.stride(), start)
             start += p.numel()
 
     def _plan_buckets(self) -> list[tuple[Tensor, list[int]]]:
-        """[(slice of the buffer, its parameters' indices)], and a hook on each parameter that counts its bucket down."""
+        """[(slice of the buffer, its parameters' indices)], and a hook on each parameter that
+        counts its bucket down."""
         buckets: list[tuple[Tensor, list[int]]] = []
         start, size, members = 0, 0, []
         for i, p in enumerate(self.parameters):
@@ -98,19 +107,21 @@ class GradientBuffer:
         if not self._armed:
             return
         self._waiting[bucket] -= 1
-        # Always in the order of the list: all workers must start the same collectives in the same order.
+        # Always in the order of the list: all workers must start the same collectives in the same
+        # order.
         while self._next < len(self._buckets) and self._waiting[self._next] == 0:
             self._works.append(dist.all_reduce(self._buckets[self._next][0], async_op=True))
             self._next += 1
 
     def release(self) -> None:
-        """Let go of the model, so that another buffer can take it (when its trainable parameters change)."""
+        """Let go of the model, so that another buffer can take it (when its trainable parameters
+        change)."""
         for hook in self._hooks:
             hook.remove()
         for p in self.parameters:
             p.grad = None
 
-    def begin(self) -> None:
+    def zero(self) -> None:
         """Start a step: everything to zero."""
         self.flat.zero_()
         self._kept.clear()
@@ -121,21 +132,25 @@ class GradientBuffer:
                 [len(members) for _, members in self._buckets],
             )
 
-    def before(self, k: int, last: bool) -> None:
-        """Before the forward pass of microbatch k; `last` says that it is this worker's last in the step."""
+    def before_forward(self, k: int, last: bool) -> None:
+        """Before the forward pass of microbatch k; `last` says that it is this worker's last in
+        the step."""
         self.stats.copy_(self.base)
         if self._buckets and last:
             self._armed = True
 
-    def after(self, k: int) -> None:
+    def after_backward(self, k: int) -> None:
         """After its backward pass."""
         self.stat_moves.add_(self.stats - self.base)
         if self.strict:
             self._kept[k] = self.flat.clone()
             self.flat.zero_()
 
-    def reduce(self, microbatches: int) -> None:
-        """Sum over all workers. `microbatches` is the number in the whole step, over all workers."""
+    def all_reduce(self, microbatches: int) -> None:
+        """Sum over all workers.
+
+        `microbatches` is the number in the whole step, over all workers.
+        """
         if self.strict:
             self._reduce_in_order(microbatches)
         elif self.world > 1:
@@ -163,7 +178,10 @@ class GradientBuffer:
         dist.all_reduce(requests)
         self.flat[-2:] += requests
 
-    def commit_statistics(self, finite: Tensor) -> None:
-        """Let BatchNorm's statistics move, unless the step was not finite. `finite`: bool scalar on the device."""
+    def commit_batchnorm(self, finite: Tensor) -> None:
+        """Let BatchNorm's statistics move, unless the step was not finite.
+
+        `finite`: bool scalar on the device.
+        """
         self.base.copy_(torch.where(finite, self.base + self.stat_moves, self.base))
         self.stats.copy_(self.base)

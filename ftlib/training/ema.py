@@ -1,4 +1,5 @@
-"""Exponential moving average of the weights (Polyak and Juditsky 1992; as in Tarvainen and Valpola 2017)."""
+"""Exponential moving average of the weights (Polyak and Juditsky 1992; as in Tarvainen and
+Valpola 2017)."""
 
 from __future__ import annotations
 
@@ -11,15 +12,19 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """A copy of the model that follows it: average <- d * average + (1 - d) * current, once per optimizer step.
+    """A copy of the model that follows it: average <- d * average + (1 - d) * current, once per
+    optimizer step.
 
-    Floating-point buffers (BatchNorm's running statistics) are averaged with the same d, since they must suit the averaged
-    weights; whole-number buffers (num_batches_tracked) and the constants among them are copied.
+    Floating-point buffers (BatchNorm's running statistics) are averaged with the same d, since they
+    must suit the averaged weights; whole-number buffers (num_batches_tracked) and the constants
+    among them are copied.
 
-    d = min(decay, (1 + t) / (10 + t)) after t updates, so that a short run is not stuck near its initial weights: the average spans
-    about the last tenth of the run until `decay` takes over (at t = 90 for 0.9, t = 8,990 for 0.999). `warmup=False` gives d = decay.
+    d = min(decay, (1 + t) / (10 + t)) after t updates, so that a short run is not stuck near its
+    initial weights: the average spans about the last tenth of the run until `decay` takes over (at
+    t = 90 for 0.9, t = 8,990 for 0.999). `warmup=False` gives d = decay.
 
-    Give it the bare model, not one wrapped in DDP or torch.compile, already on its device and in its memory format.
+    Give it the bare model, not one wrapped in DDP or torch.compile, already on its device and in
+    its memory format.
     """
 
     def __init__(self, model: nn.Module, decay: float, warmup: bool = True) -> None:
@@ -39,7 +44,10 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take in the model's present weights. A few kernels over all tensors at once, without waiting for the device."""
+        """Take in the model's present weights.
+
+        A few kernels over all tensors at once, without waiting for the device.
+        """
         averages, currents = _tensors(self.module), _tensors(model)
         if len(averages) != len(currents):
             raise ValueError("the model is not the one that the average was made from")

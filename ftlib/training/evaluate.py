@@ -1,6 +1,7 @@
 """Scoring a model: exact on any number of workers, and predictions with their row numbers.
 
-Every worker takes an explicit slice of the rows; counts are summed. No image is scored twice and none is left out.
+Every worker takes an explicit slice of the rows; counts are summed. No image is scored twice and
+none is left out.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch.nn import functional as F
 from ftlib.data.loader import Batch
 
 
-def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """uint8 [b, H, W, 3] -> float32 [b, 3, H, W], (pixel / 255 - mean) / std per channel, in channels-last memory order."""
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 [b, H, W, 3] -> float32 [b, 3, H, W], (pixel / 255 - mean) / std per channel, in
+    channels-last memory order."""
     scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)
     shift = torch.tensor([-m / s for m, s in zip(mean, std)], device=images.device)
     return torch.addcmul(shift, images.to(torch.float32), scale).permute(0, 3, 1, 2)
@@ -38,7 +40,8 @@ class Counts:
     """What an evaluation counted, over all images it saw."""
 
     loss: float
-    """Sum of the negative log-likelihood (nats), whatever the run trains with, so that runs compare."""
+    """Sum of the negative log-likelihood (nats), whatever the run trains with, so that runs
+    compare."""
     top1: int
     top5: int
     images: int
@@ -73,7 +76,8 @@ def count(
     dtype: torch.dtype = torch.float32,
     world: int = 1,
 ) -> Counts:
-    """Score this worker's `batches` and sum over the `world` workers. top5 is top-C where there are fewer than five classes."""
+    """Score this worker's `batches` and sum over the `world` workers. top5 is top-C where there
+    are fewer than five classes."""
     training = model.training
     model.eval()
     sums = torch.zeros(4 + 2 * classes, dtype=torch.float64, device=device)
@@ -81,7 +85,7 @@ def count(
     for batch in batches:
         labels = batch.labels.to(device, non_blocking=True)
         with autocast(dtype, device):
-            logits = model(normalise(batch.images.to(device, non_blocking=True), mean, std))
+            logits = model(normalize(batch.images.to(device, non_blocking=True), mean, std))
         logits = logits.float()
         hits = logits.topk(k).indices == labels[:, None]
         first = hits[:, 0].double()
@@ -143,12 +147,15 @@ def predict(
     dtype: torch.dtype = torch.float32,
     flip: bool = False,
 ) -> Predictions:
-    """Logits for every image of `batches`, in their order. `flip` averages the logits with those of the mirrored image."""
+    """Logits for every image of `batches`, in their order.
+
+    `flip` averages the logits with those of the mirrored image.
+    """
     training = model.training
     model.eval()
     rows, labels, logits = [], [], []
     for batch in batches:
-        x = normalise(batch.images.to(device, non_blocking=True), mean, std)
+        x = normalize(batch.images.to(device, non_blocking=True), mean, std)
         with autocast(dtype, device):
             out = model(x).float()
             if flip:

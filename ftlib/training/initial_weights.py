@@ -18,7 +18,7 @@ from ftlib.config import Run
 from ftlib.settings import ConfigError
 from ftlib.storage import DamagedError, join
 from ftlib.training import checkpoint
-from ftlib.training import model as models
+from ftlib.training import models
 
 
 @dataclass(frozen=True)

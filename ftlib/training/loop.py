@@ -1,14 +1,14 @@
 """The story of training, top to bottom.
 
-`train(job)` runs on every worker. What a step computes is a function of the run, the step and the state before it, never of the
-worker, the clock or how often the run was restarted: order from (seed, epoch), augmentation from (seed, epoch, image), mixing and
-dropout from (seed, step, microbatch). Between log points nothing waits for a GPU.
+`train(context)` runs on every worker. What a step computes is a function of the run, the step and
+the state before it, never of the worker, the clock or how often the run was restarted: order from
+(seed, epoch), augmentation from (seed, epoch, image), mixing and dropout from (seed, step,
+microbatch). Between log points nothing waits for a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -16,19 +16,20 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ftlib.config import Plateau, Run
 from ftlib.data import rng, sampler
-from ftlib.data.loader import Batch, eval_batches, train_batches
+from ftlib.data.loader import Batch, Batches, eval_batches, train_batches
 from ftlib.storage import join
-from ftlib.training import checkpoint, initial_weights, losses, mixing, optim, schedule
-from ftlib.training import model as models
+from ftlib.training import checkpoint, initial_weights, losses, mixing, models, optim, schedule
 from ftlib.training.data_parallel import GradientBuffer
-from ftlib.training.evaluate import Counts, autocast, count, normalise, percent
+from ftlib.training.evaluate import Counts, autocast, count, normalize, percent
 from ftlib.training.memory import keep_freed_memory
+from ftlib.training.oom import MicrobatchSplitter
 from ftlib.training.run_log import RunLog, now_ms
 from ftlib.training.state import TrainState
+from ftlib.training.step_monitor import StepMonitor
 from ftlib.training.worker_context import (
     DivergedError,
     InterruptedTrainingError,
@@ -36,284 +37,271 @@ from ftlib.training.worker_context import (
     WorkerContext,
 )
 
-log = logging.getLogger("ftlib.training")
 
+def train(context: WorkerContext) -> dict[str, Any]:
+    """Train to the end from the newest checkpoint, or from the start.
 
-def train(job: WorkerContext) -> dict[str, Any]:
-    """Train to the end from the newest checkpoint, or from the start. Returns {"metrics": best/* and final scores, "history": rows}."""
-    return Training(job).go()
+    Returns metrics (best/* and final/* scores), history (a row per epoch), split (which one was
+    scored) and step (optimizer steps done).
+    """
+    return Training(context).fit()
 
 
 class Training:
-    """One worker's training: set up once, then `go`."""
+    """One worker's training: set up once, then `fit`."""
 
-    def __init__(self, job: WorkerContext) -> None:
-        run = job.run
-        if job.device.type == "cpu":
+    def __init__(self, context: WorkerContext) -> None:
+        run, device = context.run, context.device
+        if device.type == "cpu":
             keep_freed_memory()
-        self.job, self.run = job, run
-        self.writer: checkpoint.CheckpointWriter | None = None
-        self.classes = len(job.dataset.classes)
-        self.rows, self.scored_rows, self.split = job.rows
+        self.context, self.run = context, run
+        self.classes = len(context.dataset.classes)
+        self.rows, self.scored_rows, self.split = context.rows
         self.steps_per_epoch = sampler.steps_per_epoch(len(self.rows), run.train.batch_size)
         self.total = self.steps_per_epoch * run.train.epochs
-        self.dtype = precision(run, job.device)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(rng.key(rng.INIT, run.seed) % 2**63)
-            model = initial_weights.start(run, job.dataset.classes, job.source)
-        if run.train.channels_last:
-            model = model.to(memory_format=torch.channels_last)
-        self.model = model.to(job.device)
-        self.state = TrainState.create(
-            run, self.model, job.device, fp16=self.dtype == torch.float16
-        )
+        self.dtype = precision(run, device)
+        self.model = self._first_model()
+        self.forward = torch.compile(self.model) if run.train.compile else self.model
+        self.state = TrainState.create(run, self.model, device, fp16=self.dtype == torch.float16)
+        self.criterion = self._criterion()
         self.frozen: bool | None = None
         self.buffer: GradientBuffer | None = None
-        self.parts, self.fits, self.stopping = 1, False, False
-        self.forward = torch.compile(self.model) if run.train.compile else self.model
-        counts = torch.from_numpy(
-            np.bincount(job.dataset.split("train").labels[self.rows], minlength=self.classes)
-        )
-        balanced = (
-            losses.balanced_weights(counts).to(job.device)
-            if run.loss.class_weights == "balanced"
-            else None
-        )
-        self.criterion = losses.build(run.loss, balanced)
-        self.record = RunLog(job, self.state, self.rows, self.split, self.steps_per_epoch)
+        self.splitter = MicrobatchSplitter(self.model, run.augment.size)
+        every = 1 if device.type == "cpu" else run.train.log_every
+        self.monitor = StepMonitor(every, self.steps_per_epoch)
+        self.writer: checkpoint.CheckpointWriter | None = None
+        self.log = RunLog(context, self.state, self.rows, self.split, self.steps_per_epoch)
         self.last_save = time.monotonic()
-        self.finite: list[Tensor] = []
-        self.reading = 1 if job.device.type == "cpu" else run.train.log_every
 
-    # --- the run ------------------------------------------------------------------------------------------------------------------
+    def _first_model(self) -> nn.Module:
+        run, context = self.run, self.context
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rng.key(rng.INIT, run.seed) % 2**63)
+            model = initial_weights.start(run, context.dataset.classes, context.source)
+        if run.train.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        return model.to(context.device)
 
-    def go(self) -> dict[str, Any]:
-        job, run, state = self.job, self.run, self.state
+    def _criterion(self) -> losses.PerImageLoss:
+        weights = None
+        if self.run.loss.class_weights == "balanced":
+            labels = self.context.dataset.split("train").labels[self.rows]
+            weights = losses.balanced_weights(np.bincount(labels, minlength=self.classes))
+            weights = weights.to(self.context.device)
+        return losses.build(self.run.loss, weights)
+
+    # --- the run ----------------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, Any]:
+        context, run, state = self.context, self.run, self.state
         with contextlib.ExitStack() as stack:
-            if job.rank == 0:
+            if context.rank == 0:
                 self.writer = checkpoint.CheckpointWriter(
-                    job.run_dir, run.checkpoint.keep_last, run.checkpoint.keep_best
+                    context.run_dir, run.checkpoint.keep_last, run.checkpoint.keep_best
                 )
                 stack.callback(self.writer.close)
             self.restore()
-            if state.step == 0 and job.source is not None and not run.model.reset_head:
-                # What the starting weights are worth here, so that the gain can be told from the start.
-                self.record.point(
-                    {f"start/{k}": v for k, v in self.score().metrics(self.split).items()}, step=0
-                )
-            batches = stack.enter_context(
-                contextlib.closing(
-                    train_batches(
-                        job.dataset,
-                        self.rows,
-                        run,
-                        job.rank,
-                        job.world,
-                        state.step,
-                        self.total,
-                        job.loader_workers,
-                    )
-                )
-            )
-            self.record.start()
-            while state.step < self.total and not self.exhausted():
-                self.freeze_for(state.step // self.steps_per_epoch)
-                read = (state.step + 1) % self.reading == 0 or (
-                    state.step + 1
-                ) % self.steps_per_epoch == 0
-                self.train_step(batches, ask=read)
+            if state.step == 0 and self.starts_with_a_known_score():
+                scores = self.score().metrics(self.split)
+                self.log.point({f"start/{k}": v for k, v in scores.items()}, step=0)
+            batches = stack.enter_context(contextlib.closing(self.batches()))
+            self.log.start()
+            stop = False
+            while state.step < self.total and not self.should_stop_early():
+                self.update_frozen(state.step // self.steps_per_epoch)
+                ask = self.monitor.is_due(state.step)
+                self.train_step(batches, ask)
                 state.step += 1
-                if read:
-                    self.read()
+                if ask:
+                    stop = self.sync_and_log()
                 if state.step % self.steps_per_epoch == 0:
                     self.finish_epoch()
-                if self.stopping and state.step < self.total:
-                    self.leave()
+                if stop and state.step < self.total:
+                    self.stop_on_request()
             if self.writer is not None:
                 self.writer.wait()
         return {
-            "metrics": self.record.final_metrics(),
+            "metrics": self.log.final_metrics(),
             "history": state.history,
             "split": self.split,
             "step": state.step,
         }
 
-    def train_step(self, batches: Iterator[Batch], ask: bool) -> None:
-        """One optimizer step over this worker's microbatches of the global batch."""
-        run, state, buffer = self.run, self.state, self.buffer
-        assert buffer is not None
-        plan = sampler.step_plan(
-            run.seed, state.step, self.rows, run.train.batch_size, run.train.microbatch_size
+    def starts_with_a_known_score(self) -> bool:
+        """Whether the starting weights can classify these classes already, so that the gain over
+        them can be told."""
+        return self.context.source is not None and not self.run.model.reset_head
+
+    def batches(self) -> Batches:
+        """This worker's microbatches from the present step to the end."""
+        context = self.context
+        return train_batches(
+            context.dataset,
+            self.rows,
+            self.run,
+            context.rank,
+            context.world,
+            self.state.step,
+            self.total,
+            context.loader_workers,
         )
-        own = sampler.owned(plan, self.job.rank, self.job.world)
-        buffer.begin()
-        taken: list[
-            Batch
-        ] = []  # of a step that may have to start over; no other keeps the loader's memory
-        i = 0
-        while i < len(own):
-            batch = taken[i] if i < len(taken) else next(batches)
-            assert (batch.step, batch.k) == (own[i].step, own[i].k), (
-                "the loader is out of step with the plan"
-            )
-            if i == len(taken) and not self.fits:
-                taken.append(batch)
-            # Sums leave early only once a step has shown that it fits: what has left cannot be taken back.
-            buffer.before(own[i].k, last=i == len(own) - 1 and self.fits)
-            try:
-                self.microbatch(batch, buffer)
-            except torch.OutOfMemoryError as error:
-                self.halve(len(batch.rows), error)
-                buffer.begin()
-                i = 0
-                continue
-            buffer.after(own[i].k)
-            i += 1
-        self.fits = True
+
+    def train_step(self, batches: Iterator[Batch], ask: bool) -> None:
+        """One optimizer step over this worker's microbatches of the global batch.
+
+        `ask`: let this step carry requests for a checkpoint or a stop to all workers.
+        """
+        state, buffer = self.state, self.buffer
+        assert buffer is not None
+        microbatches = self.accumulate(batches, buffer)
         if ask:
             self.raise_requests(buffer)
-        buffer.reduce(len(plan))
+        buffer.all_reduce(microbatches)
 
         norm = torch.linalg.vector_norm(buffer.grads) / state.scale.scale
-        finite = torch.isfinite(norm) & torch.isfinite(buffer.tallies[0])
-        # Clipping, as torch.nn.utils.clip_grad_norm_ does it, and the loss scale in one pass over the gradients.
-        if run.train.clip_norm:
-            buffer.grads.mul_(
-                (run.train.clip_norm / (norm + 1e-6)).clamp(max=1.0) / state.scale.scale
-            )
+        finite = torch.isfinite(norm) & torch.isfinite(buffer.step_sums[0])
+        clip = self.run.train.clip_norm
+        # Clipping, as torch.nn.utils.clip_grad_norm_ does it, and the loss scale in one pass.
+        if clip:
+            buffer.grads.mul_((clip / (norm + 1e-6)).clamp(max=1.0) / state.scale.scale)
         elif state.scale.enabled:
             buffer.grads.div_(state.scale.scale)
         optim.set_lr(state.optimizer, self.learning_rate(state.step))
         optim.step_if_finite(state.optimizer, finite)
-        buffer.commit_statistics(finite)
+        buffer.commit_batchnorm(finite)
         state.scale.update(finite)
         if state.ema is not None:
             state.ema.update(self.model)
-        state.sums += torch.where(finite, buffer.tallies[:3].double(), 0.0)
-        # An fp16 gradient that overflows is the loss scale's business; a loss that is not finite is not.
-        self.finite.append(torch.isfinite(buffer.tallies[0]) if state.scale.enabled else finite)
+        state.sums += torch.where(finite, buffer.step_sums[:3].double(), 0.0)
+        # An fp16 gradient that overflows is handled by the loss scale; a bad loss is not.
+        loss_is_finite = torch.isfinite(buffer.step_sums[0])
+        self.monitor.record(loss_is_finite if state.scale.enabled else finite)
+
+    def accumulate(self, batches: Iterator[Batch], buffer: GradientBuffer) -> int:
+        """Add the gradients of this worker's microbatches into `buffer`.
+
+        Returns the number of microbatches in the whole step, over all workers.
+        """
+        run, splitter = self.run, self.splitter
+        plan = sampler.step_plan(
+            run.seed, self.state.step, self.rows, run.train.batch_size, run.train.microbatch_size
+        )
+        own = sampler.owned(plan, self.context.rank, self.context.world)
+        buffer.zero()
+        # Kept only while the step may have to start over, to give the loader its memory back.
+        taken: list[Batch] = []
+        i = 0
+        while i < len(own):
+            batch = taken[i] if i < len(taken) else next(batches)
+            expected = (own[i].step, own[i].k)
+            assert (batch.step, batch.k) == expected, "the loader is out of step with the plan"
+            if i == len(taken) and not splitter.settled:
+                taken.append(batch)
+            # Overlap all-reduce with backward only after one step ran without running out of
+            # memory: a started all-reduce cannot be undone.
+            buffer.before_forward(own[i].k, last=i == len(own) - 1 and splitter.settled)
+            try:
+                self.microbatch(batch, buffer)
+            except torch.OutOfMemoryError as error:
+                images = len(batch.rows)
+                if not splitter.split(images):
+                    raise OutOfMemoryError(self.log.too_large(images, self.dtype)) from error
+                buffer.zero()
+                i = 0
+                continue
+            buffer.after_backward(own[i].k)
+            i += 1
+        splitter.settled = True
+        return len(plan)
 
     def microbatch(self, batch: Batch, buffer: GradientBuffer) -> None:
-        """Forward and backward of one microbatch; its share of the step's mean loss goes into the gradients."""
-        run, device = self.run, self.job.device
-        seed_device(rng.key(rng.DROPOUT, run.seed, batch.step, batch.k), device)
-        everything = (*self.inputs(batch), batch.labels.to(device, non_blocking=True))
-        for images, targets, labels in zip(
-            *(tensor.chunk(self.parts) for tensor in everything), strict=True
-        ):
+        """Forward and backward of one microbatch: its share of the step's mean loss is added to
+        the gradients."""
+        device, scale = self.context.device, self.state.scale.scale
+        seed_device(rng.key(rng.DROPOUT, self.run.seed, batch.step, batch.k), device)
+        images, targets = self.inputs(batch)
+        labels = batch.labels.to(device, non_blocking=True)
+        for x, soft, hard in self.splitter.chunks(images, targets, labels):
             with autocast(self.dtype, device):
-                logits = self.forward(images)
-            loss = self.criterion(logits, targets).sum()
-            (loss * (self.state.scale.scale / batch.images_in_step)).backward()
+                logits = self.forward(x)
+            loss = self.criterion(logits, soft).sum()
+            (loss * (scale / batch.images_in_step)).backward()
             with torch.no_grad():
-                hits = (logits.argmax(1) == labels).sum()
-                buffer.tallies[:3] += torch.stack(
-                    [
-                        loss.detach().float(),
-                        hits.float(),
-                        torch.full_like(loss, float(len(labels)), dtype=torch.float32),
-                    ]
-                )
-
-    def halve(self, images: int, error: torch.OutOfMemoryError) -> None:
-        """After running out of memory: microbatches go through the network in twice as many parts, or OutOfMemory where that would be another run."""
-        if self.fits or 2 * self.parts > images or not models.images_are_apart(self.model):
-            raise OutOfMemoryError(self.record.too_large(images, self.dtype)) from error
-        self.parts *= 2
-        log.warning(
-            "out of memory with %d images of %d px at once: microbatches go through the network in %d parts from here on, which changes nothing but speed",
-            -(-images * 2 // self.parts),
-            self.run.augment.size,
-            self.parts,
-        )
-        if self.job.device.type == "cuda":
-            torch.cuda.empty_cache()
+                hits = (logits.argmax(1) == hard).sum().float()
+                number = torch.full_like(hits, float(len(hard)))
+                buffer.step_sums[:3] += torch.stack([loss.detach().float(), hits, number])
 
     def inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the network gets: float32 images [b, 3, S, S] and soft targets [b, C], mixed, on the device."""
-        run, device = self.run, self.job.device
-        images = normalise(batch.images.to(device, non_blocking=True), run.data.mean, run.data.std)
-        targets = losses.soft_targets(
-            batch.labels.to(device, non_blocking=True), self.classes, run.loss.label_smoothing
-        )
+        """What the network gets, mixed and on the device: float32 images [b, 3, S, S] and soft
+        targets [b, C]."""
+        run, device = self.run, self.context.device
+        images = normalize(batch.images.to(device, non_blocking=True), run.data.mean, run.data.std)
+        labels = batch.labels.to(device, non_blocking=True)
+        targets = losses.soft_targets(labels, self.classes, run.loss.label_smoothing)
         if batch.epoch >= run.train.epochs - run.mix.off_epochs:
             return images, targets
-        plan = mixing.draw(
-            run.mix,
-            rng.key(rng.MIX, run.seed, batch.step, batch.k),
-            len(batch.labels),
-            images.shape[2],
-            images.shape[3],
-        )
-        return mixing.apply(plan, images, targets)
+        key = rng.key(rng.MIX, run.seed, batch.step, batch.k)
+        height, width = images.shape[2:]
+        return mixing.apply(mixing.draw(run.mix, key, len(labels), height, width), images, targets)
 
-    # --- once in a while ----------------------------------------------------------------------------------------------------------
+    # --- once in a while --------------------------------------------------------------------------
 
     def raise_requests(self, buffer: GradientBuffer) -> None:
-        """Requests travel with the step's sum, so that all workers learn of them at the same step."""
-        notice = self.job.notice()
-        due = (
-            self.job.rank == 0
-            and self.run.checkpoint.every_seconds
-            and time.monotonic() - self.last_save > self.run.checkpoint.every_seconds
-        )
-        if due or notice == "checkpoint":
-            buffer.tallies[3] += 1
+        """Add this worker's requests to the step's sums: all workers learn of them at once."""
+        notice = self.context.notice()
+        every = self.run.checkpoint.every_seconds
+        late = bool(every) and time.monotonic() - self.last_save > every
+        if notice == "checkpoint" or (late and self.context.rank == 0):
+            buffer.step_sums[3] += 1
         if notice == "stop":
-            buffer.tallies[4] += 1
+            buffer.step_sums[4] += 1
 
-    def read(self) -> None:
-        """Wait for the device: check for NaN, show and log progress, write a checkpoint if one is due."""
+    def sync_and_log(self) -> bool:
+        """Wait for the device: check for NaN, show and log progress, save if that is due.
+
+        Returns whether a worker asked to stop.
+        """
         state, run = self.state, self.run
         assert self.buffer is not None
-        loss, correct, images, wanted, stop = self.buffer.tallies.tolist()
-        bad = [
-            state.step - len(self.finite) + i
-            for i, ok in enumerate(torch.stack(self.finite).tolist())
-            if not ok
-        ]
-        self.finite.clear()
-        state.nonfinite += len(bad)
+        report = self.monitor.report(state.step, self.buffer.step_sums)
+        state.nonfinite += len(report.bad_steps)
         if state.nonfinite > run.train.max_nonfinite:
-            raise DivergedError(self.record.describe(bad))
-        at_edge = state.step % self.steps_per_epoch == 0
-        if state.step % run.train.log_every == 0 or at_edge:
-            rate = self.record.rate()
-            self.record.point(
-                {
-                    "step/loss": round(loss / max(images, 1), 6),
-                    "step/lr": self.learning_rate(state.step - 1),
-                    "step/images_per_s": rate,
-                },
-                state.step,
-            )
-            self.record.show(loss, correct, images, rate, self.learning_rate(state.step - 1))
+            raise DivergedError(self.log.describe(report.bad_steps))
+        epoch_ends = state.step % self.steps_per_epoch == 0
+        if epoch_ends or state.step % run.train.log_every == 0:
+            rate, lr = self.log.rate(), self.learning_rate(state.step - 1)
+            loss = round(report.loss / max(report.images, 1), 6)
+            values = {"step/loss": loss, "step/lr": lr, "step/images_per_s": rate}
+            self.log.point(values, state.step)
+            self.log.show(report.loss, report.correct, report.images, rate, lr)
         every = run.checkpoint.every_steps
-        if not at_edge and (wanted or stop or (every and state.step % every == 0)):
-            self.save(wait=wanted > 1)
-        self.stopping = bool(stop)
+        by_step = bool(every) and state.step % every == 0
+        if not epoch_ends and (report.checkpoint_requests or report.stop_requested or by_step):
+            self.save(wait=report.checkpoint_requests > 1)
+        return report.stop_requested
 
-    def leave(self) -> None:
-        """End before the end, on request. What this step was worth has been handed to the writer; here it is waited for."""
+    def stop_on_request(self) -> None:
+        """End before the end. The checkpoint of this step has been handed to the writer already."""
         if self.writer is not None:
             self.writer.wait()
-        self.job.report(self.record.latest_metrics(), self.checkpoint_uri())
+        self.context.report(self.log.latest_metrics(), self.checkpoint_uri())
         raise InterruptedTrainingError(
-            f"stopped at step {self.state.step} of {self.total} on request, with a checkpoint; the same command goes on from there"
+            f"stopped at step {self.state.step} of {self.total} on request, with a checkpoint; "
+            "the same command goes on from there"
         )
 
     def finish_epoch(self) -> None:
-        """Score, remember the best, write a checkpoint, report."""
+        """Score, keep the best weights, write a checkpoint, report."""
         state, run = self.state, self.run
         epoch = state.step // self.steps_per_epoch
         loss, correct, images = state.sums.tolist()
-        seconds = time.monotonic() - self.record.mark
+        seconds = time.monotonic() - self.log.mark
         row = {
             "epoch": float(epoch),
             "train/loss": round(loss / max(images, 1), 6),
             "train/top1": percent(correct, max(images, 1)),
             "train/lr": self.learning_rate(state.step - 1),
-            "train/images_per_s": self.record.rate(),
+            "train/images_per_s": self.log.rate(),
             "train/epoch_s": round(seconds, 3),
         }
         state.sums.zero_()
@@ -324,34 +312,35 @@ class Training:
                 "train/gap": round(row["train/top1"] - scores[f"{self.split}/top1"], 4),
                 f"{self.split}/seconds": round(time.monotonic() - started, 3),
             }
-            self.remember(epoch, scores)
+            self.update_best(epoch, scores)
         row["time_ms"] = float(now_ms())
         state.history.append(row)
         self.save(wait=False)
-        # After the checkpoint's tensors are taken: a restart from it sends this very point again, with this very time.
-        self.record.send(row, epoch)
+        # After the checkpoint's tensors are copied: a restart from it sends this point again, with
+        # the same time.
+        self.log.send(row, epoch)
         state.points.clear()
-        self.record.show(loss, correct, images, row["train/images_per_s"], row["train/lr"])
-        self.job.report(self.record.latest_metrics(), self.checkpoint_uri())
-        self.record.start()
+        self.log.show(loss, correct, images, row["train/images_per_s"], row["train/lr"])
+        self.context.report(self.log.latest_metrics(), self.checkpoint_uri())
+        self.log.start()
 
-    def remember(self, epoch: int, scores: dict[str, float]) -> None:
+    def update_best(self, epoch: int, scores: dict[str, float]) -> None:
         """Keep the weights if they are the best so far; let the plateau schedule see the score."""
-        state, run = self.state, self.run
+        state, cfg = self.state, self.run.schedule
         top1 = scores[f"{self.split}/top1"]
-        if isinstance(run.schedule, Plateau):
-            state.plateau = schedule.plateau_update(
-                run.schedule, state.plateau or schedule.PlateauState(), top1
-            )
-        if top1 > state.best:
-            state.best, state.best_epoch, state.best_step = top1, epoch, state.step
-            if self.writer is not None:
-                state.settle()
-                self.writer.save_best(
-                    state.step, state.scored_model.state_dict(), self.record.about(epoch, scores)
-                )
+        if isinstance(cfg, Plateau):
+            before = state.plateau or schedule.PlateauState()
+            state.plateau = schedule.plateau_update(cfg, before, top1)
+        if top1 <= state.best:
+            return
+        state.best, state.best_epoch, state.best_step = top1, epoch, state.step
+        if self.writer is not None:
+            state.sync_counters()
+            weights = state.scored_model.state_dict()
+            self.writer.save_best(state.step, weights, self.log.about(epoch, scores))
 
     def save(self, wait: bool) -> None:
+        """Hand the state to the background writer; `wait` until it is on disk."""
         self.last_save = time.monotonic()
         if self.writer is not None:
             self.writer.save(self.state.step, self.state.state_dict())
@@ -359,11 +348,11 @@ class Training:
                 self.writer.wait()
 
     def restore(self) -> None:
-        """Take up the newest checkpoint that verifies; all workers the same one."""
-        uri = join(self.job.run_dir, "checkpoints")
+        """Load the newest checkpoint that verifies; all workers the same one."""
+        uri = join(self.context.run_dir, "checkpoints")
         only = None
-        if self.job.world > 1:
-            mine = checkpoint.latest(uri) if self.job.rank == 0 else None
+        if self.context.world > 1:
+            mine = checkpoint.latest(uri) if self.context.rank == 0 else None
             chosen = [mine[0] if mine else -1]
             dist.broadcast_object_list(chosen, src=0)
             only = chosen[0]
@@ -371,19 +360,23 @@ class Training:
         if found is None:
             if only not in (None, -1):
                 raise RuntimeError(
-                    f"worker {self.job.rank} cannot read checkpoint {only} below {uri}, which rank 0 can. Is checkpoint.storage shared by all nodes?"
+                    f"worker {self.context.rank} cannot read checkpoint {only} below {uri}, which "
+                    "rank 0 can. Is checkpoint.storage shared by all nodes?"
                 )
             return
         self.state.load_state_dict(found[1])
         for at, step, values in self.state.points:
-            self.record.track(values, step, at)
+            self.log.track(values, step, at)
         if self.state.history and self.state.step % self.steps_per_epoch == 0:
             row = self.state.history[-1]
-            self.record.send(row, int(row["epoch"]))
+            self.log.send(row, int(row["epoch"]))
             self.state.points.clear()
 
-    def freeze_for(self, epoch: int) -> None:
-        """Freeze or free the backbone as model.freeze_epochs says; the step buffer holds the trainable parameters only."""
+    def update_frozen(self, epoch: int) -> None:
+        """Freeze or thaw the backbone as model.freeze_epochs says.
+
+        The gradient buffer holds trainable parameters only, so it is made anew at each change.
+        """
         limit = self.run.model.freeze_epochs
         frozen = limit == -1 or epoch < limit
         if frozen == self.frozen and self.buffer is not None:
@@ -392,91 +385,84 @@ class Training:
             self.buffer.release()
         self.model.train()
         models.freeze_backbone(self.model, frozen)
+        context = self.context
         self.buffer = GradientBuffer(
-            self.model, self.job.rank, self.job.world, self.run.cluster.strict_elastic
+            self.model, context.rank, context.world, self.run.cluster.strict_elastic
         )
         self.frozen = frozen
 
-    # --- small answers ------------------------------------------------------------------------------------------------------------
+    # --- small answers ----------------------------------------------------------------------------
 
     def learning_rate(self, step: int) -> float:
+        """The base rate of step number `step` (from 0)."""
         return schedule.learning_rate(
             self.run.schedule,
             self.run.optimizer.lr,
             step,
-            self.total,
-            self.steps_per_epoch,
-            self.state.plateau,
+            total_steps=self.total,
+            steps_per_epoch=self.steps_per_epoch,
+            plateau=self.state.plateau,
         )
 
-    def exhausted(self) -> bool:
-        """Early stopping: no new best score for train.early_stopping epochs."""
+    def should_stop_early(self) -> bool:
+        """No new best score for train.early_stopping epochs."""
         patience, state = self.run.train.early_stopping, self.state
         epoch, inside = divmod(state.step, self.steps_per_epoch)
-        return bool(
-            patience and not inside and state.best_epoch and epoch - state.best_epoch >= patience
-        )
+        if not patience or inside or not state.best_epoch:
+            return False
+        return epoch - state.best_epoch >= patience
 
     def score(self) -> Counts:
         """Evaluate on this worker's slice of the scored rows; exact sums over all workers."""
-        job, run = self.job, self.run
-        rows = self.scored_rows[job.rank :: job.world]
-        split = job.dataset.split("train" if self.split == "tuning" else "val")
-        with contextlib.closing(
-            eval_batches(
-                split,
-                rows,
-                run.eval_size,
-                run.evaluate.crop,
-                run.evaluate.batch_size,
-                job.loader_workers,
-            )
-        ) as batches:
+        context, run = self.context, self.run
+        batches = eval_batches(
+            context.dataset.split("train" if self.split == "tuning" else "val"),
+            self.scored_rows[context.rank :: context.world],
+            run.eval_size,
+            run.evaluate.crop,
+            run.evaluate.batch_size,
+            context.loader_workers,
+        )
+        with contextlib.closing(batches):
             counts = count(
                 self.state.scored_model,
                 batches,
-                self.classes,
-                job.device,
-                run.data.mean,
-                run.data.std,
-                self.dtype,
-                job.world,
+                classes=self.classes,
+                device=context.device,
+                mean=run.data.mean,
+                std=run.data.std,
+                dtype=self.dtype,
+                world=context.world,
             )
         if self.frozen is not None:
-            models.freeze_backbone(
-                self.model, self.frozen
-            )  # evaluating switched the frozen BatchNorm back to training
+            # Evaluating switched the frozen BatchNorm back to training.
+            models.freeze_backbone(self.model, self.frozen)
         return counts
 
     def checkpoint_uri(self) -> str:
-        return join(self.job.run_dir, "checkpoints", checkpoint.step_name(self.state.step))
+        return join(self.context.run_dir, "checkpoints", checkpoint.step_name(self.state.step))
 
 
 def precision(run: Run, device: torch.device) -> torch.dtype:
     """The autocast type that train.precision means on `device`."""
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if run.train.precision != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[
-            run.train.precision
-        ]
+        return named[run.train.precision]
     if device.type == "cuda":
-        return (
-            torch.bfloat16
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else torch.float16
-        )
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if native else torch.float16
     # Measured: bf16 pays on CPUs with bf16 matrix units from 128 px on, and costs below.
-    return (
-        torch.bfloat16
-        if run.augment.size >= 128 and torch.cpu._is_amx_tile_supported()
-        else torch.float32
-    )
+    pays = run.augment.size >= 128 and torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if pays else torch.float32
 
 
 def seed_device(key: int, device: torch.device) -> None:
-    """Seed the generator dropout draws from. torch.manual_seed would do too, at 0.6 ms instead of 3 microseconds."""
-    generator = (
-        torch.cuda.default_generators[device.index or 0]
-        if device.type == "cuda"
-        else torch.default_generator
-    )
+    """Seed the generator that dropout draws from.
+
+    torch.manual_seed would do too, but takes 0.6 ms instead of 3 microseconds.
+    """
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[device.index or 0]
+    else:
+        generator = torch.default_generator
     generator.manual_seed(key % 2**63)

@@ -1,8 +1,8 @@
-"""The learning-rate range test (Smith 2017, section 3.3): raise the rate from tiny to huge over some hundred steps of the real recipe and
-watch the loss.
+"""The learning-rate range test (Smith 2017, section 3.3): raise the rate from tiny to huge over
+some hundred steps of the real recipe and watch the loss.
 
-The steps are the recipe's own: its data, augmentation, mixing, optimizer, clipping, starting weights. Nothing of it is kept, and
-nothing of a run is read or written.
+The steps are the recipe's own: its data, augmentation, mixing, optimizer, clipping, starting
+weights. Nothing of it is kept, and nothing of a run is read or written.
 """
 
 from __future__ import annotations
@@ -39,14 +39,16 @@ class RangeTestError(ValueError):
 
 @dataclass(frozen=True)
 class Curve:
-    """Learning rates, rising by a constant factor, and the training loss (nats) at each, before that step's update."""
+    """Learning rates, rising by a constant factor, and the training loss (nats) at each, before
+    that step's update."""
 
     rates: NDArray[np.float64]
     losses: NDArray[np.float64]
 
     @property
     def smooth(self) -> NDArray[np.float64]:
-        """The losses without their noise: a symmetric average over neighbours, so that nothing is moved along the rates."""
+        """The losses without their noise: a symmetric average over neighbours, so that nothing
+        is moved along the rates."""
         return gaussian_filter1d(self.losses, max(1.0, SMOOTH * len(self.losses)), mode="nearest")
 
 
@@ -61,17 +63,20 @@ class Reading:
 
     @property
     def suggestion(self) -> float:
-        """The highest rate for a schedule to reach: the steepest place, at most a third of the minimum's."""
+        """The highest rate for a schedule to reach: the steepest place, at most a third of the
+        minimum's."""
         return min(self.steepest, self.minimum / 3)
 
 
 def range_test(
     step: Callable[[float], float], low: float = 1e-7, high: float = 10.0, steps: int = 100
 ) -> Curve:
-    """Call `step(rate)` -> loss with rates from `low` to `high`, a constant factor apart, until the loss has diverged."""
+    """Call `step(rate)` -> loss with rates from `low` to `high`, a constant factor apart, until
+    the loss has diverged."""
     if not 0 < low < high or steps < LEAST:
         raise RangeTestError(
-            f"rates from {low:g} to {high:g} in {steps} steps: needs 0 < lowest < highest and at least {LEAST} steps"
+            f"rates from {low:g} to {high:g} in {steps} steps: "
+            f"needs 0 < lowest < highest and at least {LEAST} steps"
         )
     rates, losses = np.geomspace(low, high, steps), []
     for rate in rates:
@@ -85,8 +90,10 @@ def range_test(
 def read(curve: Curve) -> Reading:
     """Raises RangeTestError where the loss never fell."""
     if len(curve.losses) < LEAST:
+        last = float(curve.rates[-1]) if len(curve.rates) else 0.0
         raise RangeTestError(
-            f"the loss diverged after {len(curve.losses)} steps, at a rate of {curve.rates[len(curve.losses) - 1] if len(curve.losses) else 0:.2g}. Start lower with --low"
+            f"the loss diverged after {len(curve.losses)} steps, at a rate of {last:.2g}. "
+            "Start lower with --low"
         )
     smooth = curve.smooth
     lowest = int(smooth.argmin())
@@ -94,7 +101,9 @@ def read(curve: Curve) -> Reading:
     fall = smooth[: lowest + 1].max() - smooth[lowest]
     if lowest < 2 or slope.min() >= 0 or fall < 0.01 * abs(smooth[lowest]):
         raise RangeTestError(
-            f"the loss never fell between rates of {curve.rates[0]:.2g} and {curve.rates[-1]:.2g}. Widen the range (--low, --high), take more --steps, or look at the recipe"
+            f"the loss never fell between rates of {curve.rates[0]:.2g} and "
+            f"{curve.rates[-1]:.2g}. Widen the range (--low, --high), take more --steps, or look "
+            "at the recipe"
         )
     return Reading(float(curve.rates[int(slope.argmin())]), float(curve.rates[lowest]))
 
@@ -108,7 +117,8 @@ def recipe_step(
     device: torch.device | None = None,
     workers: int = 0,
 ) -> Iterator[Callable[[float], float]]:
-    """A `step(rate)` -> mean training loss that carries out the recipe's own optimizer steps, one after the other."""
+    """A `step(rate)` -> mean training loss that carries out the recipe's own optimizer steps,
+    one after the other."""
     epochs = max(
         run.train.epochs,
         steps // max(1, len(dataset.split("train")) // run.train.batch_size)
@@ -128,7 +138,7 @@ def recipe_step(
             loader_workers=workers,
         )
     )
-    training.freeze_for(0)
+    training.update_frozen(0)
     with contextlib.closing(
         train_batches(dataset, training.rows, run, 0, 1, 0, steps, workers)
     ) as batches:
@@ -138,7 +148,7 @@ def recipe_step(
             training.train_step(batches, ask=False)
             training.state.step += 1
             assert training.buffer is not None
-            loss, _, images = training.buffer.tallies[:3].tolist()
+            loss, _, images = training.buffer.step_sums[:3].tolist()
             return loss / max(images, 1.0)
 
         yield step
@@ -154,7 +164,8 @@ class _RangeTraining(Training):
 
 
 def applied(run: Run, reading: Reading) -> Run:
-    """The recipe with the suggestion as the highest rate its schedule reaches, rounded to two digits."""
+    """The recipe with the suggestion as the highest rate its schedule reaches, rounded to two
+    digits."""
     peak = run.schedule.peak if isinstance(run.schedule, OneCycle) else 1.0
     rate = float(f"{reading.suggestion / peak:.1e}")
     return dataclasses.replace(run, optimizer=dataclasses.replace(run.optimizer, lr=rate))

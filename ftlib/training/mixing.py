@@ -1,10 +1,12 @@
-"""Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) of a microbatch: one of the two, or neither, never both.
+"""Mixup (Zhang et al. 2018) and CutMix (Yun et al. 2019) of a microbatch: one of the two, or
+neither, never both.
 
-`draw` decides everything from a key alone, on the CPU, in numpy: so any worker that gets this microbatch mixes it alike, and a
-resumed run goes on alike. `apply` and the two pure functions below it do the arithmetic on the images' device and never wait for it.
+`draw` decides everything from a key alone, on the CPU, in numpy: so any worker that gets this
+microbatch mixes it alike, and a resumed run goes on alike. `apply` and the two pure functions below
+it do the arithmetic on the images' device and never wait for it.
 
-Pairing is by a random permutation of the microbatch, so an image can meet itself. Accuracy is counted against the image's own
-label (its primary target), whatever lambda is.
+Pairing is by a random permutation of the microbatch, so an image can meet itself. Accuracy is
+counted against the image's own label (its primary target), whatever lambda is.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class MixPlan:
     partner: Tensor
     """int64[b] on the CPU: image i is mixed with image partner[i]."""
     lam: float
-    """Share of the image itself in its target; for CutMix 1 - (pasted area / whole area), not the lambda that was drawn."""
+    """Share of the image itself in its target; for CutMix 1 - (pasted area / whole area), not
+    the lambda that was drawn."""
     box: Box | None = None
     """CutMix: the rectangle that is pasted."""
 
@@ -39,7 +42,8 @@ class MixPlan:
 def draw(cfg: config.Mix, key: int, batch: int, height: int, width: int) -> MixPlan | None:
     """The plan of the microbatch with this key (uint64), or None where it stays as it is.
 
-    The draws come in a fixed order and number, so changing one setting leaves the others' draws as they were.
+    The draws come in a fixed order and number, so changing one setting leaves the others' draws as
+    they were.
     """
     if cfg.mixup_alpha == 0 and cfg.cutmix_alpha == 0:
         return None
@@ -66,7 +70,8 @@ def draw(cfg: config.Mix, key: int, batch: int, height: int, width: int) -> MixP
 
 
 def cutmix_box(lam: float, x: int, y: int, height: int, width: int) -> Box:
-    """The rectangle around the pixel (x, y) with sides sqrt(1 - lam) of the image's, cut off at the image's edge (as torchvision)."""
+    """The rectangle around the pixel (x, y) with sides sqrt(1 - lam) of the image's, cut off at
+    the image's edge (as torchvision)."""
     half = 0.5 * math.sqrt(1.0 - lam)
     w, h = int(half * width), int(half * height)
     return max(x - w, 0), max(y - h, 0), min(x + w, width), min(y + h, height)
@@ -79,7 +84,8 @@ def cutmix_lam(box: Box, height: int, width: int) -> float:
 
 
 def apply(plan: MixPlan | None, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mixed (images, targets); the arguments stay untouched. images [b, C, H, W] float or uint8, targets float [b, classes]."""
+    """Mixed (images, targets); the arguments stay untouched. images [b, C, H, W] float or uint8,
+    targets float [b, classes]."""
     if plan is None:
         return images, targets
     partner = plan.partner.to(images.device, non_blocking=True)
@@ -89,7 +95,8 @@ def apply(plan: MixPlan | None, images: Tensor, targets: Tensor) -> tuple[Tensor
 
 
 def mixup(images: Tensor, targets: Tensor, partner: Tensor, lam: float) -> tuple[Tensor, Tensor]:
-    """lam * image + (1 - lam) * partner, for images and targets. uint8 images come back as uint8, rounded to nearest."""
+    """lam * image + (1 - lam) * partner, for images and targets. uint8 images come back as
+    uint8, rounded to nearest."""
     if images.is_floating_point():
         mixed = _blend(images, partner, lam)
     else:
@@ -98,7 +105,8 @@ def mixup(images: Tensor, targets: Tensor, partner: Tensor, lam: float) -> tuple
 
 
 def cutmix(images: Tensor, targets: Tensor, partner: Tensor, box: Box) -> tuple[Tensor, Tensor]:
-    """The partner's pixels within `box`, the image's own around it; targets in proportion to the areas."""
+    """The partner's pixels within `box`, the image's own around it; targets in proportion to the
+    areas."""
     x1, y1, x2, y2 = box
     mixed = images.clone()
     mixed[..., y1:y2, x1:x2] = images[partner, :, y1:y2, x1:x2]

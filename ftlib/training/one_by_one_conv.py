@@ -1,8 +1,9 @@
 """Convolutions whose output is one pixel, as the matrix products that they are.
 
-The last stage of a ResNet sees a map of 1x1 when pictures are 32 pixels wide. All but one tap of a 3x3 kernel then lie on padding, and oneDNN
-computes them nevertheless: more than half of a ResNet-18's training step on a CPU. The result is the same sum over the same
-products; only its order in float32, and so its last bits, differ. GPUs keep their own kernels.
+The last stage of a ResNet sees a map of 1x1 when pictures are 32 pixels wide. All but one tap of a
+3x3 kernel then lie on padding, and oneDNN computes them nevertheless: more than half of a
+ResNet-18's training step on a CPU. The result is the same sum over the same products; only its
+order in float32, and so its last bits, differ. GPUs keep their own kernels.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from torch import Tensor, nn
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d with a shorter way to an output of one pixel on a CPU. Same parameters, same state dict."""
+    """nn.Conv2d with a shorter way to an output of one pixel on a CPU.
+
+    Same parameters, same state dict.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """float[b, C, H, W] -> float[b, D, H', W']."""

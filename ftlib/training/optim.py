@@ -1,4 +1,5 @@
-"""Optimizers: parameter groups, fused kernels, and a step that skips itself when the gradients are not finite."""
+"""Optimizers: parameter groups, fused kernels, and a step that skips itself when the gradients
+are not finite."""
 
 from __future__ import annotations
 
@@ -12,14 +13,16 @@ from typing_extensions import assert_never
 from ftlib import config
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-"""Layers whose parameters are not decayed: batch, instance, layer, group and RMS norm, and their subclasses."""
+"""Layers whose parameters are not decayed: batch, instance, layer, group and RMS norm, and their
+subclasses."""
 FUSED_DEVICES = ("cuda", "cpu")
 
 
 def parameter_groups(model: nn.Module, cfg: config.Optimizer) -> list[dict[str, Any]]:
-    """Every parameter exactly once, frozen ones too (they get no gradient, and may thaw later): first those that are decayed,
-    then biases (any parameter with `bias` in its own name) and the parameters of norm layers, with weight_decay 0 unless
-    cfg.decay_norm_and_bias. Empty groups are left out."""
+    """Every parameter exactly once, frozen ones too (they get no gradient, and may thaw later):
+    first those that are decayed, then biases (any parameter with `bias` in its own name) and the
+    parameters of norm layers, with weight_decay 0 unless cfg.decay_norm_and_bias. Empty groups
+    are left out."""
     norms = {
         id(p) for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)
     }
@@ -40,7 +43,8 @@ def parameter_groups(model: nn.Module, cfg: config.Optimizer) -> list[dict[str, 
 def build(
     cfg: config.Optimizer, model: nn.Module, device: torch.device | str
 ) -> torch.optim.Optimizer:
-    """The optimizer that `cfg` names, fused where torch has a fused kernel for the device (RMSprop has none)."""
+    """The optimizer that `cfg` names, fused where torch has a fused kernel for the device
+    (RMSprop has none)."""
     groups = parameter_groups(model, cfg)
     fused = torch.device(device).type in FUSED_DEVICES
     match cfg:
@@ -74,12 +78,14 @@ def _before_fused_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for p in group["params"]:
             if p.grad is None:
                 continue
-            # They walk through memory: on a CPU, gradients in another memory order than their parameter (contiguous beside
-            # channels_last, say) would be added to the wrong weights without a word.
+            # They walk through memory: on a CPU, gradients in another memory order than their
+            # parameter (contiguous beside channels_last, say) would be added to the wrong weights
+            # without a word.
             if p.grad.stride() != p.stride():
                 p.grad = _laid_out_like(p, p.grad)
-            # SGD makes its momentum with empty_like in the first step, for the kernel to fill. If just that step is skipped, the next one
-            # reads uninitialised memory; and a parameter that thaws later gets none at all. Zeros give the same first step.
+            # SGD makes its momentum with empty_like in the first step, for the kernel to fill. If
+            # just that step is skipped, the next one reads uninitialised memory; and a parameter
+            # that thaws later gets none at all. Zeros give the same first step.
             if group.get("momentum") and optimizer.state[p].get("momentum_buffer") is None:
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(
                     p, memory_format=torch.preserve_format
@@ -108,11 +114,13 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """optimizer.step() where `finite` (bool[], on the parameters' device) is true; otherwise weights, averages and step counts all stay
-    as they were, bit for bit. `finite` must tell of every gradient, for example torch.isfinite(their global norm).
+    """optimizer.step() where `finite` (bool[], on the parameters' device) is true; otherwise
+    weights, averages and step counts all stay as they were, bit for bit. `finite` must tell of
+    every gradient, for example torch.isfinite(their global norm).
 
-    Fused optimizers decide on the device, through the `found_inf` that GradScaler hands them, and the host does not wait. Others
-    (RMSprop) have no such switch: the host waits for `finite`, once per step.
+    Fused optimizers decide on the device, through the `found_inf` that GradScaler hands them, and
+    the host does not wait. Others (RMSprop) have no such switch: the host waits for `finite`, once
+    per step.
 
     With a GradScaler: scaler.unscale_(optimizer), clip, step_if_finite, scaler.update().
     """

@@ -1,4 +1,5 @@
-"""What a run says while it trains: points for tracking, progress for the screen, rows of its history, words for its errors."""
+"""What a run reports while it trains: points for tracking, progress for the screen, rows of its
+history, words for its errors."""
 
 from __future__ import annotations
 
@@ -16,25 +17,25 @@ from ftlib.training.worker_context import WorkerContext
 
 
 class RunLog:
-    """The voice of one worker's training; only rank 0's is heard."""
+    """Reports of one worker's training; only rank 0 sends any."""
 
     def __init__(
         self,
-        job: WorkerContext,
+        context: WorkerContext,
         state: TrainState,
         rows: np.ndarray,
         split: str,
         steps_per_epoch: int,
     ) -> None:
-        self.job, self.run, self.state, self.rows, self.split, self.steps_per_epoch = (
-            job,
-            job.run,
+        self.context, self.run, self.state, self.rows, self.split, self.steps_per_epoch = (
+            context,
+            context.run,
             state,
             rows,
             split,
             steps_per_epoch,
         )
-        self.total = steps_per_epoch * job.run.train.epochs
+        self.total = steps_per_epoch * context.run.train.epochs
         self.start()
 
     def start(self) -> None:
@@ -48,7 +49,10 @@ class RunLog:
         return round(done * len(self.rows) / self.steps_per_epoch / seconds, 2)
 
     def point(self, values: dict[str, float], step: int) -> None:
-        """A point within an epoch. It is kept in the state until the epoch ends, so that a restart sends it again, unchanged."""
+        """A point within an epoch.
+
+        It is kept in the state until the epoch ends, so that a restart sends it again, unchanged.
+        """
         at = now_ms()
         self.state.points.append([at, step, values])
         self.track(values, step, at)
@@ -62,14 +66,14 @@ class RunLog:
         )
 
     def track(self, values: dict[str, float], step: int, at: int) -> None:
-        if self.job.rank == 0 and self.job.tracking is not None:
-            self.job.tracking.metrics(
+        if self.context.rank == 0 and self.context.tracking is not None:
+            self.context.tracking.metrics(
                 {k: v for k, v in values.items() if math.isfinite(v)}, step, at
             )
 
     def show(self, loss: float, correct: float, images: float, rate: float, lr: float) -> None:
         """Progress for the screen: sums over the last step's or the epoch's images."""
-        if self.job.rank:
+        if self.context.rank:
             return
         left = (
             (self.total - self.state.step) * len(self.rows) / self.steps_per_epoch / max(rate, 1e-9)
@@ -88,7 +92,7 @@ class RunLog:
         scored = [row for row in self.state.history if f"{self.split}/top1" in row]
         if scored:
             values |= {"val_top1": scored[-1][f"{self.split}/top1"], "best": self.state.best}
-        self.job.progress(values)
+        self.context.progress(values)
 
     def latest_metrics(self) -> dict[str, float]:
         """The newest epoch's row and the best score so far: finite floats only."""
@@ -118,7 +122,7 @@ class RunLog:
 
     def about(self, epoch: int, scores: dict[str, float]) -> dict[str, Any]:
         """model.json: what a reader of the best weights needs to know."""
-        run, data = self.run, self.job.dataset
+        run, data = self.run, self.context.dataset
         return {
             "arch": run.model.arch,
             "model": to_dict(run.model),
@@ -131,7 +135,7 @@ class RunLog:
             "step": self.state.step,
             "scores": scores,
             "data": {"name": data.name, "digest": data.digest},
-            "run": self.job.run_dir.rstrip("/").rsplit("/", 1)[-1],
+            "run": self.context.run_dir.rstrip("/").rsplit("/", 1)[-1],
             "stage": run.stage,
             "ema": self.state.ema is not None,
         }
@@ -146,27 +150,29 @@ class RunLog:
             self.run.train.batch_size,
             self.run.train.microbatch_size,
         )
-        train = self.job.dataset.split("train")
+        train = self.context.dataset.split("train")
         names = [train.path(int(row)) for m in plan for row in m.rows[:2]][:8]
         return (
-            f"the loss or its gradient was not finite in {self.state.nonfinite} steps (at most {self.run.train.max_nonfinite} are skipped), the latest being step "
-            f"{step} (epoch {step // self.steps_per_epoch + 1}) on images such as {', '.join(names)}. Lower optimizer.lr, set train.clip_norm, or use train.precision fp32"
+            f"the loss or its gradient was not finite in {self.state.nonfinite} steps (at most "
+            f"{self.run.train.max_nonfinite} are skipped), the latest being step {step} (epoch "
+            f"{step // self.steps_per_epoch + 1}) on images such as {', '.join(names)}. Lower "
+            "optimizer.lr, set train.clip_norm, or use train.precision fp32"
         )
 
     def too_large(self, images: int, dtype: torch.dtype) -> str:
         """What to say when a microbatch does not fit."""
         run = self.run
-        used, size = (
-            (torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1])
-            if self.job.device.type == "cuda"
-            else (0, 0)
-        )
-        peak = f" (peak {used / 2**30:.1f} of {size / 2**30:.1f} GiB)" if size else ""
+        peak = ""
+        if self.context.device.type == "cuda":
+            used, size = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
+            peak = f" (peak {used / 2**30:.1f} of {size / 2**30:.1f} GiB)"
         half = max(images // 2, 1)
         return (
-            f"out of memory at step {self.state.step} with a microbatch of {images} images of {run.augment.size} px in {str(dtype).removeprefix('torch.')}{peak}. "
-            f"Set --train.microbatch-size to {half} (the batch of {run.train.batch_size} stays; BatchNorm then sees {half} images, so it is another run), "
-            f"or use --train.precision bf16 or a smaller --augment.size"
+            f"out of memory at step {self.state.step} with a microbatch of {images} images of "
+            f"{run.augment.size} px in {str(dtype).removeprefix('torch.')}{peak}. "
+            f"Set --train.microbatch-size to {half} (the batch of {run.train.batch_size} stays; "
+            f"BatchNorm then sees {half} images, so it is another run), "
+            "or use --train.precision bf16 or a smaller --augment.size"
         )
 
 

@@ -1,6 +1,7 @@
 """TrainState: everything that must survive a crash, in one place.
 
-The position in the run is `step` alone: order, augmentation, mixing, dropout and the learning rate are functions of it.
+The position in the run is `step` alone: order, augmentation, mixing, dropout and the learning rate
+are functions of it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from ftlib.training.schedule import PlateauState
 
 @dataclass
 class LossScale:
-    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018), on the device: halved when a gradient overflows, doubled after
-    `interval` steps in a row without. As torch.amp.GradScaler, but it never makes the host wait. With `enabled=False` it is 1."""
+    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018), on the device: halved when a
+    gradient overflows, doubled after `interval` steps in a row without. As torch.amp.GradScaler,
+    but it never makes the host wait. With `enabled=False` it is 1."""
 
     scale: Tensor
     good_steps: Tensor
@@ -59,7 +61,8 @@ class TrainState:
     step: int = 0
     """Optimizer steps done; the next step to do."""
     sums: Tensor = None  # type: ignore[assignment]
-    """float64 [3] on the device: loss, correct and images of the running epoch, over all workers."""
+    """float64 [3] on the device: loss, correct and images of the running epoch, over all
+    workers."""
     plateau: PlateauState | None = None
     best: float = -math.inf
     """Highest score so far, in percent."""
@@ -71,7 +74,8 @@ class TrainState:
     history: list[dict[str, float]] = field(default_factory=list)
     """A row per finished epoch."""
     points: list[list[Any]] = field(default_factory=list)
-    """[milliseconds since 1970, step, metrics] of the running epoch, handed to tracking again after a restart (same time, same point)."""
+    """[milliseconds since 1970, step, metrics] of the running epoch, handed to tracking again
+    after a restart (same time, same point)."""
 
     @classmethod
     def create(cls, run: Run, model: nn.Module, device: torch.device, fp16: bool) -> TrainState:
@@ -84,8 +88,9 @@ class TrainState:
             sums=torch.zeros(3, dtype=torch.float64, device=device),
         )
 
-    def settle(self) -> None:
-        """Set BatchNorm's counters of batches seen to the step: what they hold must not depend on workers or restarts."""
+    def sync_counters(self) -> None:
+        """Set BatchNorm's counters of batches seen to the step: what they hold must not depend
+        on workers or restarts."""
         for module in (self.model, self.ema.module) if self.ema is not None else (self.model,):
             for buffer in module.buffers():
                 if not buffer.is_floating_point():
@@ -93,7 +98,7 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain types only, so that it loads with weights_only=True."""
-        self.settle()
+        self.sync_counters()
         return {
             "step": self.step,
             "model": self.model.state_dict(),

@@ -20,7 +20,8 @@ class DivergedError(RuntimeError):
 
 
 class OutOfMemoryError(RuntimeError):
-    """The device cannot hold a microbatch; the message has the numbers and the setting to change."""
+    """The device cannot hold a microbatch; the message has the numbers and the setting to
+    change."""
 
 
 class InterruptedTrainingError(RuntimeError):
@@ -50,9 +51,11 @@ class WorkerContext:
     report: Callable[[dict[str, float], str | None], None] = lambda metrics, checkpoint: None
     """Called on every worker after each epoch: finite floats, and the address of its checkpoint."""
     progress: Callable[[dict[str, float]], None] = lambda values: None
-    """Called on rank 0 at log points: epoch, epochs, step, steps, loss, top1, lr, images_per_s, seconds_left, and val_top1, best once known."""
+    """Called on rank 0 at log points: epoch, epochs, step, steps, loss, top1, lr, images_per_s,
+    seconds_left, and val_top1, best once known."""
     notice: Callable[[], str] = lambda: ""
-    """Asked by all workers at the same steps: 'checkpoint' (the node is about to go), 'stop', or ''."""
+    """Asked by all workers at the same steps: 'checkpoint' (the node is about to go), 'stop', or
+    ''."""
 
     @property
     def rows(self) -> tuple[np.ndarray, np.ndarray, str]:

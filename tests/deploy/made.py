@@ -11,9 +11,9 @@ from ftlib.config import Augment, Data, Evaluate, Model, Run, Train
 from ftlib.data.shards import Dataset
 from ftlib.preparation.prepare import prepare
 from ftlib.settings import to_dict
-from ftlib.training import model as models
+from ftlib.training import models
 from ftlib.training.checkpoint import CheckpointWriter
-from ftlib.training.evaluate import normalise
+from ftlib.training.evaluate import normalize
 
 CLASSES = ("disc", "frame", "stripes")
 
@@ -73,7 +73,7 @@ def run_folder(
     from ftlib.data.augment import EvalTransform
 
     transform, split = EvalTransform(32, 0.8), data.split("train")
-    images = normalise(
+    images = normalize(
         torch.from_numpy(np.stack([transform(split.image(i)) for i in range(len(split))])),
         run.data.mean,
         run.data.std,

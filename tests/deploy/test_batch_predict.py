@@ -11,7 +11,7 @@ from PIL import Image
 from ftlib.config import Augment, Model, Run
 from ftlib.deploy import batch_predict as B
 from ftlib.packaging.package import load, package
-from ftlib.training import model as models
+from ftlib.training import models
 
 RUN = Run(name="tiny", model=Model(arch="resnet18"), augment=Augment(size=32))
 

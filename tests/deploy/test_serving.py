@@ -29,7 +29,7 @@ from starlette.routing import Route
 from ftlib.config import Augment, Model, Run
 from ftlib.deploy.serving import Service
 from ftlib.packaging.package import load, package
-from ftlib.training import model as models
+from ftlib.training import models
 from tests.deploy.browser import CHROMIUM, Browser
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "<fox>")

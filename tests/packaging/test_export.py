@@ -8,8 +8,8 @@ import torch
 
 from ftlib.config import Augment, Model, Run
 from ftlib.packaging import export
-from ftlib.training import model as models
-from ftlib.training.evaluate import normalise
+from ftlib.training import models
+from ftlib.training.evaluate import normalize
 
 RUN = Run(model=Model(arch="resnet18"), augment=Augment(size=32))
 
@@ -22,7 +22,7 @@ def model():
 
 def eager(model, x):
     with torch.inference_mode():
-        return model(normalise(torch.from_numpy(x), RUN.data.mean, RUN.data.std)).numpy()
+        return model(normalize(torch.from_numpy(x), RUN.data.mean, RUN.data.std)).numpy()
 
 
 def test_torch_export_computes_what_the_model_computes(model, tmp_path):

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from ftlib.config import Augment, Evaluate, Model, Run
 from ftlib.data.augment import EvalTransform
 from ftlib.packaging import package as P
-from ftlib.training import model as models
-from ftlib.training.evaluate import normalise
+from ftlib.training import models
+from ftlib.training.evaluate import normalize
 
 code = P.image_classifier
 
@@ -101,7 +101,7 @@ def test_probabilities_are_those_of_the_model_in_any_batch(model, loaded):
     transform = EvalTransform(32, 0.8)
     images = torch.from_numpy(np.stack([transform(j) for j in jpegs]))
     with torch.inference_mode():
-        logits = model(normalise(images, RUN.data.mean, RUN.data.std))
+        logits = model(normalize(images, RUN.data.mean, RUN.data.std))
     expected = torch.softmax(logits.double() / 1.7, dim=1).numpy()
     answers = loaded.predict(jpegs, params={"top_k": len(CLASSES)})
     got = np.array(

@@ -7,7 +7,7 @@ from ftlib.config import Augment, Model, Run
 from ftlib.packaging.package import PackageError, check, example, load, package
 from ftlib.packaging.register import register
 from ftlib.track.store import client, ensure_store
-from ftlib.training import model as models
+from ftlib.training import models
 
 RUN = Run(name="named", model=Model(arch="resnet18"), augment=Augment(size=32))
 

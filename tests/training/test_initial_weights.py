@@ -10,7 +10,7 @@ from ftlib import storage
 from ftlib.config import Run
 from ftlib.settings import ConfigError, override, to_dict
 from ftlib.training import initial_weights
-from ftlib.training import model as models
+from ftlib.training import models
 
 CLASSES = ("cat", "dog", "owl")
 SMALL = {"model.arch": "shufflenet_v2_x0_5", "augment.size": 32}

@@ -18,7 +18,7 @@ from ftlib.data import rng, sampler
 from ftlib.data.augment import TrainTransform
 from ftlib.settings import override
 from ftlib.training import evaluate, initial_weights, loop, losses
-from ftlib.training import model as models
+from ftlib.training import models
 from ftlib.training.loop import DivergedError, InterruptedTrainingError, WorkerContext, train
 from ftlib.training.state import LossScale
 
@@ -116,7 +116,7 @@ def test_batchnorm_moves_once_per_step_by_the_mean_of_the_microbatches(digits, t
         lambda m, args, out: seen.append(args[0].detach()) if m.training else None
     )
     with pytest.raises(InterruptedTrainingError):
-        training.go()
+        training.fit()
     means = torch.stack([x.mean((0, 2, 3)) for x in seen])
     assert len(seen) == 4
     torch.testing.assert_close(
@@ -243,10 +243,10 @@ def test_bf16_and_fp32_agree(digits, tmp_path):
 
 
 def poison(monkeypatch, steps):
-    real = loop.normalise
+    real = loop.normalize
     seen = {"step": -1}
 
-    def normalise(images, mean, std):
+    def normalize(images, mean, std):
         x = real(images, mean, std)
         return x * float("nan") if seen["step"] in steps else x
 
@@ -256,7 +256,7 @@ def poison(monkeypatch, steps):
         seen["step"] = batch.step
         return real_microbatch(self, batch, buffer)
 
-    monkeypatch.setattr(loop, "normalise", normalise)
+    monkeypatch.setattr(loop, "normalize", normalize)
     monkeypatch.setattr(loop.Training, "microbatch", microbatch)
 
 
@@ -380,8 +380,8 @@ def test_a_frozen_backbone_stays_as_it_was(digits, tmp_path):
     run = recipe(**{"model.freeze_epochs": -1, "train.epochs": 1, "train.ema_decay": 0})
     training = loop.Training(WorkerContext(run, digits, str(tmp_path)))
     before = {k: v.clone() for k, v in training.model.state_dict().items()}
-    training.go()
-    backbone = models.is_backbone(training.model)
+    training.fit()
+    backbone = models.backbone_parameters(training.model)
     for name, value in training.model.state_dict().items():
         parameter = name in dict(training.model.named_parameters())
         if (parameter and name in backbone) or "running" in name:
@@ -492,7 +492,7 @@ def test_no_step_waits_for_the_device_between_log_points(digits, changes, monkey
     with contextlib.closing(
         loop.train_batches(digits, training.rows, training.run, 0, 1, 0, training.total, 0)
     ) as batches:
-        training.freeze_for(0)
+        training.update_frozen(0)
         weight = list(training.model.parameters())[-2]
         before = weight.detach().clone()
         reads.count = 0
@@ -502,5 +502,5 @@ def test_no_step_waits_for_the_device_between_log_points(digits, changes, monkey
                 training.state.step += 1
         assert reads.count == 0
         with reads:
-            training.read()  # a log point may
+            training.sync_and_log()  # a log point may
         assert reads.count > 0 and not torch.equal(before, weight)

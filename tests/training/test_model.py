@@ -11,7 +11,7 @@ from torchvision.ops import StochasticDepth
 
 from ftlib.config import Model
 from ftlib.settings import ConfigError
-from ftlib.training import model as models
+from ftlib.training import models
 
 ONE_OF_EACH = {
     "resnet18": 32,
@@ -104,7 +104,7 @@ def test_each_family_gives_logits_has_torchvisions_keys_and_one_head(arch):
     head = models.head(model)
     assert isinstance(head, nn.Linear | nn.Conv2d) and head.weight.shape[0] == 5
     names = {n for n, _ in model.named_parameters()}
-    backbone = models.is_backbone(model)
+    backbone = models.backbone_parameters(model)
     assert {
         f"{models.head_name(model)}.{n}" for n, _ in head.named_parameters()
     } == names - backbone and len(backbone) > 0
@@ -114,7 +114,7 @@ def test_each_family_gives_logits_has_torchvisions_keys_and_one_head(arch):
 @pytest.mark.parametrize("arch", models.architectures())
 def test_every_architecture_builds_with_its_head_and_its_refusals_are_true(arch):
     """The tables of families that cannot take dropout or stochastic depth, against the modules that torchvision really makes."""
-    model = models.outline(Model(arch=arch), 7)
+    model = models.build_on_meta(Model(arch=arch), 7)
     assert models.head(model).weight.shape[0] == 7
     modules = list(model.modules())
     resnet = isinstance(model, torchvision.models.ResNet)
@@ -145,7 +145,7 @@ def test_the_default_is_torchvisions_resnet_to_the_last_bit():
 def test_an_outline_has_the_parameters_without_drawing_them(arch):
     cfg = Model(arch=arch)
     before = torch.get_rng_state()
-    counted = sum(p.numel() for p in models.outline(cfg, 7, 64).parameters())
+    counted = sum(p.numel() for p in models.build_on_meta(cfg, 7, 64).parameters())
     assert torch.equal(before, torch.get_rng_state()) or arch.startswith("regnet")
     assert counted == sum(p.numel() for p in models.build(cfg, 7, image_size=64).parameters())
 
@@ -173,7 +173,7 @@ def test_every_resnet_and_its_relatives_take_dropout_and_drop_path():
         with torch.device("meta"):
             model = models.build(Model(arch=arch, dropout=0.1, drop_path=0.1), 5)
         assert (
-            sum(isinstance(m, models.RegularisedBlock) for m in model.modules())
+            sum(isinstance(m, models.RegularizedBlock) for m in model.modules())
             == {"18": 8, "34": 16, "50": 16, "101": 33, "152": 50}[
                 "".join(
                     c
@@ -188,7 +188,7 @@ def test_every_resnet_and_its_relatives_take_dropout_and_drop_path():
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_a_regularised_resnet_computes_what_torchvisions_does_when_nothing_is_dropped(arch):
+def test_a_regularized_resnet_computes_what_torchvisions_does_when_nothing_is_dropped(arch):
     """Forward, gradients and BatchNorm statistics, in training and in evaluation."""
     plain, ours = built(arch), built(arch, dropout=0.5, drop_path=0.5)
     assert list(plain.state_dict()) == list(ours.state_dict()) and [

@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from ftlib import config
-from ftlib.training import model as models
+from ftlib.training import models
 from ftlib.training import one_by_one_conv
 
 

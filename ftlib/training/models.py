@@ -65,7 +65,7 @@ def build(
         cfg.arch, weights=None, num_classes=num_classes, **_arguments(cfg, image_size)
     )
     if isinstance(model, ResNet):
-        _regularise_resnet(model, cfg)
+        _regularize_resnet(model, cfg)
     else:
         _set_drop_path(model, cfg)
     if imagenet_weights:
@@ -74,7 +74,7 @@ def build(
     return model
 
 
-def outline(cfg: config.Model, num_classes: int, image_size: int = 224) -> nn.Module:
+def build_on_meta(cfg: config.Model, num_classes: int, image_size: int = 224) -> nn.Module:
     """What `build` makes, for looking at its modules and shapes: without weights where torchvision can, since drawing them takes seconds for a large model."""
     try:
         with torch.device("meta"):
@@ -114,7 +114,7 @@ def check(cfg: config.Model, train_size: int, eval_size: int | None = None) -> N
         _check_size(arch, eval_size, "evaluate.size")
 
 
-def images_are_apart(model: nn.Module) -> bool:
+def is_batch_independent(model: nn.Module) -> bool:
     """Whether a training step sees each image by itself: no BatchNorm, and nothing drawn at random for the images together. Such a batch may be
     cut into parts without changing what is computed."""
     drawing = (nn.modules.dropout._DropoutNd, nn.MultiheadAttention, StochasticDepth)
@@ -173,7 +173,7 @@ def _check_size(arch: str, size: int, setting: str) -> None:
 # --- dropout and stochastic depth -------------------------------------------------------------------------------------------------
 
 
-class RegularisedBlock(nn.Module):
+class RegularizedBlock(nn.Module):
     """A ResNet's BasicBlock or Bottleneck with spatial dropout and stochastic depth at the end of its residual branch.
 
     Both act after the branch's last norm, right before the addition. Whole channels are dropped (Tompson et al. 2015), since
@@ -202,7 +202,7 @@ class RegularisedBlock(nn.Module):
         return self.relu(out)
 
 
-def _regularise_resnet(model: ResNet, cfg: config.Model) -> None:
+def _regularize_resnet(model: ResNet, cfg: config.Model) -> None:
     in_blocks = cfg.dropout if cfg.dropout_in != "head" else 0.0
     before_head = cfg.dropout if cfg.dropout_in != "blocks" else 0.0
     if in_blocks > 0 or cfg.drop_path > 0:
@@ -212,7 +212,7 @@ def _regularise_resnet(model: ResNet, cfg: config.Model) -> None:
             for i in range(len(stage))
         ]
         for depth, (stage, i) in enumerate(places, 1):  # l / L of Huang et al. 2016, section 3
-            stage[i] = RegularisedBlock(stage[i], in_blocks, cfg.drop_path * depth / len(places))
+            stage[i] = RegularizedBlock(stage[i], in_blocks, cfg.drop_path * depth / len(places))
     if (
         before_head > 0
     ):  # beside the pooling, which has no weights, so that the classifier's keys stay fc.weight and fc.bias
@@ -254,7 +254,7 @@ def head(model: nn.Module) -> nn.Module:
     return model.get_submodule(head_name(model))
 
 
-def is_backbone(model: nn.Module) -> set[str]:
+def backbone_parameters(model: nn.Module) -> set[str]:
     """Names of the parameters that are not the classifier's."""
     prefix = head_name(model) + "."
     return {name for name, _ in model.named_parameters() if not name.startswith(prefix)}
@@ -263,7 +263,7 @@ def is_backbone(model: nn.Module) -> set[str]:
 def freeze_backbone(model: nn.Module, frozen: bool) -> None:
     """No gradients for the backbone, and its BatchNorm in eval mode, so that nothing of it changes; or both undone.
     Call it after model.train(), which would set BatchNorm back. Dropout goes on as it is set."""
-    backbone = is_backbone(model)
+    backbone = backbone_parameters(model)
     for name, p in model.named_parameters():
         p.requires_grad_(not (frozen and name in backbone))
     for m in model.modules():
