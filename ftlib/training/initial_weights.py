@@ -17,8 +17,7 @@ from ftlib import settings, storage
 from ftlib.config import Run
 from ftlib.settings import ConfigError
 from ftlib.storage import DamagedError, join
-from ftlib.training import checkpoint
-from ftlib.training import models
+from ftlib.training import checkpoint, models
 
 
 @dataclass(frozen=True)

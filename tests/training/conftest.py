@@ -21,7 +21,8 @@ class MemorySplit:
 
 
 class MemoryDataset:
-    """The part of ftlib.data.shards.Dataset that training uses, over scikit-learn's digits as JPEGs."""
+    """The part of ftlib.data.shards.Dataset that training uses, over scikit-learn's digits as
+    JPEGs."""
 
     name, digest = "digits", "0" * 64
 

@@ -69,7 +69,8 @@ def test_with_warm_up_it_is_the_recursion_written_out():
 
 @pytest.mark.parametrize("steps", [20, 200])
 def test_a_short_run_is_not_stuck_at_its_initial_weights(steps):
-    """Weights that walk in a line from 0 to 1: with decay 0.9999 and no warm-up the average would still be near 0."""
+    """Weights that walk in a line from 0 to 1: with decay 0.9999 and no warm-up the average
+    would still be near 0."""
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
     warm, cold = Ema(model, 0.9999), Ema(model, 0.9999, warmup=False)

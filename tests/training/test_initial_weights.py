@@ -1,4 +1,5 @@
-"""Where first weights come from: found by themselves, checked, loaded, or refused with the remedy."""
+"""Where first weights come from: found by themselves, checked, loaded, or refused with the
+remedy."""
 
 import json
 
@@ -9,8 +10,7 @@ from safetensors.torch import save, save_file
 from ftlib import storage
 from ftlib.config import Run
 from ftlib.settings import ConfigError, override, to_dict
-from ftlib.training import initial_weights
-from ftlib.training import models
+from ftlib.training import initial_weights, models
 
 CLASSES = ("cat", "dog", "owl")
 SMALL = {"model.arch": "shufflenet_v2_x0_5", "augment.size": 32}

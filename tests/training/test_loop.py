@@ -1,4 +1,5 @@
-"""The loop in one process: against plain torch, against itself restarted, and where numbers go wrong."""
+"""The loop in one process: against plain torch, against itself restarted, and where numbers go
+wrong."""
 
 import contextlib
 import sys
@@ -17,8 +18,7 @@ from ftlib.config import Run
 from ftlib.data import rng, sampler
 from ftlib.data.augment import TrainTransform
 from ftlib.settings import override
-from ftlib.training import evaluate, initial_weights, loop, losses
-from ftlib.training import models
+from ftlib.training import evaluate, initial_weights, loop, losses, models
 from ftlib.training.loop import DivergedError, InterruptedTrainingError, WorkerContext, train
 from ftlib.training.state import LossScale
 
@@ -46,7 +46,8 @@ def stop_after(step):
 
 
 def test_a_step_is_what_plain_torch_does(digits, tmp_path):
-    """Two steps of the loop = two steps written out with torch alone: same images, no mixing, SGD with clipping, 4 microbatches."""
+    """Two steps of the loop = two steps written out with torch alone: same images, no mixing,
+    SGD with clipping, 4 microbatches."""
     run = recipe(
         **{
             "mix.mixup_alpha": 0,
@@ -97,7 +98,8 @@ def test_a_step_is_what_plain_torch_does(digits, tmp_path):
                 b.copy_(frozen[n])
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
         optimizer.step()
-    # Float rounding alone: 1/255 folded into the scale, another order of the norm. BatchNorm at 1x1 pixels amplifies it.
+    # Float rounding alone: 1/255 folded into the scale, another order of the norm. BatchNorm at 1x1
+    # pixels amplifies it.
     for name, p in plain.named_parameters():
         torch.testing.assert_close(
             ours[name], p.detach(), rtol=2e-3, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}"
@@ -212,7 +214,8 @@ def test_stopped_and_resumed_equals_undisturbed_bit_for_bit(digits, tmp_path, va
 
 
 def test_the_fingers_of_chance_are_where_they_should_be(digits, tmp_path):
-    """Another seed, mixing off, dropout off: each changes the result; the number of loader threads and log points do not."""
+    """Another seed, mixing off, dropout off: each changes the result; the number of loader
+    threads and log points do not."""
     hashes = {}
     for name, changes in {
         "base": {},
@@ -314,7 +317,8 @@ def test_out_of_memory_says_what_to_change(digits, tmp_path, monkeypatch):
 def test_a_microbatch_that_does_not_fit_is_cut_where_that_changes_nothing(
     digits, tmp_path, monkeypatch, caplog
 ):
-    """Memory for one image at a time, in a model whose images do not see each other: the run ends as one that had enough."""
+    """Memory for one image at a time, in a model whose images do not see each other: the run
+    ends as one that had enough."""
     run = recipe(
         **{
             "model.arch": "squeezenet1_1",
@@ -442,7 +446,7 @@ def test_balanced_weights_use_the_training_rows(digits, tmp_path):
     np.testing.assert_allclose(ratio.numpy(), counts[0] / counts, rtol=1e-5)
 
 
-# --- the device ---------------------------------------------------------------------------------------------------------------------
+# --- the device -----------------------------------------------------------------------------------
 
 
 class Reads(TorchDispatchMode):

@@ -134,7 +134,8 @@ def test_the_loss_of_a_mixed_target_is_the_mix_of_the_losses(cfg, logits, labels
 
 
 def test_torchvisions_sigmoid_focal_loss_has_no_such_mix():
-    """Why ours is not that one: under Mixup its focusing factor would be computed from the mixed target."""
+    """Why ours is not that one: under Mixup its focusing factor would be computed from the mixed
+    target."""
     z, one = torch.tensor([2.0]), torch.ones(1)
     mix = 0.3 * sigmoid_focal_loss(z, one, alpha=-1) + 0.7 * sigmoid_focal_loss(
         z, 0 * one, alpha=-1
@@ -166,7 +167,8 @@ def test_half_precision_logits_are_computed_in_float32(cfg, dtype, labels):
 @pytest.mark.parametrize("cfg", ALL, ids=ids)
 @pytest.mark.parametrize("size", [30.0, 300.0, 6e4])
 def test_extreme_logits_give_finite_values_and_gradients(cfg, size):
-    """Sure and right, sure and wrong, at sizes that fp16 reaches: probabilities of exactly 0 and 1 in float32."""
+    """Sure and right, sure and wrong, at sizes that fp16 reaches: probabilities of exactly 0 and
+    1 in float32."""
     z = (torch.eye(C) * size).to(torch.float16).float().repeat(2, 1).requires_grad_()
     t = losses.soft_targets(torch.cat([torch.arange(C), (torch.arange(C) + 1) % C]), C, 0.1)
     value = losses.build(cfg)(z, t)

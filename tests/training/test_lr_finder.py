@@ -8,7 +8,8 @@ from ftlib.training import lr_finder as L
 
 
 def curve(fall_at, low=1e-6, high=10.0, n=200, minimum_at=1.0, noise=0.0):
-    """A loss that falls as a logistic function of log(rate), steepest at `fall_at`, and rises quadratically beyond `minimum_at`."""
+    """A loss that falls as a logistic function of log(rate), steepest at `fall_at`, and rises
+    quadratically beyond `minimum_at`."""
     rates = np.geomspace(low, high, n)
     losses = (
         1
@@ -32,7 +33,8 @@ def test_noise_does_not_decide():
 
 
 def test_gradient_descent_on_a_parabola_breaks_at_two_over_its_curvature():
-    """w <- w - rate * c * w: the loss shrinks while rate < 2 / c, fastest at 1 / c, and diverges above (known since Polyak 1964)."""
+    """w <- w - rate * c * w: the loss shrinks while rate < 2 / c, fastest at 1 / c, and diverges
+    above (known since Polyak 1964)."""
     c, w = 50.0, 1.0
 
     def step(rate):
@@ -49,7 +51,8 @@ def test_gradient_descent_on_a_parabola_breaks_at_two_over_its_curvature():
         "it ends soon after the loss has diverged, and not before it can"
     )
     assert reading.steepest < 1 / c and reading.suggestion <= reading.minimum / 3
-    # The steepest place is where the product of (1 - rate * c)^2 so far falls fastest: computed here without the finder.
+    # The steepest place is where the product of (1 - rate * c)^2 so far falls fastest: computed
+    # here without the finder.
     shrink = np.cumprod(np.concatenate([[1], (1 - found.rates[:-1] * c) ** 2]))
     analytic = found.rates[int(np.gradient(shrink, np.log(found.rates)).argmin())]
     assert reading.steepest == pytest.approx(analytic, rel=0.25)

@@ -35,5 +35,6 @@ def test_freed_memory_serves_the_next_step():
     assert (
         faults_per_step("plain") > 10_000
     )  # 123 MB in pages of 4 KiB, less what is kept anyway: the test would notice
-    # In one process of some twenty the largest block was given back nevertheless, for reasons not known; three such in a row would be another matter.
+    # In one process of some twenty the largest block was given back nevertheless, for reasons not
+    # known; three such in a row would be another matter.
     assert any(faults_per_step("keep") < 100 for _ in range(3))

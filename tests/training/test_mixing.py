@@ -1,4 +1,5 @@
-"""Mixing against torchvision's v2 transforms with the same lambda and box, and the statistics of what is drawn."""
+"""Mixing against torchvision's v2 transforms with the same lambda and box, and the statistics of
+what is drawn."""
 
 import numpy as np
 import pytest
@@ -145,7 +146,7 @@ def test_on_a_gpu_too(batch):
         torch.testing.assert_close([t.cpu() for t in ours], list(mixing.apply(plan, *batch)))
 
 
-# --- what is drawn ----------------------------------------------------------------------------------------------------------------
+# --- what is drawn --------------------------------------------------------------------------------
 
 BOTH = config.Mix(mixup_alpha=0.2, cutmix_alpha=1.0)
 N = 4000
@@ -207,7 +208,8 @@ def test_lambda_stays_a_share_at_extreme_alphas(alpha):
 
 
 def test_the_boxes_areas_and_centres_are_those_of_the_paper():
-    """Against 400,000 boxes drawn by other code from lambda ~ Beta(1, 1) and a uniform centre, cut off at the edge."""
+    """Against 400,000 boxes drawn by other code from lambda ~ Beta(1, 1) and a uniform centre,
+    cut off at the edge."""
     size, rng = 224, np.random.default_rng(0)
     lam, x, y = rng.random(400_000), rng.random(400_000) * size, rng.random(400_000) * size
     half = size * np.sqrt(1 - lam) / 2

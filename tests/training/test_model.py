@@ -1,4 +1,5 @@
-"""torchvision's classifiers as we build them: keys and values stay torchvision's, dropout and stochastic depth act or are refused."""
+"""torchvision's classifiers as we build them: keys and values stay torchvision's, dropout and
+stochastic depth act or are refused."""
 
 import urllib.error
 
@@ -74,7 +75,7 @@ def pictures(size, n=4):
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
-# --- every family -----------------------------------------------------------------------------------------------------------------
+# --- every family ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", each(ONE_OF_EACH))
@@ -99,7 +100,8 @@ def test_each_family_gives_logits_has_torchvisions_keys_and_one_head(arch):
     model.load_state_dict(theirs.state_dict())
     if not aux:
         with torch.no_grad():
-            # Equal but for the order of the sums that make one pixel (ftlib.training.one_by_one_conv).
+            # Equal but for the order of the sums that make one pixel
+            # (ftlib.training.one_by_one_conv).
             torch.testing.assert_close(model.eval()(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
     head = models.head(model)
     assert isinstance(head, nn.Linear | nn.Conv2d) and head.weight.shape[0] == 5
@@ -113,7 +115,8 @@ def test_each_family_gives_logits_has_torchvisions_keys_and_one_head(arch):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", models.architectures())
 def test_every_architecture_builds_with_its_head_and_its_refusals_are_true(arch):
-    """The tables of families that cannot take dropout or stochastic depth, against the modules that torchvision really makes."""
+    """The tables of families that cannot take dropout or stochastic depth, against the modules
+    that torchvision really makes."""
     model = models.build_on_meta(Model(arch=arch), 7)
     assert models.head(model).weight.shape[0] == 7
     modules = list(model.modules())
@@ -184,7 +187,7 @@ def test_every_resnet_and_its_relatives_take_dropout_and_drop_path():
         )
 
 
-# --- dropout in ResNets -----------------------------------------------------------------------------------------------------------
+# --- dropout in ResNets ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
@@ -274,7 +277,7 @@ def test_stochastic_depth_skips_the_branch_of_whole_images():
     assert skipped == pytest.approx(0.8, abs=0.06)
 
 
-# --- the other families -----------------------------------------------------------------------------------------------------------
+# --- the other families ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", each(a for a in ONE_OF_EACH if a not in NO_DROPOUT))
@@ -388,7 +391,7 @@ def test_a_fixed_size_model_is_evaluated_at_its_training_size():
     models.check(Model(arch="resnet50"), 128, 160)
 
 
-# --- freezing and weights ---------------------------------------------------------------------------------------------------------
+# --- freezing and weights -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

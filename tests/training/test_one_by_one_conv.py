@@ -1,4 +1,5 @@
-"""An output of one pixel by a matrix product is what torch's convolution gives, forwards and backwards."""
+"""An output of one pixel by a matrix product is what torch's convolution gives, forwards and
+backwards."""
 
 import pytest
 import torch
@@ -8,8 +9,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from ftlib import config
-from ftlib.training import models
-from ftlib.training import one_by_one_conv
+from ftlib.training import models, one_by_one_conv
 
 
 @given(st.data())

@@ -1,4 +1,5 @@
-"""Optimizers: groups, parity with torch's plain implementations, skipped steps, memory order, exact restore."""
+"""Optimizers: groups, parity with torch's plain implementations, skipped steps, memory order,
+exact restore."""
 
 import copy
 import io
@@ -68,7 +69,7 @@ def flat_state(optimizer):
     }
 
 
-# --- groups -----------------------------------------------------------------------------------------------------------------------
+# --- groups ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_weight_decay_moves_only_what_it_should():
     assert moved == {"0.weight", "3.weight", "6.weight"}
 
 
-# --- parity -----------------------------------------------------------------------------------------------------------------------
+# --- parity ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -162,7 +163,7 @@ def test_the_rate_is_set_in_every_group():
     assert [g["lr"] for g in optimizer.param_groups] == [0.125, 0.125]
 
 
-# --- skipped steps ----------------------------------------------------------------------------------------------------------------
+# --- skipped steps --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -258,13 +259,14 @@ def test_a_parameter_that_thaws_later_joins_in(cfg):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-# --- memory order -----------------------------------------------------------------------------------------------------------------
+# --- memory order ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("cfg", ALL, ids=ids)
 def test_memory_order_does_not_matter(cfg, device):
-    """Contiguous gradients beside channels_last weights: torch's fused CPU kernels would add them to the wrong weights."""
+    """Contiguous gradients beside channels_last weights: torch's fused CPU kernels would add
+    them to the wrong weights."""
     plain, last = net(device=device), net(channels_last=True, device=device)
     for model in (plain, last):
         optimizer = optim.build(cfg, model, device)
@@ -294,7 +296,7 @@ def test_state_of_a_contiguous_model_goes_on_in_a_channels_last_one(cfg):
     torch.testing.assert_close(weights(resumed), weights(whole))
 
 
-# --- restore ----------------------------------------------------------------------------------------------------------------------
+# --- restore --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stop", range(5))

@@ -1,4 +1,5 @@
-"""docs/recipes.md speaks of what there is: every op, loss, optimizer and schedule, and the phases' own values."""
+"""docs/recipes.md speaks of what there is: every op, loss, optimizer and schedule, and the
+phases' own values."""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Several worker processes under gloo: one curve for every number of workers, and kills that leave no trace."""
+"""Several worker processes under gloo: one curve for every number of workers, and kills that
+leave no trace."""
 
 import json
 import multiprocessing
@@ -16,7 +17,8 @@ import worker
 
 from ftlib.training import checkpoint
 
-# Workers are forked from a server that has imported torch once: seconds saved at each of many starts.
+# Workers are forked from a server that has imported torch once: seconds saved at each of many
+# starts.
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(
     ["worker", "conftest", "ftlib.training.loop", "sklearn.datasets", "pandas", "torch._dynamo"]
@@ -90,7 +92,8 @@ def alone(tmp_path_factory):
 
 
 def test_two_workers_walk_the_curve_of_one(alone, tmp_path):
-    """Plain all-reduce: rounding differs, the losses hardly. 7 steps an epoch, the last one with a single microbatch: a worker without work."""
+    """Plain all-reduce: rounding differs, the losses hardly. 7 steps an epoch, the last one with
+    a single microbatch: a worker without work."""
     two = Workers(tmp_path, world=2).finish()
     for one_row, two_row in zip(numbers(alone), numbers(two)):
         assert one_row[0] == pytest.approx(two_row[0], rel=2e-2)
@@ -115,7 +118,8 @@ def test_strict_mode_is_bit_identical_for_one_two_and_four_workers_and_changes_b
     "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
 )
 def test_kill_9_at_random_moments_leaves_no_trace(alone, tmp_path, seed):
-    """Killed by the clock, wherever it happens to be (also while a checkpoint is being written), until it gets through."""
+    """Killed by the clock, wherever it happens to be (also while a checkpoint is being written),
+    until it gets through."""
     rng = random.Random(seed)
     often = {"checkpoint.every_steps": 2}
     for _ in range(3):
@@ -128,7 +132,8 @@ def test_kill_9_at_random_moments_leaves_no_trace(alone, tmp_path, seed):
 
 
 def test_a_worker_that_dies_takes_the_other_down_and_both_resume(alone, tmp_path):
-    """One of two strict workers is killed: the other fails at its next sum instead of hanging; restarted, they end as if nothing happened."""
+    """One of two strict workers is killed: the other fails at its next sum instead of hanging;
+    restarted, they end as if nothing happened."""
     often = {**STRICT, "checkpoint.every_steps": 1}
     workers = Workers(tmp_path, 2, often)
     workers.wait_for(5)

@@ -1,4 +1,7 @@
-"""One worker of a test's run, as a process of its own. Its lines go to a file: each step, and at the end the hash of the final state."""
+"""One worker of a test's run, as a process of its own.
+
+Its lines go to a file: each step, and at the end the hash of the final state.
+"""
 
 import hashlib
 import json
