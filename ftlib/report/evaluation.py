@@ -16,8 +16,7 @@ from ftlib.data.shards import Dataset, Split
 from ftlib.report.calibration import Calibration, cross_fitted, held_out
 from ftlib.report.metrics import Floats, IntervalEstimate, Ints, scores
 from ftlib.storage import join
-from ftlib.training import checkpoint
-from ftlib.training import models
+from ftlib.training import checkpoint, models
 from ftlib.training.evaluate import normalize, predict
 from ftlib.training.initial_weights import LoadedModel, load_run_model
 from ftlib.training.loop import precision
