@@ -8,8 +8,10 @@ while the tree is built. This module imports no torch, so that `--help` answers 
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Union
 
 from ftlib.settings import Between, ConfigError, Settings
@@ -75,6 +77,10 @@ class Augment(Settings):
     """Smallest and largest aspect ratio (width / height) of that crop."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
+    vflip: Fraction = 0.0
+    """Probability of a vertical flip, for pictures without an up and a down (aerial, microscope)."""
+    rotate90: Fraction = 0.0
+    """Probability of a turn by 90, 180 or 270 degrees, all equally likely."""
     color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)
     """Strength of the jitter of brightness, contrast, saturation (relative) and hue (turns)."""
     color_jitter_p: Fraction = 0.2
@@ -91,6 +97,9 @@ class Augment(Settings):
     trivialaugment: bool = False
     """One random op at one random strength per image (TrivialAugment, Mueller and Hutter 2021), in
     place of RandAugment."""
+    pipeline: str = ""
+    """Your own Albumentations pipeline, applied after all of the above and before RandomErasing: a YAML
+    or JSON file in the form of `A.to_dict`. The run keeps its contents, so the file may go afterwards."""
     erasing_p: Fraction = 0.0
     """Probability of RandomErasing (Zhong et al. 2017) on an image."""
     erasing_scale: tuple[float, float] = (0.02, 0.33)
@@ -127,6 +136,50 @@ class Augment(Settings):
                 "randaugment_ops",
                 "it would do nothing because augment.randaugment_n is 0. Set it to 1, 2 or 3",
             )
+        if self.pipeline:
+            object.__setattr__(self, "pipeline", pipeline_text(self.pipeline))
+
+
+MAX_PIPELINE_BYTES = 1 << 16
+"""Largest file that `augment.pipeline` may name."""
+
+
+def pipeline_text(pipeline: str) -> str:
+    """The pipeline that `augment.pipeline` means, as JSON with sorted keys.
+
+    `pipeline` is the name of a YAML or JSON file, or such JSON already. Whether Albumentations can
+    build it is checked later (`ftlib.data.pipeline`); here it only has to be a serialized transform.
+    Raises ConfigError.
+    """
+    name, text = "its JSON", pipeline
+    if not pipeline.lstrip().startswith("{"):
+        path = Path(pipeline).expanduser()
+        name = f"the file {path}"
+        try:
+            with open(path, encoding="utf-8") as file:
+                text = file.read(MAX_PIPELINE_BYTES + 1)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"augment.pipeline: {name} cannot be read ({error}). Name a YAML or JSON file that "
+                "albumentations.save wrote"
+            ) from None
+    if len(text) > MAX_PIPELINE_BYTES:
+        raise ConfigError(f"augment.pipeline: {name} is longer than {MAX_PIPELINE_BYTES:,} bytes")
+    import yaml
+
+    try:
+        found = yaml.safe_load(text)  # JSON is YAML too
+        canonical = json.dumps(found, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise ConfigError(f"augment.pipeline: {name} is not valid YAML or JSON ({why})") from None
+    transform = found.get("transform") if isinstance(found, dict) else None
+    if not isinstance(transform, dict) or "__class_fullname__" not in transform:
+        raise ConfigError(
+            f"augment.pipeline: {name} holds no Albumentations transform. Write it with "
+            "albumentations.save(transform, FILE, data_format='yaml')"
+        )
+    return canonical
 
 
 @dataclass(frozen=True)
@@ -641,3 +694,6 @@ NOT_IN_FINGERPRINT = (
 """Settings that change how a run is carried out but not what it computes; a resumed run may change
 them. The data set enters the fingerprint by its digest; `cluster.strict_elastic` is recorded apart.
 """
+NOT_IN_FINGERPRINT_AT_DEFAULT = ("augment.vflip", "augment.rotate90", "augment.pipeline")
+"""Settings added after runs had been made: at their default they stay out of the fingerprint, so that
+those runs keep theirs."""

@@ -287,10 +287,23 @@ def override(node: S, changes: Mapping[str, Any]) -> S:
     return dataclasses.replace(node, **built)
 
 
-def fingerprint(node: Settings, leave_out: tuple[str, ...] = (), **extra: Any) -> str:
-    """sha256 (hex) of the leaves and `extra`, less those at or below the paths in `leave_out`."""
+def fingerprint(
+    node: Settings,
+    leave_out: tuple[str, ...] = (),
+    leave_out_at_default: tuple[str, ...] = (),
+    **extra: Any,
+) -> str:
+    """sha256 (hex) of the leaves and `extra`.
+
+    Leaves at or below the paths in `leave_out` do not count, and those in `leave_out_at_default` only
+    where they differ from what the tree has without any value given.
+    """
+    defaults = flat(type(node)()) if leave_out_at_default else {}
     kept = {
-        p: v for p, v in leaves(node) if not any(p == o or p.startswith(o + ".") for o in leave_out)
+        path: value
+        for path, value in leaves(node)
+        if not any(path == out or path.startswith(out + ".") for out in leave_out)
+        and not (path in leave_out_at_default and value == defaults[path])
     }
     return hashlib.sha256(
         json.dumps({**kept, **extra}, sort_keys=True, default=list).encode()

@@ -193,7 +193,7 @@ def _plain_batches(training: Training, dataset: Dataset) -> Iterator[Batch]:
             yield Batch(
                 mb.step,
                 mb.epoch,
-                mb.k,
+                mb.index,
                 mb.images_in_step,
                 torch.from_numpy(mb.rows.copy()),
                 torch.from_numpy(split.labels[mb.rows].copy()),

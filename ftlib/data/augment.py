@@ -1,12 +1,16 @@
-"""JPEG bytes to the uint8 square that a model trains on, and to the one it is evaluated on.
+"""From JPEG bytes to the uint8 square that a model trains on, or is evaluated on.
 
-One path, bytes all the way: decode, RandomResizedCrop, flip, ColorJitter, RandAugment or TrivialAugment, RandomErasing.
-Everything random about an image is drawn from (seed, epoch, image): the same in every process, thread and order.
+Training: decode, RandomResizedCrop, flips and turns, ColorJitter, RandAugment or TrivialAugment, a
+pipeline of the user's own, RandomErasing. All of it on uint8.
+
+Everything random about an image is drawn from (seed, epoch, image), so the result is the same in
+every process, in every thread and in any order.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import albumentations as A
@@ -16,26 +20,33 @@ from PIL import Image
 
 from ftlib import config
 from ftlib.data import color, ops
-from ftlib.data.decode import decode, dimensions
+from ftlib.data.decode import Jpeg, decode, dimensions
+from ftlib.data.pipeline import Pipeline
 from ftlib.data.rng import AUGMENT, Randomness, key
 from ftlib.data.tiles import Tiles, tiles_of
 from ftlib.settings import ConfigError, nearest
 
+FIRST_OPS = ops.TABLE_2026_11
+"""Names of the ops that runs of fingerprint version 1 choose from."""
+
 
 def check(cfg: config.Augment) -> None:
-    """Refuses, with ConfigError, ops that are not in the table and groups that cannot be filled."""
+    """Raise ConfigError for unknown ops, groups that cannot be filled and a pipeline that does not work."""
     known = [op.name for op in ops.OPS]
     for name in cfg.randaugment_ops:
         if name not in known:
             raise ConfigError(
-                f"augment.randaugment_ops: there is no op {name}.{nearest(name, known)} There are {', '.join(known)}"
+                f"augment.randaugment_ops: there is no op {name}.{nearest(name, known)} "
+                f"The ops are {', '.join(known)}"
             )
     groups = len(grouped(chosen(cfg)))
     if cfg.randaugment_n > groups:
         raise ConfigError(
-            f"augment.randaugment_n = {cfg.randaugment_n}: augment.randaugment_ops leaves ops of only {groups} group(s). "
-            f"Lower it to {groups}, or add ops of other groups"
+            f"augment.randaugment_n = {cfg.randaugment_n}: the ops in augment.randaugment_ops are of "
+            f"only {groups} group(s). Lower it to {groups}, or add ops of other groups"
         )
+    if cfg.pipeline:
+        Pipeline(cfg.pipeline).check(cfg.size)
 
 
 def chosen(cfg: config.Augment) -> tuple[ops.Op, ...]:
@@ -43,17 +54,32 @@ def chosen(cfg: config.Augment) -> tuple[ops.Op, ...]:
     return tuple(op for op in ops.OPS if not cfg.randaugment_ops or op.name in cfg.randaugment_ops)
 
 
+def op_versions(cfg: config.Augment, table: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The ops that the settings choose from, as the fingerprint names them; () without a policy.
+
+    An op of version 1 goes by its name, a later version is NAME@VERSION. `table`: names of the ops of
+    an earlier table (all of version 1) to choose from, instead of the present one.
+    """
+    if not cfg.randaugment_n and not cfg.trivialaugment:
+        return ()
+    if table is not None:
+        return tuple(
+            name for name in table if not cfg.randaugment_ops or name in cfg.randaugment_ops
+        )
+    return tuple(op.name if op.version == 1 else f"{op.name}@{op.version}" for op in chosen(cfg))
+
+
 def grouped(table: tuple[ops.Op, ...]) -> list[tuple[ops.Op, ...]]:
-    """The ops by group, empty groups left out."""
-    return [
-        found for group in ops.GROUPS if (found := tuple(op for op in table if op.group == group))
-    ]
+    """The ops by group; groups without ops are left out."""
+    groups = (tuple(op for op in table if op.group == group) for group in ops.GROUPS)
+    return [group for group in groups if group]
 
 
 class TrainTransform:
-    """`transform(jpeg, epoch, image_id)` -> uint8[S, S, 3], the same for the same (seed, epoch, image_id).
+    """`transform(jpeg, epoch, image_id)` -> uint8[S, S, 3], a function of (seed, epoch, image_id).
 
-    Picklable. Holds the generators that it rewinds, so each thread needs its own.
+    Picklable. Holds the random generators that it rewinds for each image, so every thread needs a
+    transform of its own.
     """
 
     def __init__(self, cfg: config.Augment, seed: int) -> None:
@@ -62,30 +88,23 @@ class TrainTransform:
         self._randomness = Randomness()
         self._jitter = ColorJitter(*cfg.color_jitter, p=cfg.color_jitter_p)
         self._policy = policy(cfg)
+        self._pipeline = Pipeline(cfg.pipeline) if cfg.pipeline else None
 
     def __reduce__(self) -> tuple[type[TrainTransform], tuple[config.Augment, int]]:
         return TrainTransform, (self.cfg, self.seed)
 
     def __call__(
-        self,
-        jpeg: bytes | memoryview | np.ndarray,
-        epoch: int,
-        image_id: int,
-        out: np.ndarray | None = None,
+        self, jpeg: Jpeg, epoch: int, image_id: int, out: np.ndarray | None = None
     ) -> np.ndarray:
-        """uint8[S, S, 3], in `out` where that is given. Raises DecodeError."""
+        """uint8[S, S, 3], written to `out` where it is given. Raises DecodeError."""
         cfg, randomness = self.cfg, self._randomness
         randomness.rewind(key(AUGMENT, self.seed, epoch, image_id))
-        tiles = tiles_of(jpeg)
-        size = dimensions(jpeg) if tiles is None else (tiles.layout.height, tiles.layout.width)
-        box = crop_box(*size, cfg.crop_scale, cfg.crop_ratio, randomness)
-        if randomness.python.random() < cfg.flip:
-            image = cv2.flip(crop_and_resize(jpeg, tiles, box, cfg.size), 1, out)
-        else:
-            image = crop_and_resize(jpeg, tiles, box, cfg.size, out)
+        image = turn(self._cropped(jpeg, out), cfg.vflip, cfg.rotate90, randomness)
         image = self._jitter(image, randomness)
         if self._policy is not None:
             image = self._policy(image, randomness)
+        if self._pipeline is not None:
+            image = self._pipeline(image, randomness)
         if out is None:
             out = np.ascontiguousarray(image)
         elif image is not out:
@@ -94,31 +113,39 @@ class TrainTransform:
             erase(out, cfg.erasing_scale, randomness)
         return out
 
+    def _cropped(self, jpeg: Jpeg, out: np.ndarray | None) -> np.ndarray:
+        """RandomResizedCrop and the horizontal flip."""
+        cfg, randomness = self.cfg, self._randomness
+        tiles = tiles_of(jpeg)
+        size = dimensions(jpeg) if tiles is None else (tiles.layout.height, tiles.layout.width)
+        box = crop_box(*size, cfg.crop_scale, cfg.crop_ratio, randomness)
+        if randomness.python.random() < cfg.flip:
+            return cv2.flip(crop_and_resize(jpeg, tiles, box, cfg.size), 1, out)
+        return crop_and_resize(jpeg, tiles, box, cfg.size, out)
+
 
 class EvalTransform:
-    """`transform(jpeg)` -> uint8[S, S, 3]: the shorter side resized to size / crop, then the centre; the aspect is kept.
+    """`transform(jpeg)` -> uint8[S, S, 3]: shorter side resized to size / crop, then a center crop.
 
-    Pixel for pixel what torchvision's Resize (bilinear, antialiased) and CenterCrop make of it, so published weights score what was
-    published. Pictures of more than four times the size are decoded at a fraction first.
+    Gives the pixels of torchvision's Resize (bilinear, antialiased) and CenterCrop, so published
+    weights reach their published scores. Pictures of more than four times the size are first decoded
+    at a fraction.
     """
 
     def __init__(self, size: int, crop: float) -> None:
         self.size = size
         self.short = max(size, round(size / crop))
 
-    def __call__(
-        self, jpeg: bytes | memoryview | np.ndarray, out: np.ndarray | None = None
-    ) -> np.ndarray:
-        """uint8[S, S, 3], in `out` where that is given. Raises DecodeError."""
+    def __call__(self, jpeg: Jpeg, out: np.ndarray | None = None) -> np.ndarray:
+        """uint8[S, S, 3], written to `out` where it is given. Raises DecodeError."""
         height, width = dimensions(jpeg)
         scale = self.short / min(height, width)
-        rows, cols = (
-            (self.short, int(self.short * width / height))
-            if height <= width
-            else (int(self.short * height / width), self.short)
-        )
+        if height <= width:
+            rows, cols = self.short, int(self.short * width / height)
+        else:
+            rows, cols = int(self.short * height / width), self.short
         top, left = round((rows - self.size) / 2), round((cols - self.size) / 2)
-        image = decode(jpeg, _dct(0.5 / scale))
+        image = decode(jpeg, _decoder_shrink(0.5 / scale))
         y, x = image.shape[0] / rows, image.shape[1] / cols
         box = (left * x, top * y, (left + self.size) * x, (top + self.size) * y)
         image = np.asarray(
@@ -132,10 +159,10 @@ class EvalTransform:
         return out
 
 
-# --- crop, flip, jitter -------------------------------------------------------------------------------------------------------------
+# --- crop, flips and turns, jitter ------------------------------------------------------------------
 
 Box = tuple[int, int, int, int]
-"""top, left, height, width."""
+"""top, left, height, width, in pixels."""
 
 
 def crop_box(
@@ -145,8 +172,10 @@ def crop_box(
     ratio: tuple[float, float],
     randomness: Randomness,
 ) -> Box:
-    """RandomResizedCrop's box (Szegedy et al. 2015), drawn as torchvision's `RandomResizedCrop.get_params` draws it: ten tries, then
-    the largest central box within the aspect ratios."""
+    """The box of RandomResizedCrop (Szegedy et al. 2015), drawn as torchvision's `get_params` does.
+
+    Ten tries, then the largest central box within the aspect ratios.
+    """
     uniform, below = randomness.python.uniform, randomness.python.randrange
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
@@ -164,22 +193,22 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _dct(factor: float) -> int:
-    """The largest shrinking of a JPEG decoder that is at most `factor`."""
-    return 8 if factor >= 8 else 4 if factor >= 4 else 2 if factor >= 2 else 1
+def _decoder_shrink(factor: float) -> int:
+    """The largest reduction of the JPEG decoder (1, 2, 4 or 8) that is at most `factor`."""
+    return next((shrink for shrink in (8, 4, 2) if factor >= shrink), 1)
 
 
 def crop_and_resize(
-    jpeg: bytes | bytearray | memoryview | np.ndarray,
-    tiles: Tiles | None,
-    box: Box,
-    size: int,
-    out: np.ndarray | None = None,
+    jpeg: Jpeg, tiles: Tiles | None, box: Box, size: int, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """uint8[size, size, 3]: the box (in pixels of the whole picture), resized. Only the box is decoded where the file has `tiles`. Shrinking
-    to half or less happens in the decoder, the rest by linear interpolation (by area where even an eighth leaves more than twice the size). `out`, uint8[size, size, 3], may serve for the result."""
+    """uint8[size, size, 3]: the box (in pixels of the whole picture), resized.
+
+    Only the box is decoded where the file has `tiles`. The decoder does reductions to half or less,
+    linear interpolation the rest (by area where even an eighth leaves more than twice the size).
+    `out`, uint8[size, size, 3], may be used for the result. Raises DecodeError.
+    """
     top, left, height, width = box
-    shrink = _dct(min(height, width) / size)
+    shrink = _decoder_shrink(min(height, width) / size)
     if tiles is not None and (part := tiles.cut(*box, shrink)) is not None:
         jpeg, top, left = part.jpeg, top - part.top, left - part.left
     image = decode(jpeg, shrink)
@@ -190,32 +219,48 @@ def crop_and_resize(
     image = image[top : top + height, left : left + width]
     if (height, width) == (size, size):
         return image
+    by_area = min(height, width) > 2 * size
     return cv2.resize(
-        image,
-        (size, size),
-        out,
-        interpolation=cv2.INTER_AREA if min(height, width) > 2 * size else cv2.INTER_LINEAR,
+        image, (size, size), out, interpolation=cv2.INTER_AREA if by_area else cv2.INTER_LINEAR
     )
 
 
+def turn(image: np.ndarray, vflip: float, rotate90: float, randomness: Randomness) -> np.ndarray:
+    """uint8[S, S, 3] flipped vertically with probability `vflip`, and with probability `rotate90`
+    turned by 90, 180 or 270 degrees. A probability of 0 draws no random number."""
+    if vflip and randomness.python.random() < vflip:
+        image = cv2.flip(image, 0)
+    if rotate90 and randomness.python.random() < rotate90:
+        image = cv2.rotate(image, randomness.python.choice(_TURNS))
+    return image
+
+
+_TURNS = (cv2.ROTATE_90_CLOCKWISE, cv2.ROTATE_180, cv2.ROTATE_90_COUNTERCLOCKWISE)
+
+
 class ColorJitter:
-    """torchvision's ColorJitter with probability p: brightness, contrast, saturation and hue in random order, factors uniform
-    from max(0, 1 - strength) to 1 + strength, hue from -strength to strength turns."""
+    """torchvision's ColorJitter with probability p: brightness, contrast, saturation, hue, shuffled.
+
+    Factors are uniform from max(0, 1 - strength) to 1 + strength, the hue from -strength to strength
+    turns.
+    """
 
     def __init__(
         self, brightness: float, contrast: float, saturation: float, hue: float, p: float
     ) -> None:
         self.p = p
-        self.steps = [
-            (function, max(0.0, centre - strength) if centre else -strength, centre + strength)
-            for function, strength, centre in (
-                (color.brightness, brightness, 1.0),
-                (color.contrast, contrast, 1.0),
-                (color.saturation, saturation, 1.0),
-                (color.hue, hue, 0.0),
-            )
+        factors = (
+            (color.brightness, brightness),
+            (color.contrast, contrast),
+            (color.saturation, saturation),
+        )
+        self.steps: list[tuple[Callable[[np.ndarray, float], np.ndarray], float, float]] = [
+            (function, max(0.0, 1 - strength), 1 + strength)
+            for function, strength in factors
             if strength > 0
         ]
+        if hue > 0:
+            self.steps.append((color.hue, -hue, hue))
 
     def __call__(self, image: np.ndarray, randomness: Randomness) -> np.ndarray:
         """uint8[H, W, 3] -> uint8[H, W, 3]."""
@@ -226,12 +271,15 @@ class ColorJitter:
         return image
 
 
-# --- policies -----------------------------------------------------------------------------------------------------------------------
+# --- policies ---------------------------------------------------------------------------------------
 
 
 class RandAugment:
-    """RandAugment (Cubuk et al. 2020) over groups: n groups without replacement, each acting with probability p through one of its ops,
-    all at the same magnitude m of 10."""
+    """RandAugment (Cubuk et al. 2020) over groups of ops.
+
+    Draws n groups without replacement. Each acts with probability p through one of its ops, all at the
+    same magnitude m of 10.
+    """
 
     def __init__(self, table: tuple[ops.Op, ...], n: int, m: float, p: float, size: int) -> None:
         self.n, self.p = n, p
@@ -245,7 +293,8 @@ class RandAugment:
 
 
 class TrivialAugment:
-    """TrivialAugment (Mueller and Hutter 2021): one op of the table, or none, at one of 31 strengths, all equally likely."""
+    """TrivialAugment (Mueller and Hutter 2021): one op of the table, or none, at one of 31 strengths,
+    all equally likely."""
 
     def __init__(self, table: tuple[ops.Op, ...], size: int) -> None:
         self.table, self.size = table, size
@@ -259,7 +308,7 @@ class TrivialAugment:
 
 def apply(transform: A.BasicTransform, image: np.ndarray, randomness: Randomness) -> np.ndarray:
     """uint8[H, W, 3] through a transform that draws from `randomness` alone."""
-    if isinstance(transform, ops.Pixels):
+    if isinstance(transform, ops.PixelTransform):
         return transform.act(image, randomness.generator, randomness.python)
     transform.set_random_state(randomness.generator, randomness.python)
     return transform(image=image)["image"]
@@ -282,18 +331,18 @@ def erase(
     randomness: Randomness,
     ratio: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> None:
-    """RandomErasing (Zhong et al. 2017): a box of uint8[H, W, 3] filled, in place, with random values (the paper's RE-R)."""
+    """RandomErasing (Zhong et al. 2017): fill a box of uint8[H, W, 3], in place, with random values.
+
+    The paper's variant RE-R. Ten tries to find a box that fits; then nothing is erased.
+    """
     height, width = image.shape[:2]
+    python = randomness.python
     for _ in range(10):
-        area = height * width * randomness.python.uniform(*scale)
-        aspect = math.exp(randomness.python.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        area = height * width * python.uniform(*scale)
+        aspect = math.exp(python.uniform(math.log(ratio[0]), math.log(ratio[1])))
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if h < height and w < width:
-            top, left = (
-                randomness.python.randrange(height - h + 1),
-                randomness.python.randrange(width - w + 1),
-            )
-            image[top : top + h, left : left + w] = np.frombuffer(
-                randomness.generator.bytes(h * w * 3), np.uint8
-            ).reshape(h, w, 3)
+            top, left = python.randrange(height - h + 1), python.randrange(width - w + 1)
+            values = np.frombuffer(randomness.generator.bytes(h * w * 3), np.uint8)
+            image[top : top + h, left : left + w] = values.reshape(h, w, 3)
             return

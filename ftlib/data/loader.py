@@ -49,7 +49,7 @@ class Batch:
     """Optimizer step, from 0, over the whole run (0 at evaluation)."""
     epoch: int
     """Epoch, from 0 (0 at evaluation)."""
-    k: int
+    index: int
     """The microbatch's position within the step; at evaluation the batch's within the split."""
     images_in_step: int
     """Images in all microbatches of the step, over all workers."""
@@ -63,7 +63,7 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader: the same with tensors in page-locked memory."""
         tensors = (t.pin_memory() for t in (self.rows, self.labels, self.images))
-        return Batch(self.step, self.epoch, self.k, self.images_in_step, *tensors)
+        return Batch(self.step, self.epoch, self.index, self.images_in_step, *tensors)
 
 
 def train_batches(
@@ -101,11 +101,11 @@ def eval_batches(
         Microbatch(
             step=0,
             epoch=0,
-            k=k,
+            index=index,
             rows=rows[start : start + batch_size],
             images_in_step=min(batch_size, len(rows) - start),
         )
-        for k, start in enumerate(range(0, len(rows), batch_size))
+        for index, start in enumerate(range(0, len(rows), batch_size))
     )
     return Batches(_EvalSource(split, size, crop), plan, batch_size, workers)
 
@@ -185,7 +185,7 @@ def _batch(mb: Microbatch, labels: np.ndarray, images: np.ndarray) -> Batch:
     return Batch(
         mb.step,
         mb.epoch,
-        mb.k,
+        mb.index,
         mb.images_in_step,
         rows,
         torch.from_numpy(labels),

@@ -1,7 +1,8 @@
-"""Randomness as an argument: every random thing in a run is drawn from a 64-bit key of what it belongs to.
+"""Randomness as an argument: everything random in a run is drawn from a 64-bit key of what it is for.
 
-`key(AUGMENT, seed, epoch, image)` is the same number in every process, thread and order of loading, so nothing about a
-random state has to be saved or restored. The mixing is splitmix64's finaliser (Steele, Lea, Flood 2014), chained over the parts.
+`key(AUGMENT, seed, epoch, image)` is the same number in every process, thread and order of loading, so
+no random state has to be saved or restored. The mixing function is the finalizer of splitmix64
+(Steele, Lea, Flood 2014), chained over the parts.
 """
 
 from __future__ import annotations
@@ -26,24 +27,30 @@ def _mix(x: int) -> int:
 
 
 def key(domain: int, *parts: int) -> int:
-    """A uint64 from a domain and whole numbers (taken modulo 2**64), well mixed and dependent on their order and number."""
-    return (
-        _mix(_before(domain, parts[:-1]) ^ _mix(int(parts[-1]) & _MASK)) if parts else _mix(domain)
-    )
+    """A well-mixed uint64 from a domain and whole numbers (taken modulo 2**64).
+
+    It depends on their order and on how many there are.
+    """
+    if not parts:
+        return _mix(domain)
+    return _mix(_prefix(domain, parts[:-1]) ^ _mix(int(parts[-1]) & _MASK))
 
 
 @lru_cache(maxsize=256)
-def _before(domain: int, parts: tuple[int, ...]) -> int:
-    """The key that a last part is mixed into: the same for all images of an epoch."""
+def _prefix(domain: int, parts: tuple[int, ...]) -> int:
+    """The key that the last part is mixed into: the same for all images of an epoch."""
     return key(domain, *parts)
 
 
 class _OnGenerator(random.Random):
-    """`random.Random` that draws from a numpy Generator, so that one rewind covers both."""
+    """`random.Random` on top of a numpy Generator, so that one rewind covers both."""
+
+    gauss_next: float | None
 
     def __init__(self, generator: np.random.Generator) -> None:
         super().__init__(0)
-        self.random = generator.random  # type: ignore[method-assign]  # itself: each layer of Python would double what a draw costs
+        # The method itself: another layer of Python would double the cost of a draw.
+        self.random = generator.random  # type: ignore[method-assign]
         self._raw = generator.bit_generator.random_raw
 
     def getrandbits(self, k: int) -> int:
@@ -53,7 +60,10 @@ class _OnGenerator(random.Random):
         return bits & ((1 << k) - 1)
 
     def _randbelow(self, n: int) -> int:
-        """What randrange, choice, sample and shuffle draw with: as in the base class, without its layers where 64 bits are enough."""
+        """What randrange, choice, sample and shuffle draw with.
+
+        Gives the numbers of the base class, without its layers where 64 bits are enough.
+        """
         mask = (1 << n.bit_length()) - 1
         if mask >> 64:
             return self._randbelow_with_getrandbits(n)  # type: ignore[attr-defined]
@@ -63,7 +73,8 @@ class _OnGenerator(random.Random):
 
 
 class Randomness:
-    """One numpy generator and one `random.Random` on the same counter-based stream (Philox; Salmon et al. 2011).
+    """A numpy generator and a `random.Random` on the same counter-based stream (Philox; Salmon et al.
+    2011).
 
     `rewind(key)` puts both at the start of that key's own stream, in a few microseconds.
     """
@@ -82,15 +93,15 @@ class Randomness:
     def rewind(self, key: int) -> None:
         self._state["state"]["key"] = np.array([key, 0], np.uint64)
         self._philox.state = self._state
-        self.python.gauss_next = None  # the second half of a pair drawn before
+        self.python.gauss_next = None  # drop the second half of a pair that was drawn before
 
     def __reduce__(self) -> tuple[type[Randomness], tuple[()]]:
-        return (
-            Randomness,
-            (),
-        )  # it has no state of its own worth keeping: it is rewound before each use
+        return Randomness, ()  # it is rewound before each use, so it has no state worth keeping
 
 
 def raw(key: int, n: int) -> np.ndarray:
-    """uint64[n] from the key's Philox stream. Unlike numpy's distributions, the raw stream never changes between versions."""
+    """uint64[n] from the key's Philox stream.
+
+    Unlike numpy's distributions, the raw stream never changes between versions.
+    """
     return np.random.Philox(key=key).random_raw(n)

@@ -1,7 +1,8 @@
-"""Which images make which step. Pure functions of (seed, epoch, step): the position in a run is one integer.
+"""Which images make which step. Pure functions of (seed, epoch, step), so one integer says where a run
+is.
 
-The global batch of a step is cut into microbatches, whatever the number of workers; worker r of W takes the microbatches
-k with k mod W == r. So a run goes on with other workers on the same images.
+The global batch of a step is cut into microbatches, whatever the number of workers; worker r of W takes
+the microbatches whose index is r modulo W. So a run can go on with other workers on the same images.
 """
 
 from __future__ import annotations
@@ -24,27 +25,34 @@ class Microbatch:
     """Optimizer step, from 0, over the whole run."""
     epoch: int
     """Epoch, from 0."""
-    k: int
+    index: int
     """Position within the step, from 0."""
     rows: np.ndarray
-    """int64[b]: rows of the train split; also the images' ids for augmentation."""
+    """int64[b]: rows of the train split, which are also the images' ids for augmentation."""
     images_in_step: int
-    """Images in all microbatches of the step: what the accumulated gradient is divided by."""
+    """Images in all microbatches of the step; the accumulated gradient is divided by it."""
 
 
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """int64[n], a permutation of 0..n-1 (read-only). Sorts raw random numbers, so that it is the same under every numpy."""
+    """int64[n], a permutation of 0..n-1 (read-only).
+
+    Sorts raw random numbers, so it is the same under every version of numpy.
+    """
     order = np.argsort(raw(key(ORDER, seed, epoch), n), kind="stable")
     order.setflags(write=False)
     return order
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
-    """ceil(n / batch_size), except that a last step of a single image is left out: BatchNorm cannot train on one image."""
+    """ceil(n / batch_size), but a last step of one image is left out: BatchNorm cannot train on it.
+
+    Raises ValueError for fewer than two images.
+    """
     if n < 2 and batch_size > 1:
         raise ValueError(
-            f"{n} training image(s): needs at least 2. Take a larger data.subset, or a smaller data.tuning_fraction"
+            f"{n} training image(s): needs at least 2. Set a larger data.subset, or a smaller "
+            "data.tuning_fraction"
         )
     full, rest = divmod(n, batch_size)
     return full + (rest > 1)
@@ -55,19 +63,20 @@ def step_plan(
 ) -> list[Microbatch]:
     """The microbatches of one step (from 0, over the whole run) of training on `rows` (int64[n]).
 
-    A full step has batch_size / microbatch_size of them. The rest of an epoch is split into as few as hold it, as evenly as
-    possible and none of a single image (a rest of three in microbatches of two is one of three).
+    A full step has batch_size / microbatch_size of them. The rest of an epoch is split into as few as
+    hold it, as evenly as possible, and none of a single image (a rest of three in microbatches of two
+    is one of three).
     """
     n = len(rows)
     epoch, within = divmod(step, steps_per_epoch(n, batch_size))
     order = epoch_order(seed, epoch, n)[within * batch_size : (within + 1) * batch_size]
-    r = len(order)
-    count = -(-r // microbatch_size)
+    images = len(order)
+    count = -(-images // microbatch_size)
     if microbatch_size > 1:
-        count = min(count, r // 2)
+        count = min(count, images // 2)
     return [
-        Microbatch(step, epoch, k, rows[part], r)
-        for k, part in enumerate(np.array_split(order, count))
+        Microbatch(step, epoch, index, rows[part], images)
+        for index, part in enumerate(np.array_split(order, count))
     ]
 
 
@@ -82,19 +91,21 @@ def owned(plan: Sequence[T], rank: int, world: int) -> list[T]:
 def _ranks(
     labels: np.ndarray, rows: np.ndarray, random: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each of `rows`: its place (from 0) in a random order of its class, and the size of its class."""
-    of = labels[rows]
-    by_class = np.lexsort((random, of))
-    counts = np.bincount(of)
+    """For each of `rows`: its place (from 0) in a random order of its class, and its class's size."""
+    classes = labels[rows]
+    by_class = np.lexsort((random, classes))
+    counts = np.bincount(classes)
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
     place = np.empty(len(rows), np.int64)
-    place[by_class] = np.arange(len(rows)) - starts[of[by_class]]
-    return place, counts[of]
+    place[by_class] = np.arange(len(rows)) - starts[classes[by_class]]
+    return place, counts[classes]
 
 
 def subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Sorted int64 rows of a stratified subset: of each class floor(fraction * size), at least 1. With one seed, smaller subsets
-    lie within larger ones."""
+    """Sorted int64 rows of a stratified subset: floor(fraction * size) of each class, at least 1.
+
+    With one seed, smaller subsets lie within larger ones.
+    """
     labels = np.asarray(labels, np.int64)
     rows = np.arange(len(labels))
     place, size = _ranks(labels, rows, raw(key(SUBSET, seed), len(labels)))
@@ -104,10 +115,11 @@ def subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 def tuning_split(
     labels: np.ndarray, rows: np.ndarray, fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`rows` in two, (train, tuning), both in the order of `rows`; stratified: of each class round(fraction * size) are for
-    tuning, at least 1 where the class has 2 or more, and at least 1 stays for training. Fraction 0 leaves tuning empty.
+    """`rows` in two, (train, tuning), both in the order of `rows`.
 
-    Whether a row is for tuning depends on the seed and on its own number, not on its place in `rows`.
+    Stratified: round(fraction * size) of each class are for tuning, at least 1 where the class has 2 or
+    more, and at least 1 stays for training. Fraction 0 leaves tuning empty. Whether a row is for tuning
+    depends on the seed and on its own number, not on its place in `rows`.
     """
     labels, rows = np.asarray(labels, np.int64), np.asarray(rows, np.int64)
     if fraction == 0:

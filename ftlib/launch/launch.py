@@ -87,7 +87,8 @@ def prepare(run: Run) -> PreparedRun:
     record = run_record.RunRecord.read(join(root, run.name)) if run.name else None
     source, known = _source(run, dataset, root, record)
     digest = source.sha256 if source else None
-    print_ = run_record.fingerprint(run, dataset.digest, digest)
+    ops = run_record.recorded_ops(run, record)
+    print_ = run_record.fingerprint(run, dataset.digest, digest, ops)
     run = dataclasses.replace(
         run, name=run.name or run_record.default_name(run, dataset.name, print_)
     )
@@ -95,6 +96,7 @@ def prepare(run: Run) -> PreparedRun:
     record = record or run_record.RunRecord.read(run_dir)
     if record is not None:
         run_record.refuse_other_settings(run, run_dir, record, print_, dataset.digest)
+        run = run_record.with_ops(run, ops)
     note = (
         gates.refuse_failed(run, source.run_name or source.uri, source.result)
         if source and not known
@@ -373,6 +375,8 @@ def _record(ready: PreparedRun, tracked: Any) -> run_record.RunRecord:
             "run_id": tracked.run_id,
         },
         launches=(old.launches if old else 0) + 1,
+        fingerprint_version=old.fingerprint_version if old else run_record.FINGERPRINT_VERSION,
+        ops=old.ops if old else list(run_record.recorded_ops(ready.run, None)),
         created=old.created if old else time.time(),
     )
 

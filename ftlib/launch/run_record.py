@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import psutil
 
 from ftlib import settings, storage
-from ftlib.config import NOT_IN_FINGERPRINT, Run
+from ftlib.config import NOT_IN_FINGERPRINT, NOT_IN_FINGERPRINT_AT_DEFAULT, Run
 from ftlib.launch.errors import LaunchError
 from ftlib.storage import join
 
@@ -31,14 +32,74 @@ EXPIRE_SECONDS = 45.0
 """A lease on another machine that was not renewed for this long is dead."""
 
 
-def fingerprint(run: Run, data_digest: str, init_sha256: str | None) -> str:
-    """sha256 (hex) over what determines the run's result. `init_sha256`: digest of the starting weights, None for scratch and imagenet.
+FINGERPRINT_VERSION = 2
+"""Version 2 also covers the augmentation ops that RandAugment and TrivialAugment choose from, where
+they are not those of version 1."""
 
-    Weights that were found (phase1, run:NAME, file:PATH) count by their contents, so that the same weights named in another way are the same
-    run, and better weights of Phase 1 make another run of Phase 2.
+
+def fingerprint(
+    run: Run, data_digest: str, init_sha256: str | None, ops: Sequence[str] | None = None
+) -> str:
+    """sha256 (hex) over what determines the run's result.
+
+    Starting weights that were found (phase1, run:NAME, file:PATH) count by their contents, so that
+    the same weights named in another way are the same run, and better weights of Phase 1 make another
+    run of Phase 2.
+
+    Args:
+        data_digest: digest of the data set.
+        init_sha256: digest of the starting weights, None for scratch and imagenet.
+        ops: the augmentation ops to choose from, as `augment.op_versions` names them; by default
+            those of the present table.
     """
+    from ftlib.data.augment import FIRST_OPS, op_versions
+
     leave_out = (*NOT_IN_FINGERPRINT, "model.init_from") if init_sha256 else NOT_IN_FINGERPRINT
-    return settings.fingerprint(run, leave_out, data=data_digest, init=init_sha256)
+    ops = op_versions(run.augment) if ops is None else tuple(ops)
+    changed = {} if ops == op_versions(run.augment, FIRST_OPS) else {"ops": ops}
+    return settings.fingerprint(
+        run,
+        leave_out,
+        NOT_IN_FINGERPRINT_AT_DEFAULT,
+        data=data_digest,
+        init=init_sha256,
+        **changed,
+    )
+
+
+def recorded_ops(run: Run, record: RunRecord | None) -> tuple[str, ...]:
+    """The augmentation ops of `run`: those it began with, or those of the present table for a new run.
+
+    A record of fingerprint version 1 has no list; its ops are those of the table of that time.
+    """
+    from ftlib.data.augment import FIRST_OPS, op_versions
+
+    if record is None:
+        return op_versions(run.augment)
+    if record.fingerprint_version < 2:
+        return op_versions(run.augment, FIRST_OPS)
+    return tuple(record.ops)
+
+
+def with_ops(run: Run, ops: tuple[str, ...]) -> Run:
+    """`run`, choosing from `ops` also where the table of ops has grown since.
+
+    Raises LaunchError where one of them is gone or does something else by now.
+    """
+    from ftlib.data.augment import op_versions
+
+    present = op_versions(run.augment)
+    if ops == present:
+        return run
+    everything = op_versions(settings.override(run.augment, {"randaugment_ops": ()}))
+    if missing := [op for op in ops if op not in everything]:
+        raise LaunchError(
+            f"the run {run.name!r} was begun with augmentation ops that this version of ftlib does "
+            f"not have: {', '.join(missing)}. Go on with the version that began it, or give another "
+            "--name to begin again"
+        )
+    names = tuple(op.partition("@")[0] for op in ops)
+    return settings.override(run, {"augment.randaugment_ops": names})
 
 
 def default_name(run: Run, data_name: str, print_: str) -> str:
@@ -62,6 +123,10 @@ class RunRecord:
     """uri, experiment_id, run_id of the run in MLflow."""
     launches: int = 0
     """How often the run was started."""
+    fingerprint_version: int = 1
+    """`FINGERPRINT_VERSION` of the code that began the run."""
+    ops: list[str] = field(default_factory=list)
+    """The augmentation ops that the run chooses from (`augment.op_versions`); empty in version 1."""
     created: float = field(default_factory=time.time)
     """Unix time of the first start, in seconds."""
 

@@ -37,7 +37,7 @@ def same_pixels(training: Training, step: int = 0) -> Iterator[Batch]:
             yield Batch(
                 mb.step,
                 mb.epoch,
-                mb.k,
+                mb.index,
                 mb.images_in_step,
                 torch.from_numpy(mb.rows.copy()),
                 torch.from_numpy(labels[mb.rows].copy()),

@@ -32,7 +32,7 @@ TILE, GAP, LABEL, MARGIN = 120, 6, 190, 28
 COLUMNS = 11
 INK, QUIET, PAPER, MARK = (25, 28, 33), (110, 116, 125), (255, 255, 255), (220, 60, 40)
 NAMES = {"mixup": "Mixup", "cutmix": "CutMix"}
-COLOURS = {"geometric": (38, 99, 168), "noise": (122, 88, 158), "colour": (186, 104, 24)}
+COLOURS = {"geometric": (38, 99, 168), "noise": (122, 88, 158), "color": (186, 104, 24)}
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def network_section(dataset: Dataset, run: Run, step: int) -> Section:
         what = "not mixed" if plan is None else f"{NAMES[plan.kind]}, λ {plan.lam:.2f}"
         rows.append(
             Row(
-                f"microbatch {batch.k}",
+                f"microbatch {batch.index}",
                 what,
                 [
                     Tile(i, targets_text(t, dataset.classes, run))
@@ -120,7 +120,7 @@ def seen_by_the_network(
             yield (
                 batch,
                 mixing.draw(
-                    run.mix, key(MIX, run.seed, batch.step, batch.k), len(batch.rows), height, width
+                    run.mix, key(MIX, run.seed, batch.step, batch.index), len(batch.rows), height, width
                 )
                 if is_mixed
                 else None,

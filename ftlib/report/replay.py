@@ -76,7 +76,7 @@ def replay(
             )
         found = Replay(step)
         for batch, _ in seen_by_the_network(dataset, run, step):
-            found.rows[batch.k] = batch.rows.tolist()
+            found.rows[batch.index] = batch.rows.tolist()
         if with_loss:
             found.start = _bring_checkpoint(run_dir, scratch, step)
             try:
@@ -131,11 +131,11 @@ class _OneStep(loop.Training):
     def keep(self, batch: Batch) -> None:
         """The forward pass of training, with each image's own loss kept."""
         run, device = self.run, self.context.device
-        loop.seed_device(rng.key(rng.DROPOUT, run.seed, batch.step, batch.k), device)
+        loop.seed_device(rng.key(rng.DROPOUT, run.seed, batch.step, batch.index), device)
         images, targets = self.inputs(batch)
         with autocast(self.dtype, device):
             logits = self.forward(images)
-        self.seen[batch.k] = self.criterion(logits, targets).tolist()
+        self.seen[batch.index] = self.criterion(logits, targets).tolist()
 
 
 def sheet(run: Run, dataset: Dataset, found: Replay, path: str | Path) -> Path:
@@ -145,7 +145,7 @@ def sheet(run: Run, dataset: Dataset, found: Replay, path: str | Path) -> Path:
     worst = max((x for values in found.losses.values() for x in values), default=None)
     for batch, plan in seen_by_the_network(dataset, run, found.step):
         images, targets = mixed(batch, plan, run, len(dataset.classes))
-        values = found.losses.get(batch.k, [])
+        values = found.losses.get(batch.index, [])
         tiles = [
             Tile(
                 image,
@@ -169,7 +169,7 @@ def sheet(run: Run, dataset: Dataset, found: Replay, path: str | Path) -> Path:
         for start in range(0, len(tiles), COLUMNS):
             rows.append(
                 Row(
-                    f"microbatch {batch.k}" if not start else "",
+                    f"microbatch {batch.index}" if not start else "",
                     what + ("\n" + mean if mean else "") if not start else "",
                     tiles[start : start + COLUMNS],
                 )

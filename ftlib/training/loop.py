@@ -193,13 +193,13 @@ class Training:
         i = 0
         while i < len(own):
             batch = taken[i] if i < len(taken) else next(batches)
-            expected = (own[i].step, own[i].k)
-            assert (batch.step, batch.k) == expected, "the loader is out of step with the plan"
+            expected = (own[i].step, own[i].index)
+            assert (batch.step, batch.index) == expected, "the loader is out of step with the plan"
             if i == len(taken) and not splitter.settled:
                 taken.append(batch)
             # Overlap all-reduce with backward only after one step ran without running out of
             # memory: a started all-reduce cannot be undone.
-            buffer.before_forward(own[i].k, last=i == len(own) - 1 and splitter.settled)
+            buffer.before_forward(own[i].index, last=i == len(own) - 1 and splitter.settled)
             try:
                 self.microbatch(batch, buffer)
             except torch.OutOfMemoryError as error:
@@ -209,7 +209,7 @@ class Training:
                 buffer.zero()
                 i = 0
                 continue
-            buffer.after_backward(own[i].k)
+            buffer.after_backward(own[i].index)
             i += 1
         splitter.settled = True
         return len(plan)
@@ -218,7 +218,7 @@ class Training:
         """Forward and backward of one microbatch: its share of the step's mean loss is added to
         the gradients."""
         device, scale = self.context.device, self.state.scale.scale
-        seed_device(rng.key(rng.DROPOUT, self.run.seed, batch.step, batch.k), device)
+        seed_device(rng.key(rng.DROPOUT, self.run.seed, batch.step, batch.index), device)
         images, targets = self.inputs(batch)
         labels = batch.labels.to(device, non_blocking=True)
         for x, soft, hard in self.splitter.chunks(images, targets, labels):
@@ -240,7 +240,7 @@ class Training:
         targets = losses.soft_targets(labels, self.classes, run.loss.label_smoothing)
         if batch.epoch >= run.train.epochs - run.mix.off_epochs:
             return images, targets
-        key = rng.key(rng.MIX, run.seed, batch.step, batch.k)
+        key = rng.key(rng.MIX, run.seed, batch.step, batch.index)
         height, width = images.shape[2:]
         return mixing.apply(mixing.draw(run.mix, key, len(labels), height, width), images, targets)
 

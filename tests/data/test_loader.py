@@ -55,7 +55,7 @@ def expected(dataset):
     """Every microbatch of the run, made one image after the other without the loader."""
     split, transform = dataset.split("train"), TrainTransform(RUN.augment, RUN.seed)
     return {
-        (mb.step, mb.k): (
+        (mb.step, mb.index): (
             mb,
             np.stack([transform(split.image(int(r)), mb.epoch, int(r)) for r in mb.rows]),
             split.labels[mb.rows],
@@ -67,10 +67,10 @@ def expected(dataset):
 
 def same(batch, found):
     mb, images, labels = found
-    assert (batch.step, batch.epoch, batch.k, batch.images_in_step) == (
+    assert (batch.step, batch.epoch, batch.index, batch.images_in_step) == (
         mb.step,
         mb.epoch,
-        mb.k,
+        mb.index,
         mb.images_in_step,
     )
     assert (
@@ -92,8 +92,8 @@ def test_batches_are_those_of_the_plan_whoever_loads_them(dataset, expected, wor
     assert steps_per_epoch(len(ROWS), 8) == 3
     with train_batches(dataset, ROWS, RUN, 0, 1, 0, STEPS, workers) as batches:
         found = list(batches)
-    assert [(b.step, b.k) for b in found] == sorted(expected)
-    assert all(same(b, expected[b.step, b.k]) for b in found)
+    assert [(b.step, b.index) for b in found] == sorted(expected)
+    assert all(same(b, expected[b.step, b.index]) for b in found)
 
 
 def test_memory_is_used_again_but_not_while_a_batch_is_held(dataset, expected):
@@ -104,7 +104,7 @@ def test_memory_is_used_again_but_not_while_a_batch_is_held(dataset, expected):
             places.add(batch.images.data_ptr())
     assert len(places) <= 6
     with train_batches(dataset, ROWS, RUN, 0, 1, 0, STEPS, 1) as batches:
-        parts = [(b.step, b.k, b.images[1:, ::2]) for b in batches]
+        parts = [(b.step, b.index, b.images[1:, ::2]) for b in batches]
     assert all(np.array_equal(part, expected[step, k][1][1:, ::2]) for step, k, part in parts)
 
 
@@ -113,10 +113,10 @@ def test_ranks_part_the_plan_and_a_start_in_the_middle_is_the_rest(dataset, expe
     for rank in range(2):
         with train_batches(dataset, ROWS, RUN, rank, 2, 4, STEPS, workers) as batches:
             found = list(batches)
-        assert [(b.step, b.k) for b in found] == [
+        assert [(b.step, b.index) for b in found] == [
             at for at in sorted(expected) if at[0] >= 4 and at[1] % 2 == rank
         ]
-        assert all(same(b, expected[b.step, b.k]) for b in found)
+        assert all(same(b, expected[b.step, b.index]) for b in found)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -125,7 +125,7 @@ def test_evaluation_in_order_without_padding(dataset, workers):
     rows = np.array([5, 0, 3, 1, 4])
     with eval_batches(split, rows, 24, 0.875, 2, workers) as batches:
         found = list(batches)
-    assert [len(b.rows) for b in found] == [2, 2, 1] and [b.k for b in found] == [0, 1, 2]
+    assert [len(b.rows) for b in found] == [2, 2, 1] and [b.index for b in found] == [0, 1, 2]
     assert np.concatenate([b.rows for b in found]).tolist() == rows.tolist()
     assert np.array_equal(np.concatenate([b.labels for b in found]), split.labels[rows])
     assert np.array_equal(

@@ -50,6 +50,7 @@ def test_the_table():
     assert len(BY_NAME) == len(OPS)
     assert {op.group for op in OPS} == set(GROUPS)
     assert all(op.at_most for op in OPS)
+    assert {op.name for op in OPS} >= set(ops.TABLE_2026_11)
 
 
 @each_op
@@ -104,11 +105,11 @@ def test_strength_beyond_the_scale_is_refused(op):
 
 def test_signed_ops_go_either_way_equally_often():
     """A warp, a colour and a hue: the sign of each from its effect, over 400 keys."""
-    grey = np.full((32, 32, 3), 100, np.uint8)
+    gray = np.full((32, 32, 3), 100, np.uint8)
     ramp = np.tile(np.arange(0, 224, 7, dtype=np.uint8)[None, :, None], (32, 1, 3))
     ups = {
         "brightness": np.mean(
-            [run(BY_NAME["brightness"], 0.5, grey, k)[0, 0, 0] > 100 for k in range(400)]
+            [run(BY_NAME["brightness"], 0.5, gray, k)[0, 0, 0] > 100 for k in range(400)]
         ),
         "translate_x": np.mean(
             [
@@ -116,7 +117,7 @@ def test_signed_ops_go_either_way_equally_often():
                 for k in range(400)
             ]
         ),
-        "gamma": np.mean([run(BY_NAME["gamma"], 0.5, grey, k)[0, 0, 0] > 100 for k in range(400)]),
+        "gamma": np.mean([run(BY_NAME["gamma"], 0.5, gray, k)[0, 0, 0] > 100 for k in range(400)]),
     }
     for name, share in ups.items():
         assert abs(share - 0.5) < 3.3 * 0.5 / 20, name
@@ -332,13 +333,15 @@ def test_a_fourth_channel_changes_no_pixel(photos):
             ),
             (cv2.remap, places, None, cv2.INTER_LINEAR),
         ):
-            assert np.array_equal(ops.in_fours(warp, image, *arguments), warp(image, *arguments)), (
-                warp.__name__
-            )
+            assert np.array_equal(
+                ops.with_fourth_channel(warp, image, *arguments), warp(image, *arguments)
+            ), warp.__name__
 
 
 @pytest.mark.parametrize(
-    "op", [op for op in OPS if isinstance(op.at(0.5, 64), ops.Pixels)], ids=lambda op: op.name
+    "op",
+    [op for op in OPS if isinstance(op.at(0.5, 64), ops.PixelTransform)],
+    ids=lambda op: op.name,
 )
 def test_albumentations_way_in_does_the_same(op, photos):
     """As within a user's own Compose."""

@@ -56,7 +56,7 @@ def test_the_shape_of_steps(shape):
     plans = epoch_plans(n, b, m)
     for i, plan in enumerate(plans):
         sizes = [len(mb.rows) for mb in plan]
-        assert [mb.k for mb in plan] == list(range(len(plan)))
+        assert [mb.index for mb in plan] == list(range(len(plan)))
         assert {(mb.step, mb.epoch, mb.images_in_step) for mb in plan} == {(i, 0, sum(sizes))}
         assert len(plan) <= m
         if i < len(plans) - 1 or n % (b * m) == 0:
@@ -74,8 +74,8 @@ def test_workers_share_a_step_between_them(shape, world):
     n, b, m = shape
     for plan in epoch_plans(n, b, m):
         parts = [owned(plan, rank, world) for rank in range(world)]
-        assert sorted(mb.k for part in parts for mb in part) == list(range(len(plan)))
-        assert all(mb.k % world == rank for rank, part in enumerate(parts) for mb in part)
+        assert sorted(mb.index for part in parts for mb in part) == list(range(len(plan)))
+        assert all(mb.index % world == rank for rank, part in enumerate(parts) for mb in part)
 
 
 def test_steps_run_on_over_the_epochs():
