@@ -174,7 +174,7 @@ def pipeline_text(pipeline: str) -> str:
         why = " ".join(str(error).split())[:200]
         raise ConfigError(f"augment.pipeline: {name} is not valid YAML or JSON ({why})") from None
     transform = found.get("transform") if isinstance(found, dict) else None
-    if not isinstance(transform, dict) or "__class_fullname__" not in transform:
+    if not isinstance(transform, dict) or not isinstance(transform.get("__class_fullname__"), str):
         raise ConfigError(
             f"augment.pipeline: {name} holds no Albumentations transform. Write it with "
             "albumentations.save(transform, FILE, data_format='yaml')"

@@ -31,7 +31,7 @@ FIRST_OPS = ops.TABLE_2026_11
 
 
 def check(cfg: config.Augment) -> None:
-    """Raise ConfigError for unknown ops, groups that cannot be filled and a pipeline that does not work."""
+    """Raise ConfigError for unknown ops, groups that cannot be filled, and a broken pipeline."""
     known = [op.name for op in ops.OPS]
     for name in cfg.randaugment_ops:
         if name not in known:
@@ -42,8 +42,8 @@ def check(cfg: config.Augment) -> None:
     groups = len(grouped(chosen(cfg)))
     if cfg.randaugment_n > groups:
         raise ConfigError(
-            f"augment.randaugment_n = {cfg.randaugment_n}: the ops in augment.randaugment_ops are of "
-            f"only {groups} group(s). Lower it to {groups}, or add ops of other groups"
+            f"augment.randaugment_n = {cfg.randaugment_n}: the ops in augment.randaugment_ops are "
+            f"of only {groups} group(s). Lower it to {groups}, or add ops of other groups"
         )
     if cfg.pipeline:
         Pipeline(cfg.pipeline).check(cfg.size)
@@ -57,8 +57,8 @@ def chosen(cfg: config.Augment) -> tuple[ops.Op, ...]:
 def op_versions(cfg: config.Augment, table: Sequence[str] | None = None) -> tuple[str, ...]:
     """The ops that the settings choose from, as the fingerprint names them; () without a policy.
 
-    An op of version 1 goes by its name, a later version is NAME@VERSION. `table`: names of the ops of
-    an earlier table (all of version 1) to choose from, instead of the present one.
+    An op of version 1 goes by its name, a later version is NAME@VERSION. `table`: names of the ops
+    of an earlier table (all of version 1) to choose from, instead of the present one.
     """
     if not cfg.randaugment_n and not cfg.trivialaugment:
         return ()
@@ -128,8 +128,8 @@ class EvalTransform:
     """`transform(jpeg)` -> uint8[S, S, 3]: shorter side resized to size / crop, then a center crop.
 
     Gives the pixels of torchvision's Resize (bilinear, antialiased) and CenterCrop, so published
-    weights reach their published scores. Pictures of more than four times the size are first decoded
-    at a fraction.
+    weights reach their published scores. Pictures of more than four times the size are first
+    decoded at a fraction.
     """
 
     def __init__(self, size: int, crop: float) -> None:
@@ -159,7 +159,7 @@ class EvalTransform:
         return out
 
 
-# --- crop, flips and turns, jitter ------------------------------------------------------------------
+# --- crop, flips and turns, jitter ----------------------------------------------------------------
 
 Box = tuple[int, int, int, int]
 """top, left, height, width, in pixels."""
@@ -239,10 +239,10 @@ _TURNS = (cv2.ROTATE_90_CLOCKWISE, cv2.ROTATE_180, cv2.ROTATE_90_COUNTERCLOCKWIS
 
 
 class ColorJitter:
-    """torchvision's ColorJitter with probability p: brightness, contrast, saturation, hue, shuffled.
+    """torchvision's ColorJitter with probability p.
 
-    Factors are uniform from max(0, 1 - strength) to 1 + strength, the hue from -strength to strength
-    turns.
+    Brightness, contrast, saturation and hue in random order. Factors are uniform from
+    max(0, 1 - strength) to 1 + strength, the hue from -strength to strength turns.
     """
 
     def __init__(
@@ -271,14 +271,14 @@ class ColorJitter:
         return image
 
 
-# --- policies ---------------------------------------------------------------------------------------
+# --- policies -------------------------------------------------------------------------------------
 
 
 class RandAugment:
     """RandAugment (Cubuk et al. 2020) over groups of ops.
 
-    Draws n groups without replacement. Each acts with probability p through one of its ops, all at the
-    same magnitude m of 10.
+    Draws n groups without replacement. Each acts with probability p through one of its ops, all at
+    the same magnitude m of 10.
     """
 
     def __init__(self, table: tuple[ops.Op, ...], n: int, m: float, p: float, size: int) -> None:
@@ -293,8 +293,8 @@ class RandAugment:
 
 
 class TrivialAugment:
-    """TrivialAugment (Mueller and Hutter 2021): one op of the table, or none, at one of 31 strengths,
-    all equally likely."""
+    """TrivialAugment (Mueller and Hutter 2021): one op of the table, or none, at one of 31
+    strengths, all equally likely."""
 
     def __init__(self, table: tuple[ops.Op, ...], size: int) -> None:
         self.table, self.size = table, size
@@ -331,7 +331,7 @@ def erase(
     randomness: Randomness,
     ratio: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> None:
-    """RandomErasing (Zhong et al. 2017): fill a box of uint8[H, W, 3], in place, with random values.
+    """RandomErasing (Zhong et al. 2017): fill a box of uint8[H, W, 3] in place with random values.
 
     The paper's variant RE-R. Ten tries to find a box that fits; then nothing is erased.
     """

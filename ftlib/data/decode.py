@@ -1,8 +1,8 @@
 """JPEG bytes to pixels, strictly.
 
-Prepared sets hold only upright three-channel JPEGs that decoded without a warning, so a decoding error
-here means damaged storage. simplejpeg (libjpeg-turbo) in strict mode refuses files that other decoders
-return as half-gray pictures.
+Prepared sets hold only upright three-channel JPEGs that decoded without a warning, so a
+decoding error here means damaged storage. simplejpeg (libjpeg-turbo) in strict mode refuses
+files that other decoders return as half-gray pictures.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class DecodeError(ValueError):
 def decode(jpeg: Jpeg, shrink: int = 1) -> np.ndarray:
     """uint8[H, W, 3], red first. Raises DecodeError.
 
-    `shrink` 2, 4 or 8 decodes to 1/shrink of each side (rounded up) in the DCT domain: a good low-pass
-    filter, and much faster on large pictures.
+    `shrink` 2, 4 or 8 decodes to 1/shrink of each side (rounded up) in the DCT domain: a good
+    low-pass filter, and much faster on large pictures.
     """
     try:
         if shrink == 1:

@@ -1,8 +1,8 @@
 """Start the loader's processes from a fork server.
 
-A fork server rather than a fork: the training process runs threads of Ray and CUDA, which a fork would
-break. The server has already imported the loader, so a process starts in a few hundredths of a second
-and shares those pages.
+A fork server rather than a fork: the training process runs threads of Ray and CUDA, which a
+fork would break. The server has already imported the loader, so a process starts in a few
+hundredths of a second and shares those pages.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from types import ModuleType
 from ftlib.paths import environment
 
 LONGEST_SOCKET_FOLDER = 70
-"""Bytes. A socket's path may have about 100 (92 to 107, by system), and multiprocessing appends up to 30."""
+"""Bytes. A socket's path may have about 100 (92 to 107, by system), and multiprocessing appends up
+to 30."""
 SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
@@ -60,7 +61,8 @@ def context(module: str) -> multiprocessing.context.ForkServerContext:
 
 
 def _keep_socket_paths_short() -> None:
-    """Move multiprocessing's sockets to a folder with a short name where TMPDIR is too long for them.
+    """Move multiprocessing's sockets to a folder with a short name where TMPDIR is too long for
+    them.
 
     Raises OSError where there is no such folder.
     """

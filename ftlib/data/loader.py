@@ -110,7 +110,7 @@ def eval_batches(
     return Batches(_EvalSource(split, size, crop), plan, batch_size, workers)
 
 
-# --- sources: (a microbatch of the plan, memory) -> a Batch. Picklable; what they open, they open in the process that reads ---------------------
+# --- sources: (a microbatch of the plan, memory) -> a Batch. Picklable; what they open, they open in the process that reads ---
 
 
 class _TrainSource:
@@ -193,7 +193,7 @@ def _batch(mb: Microbatch, labels: np.ndarray, images: np.ndarray) -> Batch:
     )
 
 
-# --- between processes --------------------------------------------------------------------------------------------------------------
+# --- between processes ----------------------------------------------------------------------------
 
 
 class _Filler:
@@ -241,7 +241,7 @@ def _with_slots(
         yield mb, ring.take(len(mb.rows) * bytes_per_image)
 
 
-# --- the iterator -------------------------------------------------------------------------------------------------------------------
+# --- the iterator ---------------------------------------------------------------------------------
 
 
 class Batches(Iterator[Batch]):

@@ -1,17 +1,19 @@
-"""The augmentation ops that RandAugment and TrivialAugment choose from. To add one, add a row to `OPS`.
+"""The augmentation ops that RandAugment and TrivialAugment choose from. To add one, add a row to
+`OPS`.
 
-Every op is an Albumentations transform made for a strength from 0 to 1 and a picture side. Strength 0
-leaves every pixel as it is, and more strength changes more. Lengths are fractions of the side, so an op
-means the same at 32 and at 224 px.
+Every op is an Albumentations transform made for a strength from 0 to 1 and a picture side.
+Strength 0 leaves every pixel as it is, and more strength changes more. Lengths are fractions of
+the side, so an op means the same at 32 and at 224 px.
 
-Albumentations' own op is used where it does what its namesake in PIL does, and fast. Own transforms
-replace it elsewhere: an affine warp with a random sign instead of a range; a perspective that shows the
-whole of its quadrilateral (2.0.8 enlarges it once more and cuts it off); elastic deformation and pixel
-noise (ten times cheaper, same statistics), motion blur and dropout (the same, without the overhead);
-color changes as PIL's ImageEnhance and ImageOps define them; autocontrast and equalize with a strength.
+Albumentations' own op is used where it does what its namesake in PIL does, and fast. Own
+transforms replace it elsewhere: an affine warp with a random sign instead of a range; a
+perspective that shows the whole of its quadrilateral (2.0.8 enlarges it once more and cuts it
+off); elastic deformation and pixel noise (ten times cheaper, same statistics), motion blur and
+dropout (the same, without the overhead); color changes as PIL's ImageEnhance and ImageOps
+define them; autocontrast and equalize with a strength.
 
-All randomness comes from the generators that `set_random_state` installs. Albumentations' own seeding is
-never used: in 2.0.8 it gives every transform the same stream.
+All randomness comes from the generators that `set_random_state` installs. Albumentations' own
+seeding is never used: in 2.0.8 it gives every transform the same stream.
 """
 
 from __future__ import annotations
@@ -55,8 +57,8 @@ class Op:
     at_most: str
     """What it does at strength 1."""
     version: int = 1
-    """Increment it when the op's pixels change: runs that began with the former version then refuse to
-    go on, instead of mixing two augmentations."""
+    """Increment it when the op's pixels change: runs that began with the former version then
+    refuse to go on, instead of mixing two augmentations."""
 
     def at(self, strength: float, size: int) -> A.BasicTransform:
         """The transform at a strength from 0 to 1, for pictures uint8[size, size, 3]."""
@@ -68,8 +70,8 @@ class Op:
 class PixelTransform(A.ImageOnlyTransform):
     """Base of the own transforms, which always act.
 
-    `act` is what they do. Albumentations' entry, for a user's own Compose, leads there too, and takes
-    longer for its checks.
+    `act` is what they do. Albumentations' entry, for a user's own Compose, leads there too, and
+    takes longer for its checks.
     """
 
     def __init__(self, amount: float) -> None:
@@ -103,11 +105,12 @@ def with_fourth_channel(
     return cv2.cvtColor(four, cv2.COLOR_RGBA2RGB)
 
 
-# --- geometric --------------------------------------------------------------------------------------
+# --- geometric ------------------------------------------------------------------------------------
 
 
 Matrix = tuple[float, float, float, float, float, float]
-"""a, b, tx, c, d, ty: x' = a x + b y + tx * width, y' = c x + d y + ty * height, about the center."""
+"""a, b, tx, c, d, ty: x' = a x + b y + tx * width, y' = c x + d y + ty * height, about the center.
+"""
 
 
 class Warp(PixelTransform):
@@ -164,7 +167,8 @@ def zoom(octaves: float) -> Matrix:
 class Perspective(PixelTransform):
     """The quadrilateral between four points, stretched to the picture.
 
-    Each point lies inwards from its corner by |N(0, `amount`)| of the side in x and in y, up to 0.32.
+    Each point lies inwards from its corner by |N(0, `amount`)| of the side in x and in y, up to
+    0.32.
     """
 
     def act(self, image: np.ndarray, generator: np.random.Generator, python: Random) -> np.ndarray:
@@ -189,8 +193,8 @@ class Elastic(PixelTransform):
     """Elastic deformation (Simard et al. 2003) by a smooth random field of rms `amount` pixels.
 
     The usual way is slow because it blurs white noise with sigma at full size. The same field -
-    Gaussian, with autocorrelation exp(-d^2 / 4 sigma^2) - results from noise on a grid of spacing sigma,
-    blurred by one spacing and upsampled, at a small part of the cost.
+    Gaussian, with autocorrelation exp(-d^2 / 4 sigma^2) - results from noise on a grid of
+    spacing sigma, blurred by one spacing and upsampled, at a small part of the cost.
     """
 
     def __init__(self, amount: float, sigma: float) -> None:
@@ -226,7 +230,7 @@ def _pixel_grid(height: int, width: int) -> np.ndarray:
     return np.dstack([x, y])
 
 
-# --- noise ------------------------------------------------------------------------------------------
+# --- noise ----------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4)
@@ -268,8 +272,8 @@ class MultiplicativeNoise(PixelTransform):
 class MotionBlur(PixelTransform):
     """The mean along a line of `amount` pixels (odd) at a random angle.
 
-    The line reaches that far on one side and a random part of it on the other, as in Albumentations'
-    MotionBlur.
+    The line reaches that far on one side and a random part of it on the other, as in
+    Albumentations' MotionBlur.
     """
 
     def act(self, image: np.ndarray, generator: np.random.Generator, python: Random) -> np.ndarray:
@@ -307,7 +311,7 @@ class Dropout(PixelTransform):
         return image
 
 
-# --- color ------------------------------------------------------------------------------------------
+# --- color ----------------------------------------------------------------------------------------
 
 
 class Enhance(PixelTransform):
@@ -348,7 +352,7 @@ class HistogramTables(PixelTransform):
         return np.rint((1 - self.amount) * identity + self.amount * np.clip(table, 0, 255))
 
 
-# --- the table --------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 
 def _blur(s: float, size: int) -> A.BasicTransform:
@@ -478,5 +482,5 @@ TABLE_2026_11: tuple[str, ...] = (
     "autocontrast",
     "equalize",
 )
-"""The table as it was when fingerprints began to cover it: what runs of fingerprint version 1 choose
-from. Never change it."""
+"""The table as it was when fingerprints began to cover it: what runs of fingerprint version 1
+choose from. Never change it."""

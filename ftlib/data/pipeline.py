@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import albumentations as A
 import numpy as np
@@ -15,24 +17,31 @@ from ftlib.settings import ConfigError
 class Pipeline:
     """uint8[S, S, 3] -> uint8[S, S, 3] through the transforms of a file in the form of `A.to_dict`.
 
-    All its randomness is drawn from the generators it is called with; a `seed` in the file is ignored.
+    It draws all its randomness from the generators of the call; a `seed` in the file is ignored.
     """
 
     def __init__(self, text: str) -> None:
-        """`text`: JSON, as `config.pipeline_text` gives it. Raises ConfigError when it cannot be built."""
+        """`text`: JSON, as `config.pipeline_text` gives it. Raises ConfigError: cannot be built."""
+        pipeline = json.loads(text)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error")  # Albumentations only warns of unknown arguments
-                self._transform = A.from_dict(json.loads(text))
+                warnings.simplefilter("ignore")  # of arguments that its own `to_dict` writes, too
+                self._transform = A.from_dict(pipeline)
+                built = A.to_dict(self._transform)
         except Exception as error:
             raise ConfigError(
                 f"augment.pipeline: Albumentations {A.__version__} cannot build it "
                 f"({type(error).__name__}: {_short(error)}). Write the file again with "
                 "albumentations.save, or correct it"
             ) from None
+        if unknown := list(_unknown_arguments(pipeline["transform"], built["transform"])):
+            raise ConfigError(
+                f"augment.pipeline: Albumentations {A.__version__} does not know the argument "
+                f"{unknown[0]}. Correct its name, or leave it out"
+            )
 
     def __call__(self, image: np.ndarray, randomness: Randomness) -> np.ndarray:
-        """uint8[S, S, 3] -> uint8[S, S, 3]. Raises ValueError when the result has another shape or type."""
+        """uint8[S, S, 3] -> uint8[S, S, 3]. Raises ValueError for another shape or type."""
         self._transform.set_random_state(randomness.generator, randomness.python)
         result = self._transform(image=image)["image"]
         if not isinstance(result, np.ndarray):
@@ -42,12 +51,15 @@ class Pipeline:
         else:
             return result
         raise ValueError(
-            f"augment.pipeline turns uint8{list(image.shape)} into {found}; it must keep size and type. "
-            "Leave out transforms that resize, normalize or make tensors: ftlib does that itself"
+            f"augment.pipeline turns uint8{list(image.shape)} into {found}; it must keep size and "
+            "type. Leave out transforms that resize, normalize or make tensors: ftlib does that"
         )
 
     def check(self, size: int) -> None:
-        """Raise ConfigError when it fails on pictures of `size` pixels a side, or is not reproducible."""
+        """Try it on pictures of `size` pixels a side.
+
+        Raises ConfigError when it fails, or gives other pictures from the same random numbers.
+        """
         randomness = Randomness()
         for trial in range(4):
             randomness.rewind(key(AUGMENT, trial))
@@ -62,9 +74,22 @@ class Pipeline:
             if not np.array_equal(*results):
                 raise ConfigError(
                     "augment.pipeline gives different pictures from the same random numbers, so a "
-                    "resumed run would not be the same run. Leave out the transform with a random "
-                    "state of its own"
+                    "resumed run would be another run. Leave out the transform that draws random "
+                    "numbers of its own"
                 )
+
+
+def _unknown_arguments(written: Mapping[str, Any], built: Mapping[str, Any]) -> Iterator[str]:
+    """Arguments in the file that the transforms built from it do not have.
+
+    Albumentations only warns of them.
+    """
+    for name, value in written.items():
+        if name not in built:
+            yield f"{name} of {written['__class_fullname__']}"
+        elif name == "transforms":
+            for inner, built_inner in zip(value, built[name]):
+                yield from _unknown_arguments(inner, built_inner)
 
 
 def _short(error: Exception) -> str:

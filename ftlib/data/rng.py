@@ -1,8 +1,9 @@
-"""Randomness as an argument: everything random in a run is drawn from a 64-bit key of what it is for.
+"""Randomness as an argument: everything random in a run is drawn from a 64-bit key of what it is
+for.
 
-`key(AUGMENT, seed, epoch, image)` is the same number in every process, thread and order of loading, so
-no random state has to be saved or restored. The mixing function is the finalizer of splitmix64
-(Steele, Lea, Flood 2014), chained over the parts.
+`key(AUGMENT, seed, epoch, image)` is the same number in every process, thread and order of
+loading, so no random state has to be saved or restored. The mixing function is the finalizer of
+splitmix64 (Steele, Lea, Flood 2014), chained over the parts.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ class _OnGenerator(random.Random):
 
 
 class Randomness:
-    """A numpy generator and a `random.Random` on the same counter-based stream (Philox; Salmon et al.
-    2011).
+    """A numpy generator and a `random.Random` on the same counter-based stream (Philox; Salmon et
+    al. 2011).
 
     `rewind(key)` puts both at the start of that key's own stream, in a few microseconds.
     """

@@ -1,8 +1,9 @@
-"""Which images make which step. Pure functions of (seed, epoch, step), so one integer says where a run
-is.
+"""Which images make which step. Pure functions of (seed, epoch, step), so one integer says where a
+run is.
 
-The global batch of a step is cut into microbatches, whatever the number of workers; worker r of W takes
-the microbatches whose index is r modulo W. So a run can go on with other workers on the same images.
+The global batch of a step is cut into microbatches, whatever the number of workers; worker r of
+W takes the microbatches whose index is r modulo W. So a run can go on with other workers on the
+same images.
 """
 
 from __future__ import annotations
@@ -63,9 +64,9 @@ def step_plan(
 ) -> list[Microbatch]:
     """The microbatches of one step (from 0, over the whole run) of training on `rows` (int64[n]).
 
-    A full step has batch_size / microbatch_size of them. The rest of an epoch is split into as few as
-    hold it, as evenly as possible, and none of a single image (a rest of three in microbatches of two
-    is one of three).
+    A full step has batch_size / microbatch_size of them. The rest of an epoch is split into as
+    few as hold it, as evenly as possible, and none of a single image (a rest of three in
+    microbatches of two is one of three).
     """
     n = len(rows)
     epoch, within = divmod(step, steps_per_epoch(n, batch_size))
@@ -91,7 +92,7 @@ def owned(plan: Sequence[T], rank: int, world: int) -> list[T]:
 def _ranks(
     labels: np.ndarray, rows: np.ndarray, random: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each of `rows`: its place (from 0) in a random order of its class, and its class's size."""
+    """For each of `rows`: its place (from 0) in a random order of its class; the class's size."""
     classes = labels[rows]
     by_class = np.lexsort((random, classes))
     counts = np.bincount(classes)
@@ -115,11 +116,11 @@ def subset(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 def tuning_split(
     labels: np.ndarray, rows: np.ndarray, fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`rows` in two, (train, tuning), both in the order of `rows`.
+    """Split `rows` into (train, tuning), both in the order of `rows`.
 
-    Stratified: round(fraction * size) of each class are for tuning, at least 1 where the class has 2 or
-    more, and at least 1 stays for training. Fraction 0 leaves tuning empty. Whether a row is for tuning
-    depends on the seed and on its own number, not on its place in `rows`.
+    Stratified: round(fraction * size) of each class are for tuning, at least 1 where the class
+    has 2 or more, and at least 1 stays for training. Fraction 0 leaves tuning empty. Whether a
+    row is for tuning depends on the seed and on its own number, not on its place in `rows`.
     """
     labels, rows = np.asarray(labels, np.int64), np.asarray(rows, np.int64)
     if fraction == 0:

@@ -1,7 +1,9 @@
-"""A run's name is its identity: what it is called, whether it may go on, and that only one process at a time carries it out.
+"""A run's name is its identity: what it is called, whether it may go on, and that only one process
+at a time carries it out.
 
-The fingerprint covers every setting that changes what is computed, the data set by its digest and the starting weights by theirs. The
-same name and fingerprint resumes; another fingerprint under a name that is taken is refused.
+The fingerprint covers every setting that changes what is computed, the data set by its digest
+and the starting weights by theirs. The same name and fingerprint resumes; another fingerprint
+under a name that is taken is refused.
 """
 
 from __future__ import annotations
@@ -42,9 +44,9 @@ def fingerprint(
 ) -> str:
     """sha256 (hex) over what determines the run's result.
 
-    Starting weights that were found (phase1, run:NAME, file:PATH) count by their contents, so that
-    the same weights named in another way are the same run, and better weights of Phase 1 make another
-    run of Phase 2.
+    Starting weights that were found (phase1, run:NAME, file:PATH) count by their contents, so
+    that the same weights named in another way are the same run, and better weights of Phase 1
+    make another run of Phase 2.
 
     Args:
         data_digest: digest of the data set.
@@ -68,7 +70,8 @@ def fingerprint(
 
 
 def recorded_ops(run: Run, record: RunRecord | None) -> tuple[str, ...]:
-    """The augmentation ops of `run`: those it began with, or those of the present table for a new run.
+    """The augmentation ops of `run`: those it began with, or those of the present table for a new
+    run.
 
     A record of fingerprint version 1 has no list; its ops are those of the table of that time.
     """
@@ -126,7 +129,8 @@ class RunRecord:
     fingerprint_version: int = 1
     """`FINGERPRINT_VERSION` of the code that began the run."""
     ops: list[str] = field(default_factory=list)
-    """The augmentation ops that the run chooses from (`augment.op_versions`); empty in version 1."""
+    """The augmentation ops that the run chooses from (`augment.op_versions`); empty in version 1.
+    """
     created: float = field(default_factory=time.time)
     """Unix time of the first start, in seconds."""
 
@@ -135,7 +139,8 @@ class RunRecord:
 
     @classmethod
     def read(cls, run_dir: str) -> RunRecord | None:
-        """The record in `run_dir`; None where there is none. Raises LaunchError for one that cannot be read."""
+        """The record in `run_dir`; None where there is none. Raises LaunchError for one that
+        cannot be read."""
         try:
             values = storage.read_json(join(run_dir, "run.json"))
             if values is None:
@@ -150,7 +155,8 @@ class RunRecord:
 def refuse_other_settings(
     run: Run, run_dir: str, record: RunRecord, wanted: str, data_digest: str
 ) -> None:
-    """Raise LaunchError if the run in `run_dir` has another fingerprint than `wanted`, naming what differs."""
+    """Raise LaunchError if the run in `run_dir` has another fingerprint than `wanted`, naming what
+    differs."""
     if record.fingerprint == wanted:
         return
     if record.data.get("digest") != data_digest:
@@ -180,10 +186,12 @@ def refuse_other_settings(
 
 
 class Lease:
-    """Keeps two launches from writing one run. Held by the launching process, in `<run>/lease.json`; a context manager.
+    """Keeps two launches from writing one run. Held by the launching process, in
+    `<run>/lease.json`; a context manager.
 
-    On the same machine a lease ends with its process, also after kill -9; elsewhere it ends EXPIRE_SECONDS after its last renewal. On a file
-    system the lease is taken by an exclusive create, on an object store by writing and reading back.
+    On the same machine a lease ends with its process, also after kill -9; elsewhere it ends
+    EXPIRE_SECONDS after its last renewal. On a file system the lease is taken by an exclusive
+    create, on an object store by writing and reading back.
     """
 
     def __init__(self, run_dir: str, name: str) -> None:
@@ -207,7 +215,8 @@ class Lease:
                 self._remove()
 
     def take(self) -> None:
-        """Take the lease. Raises LaunchError when somebody alive holds it; waits up to EXPIRE_SECONDS to tell a dead machine from a live one."""
+        """Take the lease. Raises LaunchError when somebody alive holds it; waits up to
+        EXPIRE_SECONDS to tell a dead machine from a live one."""
         first: dict[str, Any] | None = None
         started = time.monotonic()
         while True:
@@ -309,7 +318,8 @@ def _me() -> dict[str, Any]:
 
 
 def _machine() -> str:
-    """This boot of this machine and this process namespace: where a process number means something."""
+    """This boot of this machine and this process namespace: where a process number means
+    something."""
     boot, space = "", ""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -318,7 +328,8 @@ def _machine() -> str:
 
 
 def _alive(holder: dict[str, Any]) -> bool | None:
-    """Whether the holder's process lives; None when it is on another machine and that cannot be seen from here."""
+    """Whether the holder's process lives; None when it is on another machine and that cannot be
+    seen from here."""
     if not holder:
         return False
     if holder.get("machine") != _machine():

@@ -58,7 +58,7 @@ def off(a, b):
     return np.abs(a.astype(int) - b.astype(int))
 
 
-# --- randomness ---------------------------------------------------------------------------------------------------------------------
+# --- randomness -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_damaged_bytes_raise(jpeg):
             transform(jpeg[:-500])
 
 
-# --- crop and resize ----------------------------------------------------------------------------------------------------------------
+# --- crop and resize ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_flip_and_its_probability(jpeg):
     assert abs(flipped - 150) < 3.3 * math.sqrt(75)
 
 
-# --- evaluation ---------------------------------------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_evaluation_of_large_pictures(photo):
     assert off(EvalTransform(64, 0.875)(data), expected).mean() < 1.5
 
 
-# --- colour jitter ------------------------------------------------------------------------------------------------------------------
+# --- colour jitter --------------------------------------------------------------------------------
 
 
 def test_jitter_is_torchvisions_given_the_same_factors(photo):
@@ -272,7 +272,7 @@ def test_no_jitter_of_no_strength(photo):
     assert ColorJitter(0, 0, 0, 0, p=1.0)(photo, Randomness(1)) is photo
 
 
-# --- RandAugment --------------------------------------------------------------------------------------------------------------------
+# --- RandAugment ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -339,7 +339,8 @@ def test_magnitude_0_and_probability_0_are_no_randaugment(jpeg):
 
 
 def test_n_and_m_and_p_act(jpeg):
-    """The mean change from the picture without RandAugment grows with each of the three, fractions of a magnitude included."""
+    """The mean change from the picture without RandAugment grows with each of the three, fractions
+    of a magnitude included."""
     plain = TrainTransform(PLAIN, 1)(jpeg, 0, 0)
 
     def change(n, m, p):
@@ -395,7 +396,7 @@ def test_trivialaugment_is_uniform_over_ops_and_levels(monkeypatch):
     assert sorted(levels) == list(range(31)) and chisquare(list(levels.values())).pvalue > 0.001
 
 
-# --- erasing ------------------------------------------------------------------------------------------------------------------------
+# --- erasing --------------------------------------------------------------------------------------
 
 
 def test_erased_boxes_are_distributed_as_torchvisions():

@@ -36,7 +36,7 @@ STEPS = 3 * 3
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """A prepared set of 2 classes, 20 training and 6 validation pictures, cut out of photographs."""
+    """A prepared set of 2 classes, 20 training and 6 validation pictures, cut from photographs."""
     root = tmp_path_factory.mktemp("pictures")
     photos = {"china": load_sample_image("china.jpg"), "flower": load_sample_image("flower.jpg")}
     for split, count in (("train", 10), ("val", 3)):
@@ -153,7 +153,7 @@ def test_the_global_random_state_is_left_alone(dataset):
             assert torch.equal(torch.rand(1), expected_draw)
 
 
-# --- errors -----------------------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_negative_workers_are_refused(dataset):
         train_batches(dataset, ROWS, RUN, 0, 1, 0, 1, -1)
 
 
-# --- nothing is left behind -------------------------------------------------------------------------------------------------------
+# --- nothing is left behind -----------------------------------------------------------------------
 
 
 def alive(pid):
@@ -288,7 +288,8 @@ def test_a_killed_training_process_leaves_no_loader_process(dataset, tmp_path):
 
         open(sys.argv[2], "a").write("imported\\n")
         if __name__ == "__main__":
-            run = config.Run(augment=config.Augment(size=32), train=config.Train(epochs=9, batch_size=8, microbatch_size=4))
+            train = config.Train(epochs=9, batch_size=8, microbatch_size=4)
+            run = config.Run(augment=config.Augment(size=32), train=train)
             batches = train_batches(Dataset.open(sys.argv[1]), np.arange(20), run, 0, 1, 0, 3000, 2)
             next(batches)
             print(*(w.pid for w in batches._items._workers), flush=True)

@@ -1,4 +1,5 @@
-"""The table of ops: against PIL and torchvision where those have the op, else against the statistics that it promises."""
+"""The table of ops: against PIL and torchvision where those have the op, else against the
+statistics that it promises."""
 
 import ast
 import hashlib
@@ -43,7 +44,7 @@ def off(a, b):
     return np.abs(a.astype(int) - b.astype(int))
 
 
-# --- every row of the table -------------------------------------------------------------------------------------------------------
+# --- every row of the table -----------------------------------------------------------------------
 
 
 def test_the_table():
@@ -123,7 +124,7 @@ def test_signed_ops_go_either_way_equally_often():
         assert abs(share - 0.5) < 3.3 * 0.5 / 20, name
 
 
-# --- against PIL and torchvision ----------------------------------------------------------------------------------------------------
+# --- against PIL and torchvision ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("factor", [0.1, 0.6, 1.0, 1.4, 1.9])
@@ -301,7 +302,8 @@ def test_motion_blur_has_albumentations_kernels():
 
 
 def test_dropout_covers_what_albumentations_covers():
-    """The same share of the picture, centre and corner: six holes of a given side, anywhere within the picture."""
+    """The same share of the picture, centre and corner: six holes of a given side, anywhere within
+    the picture."""
     white, side, n = np.full((64, 64, 3), 255, np.uint8), 12, 600
     stock = A.CoarseDropout(
         num_holes_range=(6, 6),
@@ -351,7 +353,7 @@ def test_albumentations_way_in_does_the_same(op, photos):
     assert type(transform).__name__ in repr(A.Compose([transform]))
 
 
-# --- statistics of the cheap replacements -------------------------------------------------------------------------------------------
+# --- statistics of the cheap replacements ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("strength", [0.1, 0.5, 1.0])
@@ -396,7 +398,8 @@ def test_gauss_noise_is_albumentations_own(photos):
 
 
 def test_elastic_has_the_field_of_the_op_it_replaces():
-    """Standard deviation and autocorrelation of the displacement, against blurring white noise at full size as A.ElasticTransform does."""
+    """Standard deviation and autocorrelation of the displacement, against blurring white noise at
+    full size as A.ElasticTransform does."""
     side, sigma, amount = 224, 11.2, 4.0
     ours = ops.Elastic(amount, sigma)
     generator = Randomness(1).generator
@@ -443,14 +446,15 @@ def test_lengths_are_shares_of_the_side():
         assert off(halved, run(BY_NAME[name], 0.8, small, 3)).mean() < 4, name
 
 
-# --- golden -------------------------------------------------------------------------------------------------------------------------
+# --- golden ---------------------------------------------------------------------------------------
 
 AVX2 = 11  # cv::CPU_AVX2, which the Python module does not name
 GOLDEN = Path(__file__).with_name("golden_ops.txt")
 
 
 def golden_lines():
-    """One line per op: the hash of its results on a drawn picture, at two strengths and three keys."""
+    """One line per op: the hash of its results on a drawn picture, at two strengths and three
+    keys."""
     y, x = np.indices((64, 64))
     image = np.dstack(
         [
@@ -468,8 +472,9 @@ def golden_lines():
 
 
 def test_golden_hashes():
-    """The same bits as when they were recorded; `python tests/data/test_ops.py` records them anew. OpenCV rounds differently from release to
-    release and on processors without AVX2, so the hashes hold for the versions named in the file's first line."""
+    """The same bits as when they were recorded; `python tests/data/test_ops.py` records them anew.
+    OpenCV rounds differently from release to release and on processors without AVX2, so the
+    hashes hold for the versions named in the file's first line."""
     first, *lines = GOLDEN.read_text().splitlines()
     if (
         first != f"opencv {cv2.__version__} albumentations {A.__version__} numpy {np.__version__}"
@@ -479,7 +484,7 @@ def test_golden_hashes():
     assert list(golden_lines()) == lines
 
 
-# --- lint ---------------------------------------------------------------------------------------------------------------------------
+# --- lint -----------------------------------------------------------------------------------------
 
 
 def test_albumentations_own_seeding_is_never_used():
@@ -501,7 +506,8 @@ def test_albumentations_own_seeding_is_never_used():
 
 
 def test_why_it_is_never_used():
-    """Two flips under one seed fire together or not at all; under one shared generator they are independent."""
+    """Two flips under one seed fire together or not at all; under one shared generator they are
+    independent."""
     image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
 
     def outcomes(flips):

@@ -23,10 +23,9 @@ numbers = st.integers(0, 2**63 - 1)
 
 
 def test_the_mixing_is_splitmix64():
-    state, outputs = (
-        0,
-        [],
-    )  # the published generator from seed 0: its state grows by the golden ratio, its output is the mixed state
+    """The published generator from seed 0: its state grows by the golden ratio, and its output is
+    the mixed state."""
+    state, outputs = 0, []
     for _ in range(3):
         outputs.append(_mix(state))
         state = (state + 0x9E3779B97F4A7C15) % 2**64

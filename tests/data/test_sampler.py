@@ -107,7 +107,7 @@ def test_examples_of_remainders():
         steps_per_epoch(1, 128)
 
 
-# --- subsets ---------------------------------------------------------------------------------------------------------------------
+# --- subsets --------------------------------------------------------------------------------------
 
 labels_of = st.lists(st.integers(0, 5), min_size=1, max_size=200).map(np.array)
 
@@ -131,7 +131,8 @@ def test_the_whole_and_the_seed():
 
 
 def test_a_fifth_of_imagenet():
-    """The predecessor's stratified fifth has 256,190 of 1,281,167 images: of each class the whole part of a fifth."""
+    """The predecessor's stratified fifth has 256,190 of 1,281,167 images: of each class the whole
+    part of a fifth."""
     sizes = np.full(1000, 1300)
     sizes[:105] = 1120
     sizes[0] += 1_281_167 - sizes.sum()

@@ -1,4 +1,5 @@
-"""Shards: any bytes come back from memory-mapping, other Parquet readers agree, and damage is recognised."""
+"""Shards: any bytes come back from memory-mapping, other Parquet readers agree, and damage is
+recognised."""
 
 from __future__ import annotations
 
@@ -168,13 +169,14 @@ def test_rows_outside_are_index_errors(made: Path) -> None:
         Dataset.open(str(made)).split("test")
 
 
-# --- what is not a set, or no longer ----------------------------------------------------------------------------------------------
+# --- what is not a set, or no longer --------------------------------------------------------------
 
 
 def test_not_there_says_how_to_make_it(tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
-        match=r"no such data set. Prepare one: python jobs/prepare.py --source FOLDER_OF_PICTURES --out",
+        match=r"no such data set. Prepare one: python jobs/prepare.py --source FOLDER_OF_PICTURES "
+        r"--out",
     ):
         Dataset.open(str(tmp_path / "nothing"))
     (tmp_path / "cat").mkdir()
@@ -244,7 +246,7 @@ def test_altered_pictures_are_recognised_when_read_and_by_verify(copy: Path) -> 
         dataset.verify(deep=True)
 
 
-# --- remote -----------------------------------------------------------------------------------------------------------------------
+# --- remote ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
