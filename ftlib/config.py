@@ -98,8 +98,9 @@ class Augment(Settings):
     """One random op at one random strength per image (TrivialAugment, Mueller and Hutter 2021), in
     place of RandAugment."""
     pipeline: str = ""
-    """Your own Albumentations pipeline, applied after all of the above and before RandomErasing: a YAML
-    or JSON file in the form of `A.to_dict`. The run keeps its contents, so the file may go afterwards."""
+    """Your own Albumentations pipeline, applied after all of the above and before RandomErasing: a
+    YAML or JSON file that `albumentations.save` wrote. The run keeps its contents, so the file may
+    go afterwards."""
     erasing_p: Fraction = 0.0
     """Probability of RandomErasing (Zhong et al. 2017) on an image."""
     erasing_scale: tuple[float, float] = (0.02, 0.33)
@@ -148,8 +149,8 @@ def pipeline_text(pipeline: str) -> str:
     """The pipeline that `augment.pipeline` means, as JSON with sorted keys.
 
     `pipeline` is the name of a YAML or JSON file, or such JSON already. Whether Albumentations can
-    build it is checked later (`ftlib.data.pipeline`); here it only has to be a serialized transform.
-    Raises ConfigError.
+    build it is checked later (`ftlib.data.pipeline`); here it only has to be a serialized
+    transform. Raises ConfigError.
     """
     name, text = "its JSON", pipeline
     if not pipeline.lstrip().startswith("{"):
@@ -168,7 +169,10 @@ def pipeline_text(pipeline: str) -> str:
     import yaml
 
     try:
-        found = yaml.safe_load(text)  # JSON is YAML too
+        try:
+            found = json.loads(text)
+        except ValueError:  # not YAML for both: it takes 1e-05 for a word
+            found = yaml.safe_load(text)
         canonical = json.dumps(found, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         why = " ".join(str(error).split())[:200]
@@ -695,5 +699,5 @@ NOT_IN_FINGERPRINT = (
 them. The data set enters the fingerprint by its digest; `cluster.strict_elastic` is recorded apart.
 """
 NOT_IN_FINGERPRINT_AT_DEFAULT = ("augment.vflip", "augment.rotate90", "augment.pipeline")
-"""Settings added after runs had been made: at their default they stay out of the fingerprint, so that
-those runs keep theirs."""
+"""Settings added after runs had been made: at their default they stay out of the fingerprint, so
+that those runs keep theirs."""

@@ -51,6 +51,8 @@ def test_a_file_is_read_once_and_its_contents_kept(tmp_path, form, jpeg):
 def test_yaml_and_json_of_one_pipeline_are_the_same_setting(tmp_path):
     for form in ("yaml", "json"):
         A.save(AERIAL, str(tmp_path / form), data_format=form)
+    text = text_of(A.GaussNoise(std_range=(1e-5, 2e-5), p=1))
+    assert "[1e-05,2e-05]" in config.pipeline_text(text)
     texts = {config.pipeline_text(str(tmp_path / form)) for form in ("yaml", "json")}
     assert len(texts) == 1
 
