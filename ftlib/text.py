@@ -34,3 +34,18 @@ def printable(text: str) -> str:
     """`text` with control characters and undecodable bytes escaped, so that a terminal shows it."""
     kept = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return kept.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def csv_cell(text: str) -> str:
+    """`text` for a CSV file: a leading =, +, -, @, tab or CR starts no formula in a spreadsheet.
+
+    A quote is put before it, as OWASP's page on CSV injection advises.
+    """
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+
+
+def figure_text(text: str, limit: int = 40) -> str:
+    """`text` for matplotlib, which would read what stands between two $ as mathematics."""
+    text = printable(text)
+    text = text if len(text) <= limit else text[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return text.replace("$", r"\$")

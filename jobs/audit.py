@@ -63,7 +63,7 @@ def options() -> argparse.ArgumentParser:
         "--max-suspects",
         type=float,
         metavar="F",
-        help="suspicious labels, as a share of those looked at, that are let pass",
+        help="suspicious labels, as a share of those checked, that are accepted",
     )
     parser.add_argument(
         "--label-sample",
@@ -137,7 +137,7 @@ def exceeded(found: Any, arguments: argparse.Namespace) -> list[str]:
         ("leaks", len(found.leaks), arguments.max_leaks, 1),
         ("conflicts", len(found.conflicts), arguments.max_conflicts, 1),
         ("duplicates", len(found.within), arguments.max_duplicates, n),
-        ("suspects", len(found.suspects), arguments.max_suspects, max(found.looked, 1)),
+        ("suspects", len(found.suspects), arguments.max_suspects, max(found.checked, 1)),
     ]
     return [
         f"{name} {count}, more than --max-{name} {limit:g}"

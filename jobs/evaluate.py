@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     from ftlib.data.shards import Dataset
     from ftlib.paths import absolute, data_path, home
     from ftlib.report.evaluation import load, score
-    from ftlib.report.report import write
+    from ftlib.report.evaluation_report import write
 
     run_dir = arguments.run if "/" in arguments.run else str(home() / "runs" / arguments.run)
     run_dir = absolute(run_dir)
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         / "report"
     )
     report = write(loaded, scored, dataset, place, arguments.split)
-    print(f"\nreport: {report.html}")
+    print(f"\nreport: {report.page}")
     if not arguments.no_track:
         attach(
             storage.read_json(storage.join(run_dir, "run.json")) or {},

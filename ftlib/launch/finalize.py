@@ -168,7 +168,7 @@ def close_run(
 
 def _report(run: Run, dataset: Dataset, outcome: Any) -> Any:
     """Confusions, worst mistakes and calibration of the best model on the validation images (at most REPORT_IMAGES of them)."""
-    from ftlib.report.report import report_run
+    from ftlib.report.evaluation_report import report_run
 
     return report_run(
         outcome.run_dir,

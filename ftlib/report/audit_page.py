@@ -1,9 +1,9 @@
-"""The audit of a prepared data set, carried out and shown: counts, pictures of what was found, a list of all of it."""
+"""Run the audit of a prepared data set and write its page: counts, pictures, a list of all findings."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from ftlib.data.decode import decode
 from ftlib.data.shards import Dataset
-from ftlib.report import page
+from ftlib.report import html
 from ftlib.report.audit import (
     Fingerprint,
     Pair,
@@ -23,6 +23,7 @@ from ftlib.report.audit import (
     suspects,
 )
 from ftlib.report.misclassified import BLUE, GREY, RED, axes, png
+from ftlib.text import csv_cell, figure_text
 
 SHOWN = 24
 """Findings of a kind whose pictures are on the page; the CSV has all."""
@@ -42,11 +43,12 @@ class Audit:
     exact: list[Pair]
     near: list[Pair]
     flat: int
-    """Pictures too uniform to be compared by perception."""
+    """Pictures too uniform for perceptual hashes to compare."""
     odd: np.ndarray
+    """int64[k]: pictures whose area or shape is far from the others'."""
     suspects: list[Suspect]
-    looked: int
-    """Pictures whose labels were looked at."""
+    checked: int
+    """Pictures whose labels were checked."""
     agreement: float
     """Share of those on which the model that judges labels agrees with them, 0..1."""
 
@@ -92,8 +94,11 @@ def audit(
 ) -> Audit:
     """Look at every picture of both splits.
 
-    features: gives float32[n, F] for all pictures (train, then val), such as a trained model's; by default small descriptors are used.
-    label_sample: labels are looked at on at most so many pictures, evenly spread. tick: called once per picture.
+    Args:
+        features: gives float32[n, F] for all pictures (train, then val), such as a trained model's;
+            small descriptors by default.
+        label_sample: labels are checked on at most so many pictures, evenly spread.
+        tick: called once per picture.
     """
     train, val = dataset.split("train"), dataset.split("val")
     labels = np.concatenate([train.labels, val.labels])
@@ -114,9 +119,8 @@ def audit(
         Pair(int(lively[p.a]), int(lively[p.b]), p.distance)
         for p in near_pairs(gradient, frequency, skip=repeats)
     ]
-    near = [
-        p for p in near if p.a not in same and p.b not in same
-    ]  # the repeat of a picture is near to all that the picture is near to
+    # A repeat of a picture is near to everything that the picture is near to: name it once.
+    near = [p for p in near if p.a not in same and p.b not in same]
     described = features(dataset) if features else np.stack([p.features for p in prints])
     chosen = np.unique(
         np.linspace(0, len(labels) - 1, min(len(labels), label_sample)).round().astype(np.int64)
@@ -125,16 +129,16 @@ def audit(
     doubtful = [Suspect(int(chosen[s.position]), s.said, s.own, s.confidence) for s in doubtful]
     sizes = np.concatenate([train.sizes, val.sizes])
     return Audit(
-        dataset,
-        labels,
-        len(train),
-        exact,
-        near,
-        len(prints) - len(lively),
-        odd_sizes(sizes, 10 * SHOWN),
-        doubtful,
-        len(chosen),
-        agreement,
+        dataset=dataset,
+        labels=labels,
+        train=len(train),
+        exact=exact,
+        near=near,
+        flat=len(prints) - len(lively),
+        odd=odd_sizes(sizes, 10 * SHOWN),
+        suspects=doubtful,
+        checked=len(chosen),
+        agreement=agreement,
     )
 
 
@@ -170,119 +174,115 @@ def summary(found: Audit) -> list[tuple[str, int, str]]:
         (
             "suspicious labels",
             len(found.suspects),
-            f"of {found.looked:,} looked at; {_judge(found)}",
+            f"of {found.checked:,} checked; {_label_model(found)}",
         ),
         ("odd sizes", len(found.odd), "far from the others in area or shape"),
     ]
 
 
-def _judge(found: Audit) -> str:
-    """How much the judgement on labels is worth."""
-    return (
-        f"a model trained on the other pictures is sure of another class; it agrees with {found.agreement:.0%} of all labels"
-        + (
-            ", so most of its doubts are its own mistakes: judge again with --run and a trained run"
-            if found.agreement < 0.8
-            else ""
-        )
+def _label_model(found: Audit) -> str:
+    """How far the model that checks labels can be trusted."""
+    text = (
+        "a model trained on the other pictures is sure of another class; it agrees with "
+        f"{found.agreement:.0%} of all labels"
     )
+    if found.agreement < 0.8:
+        text += ", so most of its doubts are its own mistakes: use --run with a trained run"
+    return text
 
 
 def write(found: Audit, out: Path) -> list[Path]:
-    """audit.html, classes.png and findings.csv in `out`."""
+    """Write audit.html, classes.png and findings.csv into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    classes = found.dataset.classes
+    page, figure_file, findings = (
+        out / name for name in ("audit.html", "classes.png", "findings.csv")
+    )
     figure = classes_figure(found)
+    page.write_text(
+        html.page(f"Audit of {found.dataset.name}", _sections(found, figure), _lead(found)), "utf-8"
+    )
+    figure_file.write_bytes(figure)
+    with open(findings, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("finding", "file", "class", "other file", "other class", "detail"))
+        writer.writerows([csv_cell(cell) for cell in row] for row in _rows(found))
+    return [page, figure_file, findings]
+
+
+def _lead(found: Audit) -> list[str]:
+    """What stands under the title: how much was looked at, and the main counts."""
+    uniform = f"; {found.flat:,} are too uniform to be compared" if found.flat else ""
+    counts = [(f"{count:,}", what) for what, count, _ in summary(found)[:3]]
+    return [
+        html.paragraph(
+            f"{found.train:,} training and {len(found.labels) - found.train:,} validation pictures "
+            f"of {len(found.dataset.classes)} classes{uniform}",
+            "soft",
+        ),
+        html.facts([*counts, (f"{len(found.suspects):,}", "suspicious labels")]),
+    ]
+
+
+def _sections(found: Audit, figure: bytes) -> list[str]:
     exact_within = [p for p in found.within if p.distance == 0]
     near_within = [p for p in found.within if p.distance > 0]
-    sections = [
-        page.section(
-            "Findings",
-            page.table(("what", "pictures or pairs", "what to do"), summary(found), words=(2,)),
-        ),
-        _pairs(
+    findings = html.table(
+        ("what", "pictures or pairs", "what to do"), summary(found), text_columns=(2,)
+    )
+    return [
+        html.section("Findings", findings),
+        *_pairs(
             found,
             "In train and in val",
             found.leaks,
-            "A model has seen these validation pictures, or nearly, while it was trained.",
+            "The model has seen these validation pictures, or nearly the same, in training.",
         ),
-        _pairs(
+        *_pairs(
             found,
             "One picture, two labels",
             found.conflicts,
-            "The same picture, or nearly, under different classes.",
+            "The same picture, or nearly the same, in different classes.",
         ),
-        _suspects(found),
-        _pairs(found, "Twice in a split", exact_within, "Pixel for pixel the same."),
-        _pairs(
+        *_suspects(found),
+        *_pairs(found, "Twice in a split", exact_within, "Pixel for pixel the same."),
+        *_pairs(
             found,
             "Nearly twice in a split",
             near_within,
-            "Hashes of both kinds differ in a few bits of 64.",
+            "Both perceptual hashes differ in a few bits of 64.",
         ),
-        _odd(found),
-        page.section("Classes", page.plot(figure, "pictures per class and split")),
+        *_odd(found),
+        html.section("Classes", html.plot(figure, "pictures per class and split")),
     ]
-    lead = page.paragraph(
-        f"{found.train:,} training and {len(found.labels) - found.train:,} validation pictures of {len(classes)} classes"
-        + (f"; {found.flat:,} are too uniform to be compared with others" if found.flat else ""),
-        soft=True,
-    )
-    lead += page.facts(
-        [(f"{count:,}", what) for what, count, _ in summary(found)[:3]]
-        + [(f"{len(found.suspects):,}", "suspicious labels")]
-    )
-    (out / "audit.html").write_text(
-        page.document(f"Audit of {found.dataset.name}", lead, sections), "utf-8"
-    )
-    (out / "classes.png").write_bytes(figure)
-    with open(out / "findings.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("finding", "file", "class", "other file", "other class", "detail"))
-        for p in (*found.exact, *found.near):
-            kind = (
-                ("same" if p.distance == 0 else "near")
-                + (" across splits" if found.crosses(p) else "")
-                + (", labels differ" if found.disagrees(p) else "")
-            )
-            writer.writerow(
-                (
-                    kind,
-                    found.file(p.a),
-                    classes[found.labels[p.a]],
-                    found.file(p.b),
-                    classes[found.labels[p.b]],
-                    f"{max(p.distance - 1, 0)} bits",
-                )
-            )
-        for s in found.suspects:
-            writer.writerow(
-                (
-                    "suspicious label",
-                    found.file(s.position),
-                    classes[found.labels[s.position]],
-                    "",
-                    classes[s.said],
-                    f"{s.confidence:.3f} against {s.own:.3f}",
-                )
-            )
-        for i in found.odd:
-            height, width = found.image(int(i)).shape[:2]
-            writer.writerow(
-                (
-                    "odd size",
-                    found.file(int(i)),
-                    classes[found.labels[i]],
-                    "",
-                    "",
-                    f"{width} x {height}",
-                )
-            )
-    return [out / "audit.html", out / "classes.png", out / "findings.csv"]
+
+
+def _rows(found: Audit) -> Iterator[tuple[str, str, str, str, str, str]]:
+    """The rows of findings.csv."""
+    classes = found.dataset.classes
+    for p in (*found.exact, *found.near):
+        kind = "same" if p.distance == 0 else "near"
+        kind += " across splits" if found.crosses(p) else ""
+        kind += ", labels differ" if found.disagrees(p) else ""
+        yield (
+            kind,
+            found.file(p.a),
+            classes[found.labels[p.a]],
+            found.file(p.b),
+            classes[found.labels[p.b]],
+            f"{max(p.distance - 1, 0)} bits",
+        )
+    for s in found.suspects:
+        own = classes[found.labels[s.position]]
+        detail = f"{s.confidence:.3f} against {s.own:.3f}"
+        yield "suspicious label", found.file(s.position), own, "", classes[s.said], detail
+    for i in found.odd:
+        height, width = found.image(int(i)).shape[:2]
+        own = classes[found.labels[i]]
+        yield "odd size", found.file(int(i)), own, "", "", f"{width} x {height}"
 
 
 def classes_figure(found: Audit) -> bytes:
-    """PNG: pictures per class, train and val; of more than 60 classes the 30 smallest and the 30 largest."""
+    """PNG: pictures per class and split; of more than 60 classes the 30 smallest and 30 largest."""
     count = len(found.dataset.classes)
     train, val = (
         np.bincount(found.labels[: found.train], minlength=count),
@@ -294,7 +294,9 @@ def classes_figure(found: Audit) -> bytes:
     at = np.arange(len(shown))
     ax.barh(at + 0.2, train[shown], 0.4, color=BLUE, label="train")
     ax.barh(at - 0.2, val[shown], 0.4, color=RED, label="val")
-    ax.set_yticks(at, [found.dataset.classes[i][:28] for i in shown], fontsize=8, color=GREY)
+    ax.set_yticks(
+        at, [figure_text(found.dataset.classes[i], 28) for i in shown], fontsize=8, color=GREY
+    )
     ax.set_xlabel("pictures", fontsize=9)
     ax.set_title(
         f"smallest class {train.min():,}, largest {train.max():,} training pictures"
@@ -316,56 +318,50 @@ def _picture(found: Audit, position: int, extra: str = "") -> str:
             (max(1, round(image.shape[1] / step)), max(1, round(image.shape[0] / step))),
             interpolation=cv2.INTER_AREA,
         )
-    return page.picture(image, f"{found.file(position)}{extra}")
+    return html.picture(image, f"{found.file(position)}{extra}")
 
 
-def _pairs(found: Audit, title: str, pairs: Sequence[Pair], note: str) -> str:
+def _pairs(found: Audit, title: str, pairs: Sequence[Pair], note: str) -> list[str]:
+    """A section of pairs; none where there are none, as in the other sections."""
     if not pairs:
-        return ""
+        return []
     classes = found.dataset.classes
     cards = []
     for p in pairs[:SHOWN]:
         a, b = classes[found.labels[p.a]], classes[found.labels[p.b]]
-        cards.append(
-            page.card(
-                (a if a == b else f"{a} or {b}")
-                + (", the same pixels" if p.distance == 0 else f", {p.distance - 1} bits apart"),
-                [_picture(found, p.a), _picture(found, p.b)],
-            )
-        )
-    return page.section(f"{title}: {len(pairs):,}", page.grid(cards), note=note + _more(len(pairs)))
+        names = a if a == b else f"{a} or {b}"
+        apart = "the same pixels" if p.distance == 0 else f"{p.distance - 1} bits apart"
+        cards.append(html.card(f"{names}, {apart}", [_picture(found, p.a), _picture(found, p.b)]))
+    note += _more(len(pairs))
+    return [html.section(f"{title}: {len(pairs):,}", html.grid(cards), note=note)]
 
 
-def _suspects(found: Audit) -> str:
+def _suspects(found: Audit) -> list[str]:
     if not found.suspects:
-        return ""
+        return []
     classes = found.dataset.classes
     cards = [
-        page.card(
-            f"{classes[found.labels[s.position]]}? rather {classes[s.said]}",
+        html.card(
+            f"{classes[found.labels[s.position]]}? Rather {classes[s.said]}",
             [_picture(found, s.position, f" ({s.confidence:.0%} against {s.own:.0%})")],
         )
         for s in found.suspects[:SHOWN]
     ]
-    return page.section(
-        f"Suspicious labels: {len(found.suspects):,}",
-        page.grid(cards),
-        note=f"{_judge(found).capitalize()}. The surest first." + _more(len(found.suspects)),
-    )
+    judged = _label_model(found)
+    note = f"{judged[0].upper()}{judged[1:]}. The surest first.{_more(len(found.suspects))}"
+    title = f"Suspicious labels: {len(found.suspects):,}"
+    return [html.section(title, html.grid(cards), note=note)]
 
 
-def _odd(found: Audit) -> str:
+def _odd(found: Audit) -> list[str]:
     if not len(found.odd):
-        return ""
+        return []
     cards = []
     for i in found.odd[:SHOWN]:
         height, width = found.image(int(i)).shape[:2]
-        cards.append(page.card(f"{width} x {height}", [_picture(found, int(i))]))
-    return page.section(
-        f"Odd sizes: {len(found.odd):,}",
-        page.grid(cards),
-        note="Far from the others in area or shape." + _more(len(found.odd)),
-    )
+        cards.append(html.card(f"{width} x {height}", [_picture(found, int(i))]))
+    note = "Far from the others in area or shape." + _more(len(found.odd))
+    return [html.section(f"Odd sizes: {len(found.odd):,}", html.grid(cards), note=note)]
 
 
 def _more(count: int) -> str:

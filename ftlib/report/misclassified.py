@@ -1,4 +1,4 @@
-"""What a model gets wrong: which mistakes to look at, and the figures of a report. Figures are PNG bytes."""
+"""What a model gets wrong: which mistakes to look at, and the figures of a report (PNG bytes)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ftlib.report.metrics import Floats, Ints, Reliability, most_confused_classes
+from ftlib.text import figure_text
 
 MANY = 50
 """Classes that a confusion matrix shows; of more, the most confused ones."""
@@ -18,18 +19,26 @@ BLUE, RED, GREY = "#2563a8", "#c2410c", "#8a94a3"
 
 
 def worst(probabilities: Floats, labels: Ints, limit: int) -> Ints:
-    """Positions of the most confident mistakes: wrong predictions, the least probability of the label first."""
+    """Positions of the most confident mistakes, the least probability of the true class first.
+
+    Args:
+        probabilities: float[n, classes]
+        labels: int64[n], the true classes.
+    """
     own = probabilities[np.arange(len(labels)), labels]
     wrong = np.flatnonzero(probabilities.argmax(axis=1) != labels)
     return wrong[np.argsort(own[wrong], kind="stable")][:limit]
 
 
 def examples(
-    predicted: Ints, labels: Ints, probabilities: Floats, true: int, said: int, limit: int
+    predicted: Ints, labels: Ints, confidence: Floats, *, true: int, said: int, limit: int
 ) -> Ints:
-    """Positions of images of class `true` taken for `said`, the surest first."""
+    """Positions of images of class `true` that were predicted as `said`, the surest first.
+
+    `confidence`, float[n], is the probability of `said`.
+    """
     found = np.flatnonzero((labels == true) & (predicted == said))
-    return found[np.argsort(-probabilities[found, said], kind="stable")][:limit]
+    return found[np.argsort(-confidence[found], kind="stable")][:limit]
 
 
 def png(figure: Figure) -> bytes:
@@ -49,9 +58,12 @@ def axes(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Ax
 
 
 def confusion_figure(matrix: Ints, classes: Sequence[str]) -> bytes:
-    """Rows are true classes (shares of the row as colour), columns predicted ones; counts are written where there is room."""
+    """Rows are true classes, columns predicted ones; the color is the share of the row.
+
+    Counts are written where there is room. Of more than 50 classes the most confused are shown.
+    """
     shown = most_confused_classes(matrix, MANY) if len(classes) > MANY else np.arange(len(classes))
-    part, names = matrix[np.ix_(shown, shown)], [_short(classes[i]) for i in shown]
+    part, names = matrix[np.ix_(shown, shown)], [figure_text(classes[i], 22) for i in shown]
     shares = part / np.maximum(matrix.sum(axis=1)[shown], 1)[:, None]
     side = max(4.2, min(13.0, 1.8 + 0.3 * len(shown)))
     figure, (ax,) = axes(side + 0.8, side)
@@ -83,8 +95,10 @@ def confusion_figure(matrix: Ints, classes: Sequence[str]) -> bytes:
 def calibration_figure(
     before: Reliability, after: Reliability, confidence: Floats, right: np.ndarray
 ) -> bytes:
-    """Left: accuracy against confidence per bin, before and after temperature scaling. Right: how sure the model was (after scaling),
-    where it was right and where it was wrong."""
+    """Left: accuracy against confidence per bin, before and after temperature scaling.
+
+    Right: the distribution of the calibrated confidence, where the model was right and wrong.
+    """
     figure, (left, hist) = axes(10, 4, columns=2)
     left.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="perfect")
     left.plot(
@@ -108,7 +122,7 @@ def calibration_figure(
     left.set(xlim=(0, 1.02), ylim=(0, 1.03), aspect="equal")
     left.set_xlabel("confidence", fontsize=9)
     left.set_ylabel("accuracy", fontsize=9)
-    left.set_title("Is it right as often as it is sure?", fontsize=10)
+    left.set_title("Accuracy against confidence", fontsize=10)
     left.legend(fontsize=8, frameon=False, loc="upper left")
     bins = np.linspace(0, 1, 26)
     hist.hist(
@@ -122,13 +136,16 @@ def calibration_figure(
     hist.set_ylabel("images", fontsize=9)
     hist.set_yscale("symlog", linthresh=10)
     hist.set_ylim(0, hist.get_ylim()[1] * 8)  # room for the legend
-    hist.set_title("How sure it was", fontsize=10)
+    hist.set_title("Confidence of right and wrong", fontsize=10)
     hist.legend(fontsize=8, frameon=False, loc="upper left", ncols=2)
     return png(figure)
 
 
 def sheet(tiles: Sequence[tuple[str, Sequence[np.ndarray]]], heads: Sequence[str]) -> bytes:
-    """A contact sheet: per tile a title over pictures uint8[S, S, 3] side by side; `heads` name the pictures."""
+    """A contact sheet: per tile a title over pictures, uint8[S, S, 3], side by side.
+
+    `heads` name the pictures.
+    """
     across = 2 if len(tiles) > 1 else 1
     down = -(-len(tiles) // across)
     figure = Figure(figsize=(across * len(heads) * 1.45, down * 1.95), dpi=110, facecolor="white")
@@ -140,12 +157,10 @@ def sheet(tiles: Sequence[tuple[str, Sequence[np.ndarray]]], heads: Sequence[str
         for j, image in enumerate(pictures):
             cell = cells[row, start * len(heads) + j]
             cell.imshow(image, interpolation="nearest")
-            cell.set_title((title + "\n" if j == 0 else "\n") + heads[j], fontsize=7, loc="left")
+            cell.set_title(
+                (figure_text(title) + "\n" if j == 0 else "\n") + heads[j], fontsize=7, loc="left"
+            )
     figure.subplots_adjust(
         left=0.01, right=0.99, bottom=0.02, top=1 - 0.42 / (down * 1.95), wspace=0.06, hspace=0.42
     )
     return png(figure)
-
-
-def _short(name: str, limit: int = 22) -> str:
-    return name if len(name) <= limit else name[: limit - 1] + "…"

@@ -1,6 +1,6 @@
-"""The report of a run: its scores, what it confuses, its worst mistakes with Grad-CAM, and whether its confidence can be believed.
+"""The evaluation report of a run: scores, confusions, worst mistakes with Grad-CAM, calibration.
 
-One HTML file that needs nothing else, its figures as PNG, and per-class scores as CSV.
+It is one HTML file that needs nothing else, with its figures as PNG and scores per class as CSV.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import torch
 
 from ftlib.data.augment import EvalTransform
 from ftlib.data.shards import Dataset
-from ftlib.report import misclassified, page
+from ftlib.report import html, misclassified
 from ftlib.report.evaluation import Scored, load, score
 from ftlib.report.gradcam import grad_cam, overlay, target_layer
 from ftlib.report.metrics import (
+    Floats,
+    Ints,
     PerClass,
     confused_pairs,
     confusion,
@@ -27,6 +29,7 @@ from ftlib.report.metrics import (
     reliability,
     softmax,
 )
+from ftlib.text import csv_cell
 from ftlib.training.evaluate import normalize
 from ftlib.training.initial_weights import LoadedModel
 
@@ -37,10 +40,11 @@ SIDE = 128
 
 
 @dataclass(frozen=True)
-class Report:
+class EvaluationReport:
     """What was written, and what it says in numbers."""
 
-    html: Path
+    page: Path
+    """report.html"""
     figures: tuple[Path, ...]
     """PNG files."""
     tables: tuple[Path, ...]
@@ -49,7 +53,7 @@ class Report:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        return (self.html, *self.figures, *self.tables)
+        return (self.page, *self.figures, *self.tables)
 
 
 def report_run(
@@ -61,8 +65,16 @@ def report_run(
     limit: int = 0,
     workers: int = 0,
     device: torch.device | None = None,
-) -> Report:
-    """Score the best model of the run in `run_dir` and write its report into `out` (default: report/ in the run's folder)."""
+) -> EvaluationReport:
+    """Score the best model of the run in `run_dir` and write its report.
+
+    Args:
+        run_dir: the run's folder or address.
+        dataset: the pictures, in the classes of the run.
+        out: folder of the report; by default report/ in the run's folder.
+        limit: score at most so many pictures, evenly spread; 0: all.
+        workers: loader processes; 0 loads in a thread.
+    """
     loaded = load(run_dir)
     scored = score(loaded, dataset, split, limit=limit, workers=workers, device=device)
     return write(loaded, [scored], dataset, Path(out) if out else Path(run_dir) / "report", split)
@@ -70,80 +82,90 @@ def report_run(
 
 def write(
     loaded: LoadedModel, all_scored: Sequence[Scored], dataset: Dataset, out: Path, split: str
-) -> Report:
-    """The report of predictions made before; the first entry is looked into, the others only stand in the table of scores."""
+) -> EvaluationReport:
+    """Write the report of predictions that were made before.
+
+    The first entry of `all_scored` is analyzed; the others only stand in the table of scores.
+    """
     out.mkdir(parents=True, exist_ok=True)
     first, classes = all_scored[0], loaded.classes
     probabilities = softmax(first.calibration.scaled)
-    predicted, labels = probabilities.argmax(axis=1), first.labels
-    right = predicted == labels
-    matrix = confusion(predicted, labels, len(classes))
+    predicted = probabilities.argmax(axis=1)
+    matrix = confusion(predicted, first.labels, len(classes))
     by_class = per_class(matrix)
-    confidence = softmax(first.logits).max(axis=1)
-    drawn = {
-        "confusion.png": misclassified.confusion_figure(matrix, classes),
-        "calibration.png": misclassified.calibration_figure(
-            reliability(confidence, right),
-            reliability(probabilities.max(axis=1), right),
-            probabilities.max(axis=1),
-            right,
-        ),
-    }
     pixels = _Pixels(first, loaded)
     cards, tiles = _worst_cards(loaded, first, probabilities, pixels)
+    drawn = _figures(first, probabilities, matrix, classes)
     if tiles:
         drawn["worst.png"] = misclassified.sheet(
-            tiles, ("picture", "for the truth", "for the answer")
+            tiles, ("picture", "for the true class", "for the prediction")
         )
+    pairs = _pairs(matrix, first, probabilities, classes, pixels)
     sections = [
-        page.section("Scores", _score_table(all_scored), note=_score_note(first)),
-        page.section(
-            "What is taken for what",
-            page.plot(drawn["confusion.png"], "confusion matrix"),
-            _pairs(matrix, predicted, first, probabilities, classes, pixels),
+        html.section("Scores", _score_table(all_scored), note=_score_note(first)),
+        html.section(
+            "Confusion matrix", html.plot(drawn["confusion.png"], "confusion matrix"), *pairs
         ),
-        page.section(
-            "The worst mistakes",
-            page.grid(cards)
-            if cards
-            else page.paragraph("There are none: every picture was classified correctly."),
-            note="The most confident mistakes. Red shows what speaks for the true class (middle) and for the answer (right), by Grad-CAM."
-            if cards
-            else "",
-        ),
-        page.section(
-            "Confidence",
-            page.plot(
+        _worst_section(cards),
+        html.section(
+            "Calibration",
+            html.plot(
                 drawn["calibration.png"],
-                "accuracy against confidence, and confidence of right and wrong answers",
+                "accuracy against confidence, and confidence of right and wrong predictions",
             ),
+            note="A calibrated model is right as often as it is confident.",
         ),
-        page.section("Classes", _class_table(by_class, classes), note="The weakest first."),
+        html.section("Classes", _class_table(by_class, classes), note="The weakest first."),
     ]
     name = str(loaded.about.get("run") or loaded.run.name)
-    lead = page.paragraph(
-        f"{loaded.run.model.arch} on {dataset.name}, {len(labels):,} pictures of its {split} split, weights of epoch {loaded.about.get('epoch', '?')}"
-        + (" (an average over steps)" if loaded.about.get("ema") else ""),
-        soft=True,
-    )
-    lead += page.facts(
-        [
-            (f"{first.before['top1'].value:.2f} %", "top-1"),
-            (f"{first.before['top5'].value:.2f} %", "top-5"),
-            (f"{first.after['ece'].value:.3f}", "calibration error after scaling"),
-            (f"{int((~right).sum()):,}", "mistakes"),
-        ]
-    )
-    html = out / "report.html"
-    html.write_text(page.document(f"{name}: report", lead, sections), "utf-8")
+    page = out / "report.html"
+    lead = _lead(loaded, dataset, first, split)
+    page.write_text(html.page(f"{name}: report", sections, lead), "utf-8")
     for file, data in drawn.items():
         (out / file).write_bytes(data)
     if not tiles:
         (out / "worst.png").unlink(missing_ok=True)
     _write_tables(out, by_class, classes, all_scored)
-    return Report(
-        html, tuple(out / file for file in drawn), (out / "classes.csv", out / "scores.json"), first
-    )
+    tables = (out / "classes.csv", out / "scores.json")
+    return EvaluationReport(page, tuple(out / file for file in drawn), tables, first)
+
+
+def _figures(
+    scored: Scored, probabilities: Floats, matrix: Ints, classes: Sequence[str]
+) -> dict[str, bytes]:
+    """File name -> PNG of the confusion matrix and of the calibration."""
+    right = probabilities.argmax(axis=1) == scored.labels
+    confidence = probabilities.max(axis=1)
+    return {
+        "confusion.png": misclassified.confusion_figure(matrix, classes),
+        "calibration.png": misclassified.calibration_figure(
+            reliability(softmax(scored.logits).max(axis=1), right),
+            reliability(confidence, right),
+            confidence,
+            right,
+        ),
+    }
+
+
+def _lead(loaded: LoadedModel, dataset: Dataset, scored: Scored, split: str) -> list[str]:
+    """What stands under the title: which model on which pictures, and the four main numbers."""
+    averaged = " (exponential moving average)" if loaded.about.get("ema") else ""
+    mistakes = int((scored.logits.argmax(axis=1) != scored.labels).sum())
+    return [
+        html.paragraph(
+            f"{loaded.run.model.arch} on {dataset.name}, {len(scored.labels):,} pictures of its "
+            f"{split} split, weights of epoch {loaded.about.get('epoch', '?')}{averaged}",
+            "soft",
+        ),
+        html.facts(
+            [
+                (f"{scored.before['top1'].value:.2f} %", "top-1"),
+                (f"{scored.before['top5'].value:.2f} %", "top-5"),
+                (f"{scored.after['ece'].value:.3f}", "calibration error after scaling"),
+                (f"{mistakes:,}", "mistakes"),
+            ]
+        ),
+    ]
 
 
 class _Pixels:
@@ -170,7 +192,7 @@ def _score_table(all_scored: Sequence[Scored]) -> str:
         "ECE calibrated",
         "temperature",
     )
-    return page.table(
+    return html.table(
         heads,
         [
             (
@@ -189,37 +211,50 @@ def _score_table(all_scored: Sequence[Scored]) -> str:
 
 
 def _score_note(scored: Scored) -> str:
-    return f"In brackets: 95 % bootstrap intervals over the pictures. The temperature was fitted on {scored.calibration.fitted_on}. ECE: 15 bins of equal mass."
+    return (
+        "In brackets: 95 % bootstrap intervals over the pictures. The temperature was fitted on "
+        f"{scored.calibration.fitted_on}. ECE: expected calibration error, 15 bins of equal mass."
+    )
 
 
 def _pairs(
-    matrix: np.ndarray,
-    predicted: np.ndarray,
-    scored: Scored,
-    probabilities: np.ndarray,
-    classes: Sequence[str],
-    pixels: _Pixels,
-) -> str:
+    matrix: Ints, scored: Scored, probabilities: Floats, classes: Sequence[str], pixels: _Pixels
+) -> list[str]:
+    """The section with the most confused pairs of classes; empty where nothing was confused."""
+    predicted = probabilities.argmax(axis=1)
     cards = []
     for true, said, count in confused_pairs(matrix, PAIRS):
         found = misclassified.examples(
-            predicted, scored.labels, probabilities, true, said, EXAMPLES
+            predicted,
+            scored.labels,
+            probabilities[:, said],
+            true=true,
+            said=said,
+            limit=EXAMPLES,
         )
-        title = f"{classes[true]} taken for {classes[said]}: {count} of {matrix[true].sum()}"
-        cards.append(
-            page.card(
-                title,
-                [page.picture(pixels(i), f"{probabilities[i, said]:.0%} sure") for i in found],
-                small=True,
-            )
+        pictures = [html.picture(pixels(i), f"{probabilities[i, said]:.0%} sure") for i in found]
+        title = f"{classes[true]} predicted as {classes[said]}: {count} of {matrix[true].sum()}"
+        cards.append(html.card(title, pictures, small=True))
+    return [html.section("Most confused pairs", html.grid(cards))] if cards else []
+
+
+def _worst_section(cards: Sequence[str]) -> str:
+    title = "Worst mistakes"
+    if not cards:
+        return html.section(
+            title, html.paragraph("There are none: every picture was classified correctly.")
         )
-    return page.section("Most confused pairs", page.grid(cards)) if cards else ""
+    note = (
+        "The most confident mistakes. Red marks what speaks for the true class (middle) and for "
+        "the prediction (right), by Grad-CAM."
+    )
+    return html.section(title, html.grid(cards), note=note)
 
 
 def _worst_cards(
-    loaded: LoadedModel, scored: Scored, probabilities: np.ndarray, pixels: _Pixels
+    loaded: LoadedModel, scored: Scored, probabilities: Floats, pixels: _Pixels
 ) -> tuple[list[str], list[tuple[str, list[np.ndarray]]]]:
-    """(cards of the page, tiles of the contact sheet)."""
+    """(cards of the page, tiles of the contact sheet) of the most confident mistakes."""
     positions = misclassified.worst(probabilities, scored.labels, WORST)
     if not len(positions):
         return [], []
@@ -236,16 +271,16 @@ def _worst_cards(
         own, best = probabilities[i, scored.labels[i]], probabilities[i, answers[k]]
         shown = [overlay(images[k], cam[k], SIDE) for cam in maps]
         cards.append(
-            page.card(
-                f"{true}, taken for {said}",
+            html.card(
+                f"{true}, predicted as {said}",
                 [
-                    page.picture(images[k], pixels.file(int(i))),
-                    page.picture(shown[0], f"{true}: {own:.1%}"),
-                    page.picture(shown[1], f"{said}: {best:.1%}"),
+                    html.picture(images[k], pixels.file(int(i))),
+                    html.picture(shown[0], f"{true}: {own:.1%}"),
+                    html.picture(shown[1], f"{said}: {best:.1%}"),
                 ],
             )
         )
-        tiles.append((f"{true} taken for {said} ({best:.0%})", [images[k], *shown]))
+        tiles.append((f"{true} predicted as {said} ({best:.0%})", [images[k], *shown]))
     return cards, tiles
 
 
@@ -258,7 +293,7 @@ def _class_table(by_class: PerClass, classes: Sequence[str]) -> str:
         )
         for i in np.argsort(by_class.f1, kind="stable")
     )
-    return page.table(("class", "pictures", "recall %", "precision %", "F1 %"), rows)
+    return html.table(("class", "pictures", "recall %", "precision %", "F1 %"), rows)
 
 
 def _write_tables(
@@ -269,7 +304,7 @@ def _write_tables(
         writer.writerow(("class", "pictures", "recall", "precision", "f1"))
         writer.writerows(
             (
-                name,
+                csv_cell(name),
                 int(by_class.support[i]),
                 *(
                     round(float(v[i]), 6)

@@ -1,0 +1,66 @@
+"""Scoring a finished run: weights, splits, sizes, temperature."""
+
+import numpy as np
+import pytest
+
+from ftlib.report import evaluation
+from ftlib.report.metrics import softmax
+from tests.deploy import made
+
+
+def test_mirroring_averages_the_logits(shapes, shapes_run):
+    loaded = evaluation.load(str(shapes_run))
+    plain, mirrored = evaluation.score(loaded, shapes), evaluation.score(loaded, shapes, flip=True)
+    assert (
+        mirrored.flip
+        and not np.allclose(plain.logits, mirrored.logits)
+        and plain.logits.shape == mirrored.logits.shape
+    )
+    assert (plain.rows == mirrored.rows).all()
+
+
+def test_another_size_and_a_limit(shapes, shapes_run):
+    loaded = evaluation.load(str(shapes_run))
+    scored = evaluation.score(loaded, shapes, size=48, limit=9)
+    assert scored.size == 48 and len(scored.rows) == 9 and np.bincount(scored.labels).min() >= 2
+
+
+def test_which_weights(shapes, shapes_run):
+    best, raw, last = (evaluation.load(str(shapes_run), w) for w in ("best", "raw", "last"))
+    assert last.about["ema"] and not raw.about["ema"]
+    assert all(
+        (a == b).all()
+        for a, b in zip(best.model.state_dict().values(), raw.model.state_dict().values())
+    )
+    assert all((p == 0).all() for p in last.model.parameters())
+
+
+def test_the_temperature_comes_from_the_tuning_split_where_there_is_one(shapes, tmp_path):
+    folder = made.run_folder(tmp_path, shapes, tuning_fraction=0.25)
+    loaded = evaluation.load(str(folder))
+    scored = evaluation.score(loaded, shapes)
+    assert "of the tuning split" in scored.calibration.fitted_on
+    tuning, train = (
+        evaluation.score(loaded, shapes, "tuning"),
+        evaluation.score(loaded, shapes, "train"),
+    )
+    assert (
+        len(tuning.rows) == 9 and len(train.rows) == 27 and not set(tuning.rows) & set(train.rows)
+    )
+    np.testing.assert_allclose(
+        softmax(scored.calibration.scaled),
+        softmax(scored.logits / scored.calibration.temperature),
+        rtol=1e-5,
+    )
+
+
+def test_what_cannot_be_evaluated_is_said_so(shapes, shapes_run, tmp_path):
+    loaded = evaluation.load(str(shapes_run))
+    with pytest.raises(evaluation.EvaluationError, match="kept no tuning split"):
+        evaluation.score(loaded, shapes, "tuning")
+    with pytest.raises(evaluation.EvaluationError, match="is not a run"):
+        evaluation.load(str(tmp_path))
+    other = shapes.__class__.open(shapes.path)
+    other.classes = ("disc", "ring", "stripes")
+    with pytest.raises(evaluation.EvaluationError, match="the data have no 'frame'"):
+        evaluation.score(loaded, other)

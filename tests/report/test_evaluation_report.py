@@ -1,0 +1,70 @@
+"""The evaluation report of a run: the page, its figures and tables."""
+
+import csv
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, recall_score
+
+from ftlib.report import evaluation, evaluation_report
+
+
+@pytest.fixture(scope="module")
+def written(shapes, shapes_run):
+    return evaluation_report.report_run(str(shapes_run), shapes)
+
+
+def test_a_report_holds_all_it_shows(written, shapes):
+    text = written.page.read_text()
+    assert not re.search(r'(src|href)="(?!data:)', text) and "<script" not in text
+    for word in (
+        "Scores",
+        "Confusion matrix",
+        "Worst mistakes",
+        "Calibration",
+        "Classes",
+        "disc",
+        "resnet18",
+        "calibrated",
+    ):
+        assert word in text
+    assert all(file.stat().st_size > 100 for file in written.files)
+    assert {file.name for file in written.files} >= {
+        "report.html",
+        "confusion.png",
+        "calibration.png",
+        "classes.csv",
+        "scores.json",
+    }
+
+
+def test_its_numbers_are_scikit_learns(written):
+    scored = written.scored
+    predicted = scored.logits.argmax(1)
+    entry = json.loads((written.page.parent / "scores.json").read_text())[0]
+    assert entry["top1"][0] == pytest.approx(100 * accuracy_score(scored.labels, predicted))
+    assert entry["top1"][1] <= entry["top1"][0] <= entry["top1"][2]
+    rows = list(csv.DictReader((written.page.parent / "classes.csv").read_text().splitlines()))
+    np.testing.assert_allclose(
+        [float(r["recall"]) for r in rows],
+        recall_score(scored.labels, predicted, average=None),
+        atol=1e-6,
+    )
+    assert sum(int(r["pictures"]) for r in rows) == len(scored.rows) == 30
+
+
+def test_a_model_without_mistakes_is_reported_too(shapes, shapes_run, tmp_path):
+    loaded = evaluation.load(str(shapes_run))
+    scored = evaluation.score(loaded, shapes)
+    perfect = np.eye(3, dtype=np.float32)[scored.labels] * 5
+    scored = dataclasses.replace(
+        scored, logits=perfect, calibration=dataclasses.replace(scored.calibration, scaled=perfect)
+    )
+    written = evaluation_report.write(loaded, [scored], shapes, tmp_path, "val")
+    assert (
+        "every picture was classified correctly" in written.page.read_text()
+        and not (tmp_path / "worst.png").exists()
+    )
