@@ -48,7 +48,7 @@ def main() -> None:
             f"there is no run {run} below {root}.{nearest(run, list(folders(root)))}"
         )
 
-    runs = compare.renamed([compare.Finished.read(folder(run)) for run in asked.runs])
+    runs = compare.distinct_names([compare.FinishedRun.read(folder(run)) for run in asked.runs])
     found = compare.compare(runs)
     out = (
         Path(asked.out).expanduser()

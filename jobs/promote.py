@@ -67,7 +67,7 @@ def main() -> None:
     )  # what trials print goes to Ray's log files, not through the table; must be set before ray is imported
 
     from ftlib.storage import folders, join, read_file
-    from ftlib.tune.promote import open_sweep, promote
+    from ftlib.tune.promote import RecipeFiles, open_sweep, promote
 
     root = absolute(asked.storage) if asked.storage else str(home() / "runs")
     known = sorted(
@@ -78,10 +78,8 @@ def main() -> None:
         open_sweep(root, asked.sweep, known),
         top=asked.top,
         seeds=asked.seeds,
-        name=asked.name,
-        recipes=Path(asked.out),
         parallel=asked.parallel,
-        onto=onto,
+        files=RecipeFiles(name=asked.name, folder=Path(asked.out), onto=onto),
     )
     if not result.finished:
         raise SystemExit(130)

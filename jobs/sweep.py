@@ -125,21 +125,21 @@ def main() -> None:
 
     result = sweep(
         Sweep(
-            recipe,
-            asked.recipe,
-            space_files.load(asked.space),
-            asked.name,
-            asked.trials,
-            asked.search,
-            asked.seed,
-            asked.epochs,
-            asked.tuning_fraction,
-            not asked.no_early_stopping,
-            asked.grace,
-            asked.reduction,
-            asked.grid_points,
-            asked.parallel,
-            asked.retry_failed,
+            recipe=recipe,
+            recipe_name=asked.recipe,
+            space=space_files.load(asked.space),
+            name=asked.name,
+            trials=asked.trials,
+            search=asked.search,
+            seed=asked.seed,
+            epochs=asked.epochs,
+            tuning_fraction=asked.tuning_fraction,
+            early_stopping=not asked.no_early_stopping,
+            grace=asked.grace,
+            reduction=asked.reduction,
+            grid_points=asked.grid_points,
+            parallel=asked.parallel,
+            retry_failed=asked.retry_failed,
         )
     )
     if not result.finished:

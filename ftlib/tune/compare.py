@@ -1,4 +1,5 @@
-"""Finished runs side by side: what differs, their curves, and the paired difference of their answers to the same validation images."""
+"""Finished runs side by side: settings that differ, curves, and the paired difference of their
+predictions for the same validation images."""
 
 from __future__ import annotations
 
@@ -15,37 +16,39 @@ from ftlib.settings import ConfigError, flat, from_dict
 from ftlib.storage import DamagedError, join, read_json
 from ftlib.tune import figures, page
 from ftlib.tune.statistics import Difference, holm, paired_difference
-from ftlib.tune.stored_predictions import ComparisonError, StoredPredictions, answers
+from ftlib.tune.stored_predictions import ComparisonError, StoredPredictions, predictions
 
 BUDGET = ("train.epochs", "data.subset", "data.subset_seed")
-"""Settings that decide how much training a run gets, and on which images."""
+"""Settings that decide how long a run trains, and on which images."""
 CURVES = ("val/top1", "train/top1", "val/loss", "tuning/top1")
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A finished run, as its folder tells."""
+class FinishedRun:
+    """A finished run, read from its folder."""
 
     name: str
     run_dir: str
     run: Run
     data: Mapping[str, Any]
+    """name, digest, classes and path of its data set."""
     init: Mapping[str, Any] | None
+    """Its starting weights; None for scratch and imagenet."""
     result: Mapping[str, Any]
+    """result.json."""
 
     @classmethod
-    def read(cls, run_dir: str, name: str = "") -> Finished:
+    def read(cls, run_dir: str, name: str = "") -> FinishedRun:
         """Raises ComparisonError when there is no finished run in `run_dir`."""
         try:
-            about, result = (
-                read_json(join(run_dir, "run.json")),
-                read_json(join(run_dir, "result.json")),
-            )
+            about = read_json(join(run_dir, "run.json"))
+            result = read_json(join(run_dir, "result.json"))
         except DamagedError as error:
             raise ComparisonError(str(error)) from None
         if about is None:
             raise ComparisonError(
-                f"{run_dir}: there is no run. Name runs of $FTLIB_HOME/runs, or give the path of a run's folder"
+                f"{run_dir}: there is no run. Name runs of $FTLIB_HOME/runs, or give the path of a "
+                "run's folder"
             )
         if (result or {}).get("status") != "completed":
             raise ComparisonError(
@@ -57,85 +60,83 @@ class Finished:
             raise ComparisonError(
                 f"{run_dir}: its recipe is of another version of ftlib ({error})"
             ) from None
-        return cls(
-            name or run_dir.rstrip("/").rsplit("/", 1)[-1],
-            run_dir,
-            run,
-            about["data"],
-            about.get("init"),
-            result or {},
-        )
+        name = name or run_dir.rstrip("/").rsplit("/", 1)[-1]
+        return cls(name, run_dir, run, about["data"], about.get("init"), result or {})
 
     @cached_property
-    def answers(self) -> StoredPredictions:
-        return answers(self.run_dir)
+    def predictions(self) -> StoredPredictions:
+        return predictions(self.run_dir)
 
     @property
     def init_sha256(self) -> str:
+        """What tells its starting weights from others: their digest, or scratch and imagenet."""
         return (self.init or {}).get("sha256", "") or self.run.model.init_from
 
     @property
+    def init_name(self) -> str:
+        """Its starting weights for a person: how they were named, and their digest."""
+        digest = str((self.init or {}).get("sha256", ""))[:8]
+        return f"{self.run.model.init_from} {digest}".rstrip()
+
+    @property
+    def data_name(self) -> str:
+        return f"{self.data.get('name')}@{str(self.data.get('digest'))[:8]}"
+
+    @property
     def history(self) -> Sequence[Mapping[str, float]]:
+        """Metrics by epoch."""
         return self.result.get("history", [])
 
 
 def settings(run: Run) -> dict[str, Any]:
-    """The settings that decide a run's result, less its seed."""
+    """The settings that decide a run's result, without its seed."""
+    left_out = (*NOT_IN_FINGERPRINT, "stage", "promoted_from", "seed")
     return {
-        p: v
-        for p, v in flat(run).items()
-        if p != "seed"
-        and not any(
-            p == o or p.startswith(o + ".") for o in (*NOT_IN_FINGERPRINT, "stage", "promoted_from")
-        )
+        path: value
+        for path, value in flat(run).items()
+        if not any(path == out or path.startswith(out + ".") for out in left_out)
     }
 
 
-def same_images(runs: Sequence[Finished]) -> None:
-    """Raise ComparisonError unless all runs answered the same validation images."""
+def require_same_images(runs: Sequence[FinishedRun]) -> None:
+    """Raise ComparisonError unless all runs were evaluated on the same validation images."""
     first = runs[0]
     for other in runs[1:]:
         if other.data.get("digest") != first.data.get("digest"):
             raise ComparisonError(
-                f"{first.name} and {other.name} are on different data ({first.data.get('name')}@{str(first.data.get('digest'))[:8]} and "
-                f"{other.data.get('name')}@{str(other.data.get('digest'))[:8]}): their scores are of other images and cannot be paired. Evaluate both on one data set"
+                f"{first.name} and {other.name} are on different data ({first.data_name} and "
+                f"{other.data_name}): their scores are of different images and cannot be paired. "
+                "Evaluate both on one data set"
             )
-        if not np.array_equal(other.answers.rows, first.answers.rows) or not np.array_equal(
-            other.answers.labels, first.answers.labels
-        ):
+        mine, theirs = first.predictions, other.predictions
+        same_rows = np.array_equal(theirs.rows, mine.rows)
+        if not same_rows or not np.array_equal(theirs.labels, mine.labels):
             raise ComparisonError(
-                f"{first.name} and {other.name} kept answers to different validation images. Delete predictions.npz in both folders; they are made again"
+                f"{first.name} and {other.name} kept predictions for different validation images. "
+                "Delete predictions.npz in both folders; they are made again"
             )
 
 
-def unfair(runs: Sequence[Finished]) -> list[str]:
-    """Why a difference between these runs would not be the settings' doing: other data, other starting weights or another budget."""
+def unfair(runs: Sequence[FinishedRun]) -> list[str]:
+    """Why a difference between these runs would not come from their settings alone: other data,
+    other starting weights or another budget than the first run's."""
     reasons, first = [], runs[0]
     for other in runs[1:]:
         pair = f"{other.name} against {first.name}"
         if other.data.get("digest") != first.data.get("digest"):
-            reasons.append(
-                f"{pair}: other data ({other.data.get('name')}@{str(other.data.get('digest'))[:8]} against {first.data.get('name')}@{str(first.data.get('digest'))[:8]})"
-            )
+            reasons.append(f"{pair}: other data ({other.data_name} against {first.data_name})")
         if other.init_sha256 != first.init_sha256:
-            reasons.append(
-                f"{pair}: other starting weights ({_init(other)} against {_init(first)})"
-            )
+            weights = f"{other.init_name} against {first.init_name}"
+            reasons.append(f"{pair}: other starting weights ({weights})")
         a, b = flat(other.run), flat(first.run)
         for path in BUDGET:
             if a.get(path) != b.get(path):
-                reasons.append(
-                    f"{pair}: another budget ({path} is {a.get(path)} against {b.get(path)})"
-                )
+                values = f"{path} is {a.get(path)} against {b.get(path)}"
+                reasons.append(f"{pair}: another budget ({values})")
     return list(dict.fromkeys(reasons))
 
 
-def _init(run: Finished) -> str:
-    init = run.init or {}
-    return f"{run.run.model.init_from}{' ' + str(init['sha256'])[:8] if init.get('sha256') else ''}"
-
-
-def fair(runs: Sequence[Finished]) -> None:
+def require_fair(runs: Sequence[FinishedRun]) -> None:
     """Raise ComparisonError with every reason of `unfair`."""
     if reasons := unfair(runs):
         raise ComparisonError(
@@ -145,15 +146,15 @@ def fair(runs: Sequence[Finished]) -> None:
         )
 
 
-# --- groups -----------------------------------------------------------------------------------------------------------------------
+# --- groups ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Group:
+class RunGroup:
     """Runs of the same settings that differ by their seed only."""
 
     name: str
-    runs: tuple[Finished, ...]
+    runs: tuple[FinishedRun, ...]
     """By seed."""
 
     @property
@@ -162,33 +163,36 @@ class Group:
 
     @property
     def mean_top1(self) -> float:
-        return float(np.mean([r.answers.top1 for r in self.runs]))
+        """Mean validation top-1 over the seeds, in percent."""
+        return float(np.mean([r.predictions.top1 for r in self.runs]))
 
     def correct(self, seeds: Sequence[int]) -> np.ndarray:
         """bool[seeds, images]."""
-        of = {r.run.seed: r for r in self.runs}
-        return np.stack([of[s].answers.correct for s in seeds])
+        by_seed = {r.run.seed: r for r in self.runs}
+        return np.stack([by_seed[s].predictions.correct for s in seeds])
 
 
-def group(runs: Sequence[Finished]) -> list[Group]:
-    """Runs of the same settings, data and starting weights together, in the order in which they came; of two of one seed the later."""
-    found: dict[str, list[Finished]] = {}
+def group_runs(runs: Sequence[FinishedRun]) -> list[RunGroup]:
+    """Runs of the same settings, data and starting weights together, in the order of `runs`.
+
+    Of two runs of one seed the later one counts.
+    """
+    found: dict[str, list[FinishedRun]] = {}
     for run in runs:
-        found.setdefault(
-            repr((sorted(settings(run.run).items()), run.data.get("digest"), run.init_sha256)), []
-        ).append(run)
+        values = sorted(settings(run.run).items())
+        key = repr((values, run.data.get("digest"), run.init_sha256))
+        found.setdefault(key, []).append(run)
     groups = []
     for members in found.values():
         by_seed = {r.run.seed: r for r in members}
         ordered = tuple(by_seed[s] for s in sorted(by_seed))
-        groups.append(
-            Group(members[0].name + (f" x{len(ordered)}" if len(ordered) > 1 else ""), ordered)
-        )
+        suffix = f" x{len(ordered)}" if len(ordered) > 1 else ""
+        groups.append(RunGroup(members[0].name + suffix, ordered))
     return groups
 
 
-def differing(groups: Sequence[Group]) -> dict[str, list[Any]]:
-    """Setting -> its value in each group, of the settings that are not the same in all; None where a group has no such setting."""
+def differing_settings(groups: Sequence[RunGroup]) -> dict[str, list[Any]]:
+    """Setting -> its value in each group, of the settings that differ; None where it is missing."""
     all_settings = [settings(g.runs[0].run) for g in groups]
     paths = dict.fromkeys(p for s in all_settings for p in s)
     found = {
@@ -196,71 +200,80 @@ def differing(groups: Sequence[Group]) -> dict[str, list[Any]]:
         for p in paths
         if any(s.get(p) != all_settings[0].get(p) for s in all_settings)
     }
-    if any(g.runs[0].init_sha256 != groups[0].runs[0].init_sha256 for g in groups):
-        found["starting weights"] = [_init(g.runs[0]) for g in groups]
+    if len({g.runs[0].init_sha256 for g in groups}) > 1:
+        found["starting weights"] = [g.runs[0].init_name for g in groups]
     return found
 
 
 @dataclass(frozen=True)
 class Comparison:
-    groups: tuple[Group, ...]
+    """Groups of runs, each compared with the first."""
+
+    groups: tuple[RunGroup, ...]
     differences: tuple[Difference, ...]
     """Of each group but the first against the first."""
     adjusted: tuple[float, ...]
     """Two-sided p-values after Holm's correction."""
     settings: Mapping[str, list[Any]]
+    """See `differing_settings`."""
     cautions: tuple[str, ...]
+    """What makes the comparison unfair or uncertain."""
 
     def rows(self) -> list[tuple[str, Difference, bool]]:
-        return [
-            (g.name, d, p < 0.05)
-            for g, d, p in zip(self.groups[1:], self.differences, self.adjusted)
-        ]
+        """(group, difference, whether it is significant)."""
+        compared = zip(self.groups[1:], self.differences, self.adjusted)
+        return [(g.name, d, p < 0.05) for g, d, p in compared]
 
     def sentences(self) -> list[str]:
         first = self.groups[0]
         out = [f"{first.name}: {first.mean_top1:.2f} % validation top-1"]
         for g, d, p in zip(self.groups[1:], self.differences, self.adjusted):
-            verdict = (
-                "no difference can be told" if p >= 0.05 else "better" if d.points > 0 else "worse"
-            )
+            verdict = "better" if d.points > 0 else "worse"
+            if p >= 0.05:
+                verdict = "no significant difference"
             out.append(
-                f"{g.name}: {g.mean_top1:.2f} %, {d.points:+.2f} points (95 % interval {d.low:+.2f} to {d.high:+.2f}, p = {p:.2g}): {verdict}"
+                f"{g.name}: {g.mean_top1:.2f} %, {d.points:+.2f} points (95 % interval "
+                f"{d.low:+.2f} to {d.high:+.2f}, p = {p:.2g}): {verdict}"
             )
         return out
 
 
-def compare(runs: Sequence[Finished]) -> Comparison:
-    """Compare two or more finished runs on the validation images. Raises ComparisonError when they answered other images; what else makes the
-    comparison unfair is among its `cautions`."""
+def compare(runs: Sequence[FinishedRun]) -> Comparison:
+    """Compare two or more finished runs on the validation images.
+
+    Raises ComparisonError when they were evaluated on different images. What else makes the
+    comparison unfair is among its `cautions`.
+    """
     if len(runs) < 2:
-        raise ComparisonError("a comparison needs two runs at least")
-    same_images(runs)
-    groups = group(runs)
+        raise ComparisonError("a comparison needs at least two runs")
+    require_same_images(runs)
+    groups = group_runs(runs)
     if len(groups) < 2:
         raise ComparisonError(
-            "these runs have the same settings and differ by their seed only; there is nothing to compare"
+            "these runs have the same settings and differ by their seed only; there is nothing to "
+            "compare"
         )
     cautions = unfair(runs)
+    first = groups[0]
     found = []
     for other in groups[1:]:
-        common = sorted(set(other.seeds) & set(groups[0].seeds))
-        if not common:  # one run each of other seeds: paired over images only
-            common_pair = other.runs[0].answers.correct, groups[0].runs[0].answers.correct
-        else:
-            common_pair = other.correct(common), groups[0].correct(common)
-        difference = paired_difference(*common_pair)
-        found.append(difference)
-        if difference.seeds == 1:
+        common = sorted(set(other.seeds) & set(first.seeds))
+        if common:
+            pair = other.correct(common), first.correct(common)
+        else:  # no seed in common: one run each, paired over images only
+            pair = other.runs[0].predictions.correct, first.runs[0].predictions.correct
+        found.append(paired_difference(*pair))
+        if found[-1].seeds == 1:
             cautions.append(
-                f"{other.name} against {groups[0].name}: one run each, so the interval covers the choice of images, not that of seeds; other seeds may differ by more"
+                f"{other.name} against {first.name}: one run each, so the interval covers the "
+                "choice of images, not that of seeds; other seeds may differ by more"
             )
     return Comparison(
-        tuple(groups),
-        tuple(found),
-        tuple(holm([d.p_different for d in found])),
-        differing(groups),
-        tuple(cautions),
+        groups=tuple(groups),
+        differences=tuple(found),
+        adjusted=tuple(holm([d.p_different for d in found])),
+        settings=differing_settings(groups),
+        cautions=tuple(cautions),
     )
 
 
@@ -279,7 +292,7 @@ def write(comparison: Comparison, folder: Path, title: str = "Comparison") -> li
     names = [g.name for g in comparison.groups]
     parts = [
         *[page.paragraph(s, "lead" if i else "") for i, s in enumerate(comparison.sentences())],
-        *[page.paragraph("Mind: " + c, "muted") for c in comparison.cautions],
+        *[page.paragraph("Note: " + c, "muted") for c in comparison.cautions],
         page.heading("Difference on the same validation images"),
         figures.svg(drawn["differences"], "d"),
         page.heading("Curves"),
@@ -305,17 +318,17 @@ def text(comparison: Comparison) -> str:
     ]
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows]
-    return "\n".join(
-        [*lines, "", *comparison.sentences(), *(f"mind: {c}" for c in comparison.cautions)]
-    )
+    cautions = [f"note: {c}" for c in comparison.cautions]
+    return "\n".join([*lines, "", *comparison.sentences(), *cautions])
 
 
-def renamed(runs: Sequence[Finished]) -> list[Finished]:
-    """Runs of the same name (from several folders) told apart by their parent folder."""
+def distinct_names(runs: Sequence[FinishedRun]) -> list[FinishedRun]:
+    """Runs of the same name (from several folders), told apart by their parent folder."""
     names = [r.name for r in runs]
-    return [
-        r
-        if names.count(r.name) == 1
-        else replace(r, name="/".join(r.run_dir.rstrip("/").split("/")[-3::2]))
-        for r in runs
-    ]
+
+    def named(run: FinishedRun) -> FinishedRun:
+        if names.count(run.name) == 1:
+            return run
+        return replace(run, name="/".join(run.run_dir.rstrip("/").split("/")[-3::2]))
+
+    return [named(run) for run in runs]

@@ -1,4 +1,7 @@
-"""Figures of a sweep, a promotion and a comparison. Each function draws into a new matplotlib Figure; nothing global is touched."""
+"""Figures of a sweep, a promotion and a comparison.
+
+Each function draws into a new matplotlib Figure and changes nothing global.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from ftlib.tune.importance import Importance
-from ftlib.tune.spaces import Space
+from ftlib.tune.spaces import Axis, Space
 from ftlib.tune.statistics import Difference
 from ftlib.tune.trial_store import Trial
 
@@ -37,7 +40,7 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tup
 
 
 def learning_curves(trials: Sequence[Trial], best: Trial | None, split: str) -> Figure:
-    """Score by epoch: stopped trials grey up to a cross, the best red, the recipe's own black."""
+    """Score by epoch: stopped trials gray up to a cross, the best red, the recipe's own black."""
     with matplotlib.rc_context(SETTINGS):
         figure, ((axes,),) = _figure(7.2, 3.6)
         for trial in sorted(
@@ -46,27 +49,12 @@ def learning_curves(trials: Sequence[Trial], best: Trial | None, split: str) -> 
         ):
             x, y = [p["epoch"] for p in trial.history], [p["score"] for p in trial.history]
             stopped = trial.outcome != "completed"
-            color = (
-                BEST
-                if trial is best
-                else OWN
-                if trial.number == 0
-                else STOPPED
-                if stopped
-                else REST
-            )
-            label = (
-                f"best: {trial.name}"
-                if trial is best
-                else "the recipe"
-                if trial.number == 0
-                else None
-            )
+            color, label = _line_style(trial, best)
             axes.plot(
                 x,
                 y,
                 color=color,
-                lw=2.2 if trial is best or trial.number == 0 else 1,
+                lw=2.2 if label else 1,
                 label=label,
                 marker="o" if len(x) == 1 else None,
                 ms=3,
@@ -76,9 +64,22 @@ def learning_curves(trials: Sequence[Trial], best: Trial | None, split: str) -> 
         axes.plot([], [], "x-", color=STOPPED, label="stopped early")
         axes.plot([], [], color=REST, label="ran to the end")
         axes.set(xlabel="epoch", ylabel=f"top-1 of the {split} split, %")
+        # The first epochs of all trials lie far below their best ones, and would flatten the rest.
+        if scores := [t.score for t in trials if t.score is not None and t.history]:
+            top = max(scores)
+            axes.set_ylim(bottom=min(scores) - 0.15 * max(top - min(scores), 1.0))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False, fontsize=8, loc="lower right")
         return figure
+
+
+def _line_style(trial: Trial, best: Trial | None) -> tuple[str, str | None]:
+    """(color, label) of a learning curve."""
+    if trial is best:
+        return BEST, f"best: {trial.name}" + (" (the recipe)" if trial.number == 0 else "")
+    if trial.number == 0:
+        return OWN, "the recipe"
+    return (REST if trial.outcome == "completed" else STOPPED), None
 
 
 def slices(
@@ -90,57 +91,45 @@ def slices(
         rows = math.ceil(len(space.axes) / columns)
         figure, grid = _figure(3.1 * columns, 2.7 * rows, rows, columns)
         scored = [t for t in trials if t.score is not None and t.outcome in ("completed", "pruned")]
-        newest = max((t.number for t in scored), default=1) or 1
         for axis, axes in zip(space.axes, grid.flat):
-            with_it = [t for t in scored if axis.path in t.values]
-            place = (
-                {
-                    c: i
-                    for i, c in enumerate(
-                        dict.fromkeys([*axis.choices, *(t.values[axis.path] for t in with_it)])
-                    )
-                }
-                if axis.kind == "choice"
-                else None
-            )
-            shade = matplotlib.colormaps["Blues"]
-            for trial in with_it:
-                x = place[trial.values[axis.path]] if place is not None else trial.values[axis.path]
-                color = shade(0.35 + 0.6 * trial.number / newest)
-                if trial is best or trial.number == 0:
-                    axes.plot(
-                        x,
-                        trial.score,
-                        "*" if trial is best else "D",
-                        color=BEST if trial is best else OWN,
-                        ms=11 if trial is best else 6,
-                        zorder=3,
-                    )
-                else:
-                    axes.plot(
-                        x,
-                        trial.score,
-                        "o",
-                        ms=5,
-                        mec=color,
-                        mfc="none" if trial.outcome == "pruned" else color,
-                    )
-            if place is not None:
-                axes.set_xticks(
-                    range(len(place)), [str(c) for c in place], rotation=20 if len(place) > 3 else 0
-                )
-            elif axis.log:
-                axes.set_xscale("log")
-                axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
-                axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-                axes.xaxis.set_minor_formatter(NullFormatter())
-                axes.tick_params(axis="x", labelrotation=30)
+            _slice(axes, axis, scored, best)
             axes.set(xlabel=names[axis.path])
         for axes in list(grid.flat)[len(space.axes) :]:
             axes.set_visible(False)
         for row in grid:
             row[0].set_ylabel(f"best top-1 ({split}), %")
         return figure
+
+
+def _slice(axes: Any, axis: Axis, scored: Sequence[Trial], best: Trial | None) -> None:
+    """One panel of `slices`."""
+    newest = max((t.number for t in scored), default=1) or 1
+    with_it = [t for t in scored if axis.path in t.values]
+    places: dict[Any, int] | None = None
+    if axis.kind == "choice":
+        values = dict.fromkeys([*axis.choices, *(t.values[axis.path] for t in with_it)])
+        places = {value: place for place, value in enumerate(values)}
+    shade = matplotlib.colormaps["Blues"]
+    for trial in with_it:
+        value = trial.values[axis.path]
+        x = places[value] if places is not None else value
+        if trial is best:
+            axes.plot(x, trial.score, "*", color=BEST, ms=11, zorder=4)
+        if trial.number == 0:
+            axes.plot(x, trial.score, "D", color=OWN, mec="white", ms=6, zorder=5)
+        elif trial is not best:
+            color = shade(0.35 + 0.6 * trial.number / newest)
+            fill = "none" if trial.outcome == "pruned" else color
+            axes.plot(x, trial.score, "o", ms=5, mec=color, mfc=fill)
+    if places is not None:
+        rotation = 20 if len(places) > 3 else 0
+        axes.set_xticks(range(len(places)), [str(c) for c in places], rotation=rotation)
+    elif axis.log:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(axis="x", labelrotation=30)
 
 
 def importances(found: Importance, names: Mapping[str, str]) -> Figure:
@@ -171,7 +160,8 @@ def importances(found: Importance, names: Mapping[str, str]) -> Figure:
             lw=1,
         )
         axes.set(
-            xlabel=f"share of the effect on the score after epoch {found.at_epoch}, %\n(lines: 90 % of resamples of {found.trials} trials)",
+            xlabel=f"share of the effect on the score after epoch {found.at_epoch}, %\n"
+            f"(lines: 90 % of resamples of {found.trials} trials)",
             xlim=(0, None),
         )
         axes.grid(axis="y", visible=False)
@@ -270,7 +260,7 @@ def png(figure: Figure) -> bytes:
 
 
 def svg(figure: Figure, key: str) -> str:
-    """For inlining into a page: without the XML head, ids made unique by `key`, scaling with the page."""
+    """SVG for inlining into a page: no XML head, ids made unique by `key`, scaled with the page."""
     out = io.StringIO()
     with matplotlib.rc_context(SETTINGS):
         figure.savefig(out, format="svg", metadata={"Date": None})

@@ -1,4 +1,5 @@
-"""Which setting moved the score: PED-ANOVA (Watanabe et al. 2023, in Optuna) with bootstrap intervals, and the honesty to say when trials are too few."""
+"""Which setting moved the score: PED-ANOVA (Watanabe et al. 2023, in Optuna) with bootstrap
+intervals, and a remark where there are too few trials to tell."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ RESAMPLES = 100
 @dataclass(frozen=True)
 class Importance:
     shares: dict[str, tuple[float, float, float]]
-    """Path -> (share, low, high): importances that add up to 1, with the interval that holds 90 % of the bootstrap resamples. Empty when trials are too few."""
+    """Path -> (share, low, high): shares that add up to 1, with the interval that holds 90 % of the
+    bootstrap resamples. Empty when there are too few trials."""
     trials: int
     at_epoch: int
     """Scores were compared after this epoch, which all counted trials reached."""
@@ -29,8 +31,8 @@ class Importance:
 
 
 def importance(space: Space, trials: Sequence[Trial], seed: int = 0) -> Importance:
-    """Of the settings that every trial has (those under a condition cannot be ranked against the others)."""
-    always = [a for a in space.axes if a.given is None]
+    """Rank the settings that all trials have. Those under a condition are left out."""
+    always = [a for a in space.axes if a.condition is None]
     scored = [
         t
         for t in trials
@@ -38,37 +40,30 @@ def importance(space: Space, trials: Sequence[Trial], seed: int = 0) -> Importan
         and t.history
         and all(a.path in t.values and a.holds(t.values[a.path]) for a in always)
     ]
+    # All trials at an epoch that all reached say more than the few that were not stopped early,
+    # which are alike by selection. Where most ran to the end, those few are no selection.
     completed = [t for t in scored if t.outcome == "completed"]
-    # All trials at an epoch that all reached tell more than the few that survived, which are alike by selection.
-    at = (
-        max((t.epoch for t in completed), default=0)
-        if len(completed) >= max(FEWEST, 2 * len(scored) / 3)
-        else min((t.epoch for t in scored), default=0)
-    )
-    kept = [
-        (t, _score(t, at))
-        for t in (
-            completed if at and len(completed) >= max(FEWEST, 2 * len(scored) / 3) else scored
-        )
-    ]
-    kept = [(t, s) for t, s in kept if s is not None]
-    conditional = [a.path for a in space.axes if a.given is not None]
-    remark = (
-        f"{', '.join(conditional)}: searched under a condition, not ranked. " if conditional else ""
-    )
-    if len(kept) < FEWEST or len(always) < 2:
-        why = (
-            f"{len(kept)} trials are too few to rank settings; {FEWEST} are the least, {CAUTION} and more are better."
-            if len(kept) < FEWEST
-            else "There is only one setting to rank."
-        )
-        return Importance({}, len(kept), at, remark + why)
+    if len(completed) >= max(FEWEST, 2 * len(scored) / 3):
+        scored, at = completed, max((t.epoch for t in completed), default=0)
+    else:
+        at = min((t.epoch for t in scored), default=0)
+    kept = [(t, score) for t in scored if (score := _score(t, at)) is not None]
+    conditional = [a.path for a in space.axes if a.condition is not None]
+    remark = ""
+    if conditional:
+        remark = f"{', '.join(conditional)}: searched under a condition, not ranked. "
+    if len(kept) < FEWEST:
+        few = f"{len(kept)} trials are too few to rank settings; "
+        most = f"{FEWEST} are the least, {CAUTION} and more are better."
+        return Importance({}, len(kept), at, remark + few + most)
+    if len(always) < 2:
+        return Importance({}, len(kept), at, remark + "There is only one setting to rank.")
     if len(kept) < CAUTION:
         remark += f"{len(kept)} trials: read this with care; look at the intervals."
     values = np.array([s for _, s in kept])
     point = _shares(always, [t for t, _ in kept], values)
     rng = np.random.default_rng(seed)
-    draws = {a.path: [] for a in always}  # type: dict[str, list[float]]
+    draws: dict[str, list[float]] = {a.path: [] for a in always}
     for _ in range(RESAMPLES):
         picked = rng.integers(0, len(kept), len(kept))
         if len({float(values[i]) for i in picked}) < 3:
@@ -110,6 +105,6 @@ def _shares(axes: Sequence, trials: Sequence[Trial], values: np.ndarray) -> dict
             params=[a.path for a in axes],
         )
     whole = sum(found.values())
-    return {
-        a.path: float(found.get(a.path, 0.0)) / whole if whole > 0 else 1 / len(axes) for a in axes
-    }
+    if whole <= 0:
+        return {a.path: 1 / len(axes) for a in axes}
+    return {a.path: float(found.get(a.path, 0.0)) / whole for a in axes}

@@ -1,57 +1,56 @@
-"""What is seen of a sweep while it runs: a live table on a terminal, a line per event elsewhere."""
+"""The progress of a sweep: a live table on a terminal, a line per event elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ftlib.tune.trial_store import Trial
 
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.table import Table
+
+    from ftlib.tune.ray_tune import TrialEnd
+
 ROWS = 16
-"""Trials in the live table: those that run, then the best that are over."""
+"""Trials in the live table: those that run, then the best of those that have ended."""
 
 
-class Table:
-    """Shows the trials of a ledger; a context manager. `total` may be infinite-like; `slots` trials run at once."""
+class TrialTable:
+    """A context manager and a TrialListener (see ray_tune) that shows the trials of a store."""
 
     def __init__(
         self,
         trials: Mapping[int, Trial],
         names: Mapping[str, str],
+        *,
         total: int,
         epochs: int,
         slots: int,
         split: str,
         out: TextIO | None = None,
     ) -> None:
-        self.trials, self.names, self.total, self.epochs, self.slots, self.split = (
-            trials,
-            names,
-            total,
-            epochs,
-            slots,
-            split,
-        )
+        """names: path -> column, of the searched settings. slots: trials at once."""
+        self.trials, self.names = trials, names
+        self.total, self.epochs, self.slots, self.split = total, epochs, slots, split
         self.out = out or sys.stdout
-        self.live: Any = None
+        self.live: Live | None = None
         self.running: dict[int, float] = {}
+        """Number of each running trial -> when it started (time.monotonic)."""
         self.began = time.monotonic()
         self.spent: list[float] = []
         """Wall-clock seconds of the trials that ended here."""
 
-    def __enter__(self) -> Table:
+    def __enter__(self) -> TrialTable:
         if self.out.isatty():
             from rich.console import Console
             from rich.live import Live
 
-            self.live = Live(
-                get_renderable=self.render,
-                console=Console(file=self.out),
-                refresh_per_second=2,
-                transient=False,
-            )
+            console = Console(file=self.out)
+            self.live = Live(get_renderable=self.render, console=console, refresh_per_second=2)
             self.live.start()
         return self
 
@@ -60,6 +59,7 @@ class Table:
             self.live.stop()
 
     def say(self, text: str) -> None:
+        """Print a line, above the live table where there is one."""
         if self.live is not None:
             self.live.console.print(text, highlight=False, markup=False)
         else:
@@ -70,107 +70,104 @@ class Table:
     def started(self, trial: Trial) -> None:
         self.running[trial.number] = time.monotonic()
         if self.live is None:
-            self.say(
-                f"{trial.label}  starts  {self.values(trial)}"
-                if not trial.history
-                else f"{trial.label}  goes on after epoch {trial.epoch}"
+            event = (
+                f"goes on after epoch {trial.epoch}"
+                if trial.history
+                else f"starts  {self._values(trial)}"
             )
+            self.say(f"{trial.label}  {event}")
 
-    def progressed(self, trial: Trial) -> None:
+    def progressed(self, trial: Trial, point: Mapping[str, float]) -> None:
         if self.live is None:
             self.say(
-                f"{trial.label}  epoch {trial.epoch}/{self.epochs}  top-1 {trial.history[-1]['score']:.2f} %  {self.best_words()}  {self.left_words()}"
+                f"{trial.label}  epoch {trial.epoch}/{self.epochs}  top-1 {point['score']:.2f} %  "
+                f"{self._best_text()}  {self._progress_text()}"
             )
 
-    def ended(self, trial: Trial, outcome: str) -> None:
+    def ended(self, trial: Trial, end: TrialEnd) -> None:
         since = self.running.pop(trial.number, None)
-        if since is not None and outcome != "interrupted":
+        if since is not None and end.outcome != "interrupted":
             self.spent.append(time.monotonic() - since)
-        if self.live is None or outcome == "failed":
+        if self.live is None or end.outcome == "failed":
             score = f"top-1 {trial.score:.2f} %" if trial.score is not None else ""
-            self.say(f"{trial.label}  {outcome}  {score}  {trial.reason}".rstrip())
+            self.say(f"{trial.label}  {end.outcome}  {score}  {trial.reason}".rstrip())
 
-    # --- words ---
+    # --- texts ---
 
-    def values(self, trial: Trial) -> str:
+    def _values(self, trial: Trial) -> str:
         from ftlib.tune.suggest import describe
 
-        return ("the recipe: " if trial.origin == "recipe" else "") + describe(
-            trial.values, self.names
-        )
+        prefix = "the recipe: " if trial.origin == "recipe" else ""
+        return prefix + describe(trial.values, self.names)
 
-    @property
-    def done(self) -> int:
-        return sum(bool(t.outcome) for t in self.trials.values())
+    def _best(self) -> Trial | None:
+        scored = [t for t in self.trials.values() if t.score is not None and t.outcome != "failed"]
+        return max(scored, key=lambda t: t.score or 0.0, default=None)
 
-    def best(self) -> Trial | None:
-        over = [t for t in self.trials.values() if t.score is not None and t.outcome != "failed"]
-        return max(over, key=lambda t: t.score or 0.0, default=None)
-
-    def best_words(self) -> str:
-        best = self.best()
+    def _best_text(self) -> str:
+        best = self._best()
         return "" if best is None else f"best {best.score:.2f} % ({best.label})"
 
     def seconds_left(self) -> float | None:
-        """From the mean time of the trials that are over, those running counted as half done; None before the first."""
+        """Estimated from the mean time per trial; a running one counts half. None before the first
+        trial has ended."""
         if not self.spent:
             return None
-        waiting = max(self.total - self.done - len(self.running), 0) + len(self.running) / 2
+        done = sum(bool(t.outcome) for t in self.trials.values())
+        waiting = max(self.total - done - len(self.running), 0) + len(self.running) / 2
         return waiting * sum(self.spent) / len(self.spent) / max(self.slots, 1)
 
-    def left_words(self) -> str:
+    def _progress_text(self) -> str:
+        done = sum(bool(t.outcome) for t in self.trials.values())
         left = self.seconds_left()
-        return f"{self.done} of {self.total} done" + (
-            "" if left is None else f", about {duration(left)} left"
-        )
+        remaining = "" if left is None else f", about {duration(left)} left"
+        return f"{done} of {self.total} done{remaining}"
 
-    def render(self) -> Any:
-        from rich.table import Table as Grid
+    def render(self) -> Table:
+        from rich.table import Table
 
-        grid = Grid(
-            title=f"{self.best_words() or 'no score yet'}   {self.left_words()}   {duration(time.monotonic() - self.began)} so far",
+        elapsed = duration(time.monotonic() - self.began)
+        table = Table(
+            title=f"{self._best_text() or 'no score yet'}   {self._progress_text()}   "
+            f"{elapsed} so far",
             title_justify="left",
             caption=f"top-1 in percent, of the {self.split} split",
             caption_justify="left",
         )
         for heading in ("trial", *self.names.values()):
-            grid.add_column(heading, no_wrap=True)
+            table.add_column(heading, no_wrap=True)
         for heading in ("epoch", "top-1", "best"):
-            grid.add_column(heading, justify="right")
-        grid.add_column("state")
+            table.add_column(heading, justify="right")
+        table.add_column("state")
         running = [self.trials[n] for n in sorted(self.running)]
-        over = sorted(
+        ended = sorted(
             (t for t in self.trials.values() if t.number not in self.running and t.outcome),
             key=lambda t: -(t.score if t.score is not None else -1.0),
         )
-        best = self.best()
-        for trial in [*running, *over][:ROWS]:
-            shown = [_short(trial.values.get(p, "-")) for p in self.names]
-            state = "running" if trial.number in self.running else trial.outcome
-            style = (
-                "bold green"
-                if trial is best
-                else ""
-                if trial.number in self.running
-                else "dim"
-                if trial.outcome != "completed"
-                else ""
-            )
-            grid.add_row(
-                trial.label
-                + (" recipe" if trial.origin == "recipe" and trial.seed is None else ""),
-                *shown,
-                f"{trial.epoch}/{self.epochs}",
-                f"{trial.history[-1]['score']:.2f}" if trial.history else "",
-                f"{trial.score:.2f}" if trial.score is not None else "",
-                state,
-                style=style,
-            )
-        if len(running) + len(over) > ROWS:
-            grid.add_row(
-                "...", *[""] * (len(self.names) + 3), f"{len(running) + len(over) - ROWS} more"
-            )
-        return grid
+        best = self._best()
+        for trial in [*running, *ended][:ROWS]:
+            table.add_row(*self._row(trial), style=self._style(trial, best))
+        if (hidden := len(running) + len(ended) - ROWS) > 0:
+            table.add_row("...", *[""] * (len(self.names) + 3), f"{hidden} more")
+        return table
+
+    def _row(self, trial: Trial) -> list[str]:
+        is_recipe = trial.origin == "recipe" and trial.seed is None
+        return [
+            trial.label + (" recipe" if is_recipe else ""),
+            *(_short(trial.values.get(p, "-")) for p in self.names),
+            f"{trial.epoch}/{self.epochs}",
+            f"{trial.history[-1]['score']:.2f}" if trial.history else "",
+            f"{trial.score:.2f}" if trial.score is not None else "",
+            "running" if trial.number in self.running else trial.outcome,
+        ]
+
+    def _style(self, trial: Trial, best: Trial | None) -> str:
+        if trial is best:
+            return "bold green"
+        if trial.number in self.running or trial.outcome == "completed":
+            return ""
+        return "dim"
 
 
 def _short(value: Any) -> str:

@@ -1,64 +1,99 @@
-"""Ray Tune, driven from the ledger: trials go in one by one, what happens to them comes out as calls on a listener.
+"""Ray Tune: runs trials in processes of their own and tells listeners what happens to them.
 
-Tune starts, watches, stops and retries the trials' processes and shares out the cluster. It does not remember anything: a restart is a new Tuner
-fed with what the ledger still has open. (Tuner.restore reruns trials that finished after its last snapshot, and unpickles what it finds.)
+Tune starts, watches, stops and retries the trials' processes and shares out the cluster. It keeps
+no state of ours: after a restart a new Tuner gets the trials that the store still has open.
+(`Tuner.restore` would rerun trials that finished after its last snapshot, and it unpickles files.)
+
+The first half runs in the driver (`execute`), the second half in the trial's process (`run_trial`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import logging
+import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import ray
 from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.search import Searcher
 
 from ftlib.paths import environment
 from ftlib.tune.asha import AsynchronousHalving
-from ftlib.tune.trial import Train, run_trial
+from ftlib.tune.train_trial import TrainTrial, TrialConfig, TrialStoppedError, epoch_point
 from ftlib.tune.trial_store import Trial
 
-_interrupt = threading.Event()
 WORKER_DEATHS = 2
-"""How often a trial whose process died (a lost node, the kernel's out-of-memory killer) is started again."""
+"""How often a trial is started again after its process died (lost node, out-of-memory killer)."""
+UNWIND_SECONDS = 60
+"""Time a stopped trial has to close its loader and its MLflow run before its process is killed.
+Tune's default of 2 s would also kill the next trial of that process."""
+
+_interrupt = threading.Event()
 
 
-class Listener(Protocol):
-    def started(self, number: int) -> None: ...
-    def progressed(self, number: int, point: dict[str, float]) -> None: ...
-    def ended(self, number: int, outcome: str, reason: str, result: dict[str, Any]) -> None:
-        """`outcome`: completed, pruned, failed, or interrupted when the sweep ends before the trial."""
+@dataclass(frozen=True)
+class TrialEnd:
+    """How a trial ended."""
+
+    outcome: str
+    """completed, pruned, failed; or interrupted, when the sweep ends before the trial."""
+    reason: str = ""
+    result: dict[str, Any] = field(default_factory=dict)
+    """What the training function returned; of a failed trial its traceback."""
+
+
+class TrialListener(Protocol):
+    """Gets each event of a trial exactly once, in the driver's thread."""
+
+    def started(self, trial: Trial) -> None: ...
+    def progressed(self, trial: Trial, point: dict[str, float]) -> None:
+        """`point`: epoch, seconds, score and the metrics of one epoch."""
+
+    def ended(self, trial: Trial, end: TrialEnd) -> None: ...
 
 
 def execute(
     next_trial: Callable[[], Trial | None],
-    config: Callable[[Trial], dict[str, Any]],
-    train: Train,
-    listener: Listener,
+    config: Callable[[Trial], TrialConfig],
+    train: TrainTrial,
+    listeners: Sequence[TrialListener],
     *,
     resources: Mapping[str, float],
     slots: int,
     halving: AsynchronousHalving | None = None,
     reuse: bool = True,
 ) -> bool:
-    """Run trials until `next_trial` gives None and all are over, `slots` at a time. False when a signal (Ctrl-C, SIGTERM) ended it early.
+    """Run trials until `next_trial` returns None and all have ended. Ray must be initialized.
 
-    Ray must be initialised. Each trial runs `train(config(trial), report)` in a process with `resources`; with `reuse` the process is kept for
-    the next trial, so that imports are paid once per slot. Exceptions of the listener end the run and are raised again.
+    Args:
+        config: what the trial's process gets; `train(config(trial), report)` runs there.
+        listeners: each is called in turn. An exception of one ends the sweep and is raised again.
+        resources: what Tune reserves for each trial.
+        slots: trials at once.
+        reuse: keep a process for the next trial, so that imports are paid once per slot.
+
+    Returns:
+        False when a signal (Ctrl-C, SIGTERM) or `interrupt` ended it early.
     """
     _interrupt.clear()
     work = tempfile.mkdtemp(prefix="ftlib-tune-")
-    watch = TuneCallback(listener, halving)
+    watch = TuneCallback(listeners, halving)
 
-    def function(config: dict[str, Any]) -> None:
+    def function(config: TrialConfig) -> None:
         run_trial(config, train)
 
     tuner = tune.Tuner(
@@ -69,8 +104,8 @@ def execute(
             search_alg=TrialSearcher(next_trial, config, watch),
             scheduler=halving,
             reuse_actors=reuse,
-            trial_name_creator=_name,
-            trial_dirname_creator=_name,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
         ),
         run_config=tune.RunConfig(
             name="tune",
@@ -95,133 +130,132 @@ def execute(
     return not _interrupt.is_set()
 
 
+def interrupt() -> None:
+    """End the running `execute` in order, as Ctrl-C does."""
+    _interrupt.set()
+
+
 def preload() -> None:
-    """Import what Tune imports when it starts, before any other thread runs. Tune looks for MLflow's callback whether it is used or not; two threads that
-    import mlflow at once (the other one delivers the tracking journal) end in a deadlock of Python's import locks."""
+    """Import what Tune imports when it starts. Call before any other thread runs.
+
+    Tune looks for MLflow's callback whether it is used or not. Two threads that import mlflow at
+    once (the other one delivers the tracking journal) deadlock on Python's import locks.
+    """
     with contextlib.suppress(ImportError):
         importlib.import_module("ray.air.integrations.mlflow")
 
 
-def _name(trial: Any) -> str:
+def _trial_name(trial: Any) -> str:
     return f"t{trial.config['number']:02d}"
 
 
 class TrialSearcher(Searcher):
-    """Hands Tune the next trial of the ledger."""
+    """Hands Tune the next trial of the trial store."""
 
     def __init__(
         self,
         next_trial: Callable[[], Trial | None],
-        config: Callable[[Trial], dict[str, Any]],
+        config: Callable[[Trial], TrialConfig],
         watch: TuneCallback,
     ):
         super().__init__(metric="score", mode="max")
         self.next_trial, self.config_of, self.watch = next_trial, config, watch
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune pickles its parts for a restore that is never done
+        return {}  # Tune pickles its parts for a restore, which we never do
 
     def suggest(self, trial_id: str) -> Any:
-        if self.watch.again:
-            return self.config_of(self.watch.again.pop(0))
+        if self.watch.requeued:
+            return self.config_of(self.watch.requeued.pop(0))
         if self.watch.error is not None or (trial := self.next_trial()) is None:
-            return (
-                None if self.watch.running else Searcher.FINISHED
-            )  # a running one may yet have to be given out again
+            # A running trial may have to be handed out again, so the search is not over yet.
+            return None if self.watch.running else Searcher.FINISHED
         self.watch.running[trial.number] = trial
         return self.config_of(trial)
 
     def on_trial_complete(
         self, trial_id: str, result: dict | None = None, error: bool = False
     ) -> None:
-        """The watch has seen it."""
+        """TuneCallback handles it."""
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to save: the ledger has it all. Tune asks at each snapshot."""
+        """Nothing to save: the trial store has it all. Tune calls this at each snapshot."""
 
     def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a sweep is restarted from its ledger")
+        raise NotImplementedError("a sweep is restarted from its trial store")
 
 
 class TuneCallback(tune.Callback):
-    """Tells the listener what Tune does, each trial's end exactly once."""
+    """Turns Tune's callbacks into events for the listeners, each trial's end exactly once."""
 
-    def __init__(self, listener: Listener, halving: AsynchronousHalving | None):
-        self.listener, self.halving = listener, halving
+    def __init__(self, listeners: Sequence[TrialListener], halving: AsynchronousHalving | None):
+        self.listeners, self.halving = listeners, halving
         self.running: dict[int, Trial] = {}
-        self.again: list[Trial] = []
+        """Trials handed to Tune that have not ended, by number."""
+        self.requeued: list[Trial] = []
+        """Trials that never began, because the process they were given to was still busy."""
         self.error: BaseException | None = None
+        """First error of a listener."""
         self.failed: set[str] = set()
-        """Tune's ids of the trials whose failure has been dealt with."""
+        """Tune's ids of the trials whose failure has been handled."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
-    @contextlib.contextmanager
-    def _kept(self) -> Iterator[None]:
-        """An error of the listener (a full disk) ends the sweep in order instead of breaking Tune's loop."""
+    def _notify(self, event: Callable[[TrialListener], None]) -> None:
+        """Call all listeners. An error (a full disk) ends the sweep in order, not Tune's loop."""
         try:
-            yield
+            for listener in self.listeners:
+                event(listener)
         except Exception as error:
             self.error = self.error or error
             _interrupt.set()
 
+    def _end(self, number: int, end: TrialEnd) -> None:
+        trial = self.running.pop(number, None)
+        if trial is not None:
+            self._notify(lambda listener: listener.ended(trial, end))
+
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        with self._kept():
-            self.listener.started(trial.config["number"])
+        if (started := self.running.get(trial.config["number"])) is not None:
+            self._notify(lambda listener: listener.started(started))
 
     def on_trial_result(
         self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
     ) -> None:
         number = trial.config["number"]
-        with self._kept():
-            if "ended" in result:
-                if self.running.pop(number, None) is not None:
-                    self.listener.ended(
-                        number,
-                        result["outcome"],
-                        result.get("reason", ""),
-                        dict(result["result"] or {}),
-                    )
-            elif "score" in result:
-                self.listener.progressed(
-                    number,
-                    {
-                        k: v
-                        for k, v in result.items()
-                        if isinstance(v, (int, float))
-                        and not isinstance(v, bool)
-                        and k not in _TUNES_OWN
-                    },
-                )
+        if "ended" in result:
+            self._end(
+                number,
+                TrialEnd(result["outcome"], result.get("reason", ""), dict(result["result"] or {})),
+            )
+        elif "score" in result and number in self.running:
+            point = {k: v for k, v in result.items() if _is_number(v) and k not in _TUNES_OWN}
+            running = self.running[number]
+            self._notify(lambda listener: listener.progressed(running, point))
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         number = trial.config["number"]
-        if self.running.pop(number, None) is None:
-            return
         epoch = self.halving.stopped.get(number) if self.halving else None
-        with self._kept():
-            if epoch is None:
-                self.listener.ended(number, "interrupted", "the sweep was stopped", {})
-            else:
-                self.listener.ended(
-                    number,
-                    "pruned",
-                    f"stopped after epoch {epoch}: not among the best {_share(self.halving)} there",
-                    {},
-                )
+        if self.halving is None or epoch is None:
+            self._end(number, TrialEnd("interrupted", "the sweep was stopped"))
+            return
+        share = f"1/{self.halving.reduction:g}"
+        reason = f"stopped after epoch {epoch}: not among the best {share} there"
+        self._end(number, TrialEnd("pruned", reason))
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self._failed(trial)
+        self._fail(trial)
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
-        # A process that could not be handed on to the next trial (it was still busy with the one before) is an error that Tune tells nobody.
+        # Tune reports no event when a process cannot be reused because its last trial is still
+        # unwinding; the trial only turns up with the status ERROR.
         if self.running:
             for trial in trials:
                 if trial.status == "ERROR" and trial.trial_id not in self.failed:
-                    self._failed(trial)
+                    self._fail(trial)
 
-    def _failed(self, trial: Any) -> None:
+    def _fail(self, trial: Any) -> None:
         number = trial.config["number"]
         if trial.trial_id in self.failed or number not in self.running:
             return
@@ -231,11 +265,13 @@ class TuneCallback(tune.Callback):
         except (OSError, TypeError):
             why = ""
         if "runner reuse" in why and "Failure #" in why and not trial.run_metadata.last_result:
-            self.again.append(self.running[number])  # it never began
+            self.requeued.append(self.running[number])
             return
-        del self.running[number]
-        with self._kept():
-            self.listener.ended(number, "failed", _died(why), {})
+        self._end(number, TrialEnd("failed", _death_reason(why)))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 _TUNES_OWN = {
@@ -249,18 +285,19 @@ _TUNES_OWN = {
     "checkpoint_dir_name",
     "done",
 }
+"""Numbers that Tune adds to each result."""
 
 
-def _share(halving: AsynchronousHalving | None) -> str:
-    return f"1/{halving._reduction_factor:g}" if halving else ""
-
-
-def _died(why: str) -> str:
-    """Why a trial's process is gone, in a line, from Tune's account of its failures."""
+def _death_reason(why: str) -> str:
+    """One line that says why a trial's process died, from Tune's error file."""
+    times = f"{WORKER_DEATHS + 1} times"
     if "OutOfMemory" in why or "out of memory" in why.lower():
-        return f"out of memory: its process was killed {WORKER_DEATHS + 1} times. Lower train.microbatch_size, or run fewer trials at once"
+        return (
+            f"out of memory: its process was killed {times}. "
+            "Lower train.microbatch_size, or run fewer trials at once"
+        )
     if "actor died" in why.lower() or "ActorDied" in why or "ActorUnavailable" in why:
-        return f"its process died {WORKER_DEATHS + 1} times (killed from outside, or out of memory)"
+        return f"its process died {times} (killed from outside, or out of memory)"
     lines = [line for line in why.strip().splitlines() if line.strip()]
     return lines[-1][:300] if lines else "its process died"
 
@@ -271,11 +308,6 @@ class _Interrupted(tune.Stopper):
 
     def stop_all(self) -> bool:
         return _interrupt.is_set()
-
-
-def interrupt() -> None:
-    """End the running `execute` in order, as Ctrl-C does."""
-    _interrupt.set()
 
 
 @contextlib.contextmanager
@@ -300,9 +332,9 @@ def _signals() -> Iterator[None]:
 
 
 _ENVIRONMENT = {
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours tells the listener
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard beside the ledger
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial's last report is its outcome and has no score
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours tells the listeners
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial's last report has no score
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # Tune's own snapshots are not used
     "TUNE_FORCE_TRIAL_CLEANUP_S": "10",
     "TUNE_WARN_THRESHOLD_S": "10",
@@ -314,7 +346,7 @@ _ENVIRONMENT = {
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Tune's and Train's own talk, which would run through the live table."""
+    """Silence the logs of Tune and Train, which would break the live table."""
     loggers = [logging.getLogger(name) for name in ("ray.tune", "ray.train", "ray.air")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -326,9 +358,18 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
+def placement_groups() -> set[str]:
+    """Ids of the placement groups that hold or await resources."""
+    groups = ray.util.placement_group_table().items()
+    return {identity for identity, about in groups if about["state"] != "REMOVED"}
+
+
 def remove_placement_groups(before: set[str]) -> int:
-    """Remove the placement groups that came up since `before` (ids) and are still there; how many. A nested trainer that was stopped while its
-    workers were starting leaves its reservation behind, and the cluster would wait for it for ever."""
+    """Remove the placement groups made since `before` (ids); returns how many there were.
+
+    A nested trainer that is stopped while its workers start leaves its reservation behind, and the
+    cluster would wait for it forever.
+    """
     from ray._raylet import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
@@ -338,8 +379,84 @@ def remove_placement_groups(before: set[str]) -> int:
     return len(left)
 
 
-def placement_groups() -> set[str]:
-    """Ids of the placement groups that hold or await resources."""
-    return {
-        i for i, about in ray.util.placement_group_table().items() if about["state"] != "REMOVED"
-    }
+# --- in the trial's process ------------------------------------------------------------------
+
+
+def run_trial(config: TrialConfig, train: TrainTrial) -> None:
+    """The Tune function: train, report each epoch, and report an outcome at the end.
+
+    A training that fails is a result of its trial; Tune retries only a process that died.
+    """
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(UNWIND_SECONDS)
+    began = last = time.monotonic()
+
+    def report(epoch: int, metrics: Mapping[str, float]) -> None:
+        nonlocal last
+        now = time.monotonic()
+        values = {k: float(v) for k, v in metrics.items()}
+        point = {**values, "epoch": int(epoch), "seconds": now - last}
+        last = now
+        try:
+            tune.report(point)
+        except SystemExit:  # how Tune ends this thread at its next report
+            raise TrialStoppedError(
+                "other trials score higher after as many epochs, or the sweep is ending"
+            ) from None
+
+    final: dict[str, Any]
+    try:
+        result = train(config, report)
+        wall = time.monotonic() - began
+        final = {"outcome": "completed", "result": {**result, "wall_seconds": wall}}
+    except TrialStoppedError:
+        sys.exit(0)
+    except Exception as error:
+        final = {
+            "outcome": "failed",
+            "reason": failure_reason(error),
+            "result": {"traceback": traceback.format_exc(limit=-20)},
+        }
+    free_memory()
+    tune.report({"ended": True, **final})
+
+
+def failure_reason(error: BaseException) -> str:
+    """One line that says why a trial failed."""
+    text = str(error).strip().splitlines()
+    kind = type(error).__name__
+    if kind == "OutOfMemoryError" or "out of memory" in str(error).lower():
+        kind = "out of memory"
+    return f"{kind}: {text[0][:300]}" if text else kind
+
+
+def free_memory() -> None:
+    """Free what a trial held: its process goes on with the next one."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+class TrainReportCallback(TuneReportCallback):
+    """For a trial that trains in workers of its own: passes rank 0's epochs on to Tune.
+
+    Made in the trial's process, called in the process of Ray Train's controller.
+    """
+
+    def __init__(self, split: str) -> None:
+        super().__init__()
+        self.split, self.last = split, time.time()
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        # An exception here would end the run for good. A missed epoch does not matter.
+        with contextlib.suppress(Exception):
+            values = metrics[0]
+            if f"{self.split}/top1" not in values:
+                return
+            now = time.time()
+            point = epoch_point(values, self.split)
+            epoch = {"epoch": int(values["epoch"]), "seconds": now - self.last}
+            self._training_actor_item_queue.put({**point, **epoch})
+            self.last = now

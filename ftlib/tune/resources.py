@@ -1,4 +1,4 @@
-"""How many trials run at once, and what each of them gets."""
+"""How many trials run at once, and what resources each of them gets."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from ftlib.config import Run
 from ftlib.launch.cluster import Capacity, Node, placement
 
 CPU_TRIALS = 4
-"""Trials at once on CPUs, unless it is said otherwise: more would learn less from each other, and each would take longer."""
+"""Default number of parallel trials on CPUs. More of them weaken TPE, which learns from trials that
+have ended, and each takes longer."""
 HEAD = {"node:__internal_head__": 0.001}
-"""Where the driver of a trial with its own workers runs: on the head node, which is no spot machine, without taking a CPU from the workers."""
+"""Reserved for a trial whose workers have processes of their own: a place on the head node, which
+is no spot instance, without taking a CPU from the workers."""
 
 
 @dataclass(frozen=True)
 class TrialResources:
+    """The share of the cluster that each trial gets."""
+
     slots: int
     """Trials at once."""
     each: dict[str, float]
@@ -23,15 +27,25 @@ class TrialResources:
     """One worker per trial, in the trial's own process."""
 
     @property
-    def resources(self) -> dict[str, float]:
+    def reserved(self) -> dict[str, float]:
         """What Tune reserves for a trial."""
         return dict(self.each) if self.local else dict(HEAD)
 
+    def __str__(self) -> str:
+        """Such as `2 at once with 4 CPUs and 1 GPU`."""
+        each = " and ".join(f"{v:g} {k}{'s' if v != 1 else ''}" for k, v in self.each.items())
+        per_worker = "" if self.local else " per worker"
+        return f"{self.slots} at once with {each}{per_worker}"
 
-def room(run: Run, capacity: Capacity, trials: int, parallel: int = 0) -> TrialResources:
-    """Room for `trials` trials of `run`; `parallel` limits how many run at once (0: as many as fit, four on CPUs).
 
-    Raises LaunchError when not even one fits, saying what is missing.
+NOTHING_TO_RUN = TrialResources(1, {}, True)
+
+
+def allocate(run: Run, capacity: Capacity, trials: int, parallel: int = 0) -> TrialResources:
+    """Share `capacity` out among `trials` trials of `run`.
+
+    parallel: limit of trials at once; 0 means as many as fit on GPUs, four on CPUs.
+    Raises LaunchError when not even one trial fits, saying what is missing.
     """
     one = placement(run.cluster, capacity)
     workers, nodes = one.high, capacity.reachable
@@ -40,7 +54,8 @@ def room(run: Run, capacity: Capacity, trials: int, parallel: int = 0) -> TrialR
         return TrialResources(slots, _each(one.gpus, one.cpus), workers == 1)
     cpus = run.cluster.cpus_per_worker or 1
     most = _fit(nodes, one.gpus, cpus) // workers
-    slots = max(1, min(most, parallel or (most if one.gpus else CPU_TRIALS), trials))
+    default = most if one.gpus else CPU_TRIALS
+    slots = max(1, min(most, parallel or default, trials))
     if not run.cluster.cpus_per_worker:
         while _fit(nodes, one.gpus, cpus + 1) // workers >= slots:
             cpus += 1
@@ -52,6 +67,11 @@ def _each(gpus: float, cpus: int) -> dict[str, float]:
 
 
 def _fit(nodes: tuple[Node, ...], gpus: float, cpus: int) -> int:
-    return sum(
-        int(min(n.cpus // cpus, (n.gpus + 1e-9) // gpus if gpus else n.cpus // cpus)) for n in nodes
-    )
+    """How many workers of that size the nodes hold."""
+
+    def on(node: Node) -> int:
+        by_cpu = node.cpus // cpus
+        by_gpu = (node.gpus + 1e-9) // gpus if gpus else by_cpu
+        return int(min(by_cpu, by_gpu))
+
+    return sum(on(node) for node in nodes)

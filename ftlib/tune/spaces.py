@@ -1,17 +1,21 @@
 """Spaces: which settings a sweep varies, and over which values.
 
-A space is a file of `tune_spaces/` with a dict `SPACE` from dotted paths into `Run` to Ray Tune domains (`tune.uniform`, `tune.choice` ...):
+A space is a file of `tune_spaces/` with a dict `SPACE` from dotted paths into `Run` to Ray Tune
+domains (`tune.uniform`, `tune.choice` ...):
 
     SPACE = {
         "model.dropout": tune.quniform(0, 0.1, 0.01),
-        "augment.crop_scale[0]": tune.uniform(0.08, 0.5),                    # one entry of a setting that is a list
+        "augment.crop_scale[0]": tune.uniform(0.08, 0.5),   # one entry of a tuple
         "augment.randaugment_n": tune.randint(0, 4),
-        "augment.randaugment_m": When(tune.uniform(1, 10), given=lambda v: v["augment.randaugment_n"] > 0, otherwise=0.0),
-        "augment.randaugment_p": 0.5,                                        # not searched, the same in every trial
+        "augment.randaugment_m": When(
+            tune.uniform(1, 10), given=lambda v: v["augment.randaugment_n"] > 0, otherwise=0.0
+        ),
+        "augment.randaugment_p": 0.5,                       # not searched, equal in every trial
     }
-    POINTS = [{"model.dropout": 0.02}]                                       # optional: tried first; what is left out is the recipe's
+    POINTS = [{"model.dropout": 0.02}]    # optional, tried first; what is missing is the recipe's
 
-Paths, types and bounds are checked when the file is loaded, values in combination when it is bound to a recipe.
+Paths, types and bounds are checked when the file is loaded, combinations of values when a sweep
+starts with a recipe.
 """
 
 from __future__ import annotations
@@ -34,10 +38,10 @@ from ftlib.paths import spaces_folder
 from ftlib.settings import ConfigError, Settings, checked, flat, hints, nearest, override
 
 KEEP = type("KEEP", (), {"__repr__": lambda self: "the recipe's value"})()
-"""`When(otherwise=KEEP)`: where the condition does not hold, the setting keeps the recipe's value."""
+"""`When(otherwise=KEEP)`: the recipe's value stays where the condition does not hold."""
 INDEXED = re.compile(r"(.+)\[(\d+)\]")
 
-FOLLOWERS: tuple[tuple[str, Any, Callable[[Mapping[str, Any]], bool]], ...] = (
+DEPENDENTS: tuple[tuple[str, Any, Callable[[Mapping[str, Any]], bool]], ...] = (
     ("mix.off_epochs", 0, lambda v: not (v["mix.mixup_alpha"] or v["mix.cutmix_alpha"])),
     ("model.dropout_in", "both", lambda v: v["model.dropout"] == 0),
     ("augment.randaugment_m", 0.0, lambda v: v["augment.randaugment_n"] == 0),
@@ -47,15 +51,17 @@ FOLLOWERS: tuple[tuple[str, Any, Callable[[Mapping[str, Any]], bool]], ...] = (
         lambda v: v["augment.randaugment_n"] == 0 and not v["augment.trivialaugment"],
     ),
 )
-"""(path, neutral value, when): settings that only qualify another one, and go back to neutral when a trial switches that one off. Without
-this a recipe that ends with two epochs without mixing could not be compared with one that never mixes."""
+"""(path, neutral value, when): settings that only qualify another one. They go back to neutral
+when a trial switches that one off. Otherwise a recipe that ends with two epochs without mixing
+could not be combined with a trial that never mixes."""
 
 
 @dataclass(frozen=True)
 class When:
-    """A setting that is only searched where `given(values so far)` holds; elsewhere it takes `otherwise`.
+    """A setting that is searched only where `given(values)` holds; elsewhere it is `otherwise`.
 
-    `given` sees the values of the settings above it in SPACE. What the search never tried is left out of its model too.
+    `given` sees the values of the settings above it in SPACE. Where the setting was not searched,
+    the search's model leaves it out too.
     """
 
     domain: Any
@@ -75,10 +81,13 @@ class Axis:
     step: float | None = None
     """Distance between two values, counted from `low`."""
     choices: tuple[Any, ...] = ()
-    given: Callable[[Mapping[str, Any]], bool] | None = field(default=None, compare=False)
-    otherwise: Any = field(default=KEEP, compare=False)
+    condition: Callable[[Mapping[str, Any]], bool] | None = field(default=None, compare=False)
+    """See `When.given`."""
+    default: Any = field(default=KEEP, compare=False)
+    """Value where the condition does not hold."""
 
     def holds(self, value: Any) -> bool:
+        """Whether the search could draw `value`."""
         if self.kind == "choice":
             return value in self.choices
         return (
@@ -101,7 +110,10 @@ class Axis:
         )
 
     def grid(self, points: int) -> list[Any]:
-        """All choices, or at most `points` values evenly (in the logarithm, where `log`) between the ends, both included."""
+        """All choices, or at most `points` values spread evenly over the range, ends included.
+
+        With `log` they are even in the logarithm.
+        """
         if self.kind == "choice":
             return list(self.choices)
         if self.kind == "int" or self.step:
@@ -136,7 +148,7 @@ class Axis:
                 + (f" in steps of {self.step:g}" if self.step else "")
                 + (", logarithmic" if self.log else "")
             )
-        return text + (f", or {self.otherwise} by a condition" if self.given else "")
+        return text + (f", or {self.default} by a condition" if self.condition else "")
 
 
 @dataclass(frozen=True)
@@ -158,7 +170,7 @@ class Space:
         return next(a for a in self.axes if a.path == path)
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------------------
+# --- loading ---------------------------------------------------------------------------------
 
 
 def available() -> list[str]:
@@ -166,12 +178,16 @@ def available() -> list[str]:
 
 
 def load(name: str) -> Space:
-    """The space `name` of tune_spaces/, or a path to a file of that form. Raises ConfigError with the nearest name or what is wrong in it."""
+    """The space `name` of tune_spaces/, or a path to such a file.
+
+    Raises ConfigError with the nearest name, or with what is wrong in the file.
+    """
     path = Path(name) if name.endswith(".py") else spaces_folder() / f"{name}.py"
     if not path.is_file():
         near = nearest(name, available()) if not name.endswith(".py") else ""
         raise ConfigError(
-            f"unknown space {name}.{near} There are: {', '.join(available())}. A path to a .py file works too"
+            f"unknown space {name}.{near} There are: {', '.join(available())}. "
+            "A path to a .py file works too"
         )
     spec = importlib.util.spec_from_file_location(f"tune_spaces.{path.stem}", path)
     assert spec and spec.loader
@@ -196,7 +212,8 @@ def build(name: str, space: Mapping[str, Any], points: Any = (), purpose: str = 
         if not _is_domain(inner):
             if condition:
                 raise ConfigError(
-                    f"{path}: When needs a Ray Tune domain such as tune.uniform(0, 1), not {inner!r}"
+                    f"{path}: When needs a Ray Tune domain such as tune.uniform(0, 1), "
+                    f"not {inner!r}"
                 )
             constants[path] = checked(path, inner, hint) if not _is_union(hint) else inner
             continue
@@ -210,17 +227,19 @@ def build(name: str, space: Mapping[str, Any], points: Any = (), purpose: str = 
         axes.append(axis)
     if not axes:
         raise ConfigError(
-            f"space {name}: it varies nothing. Give at least one path a range, such as tune.uniform(0, 0.1)"
+            f"space {name}: it varies nothing. Give at least one path a range, such as "
+            "tune.uniform(0, 0.1)"
         )
     known = [a.path for a in axes]
     for point in points:
         for path in point:
             if path not in known:
                 raise ConfigError(
-                    f"space {name}: POINTS has {path}, which SPACE does not vary.{nearest(path, known)}"
+                    f"space {name}: POINTS has {path}, which SPACE does not vary."
+                    f"{nearest(path, known)}"
                 )
             axis = next(a for a in axes if a.path == path)
-            if not axis.holds(point[path]) and point[path] != axis.otherwise:
+            if not axis.holds(point[path]) and point[path] != axis.default:
                 raise ConfigError(
                     f"space {name}: POINTS has {path} = {point[path]!r}, outside its range ({axis})"
                 )
@@ -228,7 +247,7 @@ def build(name: str, space: Mapping[str, Any], points: Any = (), purpose: str = 
 
 
 def known_paths(cls: type = Run, prefix: str = "") -> dict[str, Any]:
-    """Dotted path -> type of every setting there can be, those of all members of a union included."""
+    """Dotted path -> type of every setting there can be, with those of all kinds of a union."""
     found: dict[str, Any] = {}
     for name, hint in hints(cls).items():
         path = f"{prefix}{name}"
@@ -255,9 +274,8 @@ def _hint(path: str) -> Any:
     if match:
         kinds = get_args(hint) if get_origin(hint) is tuple else ()
         if not kinds or int(match[2]) >= len(kinds):
-            raise ConfigError(
-                f"{path}: {match[1]} has {f'{len(kinds)} entries, counted from 0' if kinds else 'one value, no list'}"
-            )
+            has = f"{len(kinds)} entries, counted from 0" if kinds else "one value, no list"
+            raise ConfigError(f"{path}: {match[1]} has {has}")
         return kinds[int(match[2])]
     return hint
 
@@ -282,9 +300,9 @@ def _is_domain(value: Any) -> bool:
 def _axis(path: str, domain: Any, condition: When | None) -> Axis:
     from ray.tune.search import sample
 
-    extra: dict[str, Any] = (
-        {"given": condition.given, "otherwise": condition.otherwise} if condition else {}
-    )
+    extra: dict[str, Any] = {}
+    if condition:
+        extra = {"condition": condition.given, "default": condition.otherwise}
     if isinstance(domain, dict):
         return Axis(path, "choice", choices=tuple(domain["grid_search"]), **extra)
     if isinstance(domain, sample.Categorical):
@@ -295,27 +313,32 @@ def _axis(path: str, domain: Any, condition: When | None) -> Axis:
         step, sampler = float(sampler.q), sampler.get_sampler()
     if not isinstance(sampler, (sample.Uniform, sample.LogUniform)):
         raise ConfigError(
-            f"{path}: a space takes uniform, loguniform, quniform, randint, lograndint, qrandint and choice. For a value that depends on others use When"
+            f"{path}: a space takes uniform, loguniform, quniform, randint, lograndint, qrandint "
+            "and choice. For a value that depends on others use When"
         )
     whole = isinstance(domain, sample.Integer)
     log = isinstance(sampler, sample.LogUniform)
-    high = float(domain.upper) - (
-        1 if whole and step is None else 0
-    )  # randint leaves its upper end out, qrandint does not
+    # randint leaves its upper end out, qrandint does not
+    high = float(domain.upper) - (1 if whole and step is None else 0)
     if whole and step == 1:
         step = None
     if log and step:
         raise ConfigError(
-            f"{path}: a logarithmic range in steps is not supported. Use tune.choice for the values, or leave the steps out"
+            f"{path}: a logarithmic range in steps is not supported. Use tune.choice for the "
+            "values, or leave the steps out"
         )
-    return Axis(path, "int" if whole else "float", float(domain.lower), high, log, step, **extra)
+    kind: Literal["int", "float"] = "int" if whole else "float"
+    return Axis(path, kind, low=float(domain.lower), high=high, log=log, step=step, **extra)
 
 
-# --- values -----------------------------------------------------------------------------------------------------------------------
+# --- values ----------------------------------------------------------------------------------
 
 
 def own_values(space: Space, run: Run) -> dict[str, Any]:
-    """The recipe's own values of the searched settings, those it has (a schedule without warm-up has no warm-up)."""
+    """The recipe's own values of the searched settings, of those that it has.
+
+    OneCycle, for example, has no `schedule.warmup_epochs`.
+    """
     values = flat(run)
     own: dict[str, Any] = {}
     for axis in space.axes:
@@ -328,27 +351,27 @@ def own_values(space: Space, run: Run) -> dict[str, Any]:
 
 
 def choose(space: Space, pick: Callable[[Axis], Any]) -> dict[str, Any]:
-    """Values for all axes, `pick` asked only for those whose condition holds."""
+    """Values for all axes. `pick` is called only for those whose condition holds."""
     values: dict[str, Any] = {}
     for axis in space.axes:
-        if axis.given is None or axis.given(values):
+        if axis.condition is None or axis.condition(values):
             values[axis.path] = pick(axis)
-        elif axis.otherwise is not KEEP:
-            values[axis.path] = axis.otherwise
+        elif axis.default is not KEEP:
+            values[axis.path] = axis.default
     return values
 
 
 def searched(space: Space, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `values` that were the search's to choose: on an axis whose condition holds."""
+    """Those of `values` that the search chose: on axes whose condition holds."""
     return {
         a.path: values[a.path]
         for a in space.axes
-        if a.path in values and (a.given is None or a.given(values))
+        if a.path in values and (a.condition is None or a.condition(values))
     }
 
 
 def grid(space: Space, points: int) -> Iterator[dict[str, Any]]:
-    """Every combination once, conditions applied."""
+    """Every combination once, with the conditions applied."""
     seen = set()
     for combination in itertools.product(*(a.grid(points) for a in space.axes)):
         picked = dict(zip((a.path for a in space.axes), combination))
@@ -363,8 +386,11 @@ def _picked(values: Mapping[str, Any], axis: Axis) -> Any:
 
 
 def apply(run: Run, values: Mapping[str, Any]) -> Run:
-    """`run` with `values` at their paths (`path[i]` for one entry of a list). A part that already is of the wanted kind
-    keeps its settings; what only qualifies a part that is switched off goes back to neutral (FOLLOWERS)."""
+    """`run` with `values` at their paths; `path[i]` is one entry of a tuple.
+
+    A member of a union that already is of the wanted kind keeps its settings. Settings that only
+    qualify a part which is switched off go back to neutral (DEPENDENTS).
+    """
     current = flat(run)
     changes: dict[str, Any] = {}
     for path, value in values.items():
@@ -378,14 +404,17 @@ def apply(run: Run, values: Mapping[str, Any]) -> Run:
     if changes:
         changes |= {
             p: neutral
-            for p, neutral, idle in FOLLOWERS
+            for p, neutral, idle in DEPENDENTS
             if p not in values and resulting[p] != neutral and idle(resulting)
         }
     return override(run, changes)
 
 
 def check(space: Space, run: Run, samples: int = 200, seed: int = 0) -> None:
-    """Values in combination: every point and `samples` random draws must make a legal run. Raises ConfigError with an example."""
+    """Every point and `samples` random draws must give a legal run.
+
+    Raises ConfigError with an example of one that does not.
+    """
     rng = np.random.default_rng(seed)
     own = own_values(space, run)
     tried = [(f"the point {dict(p)}", {**own, **p}) for p in space.points]
@@ -397,12 +426,13 @@ def check(space: Space, run: Run, samples: int = 200, seed: int = 0) -> None:
             apply(run, {**space.constants, **values})
         except ConfigError as error:
             raise ConfigError(
-                f"space {space.name} asks for impossible values with this recipe. {error}.\nTried: {what}"
+                f"space {space.name} asks for impossible values with this recipe. {error}.\n"
+                f"Tried: {what}"
             ) from None
 
 
 def short_names(space: Space) -> dict[str, str]:
-    """Path -> its last part, the whole path where two would be called the same."""
+    """Path -> its last part, or the whole path where two last parts are equal."""
     last = {a.path: a.path.split(".")[-1] for a in space.axes}
     names = list(last.values())
     return {p: n if names.count(n) == 1 else p for p, n in last.items()}

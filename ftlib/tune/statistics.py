@@ -1,10 +1,15 @@
-"""Is one recipe better than another? A paired bootstrap over images and seeds, and Holm's correction for several comparisons.
+"""Whether one recipe is better than another: a paired bootstrap over images and seeds, and Holm's
+correction.
 
-Runs of the same seed are paired, and so are their answers to the same validation image: what both get wrong says nothing about their difference.
-The bootstrap has two sources of chance, the images (would other images tell the same story?) and the seeds (would another run?), and adds them up
-as the crossed random effects they are (Owen 2007, The pigeonhole bootstrap). A handful of seeds resampled as they are understates their spread: with
-five, a difference is "found" in up to a tenth of the cases where there is none. Their part is therefore widened by sqrt(S / (S-1)), the bias of a variance
-of S values, and each draw divided by sqrt(chi2(S-1) / (S-1)), which makes of the bootstrap's normal distribution Student's t with S-1 degrees of freedom.
+Runs of the same seed are paired, and so are their predictions for the same validation image: an
+image that both get wrong says nothing about their difference. The bootstrap has two sources of
+variation, the images (would other images show the same?) and the seeds (would other runs?), and
+adds them up as crossed random effects (Owen 2007, The pigeonhole bootstrap).
+
+Resampling a handful of seeds understates their spread: with five, a difference is found in up to a
+tenth of the cases where there is none. The seeds' part is therefore widened by sqrt(S / (S-1)), the
+bias of a variance of S values, and each draw is divided by sqrt(chi2(S-1) / (S-1)), which turns the
+bootstrap's normal distribution into Student's t with S-1 degrees of freedom.
 """
 
 from __future__ import annotations
@@ -34,11 +39,14 @@ class Difference:
     se_images: float
     """Standard error from the choice of images, in points."""
     se_seeds: float
-    """Standard error from the choice of seeds, in points; NaN with one seed, when nothing can be said about it."""
+    """Standard error from the choice of seeds, in points; NaN with one seed."""
     coverage: float = 0.95
 
     def __str__(self) -> str:
-        return f"{self.points:+.2f} points, {100 * self.coverage:g} % interval {self.low:+.2f} to {self.high:+.2f}, p = {self.p_better:.3g}"
+        return (
+            f"{self.points:+.2f} points, {100 * self.coverage:g} % interval {self.low:+.2f} to "
+            f"{self.high:+.2f}, p = {self.p_better:.3g}"
+        )
 
 
 def paired_difference(
@@ -49,21 +57,24 @@ def paired_difference(
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> Difference:
-    """Difference of two correctness matrices bool[seeds, images] whose rows and columns belong together.
+    """Difference of two correctness matrices bool[seeds, images], paired by row and column.
 
-    With one row the interval covers the choice of images only. Raises ValueError on shapes that cannot be paired.
+    With one row the interval covers the choice of images only. Raises ValueError where the shapes
+    differ.
     """
     a, b = np.atleast_2d(np.asarray(a)), np.atleast_2d(np.asarray(b))
     if a.shape != b.shape or a.ndim != 2 or 0 in a.shape:
         raise ValueError(
-            f"cannot pair answers of shape {a.shape} with {b.shape}: both need the same seeds and the same images"
+            f"cannot pair predictions of shape {a.shape} with {b.shape}: both need the same seeds "
+            "and the same images"
         )
     d = a.astype(np.int8) - b.astype(np.int8)
     seeds, images = d.shape
     rng = np.random.default_rng(seed)
     mean = float(d.mean())
 
-    # Images: the sum over seeds takes at most 2S+1 values, so a resample of 50,000 images is one multinomial draw of their counts.
+    # Images: the sum over seeds takes at most 2S+1 values, so a resample of 50,000 images is one
+    # multinomial draw of their counts.
     values, counts = np.unique(d.sum(axis=0, dtype=np.int64), return_counts=True)
     drawn = rng.multinomial(images, counts / images, size=replicates) @ values / (images * seeds)
     image_part = drawn - mean
@@ -71,7 +82,8 @@ def paired_difference(
     se_seeds = float("nan")
     if seeds > 1:
         of_seed = d.mean(axis=1) - mean
-        # The chance of single answers (a seed's on an image) is in both parts, so it is taken out of the images' part: counted once.
+        # The variation of single predictions (one seed, one image) is in both parts. It is taken
+        # out of the images' part, so that it counts once.
         residual = d - d.mean(axis=1, keepdims=True) - d.mean(axis=0, keepdims=True) + mean
         single = float((residual**2).sum() / ((seeds - 1) * max(images - 1, 1))) / (seeds * images)
         image_part *= np.sqrt(max(0.0, 1 - single / max(float(image_part.var()), 1e-300)))
@@ -84,7 +96,8 @@ def paired_difference(
         )
     centred = image_part + seed_part
     tail = (1 - coverage) / 2
-    # The basic (reflected) interval: what lies beyond the estimate on one side says how far the truth may lie on the other.
+    # The basic (reflected) interval: the bootstrap's spread above the estimate says how far the
+    # truth may lie below it.
     low, high = mean - np.quantile(centred, [1 - tail, tail])
     return Difference(
         points=100 * mean,
@@ -101,7 +114,10 @@ def paired_difference(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values (Holm 1979, step-down): rejecting those below alpha keeps the chance of any false rejection at alpha."""
+    """Adjusted p-values (Holm 1979, step-down).
+
+    Rejecting those below alpha keeps the chance of any false rejection at alpha.
+    """
     order = np.argsort(p_values, kind="stable")
     adjusted = np.empty(len(p_values))
     largest = 0.0

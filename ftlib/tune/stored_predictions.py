@@ -1,4 +1,5 @@
-"""Which validation images a finished run got right: read from its folder, or worked out once from its best model and kept there."""
+"""Which validation images a finished run classified correctly: read from its folder, or computed
+once from its best model and kept there."""
 
 from __future__ import annotations
 
@@ -6,40 +7,50 @@ import contextlib
 import io
 import zipfile
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ftlib.storage import DamagedError, folders, join, read_file, read_json, write_file
 
+if TYPE_CHECKING:
+    from ftlib.training.evaluate import Predictions
+
+FILE = "predictions.npz"
+
 
 class ComparisonError(ValueError):
-    """Runs that cannot be compared; the message says why and what to do."""
+    """Runs that cannot be compared. The message says why and what to do."""
 
 
 @dataclass(frozen=True)
 class StoredPredictions:
-    """Answers of a run's best model on the validation images, in the order of their rows."""
+    """Predictions of a run's best model on the validation images, ordered by row."""
 
     rows: np.ndarray
     """int64[n]: rows of the validation split."""
     labels: np.ndarray
-    """int64[n]: right answers."""
+    """int64[n]: true classes."""
     correct: np.ndarray
-    """bool[n]: whether the first answer was right."""
+    """bool[n]: whether the class with the highest score was the true one."""
 
     @property
     def top1(self) -> float:
+        """In percent."""
         return 100 * float(self.correct.mean())
 
 
-def answers(run_dir: str) -> StoredPredictions:
-    """The run's answers on the whole validation split. Raises ComparisonError when there is no finished run with a model there."""
-    if (stored := stored_answers(run_dir)) is not None:
+def predictions(run_dir: str) -> StoredPredictions:
+    """The run's predictions on the whole validation split, computed and kept if need be.
+
+    Raises ComparisonError when `run_dir` holds no finished run with a model.
+    """
+    if (stored := stored_predictions(run_dir)) is not None:
         return stored
     if (read_json(join(run_dir, "result.json")) or {}).get("status") != "completed":
         raise ComparisonError(
-            f"{run_dir}: there is no finished run. Let it finish (the same command goes on with it), or name another one"
+            f"{run_dir}: there is no finished run. Let it finish (the same command goes on with "
+            "it), or name another one"
         )
     found = _predict(run_dir)
     packed = io.BytesIO()
@@ -51,19 +62,19 @@ def answers(run_dir: str) -> StoredPredictions:
         logits=found.logits.astype(np.float16),
         split="val",
     )
-    write_file(join(run_dir, "predictions.npz"), packed.getvalue())
-    return _sorted(found.rows, found.labels, found.correct)
+    write_file(join(run_dir, FILE), packed.getvalue())
+    return _by_row(found.rows, found.labels, found.correct)
 
 
-def stored_answers(run_dir: str) -> StoredPredictions | None:
-    """What an earlier evaluation left, or None. Answers on other images than the validation split's (a tuning split's) do not count."""
+def stored_predictions(run_dir: str) -> StoredPredictions | None:
+    """Validation predictions that an earlier evaluation left, or None (also for a damaged file).
+
+    Those of a tuning split do not count.
+    """
     run = (read_json(join(run_dir, "run.json")) or {}).get("run", {})
     own_split = "tuning" if run.get("data", {}).get("tuning_fraction") else "val"
     best = sorted(folders(join(run_dir, "best")), reverse=True)
-    for uri in (
-        join(run_dir, "predictions.npz"),
-        *(join(run_dir, "best", b, "predictions.npz") for b in best[:1]),
-    ):
+    for uri in (join(run_dir, FILE), *(join(run_dir, "best", b, FILE) for b in best[:1])):
         data = read_file(uri)
         if data is None:
             continue
@@ -71,26 +82,26 @@ def stored_answers(run_dir: str) -> StoredPredictions | None:
             contextlib.suppress(ValueError, OSError, KeyError, zipfile.BadZipFile),
             np.load(io.BytesIO(data), allow_pickle=False) as file,
         ):
-            correct = (
-                file["correct"]
-                if "correct" in file
-                else file["top1"]
-                if "top1" in file
-                else file["logits"].argmax(1) == file["labels"]
-            )
             if (str(file["split"]) if "split" in file else own_split) == "val":
-                return _sorted(file["rows"], file["labels"], correct)
+                return _by_row(file["rows"], file["labels"], _correct(file))
     return None
 
 
-def _sorted(rows: np.ndarray, labels: np.ndarray, correct: np.ndarray) -> StoredPredictions:
+def _correct(file: np.lib.npyio.NpzFile) -> np.ndarray:
+    for name in ("correct", "top1"):
+        if name in file:
+            return file[name]
+    return file["logits"].argmax(1) == file["labels"]
+
+
+def _by_row(rows: np.ndarray, labels: np.ndarray, correct: np.ndarray) -> StoredPredictions:
     order = np.argsort(rows, kind="stable")
     return StoredPredictions(
         rows[order].astype(np.int64), labels[order].astype(np.int64), correct[order].astype(bool)
     )
 
 
-def _predict(run_dir: str) -> Any:
+def _predict(run_dir: str) -> Predictions:
     import torch
 
     from ftlib.config import Run
@@ -109,14 +120,13 @@ def _predict(run_dir: str) -> Any:
     split = Dataset.open(about["data"]["path"]).split("val")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = np.arange(len(split), dtype=np.int64)
-    with contextlib.closing(
-        eval_batches(
-            split,
-            rows,
-            run.eval_size,
-            run.evaluate.crop,
-            run.evaluate.batch_size,
-            max(run.data.loader_workers, 0),
-        )
-    ) as batches:
+    batches = eval_batches(
+        split,
+        rows,
+        run.eval_size,
+        run.evaluate.crop,
+        run.evaluate.batch_size,
+        max(run.data.loader_workers, 0),
+    )
+    with contextlib.closing(batches):
         return predict(loaded.model.to(device), batches, device, run.data.mean, run.data.std)

@@ -1,6 +1,8 @@
-"""What to try next: a pure function of the space, the seed and the trials so far, so that a restarted sweep asks what it would have asked.
+"""What to try next: a pure function of the space, the seed and the trials so far, so that a
+restarted sweep proposes what it would have proposed without the restart.
 
-Trial 0 is the recipe's own values, then the space's POINTS, then the search: `tpe` (Bergstra et al. 2011, in Optuna), `random` or `grid`.
+Trial 0 has the recipe's own values. Then come the space's POINTS, then the search: `tpe` (Bergstra
+et al. 2011, in Optuna), `random` or `grid`.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def study(space: Space, trials: Sequence[Trial], sampler: Any = None) -> Any:
 
 
 def frozen(space: Space, trial: Trial) -> Any | None:
-    """The trial as Optuna's; None where a value lies outside its axis, as the recipe's own may."""
+    """The trial as Optuna's. None where a value lies outside its axis, as the recipe's own may."""
     import optuna
 
     states = {
@@ -110,9 +112,9 @@ def distribution(axis: Axis) -> Any:
 
 def encode(value: Any) -> Any:
     """Optuna takes plain values only: a list becomes its JSON."""
-    return (
-        value if isinstance(value, (str, bool, int, float)) or value is None else json.dumps(value)
-    )
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    return json.dumps(value)
 
 
 def _tpe(number: int, space: Space, trials: Sequence[Trial], seed: int) -> dict[str, Any]:
@@ -120,7 +122,8 @@ def _tpe(number: int, space: Space, trials: Sequence[Trial], seed: int) -> dict[
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        # group: settings under a condition get a model of their own; constant_liar: what is running now is not asked for again.
+        # group: settings under a condition get a model of their own.
+        # constant_liar: values that are running now are not proposed again.
         sampler = optuna.samplers.TPESampler(
             seed=int(np.random.default_rng([seed, number]).integers(2**31)),
             multivariate=True,
@@ -149,9 +152,9 @@ def _tpe(number: int, space: Space, trials: Sequence[Trial], seed: int) -> dict[
 
 def describe(values: Mapping[str, Any], names: Mapping[str, str] | None = None) -> str:
     """`dropout 0.02, mixup_alpha 0.4`."""
-    return ", ".join(
-        f"{(names or {}).get(p, p.split('.')[-1])} {v:.3g}"
-        if isinstance(v, float)
-        else f"{(names or {}).get(p, p.split('.')[-1])} {v}"
-        for p, v in values.items()
-    )
+
+    def text(path: str, value: Any) -> str:
+        name = (names or {}).get(path, path.split(".")[-1])
+        return f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+
+    return ", ".join(text(path, value) for path, value in values.items())

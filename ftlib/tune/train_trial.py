@@ -1,18 +1,23 @@
-"""What connects a sweep with `launch`: checking the recipe once, and training one trial or confirmation run."""
+"""Trains one trial or confirmation run through `launch`, and checks the recipe once before.
+
+Imports no Ray: `launch` and Ray Tune come in when a trial starts.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from ftlib.config import Gates, Run
 from ftlib.settings import from_dict, override
 from ftlib.storage import join, read_json
-from ftlib.tune.trial import Report, point
+
+if TYPE_CHECKING:
+    from ftlib.track.tracked_run import TrackedRun, TrackerHandle
 
 ABBREVIATIONS = {
     "dropout": "do",
@@ -32,24 +37,79 @@ ABBREVIATIONS = {
     "warmup_epochs": "wu",
 }
 TITLE_LENGTH = 30
-"""MLflow's table shows the first 22 or so characters of a run's name."""
+"""MLflow's table shows about the first 22 characters of a run's name."""
+EPOCH_METRICS = ("loss", "top1", "top5")
+"""Metrics of an epoch that the trial store keeps, of the scored split and of training."""
+
+
+class TrialStoppedError(Exception):
+    """Raised by `report` inside a trial's training when the trial shall end now."""
+
+
+Report = Callable[[int, Mapping[str, float]], None]
+"""report(epoch, metrics with `score`): gives an epoch to the search. Raises TrialStoppedError."""
+
+
+class TrialConfig(TypedDict):
+    """What a trial's process gets; plain values."""
+
+    number: int
+    name: str
+    """t03; of a confirmation run `t18 s42`."""
+    run: dict[str, Any]
+    """The whole recipe, as JSON."""
+    title: str
+    """Name of the run in MLflow."""
+    params: dict[str, Any]
+    """The searched settings, as MLflow parameters."""
+    tags: dict[str, str]
+    """More MLflow tags."""
+
+
+class TrialResult(TypedDict):
+    """What a finished trial returns; plain values."""
+
+    score: float
+    """Best top-1 of the scored split, in percent."""
+    run_dir: str
+    best_dir: str
+    mlflow_run_id: str
+    metrics: dict[str, float]
+    history: list[dict[str, float]]
+    """An entry per epoch, as the trial store keeps it."""
+    found: bool
+    """The run had finished in an earlier start; nothing was trained."""
+
+
+class TrainTrial(Protocol):
+    """Trains a trial: `train_run` with its context bound, or a stand-in in tests."""
+
+    def __call__(self, config: TrialConfig, report: Report) -> TrialResult: ...
+
+
+def epoch_point(metrics: Mapping[str, float], split: str) -> dict[str, float]:
+    """The part of an epoch's metrics that the trial store keeps, with `score`."""
+    names = [f"{part}/{name}" for part in (split, "train") for name in EPOCH_METRICS]
+    kept = {name: metrics[name] for name in names if name in metrics}
+    return {"score": metrics[f"{split}/top1"], **kept}
 
 
 @dataclass(frozen=True)
 class SweepInputs:
-    """What all runs of a sweep share."""
+    """Data and starting weights, the same for all trials of a sweep."""
 
     data_name: str
     data_digest: str
     init_uri: str
     """Where the starting weights lie; empty for scratch and imagenet."""
     init_sha256: str
-    start_top1: float | None
-    workers: int
 
 
 def check(run: Run) -> SweepInputs:
-    """Everything about the recipe that can be known to be wrong, before Ray starts. Raises ConfigError, DataError or LaunchError."""
+    """Find everything wrong with the recipe that can be known before Ray starts.
+
+    Raises ConfigError, DataError or LaunchError.
+    """
     from ftlib.launch.launch import prepare
 
     ready = prepare(replace(run, name=""))
@@ -59,16 +119,17 @@ def check(run: Run) -> SweepInputs:
         ready.dataset.digest,
         source.uri if source else "",
         source.sha256 if source else "",
-        source.top1 if source else None,
-        run.cluster.high,
     )
 
 
-def variant(
-    run: Run, root: str, basis: SweepInputs, resources: Mapping[str, float], *, name: str = ""
+def trial_recipe(
+    run: Run, root: str, inputs: SweepInputs, resources: Mapping[str, float], *, name: str
 ) -> Run:
-    """`run` as one of many: kept below `root`, from the very weights of `basis`, with its share of the cluster, and without what only a single
-    run needs (success criteria, packaged model, system metrics)."""
+    """`run` as a trial trains it: kept below `root`, with its share of the cluster.
+
+    It starts from the very weights of `inputs`, and goes without what only a run of its own needs:
+    success criteria, packaged model, system metrics.
+    """
     cpus = int(resources.get("CPU", 1)) or 1
     changes: dict[str, Any] = {
         "name": name,
@@ -79,8 +140,8 @@ def variant(
         "cluster.cpus_per_worker": cpus,
         "cluster.gpus_per_worker": resources.get("GPU", 0.0),
     }
-    if basis.init_uri:
-        changes["model.init_from"] = f"file:{basis.init_uri}"
+    if inputs.init_uri:
+        changes["model.init_from"] = f"file:{inputs.init_uri}"
     if run.data.loader_workers < 0:
         changes["data.loader_workers"] = max(cpus - 1, 0)
     return override(run, changes)
@@ -88,9 +149,9 @@ def variant(
 
 @dataclass(frozen=True)
 class TitledTracking:
-    """A tracking handle under which `launch` starts its run with a telling name and the swept settings as parameters."""
+    """A tracking handle that names the run of `launch` after the trial and its settings."""
 
-    handle: Any
+    handle: TrackerHandle
     title: str
     params: Mapping[str, Any]
 
@@ -102,11 +163,10 @@ class TitledTracking:
         params: Mapping[str, Any],
         parent: str | None = None,
         run_id: str | None = None,
-    ) -> Any:
-        # A run that goes on is no longer stopped for a reason.
+    ) -> TrackedRun:
         return self.handle.start_run(
             self.title,
-            tags={**tags, "reason": ""},
+            tags={**tags, "reason": ""},  # clears the reason of an earlier stop
             params={**params, **self.params},
             parent=parent,
             run_id=run_id,
@@ -115,10 +175,10 @@ class TitledTracking:
 
 @dataclass(frozen=True)
 class TrialContext:
-    """What all trials of a sweep get, beside their own settings. Picklable."""
+    """What all trials of a sweep get beside their own settings. Picklable."""
 
     split: str
-    """The scored split, whose top-1 is the score."""
+    """The scored split; its top-1 is the score."""
     local: bool
     """Train in the trial's own process; otherwise in workers of its own."""
     kind: str
@@ -126,51 +186,50 @@ class TrialContext:
     tags: Mapping[str, Any]
     parent: str
     """MLflow reference of the parent run."""
-    tracking: Any
-    """A tracking Handle."""
-    predictions: bool = False
-    """Also keep which validation images were answered right."""
+    tracking: TrackerHandle
+    keep_predictions: bool = False
+    """Also keep which validation images were classified correctly."""
 
 
-def train_run(shared: TrialContext, config: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Train `config["run"]` (JSON; also there: name, title, params) and return score, folders and history."""
+def train_run(context: TrialContext, config: TrialConfig, report: Report) -> TrialResult:
+    """Train `config["run"]` with `launch` and report each scored epoch."""
     from ftlib.launch.launch import launch
 
     run = from_dict(Run, config["run"])
-    split = shared.split
+    split = context.split
     callbacks: list[Any] = []
-    if not shared.local:
-        from ftlib.tune.bridge import TrainReportCallback
+    if not context.local:
+        from ftlib.tune.ray_tune import TrainReportCallback
 
-        callbacks = [TrainReportCallback(f"{split}/top1")]
+        callbacks = [TrainReportCallback(split)]
 
     def on_report(metrics: Mapping[str, float]) -> None:
         if f"{split}/top1" in metrics:
-            report(int(metrics["epoch"]), point(metrics, split))
+            report(int(metrics["epoch"]), epoch_point(metrics, split))
 
-    tracking: Any = TitledTracking(shared.tracking, config["title"], config["params"])
-    with train_within_tune() if shared.local else contextlib.nullcontext():
+    tracking: Any = TitledTracking(context.tracking, config["title"], config["params"])
+    with train_within_tune() if context.local else contextlib.nullcontext():
         outcome = launch(
             run,
-            local=shared.local,
-            kind=shared.kind,
-            tags={**shared.tags, "trial": config["name"], **config.get("tags", {})},
-            parent_run_id=shared.parent,
+            local=context.local,
+            kind=context.kind,
+            tags={**context.tags, "trial": config["name"], **config["tags"]},
+            parent_run_id=context.parent,
             tracking=tracking,
-            on_report=on_report if shared.local else None,
+            on_report=on_report if context.local else None,
             callbacks=callbacks,
             quiet=True,
         )
     stored = read_json(join(outcome.run_dir, "result.json")) or {}
     history = [
-        {**point(row, split), "epoch": row["epoch"], "seconds": seconds(row, split)}
+        {**epoch_point(row, split), "epoch": row["epoch"], "seconds": epoch_seconds(row, split)}
         for row in stored.get("history", [])
         if f"{split}/top1" in row
     ]
-    if shared.predictions:
-        from ftlib.tune.stored_predictions import answers
+    if context.keep_predictions:
+        from ftlib.tune.stored_predictions import predictions
 
-        answers(outcome.run_dir)
+        predictions(outcome.run_dir)
     return {
         "score": outcome.metrics[f"best/{split}_top1"],
         "run_dir": outcome.run_dir,
@@ -184,8 +243,11 @@ def train_run(shared: TrialContext, config: dict[str, Any], report: Report) -> d
 
 @contextlib.contextmanager
 def train_within_tune() -> Iterator[None]:
-    """Let Ray Train's local mode work in a Tune function. Train refuses every call there, to catch code written for Ray 2.6's joint API; in local mode
-    both are meant: Train carries the training out in this process, and Tune gets its epochs from `report`."""
+    """Let Ray Train's local mode work inside a Tune function.
+
+    Train refuses every call there, to catch code written for the joint API of Ray 2.6. In local
+    mode the call is meant: Train runs the loop in this process, and Tune gets epochs by `report`.
+    """
     from ray.tune.trainable import trainable_fn_utils
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
@@ -197,7 +259,8 @@ def train_within_tune() -> Iterator[None]:
         trainable_fn_utils._in_tune_session = known
 
 
-def seconds(row: Mapping[str, float], split: str) -> float:
+def epoch_seconds(row: Mapping[str, float], split: str) -> float:
+    """Seconds of an epoch's training and evaluation."""
     return row.get("train/epoch_s", 0.0) + row.get(f"{split}/seconds", 0.0)
 
 

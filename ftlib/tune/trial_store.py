@@ -1,16 +1,16 @@
-"""The ledger of a sweep: what was decided, tried and found, in small JSON files that survive any crash.
+"""The files of a sweep: what was decided, tried and found, in small JSON files.
 
-    <root>/<sweep>/sweep.json            what the sweep is: recipe, space, search; written once
-    <root>/<sweep>/trials/t03/trial.json the trial's values, its score epoch by epoch, and its outcome once it is over
+    <root>/<sweep>/sweep.json            recipe, space and search; written once
+    <root>/<sweep>/trials/t03/trial.json the trial's values, its score by epoch, and its outcome
 
-A trial is written before it starts and after each epoch, each time whole and atomically, and only by the driver. A trial with an outcome is done:
-it is never run again. Everything a restart needs is here; the search and the early stopping are rebuilt from it (no pickles).
+A trial's file is written before the trial starts and after each epoch, whole and atomically, by the
+driver alone. A trial with an outcome is done and is never run again. A restart rebuilds the search
+and the early stopping from these files; there are no pickles.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ftlib.settings import ConfigError
 from ftlib.storage import is_remote, join, read_json, write_file
@@ -34,17 +36,17 @@ class Trial:
     values: dict[str, Any]
     """Dotted path -> value, of the searched settings."""
     origin: str
-    """recipe, point, tpe, random or grid; of a confirmation run: recipe, or the name of the trial it confirms."""
+    """recipe, point, tpe, random or grid. Of a confirmation run: recipe, or the trial's name."""
     outcome: str = ""
-    """Empty until it is over: completed, pruned (stopped early because others do better) or failed."""
+    """completed, pruned (stopped early, others score higher) or failed; empty while it is open."""
     reason: str = ""
     """Why it was stopped or failed."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """A dict per epoch: epoch, score, seconds, and the metrics of that epoch."""
+    """An entry per epoch: epoch, score, seconds, and the metrics of that epoch."""
     result: dict[str, Any] = field(default_factory=dict)
-    """What the finished run gave: best score, run folder, MLflow run."""
+    """What the finished run returned: best score, run folder, MLflow run."""
     seed: int | None = None
-    """Seed of a confirmation run; trials of a sweep keep the recipe's."""
+    """Seed of a confirmation run. Trials of a sweep keep the recipe's."""
 
     @property
     def name(self) -> str:
@@ -52,7 +54,7 @@ class Trial:
 
     @property
     def label(self) -> str:
-        """What it is called in tables: t03; of a confirmation run `t18 s42`."""
+        """Its name in tables: t03; of a confirmation run `t18 s42`."""
         return self.name if self.seed is None else f"{self.origin} s{self.seed}"
 
     @property
@@ -64,38 +66,41 @@ class Trial:
 
     @property
     def epoch(self) -> int:
+        """Last epoch that it has finished, from 1; 0 before the first."""
         return int(self.history[-1]["epoch"]) if self.history else 0
 
     @property
     def seconds(self) -> float:
-        """Time it trained, crashes and restarts left out."""
+        """Training time, without what crashes and restarts lost."""
         return sum(p.get("seconds", 0.0) for p in self.history)
 
     def record(self, point: Mapping[str, float]) -> None:
-        """Add an epoch; one that was run again after a crash replaces the first."""
+        """Add an epoch. One that was run again after a crash replaces the first."""
         self.history = [p for p in self.history if p["epoch"] < point["epoch"]] + [dict(point)]
 
 
 class TrialStore:
-    """The files of one sweep. Holds a lock, so that two drivers cannot run the same sweep at once."""
+    """The trials of one sweep or promotion, in memory and on disk."""
 
     def __init__(self, root: str, name: str):
         self.uri = join(root, name)
         self.name = name
         self.trials: dict[int, Trial] = {}
         self.about: dict[str, Any] = {}
+        """Contents of sweep.json."""
 
     def trials_root(self) -> str:
         return join(self.uri, "trials")
 
     def read(self) -> bool:
-        """Load what is there. False if there is no such sweep."""
+        """Load the files. False if there is no such sweep."""
         about = read_json(join(self.uri, "sweep.json"))
         if about is None:
             return False
         if about.get("schema", 0) > SCHEMA:
             raise ConfigError(
-                f"{self.uri} was written by a newer ftlib (schema {about['schema']}, this one knows {SCHEMA}). Update this one, or choose another --name"
+                f"{self.uri} was written by a newer ftlib (schema {about['schema']}, this one "
+                f"reads {SCHEMA}). Update ftlib, or choose another --name"
             )
         self.about = about
         known = {f.name for f in fields(Trial)}
@@ -107,16 +112,17 @@ class TrialStore:
         return True
 
     def open(self, identity: Mapping[str, Any], more: Mapping[str, Any]) -> bool:
-        """Start the sweep, or go on with it when it is there with the same identity. True when it went on.
+        """Start the sweep, or go on with one of the same identity. True when it goes on.
 
-        Raises ConfigError when the name is taken by a sweep of another identity, saying what differs.
+        Raises ConfigError when the name belongs to another sweep, saying what differs.
         """
         if self.read():
             known = self.about["identity"]
             differ = _differences(known, json.loads(json.dumps(identity)))
             if differ:
+                kind = self.about.get("kind", "sweep")
                 raise ConfigError(
-                    f"the name {self.name} is taken by another {self.about.get('kind', 'sweep')} ({self.uri}):\n  "
+                    f"the name {self.name} is taken by another {kind} ({self.uri}):\n  "
                     + "\n  ".join(differ)
                     + "\nChoose another --name, or repeat that command's settings to go on with it"
                 )
@@ -142,10 +148,13 @@ class TrialStore:
         self.save_about(proposed=max(self.about["proposed"], trial.number + 1))
 
     def save(self, trial: Trial) -> None:
-        write_file(
-            join(self.trials_root(), trial.name, "trial.json"),
-            json.dumps(asdict(trial), indent=1).encode(),
-        )
+        text = json.dumps(asdict(trial), indent=1)
+        write_file(join(self.trials_root(), trial.name, "trial.json"), text.encode())
+
+    def reopen(self, trial: Trial) -> None:
+        """Let a failed trial run again."""
+        trial.outcome = trial.reason = ""
+        self.save(trial)
 
     def done(self) -> list[Trial]:
         return [t for t in self.trials.values() if t.outcome]
@@ -155,24 +164,29 @@ class TrialStore:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the sweep; the system lets go of it when the process ends, however it ends. Object stores have no locks: nothing is held there."""
+        """Keep other drivers out. The system frees the lock when the process ends, however it ends.
+
+        Object stores have no locks: nothing is held there. Raises ConfigError when it is taken.
+        """
         if is_remote(self.uri):
             yield
             return
         folder = Path(self.uri)
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "a+") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                handle.seek(0)
-                raise ConfigError(
-                    f"{self.name} is running already ({handle.read().strip() or 'elsewhere'}). Wait for it, or stop it first"
-                ) from None
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-            handle.flush()
+        holder = folder / ".lock-holder"
+        lock = FileLock(folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            by = holder.read_text() if holder.exists() else "elsewhere"
+            raise ConfigError(
+                f"{self.name} is running already ({by}). Wait for it, or stop it first"
+            ) from None
+        try:
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
             yield
+        finally:
+            lock.release()
 
 
 def _differences(known: Mapping[str, Any], asked: Mapping[str, Any], where: str = "") -> list[str]:

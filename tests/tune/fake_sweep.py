@@ -2,11 +2,8 @@
 
 import json
 import os
-import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ftlib.config import Augment, Cluster, Data, Mix, Model, Run, Train
 from ftlib.tune import spaces, train_trial
@@ -17,10 +14,10 @@ PLAN = json.loads(os.environ["FAKE_PLAN"])
 
 
 def check(run):
-    return train_trial.SweepInputs("fake", "d" * 64, "", "", None, 1)
+    return train_trial.SweepInputs("fake", "d" * 64, "", "")
 
 
-def train(shared, config, report):
+def train(context, config, report):
     """Epochs of `seconds`; remembers its last epoch in the trial's folder as launch() remembers its checkpoint."""
     run, number = config["run"], config["number"]
     folder = Path(run["checkpoint"]["storage"]) / run["name"]
@@ -56,12 +53,12 @@ def train(shared, config, report):
         log("found", start)
         return {**final, "found": True}
     log("start", start)
-    tracking = train_trial.TitledTracking(shared.tracking, config["title"], config["params"])
+    tracking = train_trial.TitledTracking(context.tracking, config["title"], config["params"])
     tracked = tracking.start_run(
         config["name"],
-        tags={"kind": shared.kind, **shared.tags, "trial": config["name"]},
+        tags={"kind": context.kind, **context.tags, "trial": config["name"]},
         params={},
-        parent=shared.parent,
+        parent=context.parent,
     )
     try:
         for epoch in range(start + 1, epochs + 1):
@@ -76,7 +73,9 @@ def train(shared, config, report):
             log("epoch", epoch)
             report(epoch, {"score": score, "tuning/top1": score})
     except BaseException as error:
-        tracked.finish("pruned" if type(error).__name__ == "Stopped" else "failed", str(error))
+        tracked.finish(
+            "pruned" if isinstance(error, train_trial.TrialStoppedError) else "failed", str(error)
+        )
         raise
     log("end", epoch)
     tracked.finish("completed")
@@ -95,11 +94,11 @@ if __name__ == "__main__":
     )
     result = sweep(
         Sweep(
-            recipe,
-            "phase2",
-            spaces.load("regularisation"),
-            PLAN.get("name", ""),
-            PLAN.get("trials", 6),
+            recipe=recipe,
+            recipe_name="phase2",
+            space=spaces.load("regularisation"),
+            name=PLAN.get("name", ""),
+            trials=PLAN.get("trials", 6),
             early_stopping=PLAN.get("asha", True),
             parallel=2,
         ),

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from ftlib.tune import compare
-from ftlib.tune.compare import Finished
-from ftlib.tune.stored_predictions import ComparisonError, answers
+from ftlib.tune.compare import FinishedRun
+from ftlib.tune.stored_predictions import ComparisonError, predictions, stored_predictions
 
 RNG = np.random.default_rng(0)
 BASE = RNG.random(2000) < 0.6
@@ -16,12 +16,12 @@ def better(correct, gain, seed=1):
 
 def test_a_better_run_is_found_and_its_settings_shown(finished, tmp_path):
     runs = [
-        Finished.read(finished("a", BASE)),
-        Finished.read(finished("b", better(BASE, 0.1), changes={"mix.mixup_alpha": 0.4})),
+        FinishedRun.read(finished("a", BASE)),
+        FinishedRun.read(finished("b", better(BASE, 0.1), changes={"mix.mixup_alpha": 0.4})),
     ]
     found = compare.compare(runs)
     d = found.differences[0]
-    assert d.points == pytest.approx(100 * (runs[1].answers.correct.mean() - BASE.mean()))
+    assert d.points == pytest.approx(100 * (runs[1].predictions.correct.mean() - BASE.mean()))
     assert d.low > 0 and found.rows()[0][2]
     assert dict(found.settings) == {"mix.mixup_alpha": [0.0, 0.4]}
     assert "better" in found.sentences()[1] and any("one run each" in c for c in found.cautions)
@@ -35,17 +35,17 @@ def test_equal_runs_are_not_told_apart(finished):
     flipped = BASE ^ (np.random.default_rng(3).random(2000) < 0.02)
     found = compare.compare(
         [
-            Finished.read(finished("a", BASE)),
-            Finished.read(finished("b", flipped, changes={"model.dropout": 0.1})),
+            FinishedRun.read(finished("a", BASE)),
+            FinishedRun.read(finished("b", flipped, changes={"model.dropout": 0.1})),
         ]
     )
-    assert "no difference can be told" in found.sentences()[1]
+    assert "no significant difference" in found.sentences()[1]
 
 
 def test_seeds_are_grouped_and_paired(finished):
-    runs = [Finished.read(finished(f"a{s}", better(BASE, 0.02, s), seed=s)) for s in (1, 2, 3)]
+    runs = [FinishedRun.read(finished(f"a{s}", better(BASE, 0.02, s), seed=s)) for s in (1, 2, 3)]
     runs += [
-        Finished.read(
+        FinishedRun.read(
             finished(f"b{s}", better(BASE, 0.08, 10 + s), seed=s, changes={"model.dropout": 0.1})
         )
         for s in (3, 2, 1)
@@ -60,12 +60,17 @@ def test_seeds_are_grouped_and_paired(finished):
 
 
 def test_what_cannot_be_compared_is_refused_and_what_is_unfair_is_said(finished):
-    a = Finished.read(finished("a", BASE))
+    a = FinishedRun.read(finished("a", BASE))
     with pytest.raises(ComparisonError, match="different data.*Evaluate both on one data set"):
         compare.compare(
-            [a, Finished.read(finished("b", BASE, digest="e" * 64, changes={"model.dropout": 0.1}))]
+            [
+                a,
+                FinishedRun.read(
+                    finished("b", BASE, digest="e" * 64, changes={"model.dropout": 0.1})
+                ),
+            ]
         )
-    other = Finished.read(
+    other = FinishedRun.read(
         finished("c", BASE, changes={"train.epochs": 9}, init={"sha256": "1234567890", "uri": "x"})
     )
     reasons = compare.unfair([a, other])
@@ -73,33 +78,33 @@ def test_what_cannot_be_compared_is_refused_and_what_is_unfair_is_said(finished)
         "other starting weights" in r for r in reasons
     )
     with pytest.raises(ComparisonError, match="other starting weights(.|\n)*train.epochs"):
-        compare.fair([a, other])
+        compare.require_fair([a, other])
     assert len([c for c in compare.compare([a, other]).cautions if "other" in c]) >= 2
     with pytest.raises(ComparisonError, match="different validation images"):
         compare.compare(
             [
                 a,
-                Finished.read(
+                FinishedRun.read(
                     finished("d", BASE, changes={"model.dropout": 0.1}, rows=np.arange(2000) + 5)
                 ),
             ]
         )
     with pytest.raises(ComparisonError, match="same settings"):
-        compare.compare([a, Finished.read(finished("e", BASE, seed=7))])
-    with pytest.raises(ComparisonError, match="two runs"):
+        compare.compare([a, FinishedRun.read(finished("e", BASE, seed=7))])
+    with pytest.raises(ComparisonError, match="at least two runs"):
         compare.compare([a])
 
 
 def test_unfinished_and_missing_runs(finished, tmp_path):
     with pytest.raises(ComparisonError, match="not finished"):
-        Finished.read(finished("a", BASE, status="running"))
+        FinishedRun.read(finished("a", BASE, status="running"))
     with pytest.raises(ComparisonError, match="there is no run"):
-        Finished.read(str(tmp_path / "nothing"))
+        FinishedRun.read(str(tmp_path / "nothing"))
     with pytest.raises(ComparisonError, match="no finished run"):
-        answers(str(tmp_path / "nothing"))
+        predictions(str(tmp_path / "nothing"))
 
 
-def test_answers_of_a_tuning_split_do_not_count_as_validation(finished, tmp_path):
+def test_predictions_of_a_tuning_split_do_not_count_as_validation(finished, tmp_path):
     from pathlib import Path
 
     folder = Path(finished("a", BASE, changes={"data.tuning_fraction": 0.1}))
@@ -113,9 +118,7 @@ def test_answers_of_a_tuning_split_do_not_count_as_validation(finished, tmp_path
         labels=found["labels"],
         correct=found["correct"],
     )
-    from ftlib.tune.stored_predictions import stored_answers
-
-    assert stored_answers(str(folder)) is None
+    assert stored_predictions(str(folder)) is None
     other = Path(finished("b", BASE))
     best = other / "best" / "step-00000003"
     best.mkdir(parents=True)
@@ -126,6 +129,6 @@ def test_answers_of_a_tuning_split_do_not_count_as_validation(finished, tmp_path
         logits=np.eye(10)[found["labels"]],
     )
     (other / "predictions.npz").unlink()
-    assert stored_answers(str(other)).correct.all()
+    assert stored_predictions(str(other)).correct.all()
     (best / "predictions.npz").write_bytes((best / "predictions.npz").read_bytes()[:-500])
-    assert stored_answers(str(other)) is None, "a damaged file is made again"
+    assert stored_predictions(str(other)) is None, "a damaged file is made again"

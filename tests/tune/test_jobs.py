@@ -38,7 +38,7 @@ def test_help_answers_at_once_and_imports_nothing_heavy(name):
         (("--recipe", "phase2", "--space", "quikc"), "unknown space quikc. Did you mean quick?"),
         (
             ("--recipe", "phase2", "--space", "quick", "--set", "mix.mixup_alpa=1"),
-            "unknown setting mix.mixup_alpa. Did you mean mixup_alpha?",
+            "unknown setting mix.mixup_alpa. Did you mean mix.mixup_alpha?",
         ),
         (("--recipe", "phase2", "--space", "quick", "--trials", "0"), "--trials 0: at least 1"),
     ],
@@ -83,7 +83,8 @@ def test_recipes_by_name_file_and_setting(tmp_path):
     assert recipes.load(str(file)) == phase2
     file.write_text('{"train": {"epohcs": 3}}')
     with pytest.raises(
-        ConfigError, match=r"mine.json: unknown setting train.epohcs. Did you mean epochs\?"
+        ConfigError,
+        match=r"mine.json: unknown setting train.epohcs. Did you mean (train.)?epochs\?",
     ):
         recipes.load(str(file))
     with pytest.raises(ConfigError, match="PATH=VALUE"):

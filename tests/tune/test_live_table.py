@@ -1,6 +1,7 @@
 import io
 
-from ftlib.tune.live_table import Table, duration
+from ftlib.tune.live_table import TrialTable, duration
+from ftlib.tune.ray_tune import TrialEnd
 from ftlib.tune.trial_store import Trial
 
 
@@ -26,14 +27,14 @@ NAMES = {"model.dropout": "dropout", "mix.mixup_alpha": "mixup_alpha"}
 def test_plain_lines_where_there_is_no_terminal():
     out = io.StringIO()
     trials = {0: trial(0)}
-    with Table(trials, NAMES, 3, 2, 1, "tuning", out) as table:
+    with TrialTable(trials, NAMES, total=3, epochs=2, slots=1, split="tuning", out=out) as table:
         table.started(trials[0])
         trials[0].record({"epoch": 1, "score": 50.0})
-        table.progressed(trials[0])
+        table.progressed(trials[0], trials[0].history[-1])
         trials[0].outcome = "completed"
-        table.ended(trials[0], "completed")
+        table.ended(trials[0], TrialEnd("completed"))
         trials[1] = trial(1, "failed", reason="NaN")
-        table.ended(trials[1], "failed")
+        table.ended(trials[1], TrialEnd("failed", "NaN"))
     text = out.getvalue()
     assert "t00  starts  the recipe: dropout 0.02, mixup_alpha 0.4" in text
     assert "t00  epoch 1/2  top-1 50.00 %  best 50.00 % (t00)  0 of 3 done" in text
@@ -43,7 +44,7 @@ def test_plain_lines_where_there_is_no_terminal():
 def test_the_live_table_shows_trials_values_epoch_score_best_and_time_left():
     trials = {n: trial(n, "completed" if n else "", (40.0 + n, 45.0 + n)) for n in range(30)}
     out = Terminal()
-    with Table(trials, NAMES, 40, 2, 2, "tuning", out) as table:
+    with TrialTable(trials, NAMES, total=40, epochs=2, slots=2, split="tuning", out=out) as table:
         table.started(trials[0])
         table.spent = [10.0, 20.0]
         from rich.console import Console
@@ -69,7 +70,7 @@ def test_the_live_table_shows_trials_values_epoch_score_best_and_time_left():
 
 
 def test_time_left_waits_for_the_first_trial():
-    table = Table({}, NAMES, 10, 2, 2, "tuning", io.StringIO())
+    table = TrialTable({}, NAMES, total=10, epochs=2, slots=2, split="tuning", out=io.StringIO())
     assert table.seconds_left() is None
     table.spent = [60.0]
     assert table.seconds_left() == 300.0

@@ -6,20 +6,23 @@ import pytest
 from ftlib.config import Data, Mix, Run, Train
 from ftlib.settings import ConfigError, from_json, to_dict
 from ftlib.tune import promote as promotion
-from ftlib.tune.promote import candidates, conclusion, judge
+from ftlib.tune.promote import RecipeFiles, candidates
+from ftlib.tune.ray_tune import TrialEnd
 from ftlib.tune.stored_predictions import ComparisonError
 from ftlib.tune.train_trial import SweepInputs
+from ftlib.tune.trial_runs import TrialStoreWriter
 from ftlib.tune.trial_store import Trial, TrialStore
+from ftlib.tune.verdict import judge
 
 RECIPE = Run(stage="phase2", data=Data(path="x"), mix=Mix(mixup_alpha=0.2), train=Train(epochs=3))
 SEEDS = (42, 43, 44, 45, 46)
 
 
-def sweep_ledger(
+def sweep_store(
     root, values=(0.2, 0.4, 0.6, 0.4), scores=(50, 52, 51, 51.5), axis="mix.mixup_alpha"
 ):
-    ledger = TrialStore(str(root), "s")
-    ledger.open(
+    store = TrialStore(str(root), "s")
+    store.open(
         {},
         {
             "kind": "sweep",
@@ -34,7 +37,7 @@ def sweep_ledger(
         },
     )
     for n, (v, s) in enumerate(zip(values, scores)):
-        ledger.add(
+        store.add(
             Trial(
                 n,
                 {axis: v},
@@ -43,10 +46,10 @@ def sweep_ledger(
                 history=[{"epoch": 3, "score": s}],
             )
         )
-    return ledger
+    return store
 
 
-def answers(seed, gain=0.0, images=2000):
+def correct_images(seed, gain=0.0, images=2000):
     """Right answers of one run: what is easy for all, its seed's own luck, and a gain."""
     rng = np.random.default_rng(0)
     level = rng.normal(0, 2, images)
@@ -63,7 +66,7 @@ def confirmations(finished, gains, **other):
             changes = {"mix.mixup_alpha": 0.2 + 0.2 * k, **other.get(origin, {})}
             folder = finished(
                 f"{origin}-{seed}",
-                answers(seed, gain),
+                correct_images(seed, gain),
                 seed=seed,
                 changes=changes,
                 init=other.get("init", {}).get(origin),
@@ -86,39 +89,32 @@ def confirmations(finished, gains, **other):
 
 
 def test_candidates_are_the_best_that_differ(tmp_path):
-    ledger = sweep_ledger(tmp_path)
-    assert [t.number for t in candidates(ledger, 3)] == [1, 2], (
+    store = sweep_store(tmp_path)
+    assert [t.number for t in candidates(store, 3)] == [1, 2], (
         "trial 3 repeats trial 1, trial 0 is the recipe"
     )
-    assert [t.number for t in candidates(ledger, 1)] == [1]
+    assert [t.number for t in candidates(store, 1)] == [1]
     with pytest.raises(ConfigError, match="no trial but the recipe"):
-        candidates(sweep_ledger(tmp_path / "x", (0.2,), (50,)), 3)
+        candidates(sweep_store(tmp_path / "x", (0.2,), (50,)), 3)
 
 
 def test_a_real_gain_is_promoted(finished):
-    verdicts, own, groups, left_out = judge(*confirmations(finished, (0.01, 0.4)))
-    winner, sentence = conclusion(verdicts)
-    assert (
-        winner.candidate.name == "t02"
-        and winner.difference.seeds == 5
-        and own.seeds == SEEDS
-        and len(groups) == 2
-        and not left_out
-    )
-    assert (
-        sentence.startswith("mixup_alpha 0.6 (t02) gains ")
-        and sentence.endswith("promoted")
-        and "95 % interval" in sentence
-    )
+    judgement = judge(*confirmations(finished, (0.01, 0.4)))
+    assert judgement.winner.candidate.name == "t02" and judgement.winner.difference.seeds == 5
+    assert judgement.recipe.seeds == SEEDS and len(judgement.groups) == 2
+    assert not judgement.left_out
+    assert judgement.sentence.startswith("mixup_alpha 0.6 (t02) gains ")
+    assert "95 % interval" in judgement.sentence and judgement.sentence.endswith("promoted")
 
 
-def test_without_one_the_recipe_is_kept(finished):
-    winner, sentence = conclusion(judge(*confirmations(finished, (0.0, 0.001)))[0])
-    assert winner is None and sentence.startswith("no candidate beats the recipe; keep it")
+def test_without_a_gain_the_recipe_is_kept(finished):
+    judgement = judge(*confirmations(finished, (0.0, 0.001)))
+    assert judgement.winner is None
+    assert judgement.sentence.startswith("no candidate beats the recipe; keep it")
 
 
 def test_a_worse_candidate_is_never_promoted(finished):
-    assert conclusion(judge(*confirmations(finished, (-0.5,)))[0])[0] is None
+    assert judge(*confirmations(finished, (-0.5,))).winner is None
 
 
 @pytest.mark.parametrize(
@@ -136,10 +132,9 @@ def test_runs_that_cannot_be_compared_are_refused(finished, other, message):
 def test_a_failed_candidate_is_left_out_and_a_failed_recipe_ends_it(finished):
     wanted, chosen = confirmations(finished, (0.4, 0.4))
     next(t for t in wanted if t.origin == "t01").outcome = "failed"
-    verdicts, _, _, left_out = judge(wanted, chosen)
-    assert [v.candidate.name for v in verdicts] == ["t02"] and left_out[0].startswith(
-        "t01: its run of seed 42 failed"
-    )
+    judgement = judge(wanted, chosen)
+    assert [v.candidate.name for v in judgement.verdicts] == ["t02"]
+    assert judgement.left_out[0].startswith("t01: its run of seed 42 failed")
     wanted[0].outcome = "failed"
     with pytest.raises(ComparisonError, match="the recipe's own run of seed 42 failed"):
         judge(wanted, chosen)
@@ -190,58 +185,52 @@ class FakeTracking:
 
 @pytest.fixture
 def promote(monkeypatch, finished, tmp_path):
-    """promote(ledger, gain=..): the whole job but for Ray, MLflow and training."""
+    """promote(store, gain=..): the whole job but for Ray, MLflow and training."""
     from ftlib.tune.resources import TrialResources
 
     ran = []
 
-    def run(wanted, basis, place, tracking, parent, keeper, table, train):
-        for trial in wanted:
-            if not trial.outcome:
-                ran.append(trial.label)
-                run = keeper.run_of(trial)
-                assert (
-                    run.data.tuning_fraction == 0
-                    and run.seed == trial.seed
-                    and run.train.epochs == 3
-                )
-                folder = finished(
-                    trial.label.replace(" ", "-"),
-                    answers(trial.seed, 0.0 if trial.origin == "recipe" else run_gain[0]),
-                    seed=trial.seed,
-                    changes={"mix.mixup_alpha": run.mix.mixup_alpha},
-                )
-                keeper.ended(trial.number, "completed", "", {"run_dir": folder})
+    def run_trials(group, next_trial, train, **_):
+        while (trial := next_trial()) is not None:
+            ran.append(trial.label)
+            run = group.recipe_of(trial)
+            assert run.data.tuning_fraction == 0
+            assert run.seed == trial.seed and run.train.epochs == 3
+            folder = finished(
+                trial.label.replace(" ", "-"),
+                correct_images(trial.seed, 0.0 if trial.origin == "recipe" else gain_of_run[0]),
+                seed=trial.seed,
+                changes={"mix.mixup_alpha": run.mix.mixup_alpha},
+            )
+            TrialStoreWriter(group.store).ended(
+                trial, TrialEnd("completed", "", {"run_dir": folder})
+            )
         return True
 
-    run_gain = [0.4]
+    gain_of_run = [0.4]
     tracking = FakeTracking()
-    monkeypatch.setattr(promotion, "_run", run)
+    monkeypatch.setattr(promotion, "run_trials", run_trials)
     monkeypatch.setattr(promotion, "connect", lambda *a: TrialResources(2, {"CPU": 1.0}, True))
     monkeypatch.setattr("ftlib.track.writer.Writer", lambda place, name: tracking)
-    monkeypatch.setattr(promotion, "file_of", lambda *a: tmp_path, raising=False)
     tracking.place = lambda: type("P", (), {"folder": str(tmp_path)})()
 
-    def go(ledger, gain=0.4, **more):
-        run_gain[0] = gain
-        return (
-            promotion.promote(
-                ledger,
-                check=lambda run: SweepInputs("set", "d" * 64, "", "", None, 1),
-                tracking_for=lambda *a, **k: tracking,
-                recipes=tmp_path / "recipes",
-                **more,
-            ),
-            list(ran),
-            tracking,
+    def go(store, gain=0.4, onto=None, **more):
+        gain_of_run[0] = gain
+        result = promotion.promote(
+            store,
+            check=lambda run: SweepInputs("set", "d" * 64, "", ""),
+            open_tracking=lambda *a, **k: tracking,
+            files=RecipeFiles(folder=tmp_path / "recipes", onto=onto),
+            **more,
         )
+        return result, list(ran), tracking
 
     return go
 
 
 def test_the_whole_promotion_writes_a_recipe_that_can_be_run(promote, tmp_path, capsys):
     result, ran, tracking = promote(
-        sweep_ledger(tmp_path / "runs2"),
+        sweep_store(tmp_path / "runs2"),
         top=1,
         seeds=4,
         onto=("phase3", Run(stage="phase3", train=Train(epochs=60))),
@@ -269,17 +258,19 @@ def test_the_whole_promotion_writes_a_recipe_that_can_be_run(promote, tmp_path, 
     assert "promoted" in capsys.readouterr().out
 
 
-def test_it_goes_on_and_seeds_may_be_raised(promote, tmp_path):
-    ledger = sweep_ledger(tmp_path / "runs2")
-    promote(ledger, top=1, seeds=2)
-    _, ran, _ = promote(ledger, top=1, seeds=2)
+def test_only_missing_runs_are_trained_and_seeds_may_be_raised(promote, tmp_path):
+    store = sweep_store(tmp_path / "runs2")
+    promote(store, top=1, seeds=2)
+    _, ran, _ = promote(store, top=1, seeds=2)
     assert len(ran) == 4, "nothing is run again"
-    result, ran, _ = promote(ledger, top=2, seeds=3)
-    assert len(ran) == 9 and len(result.verdicts) == 2 and result.verdicts[0].difference.seeds == 3
+    result, ran, _ = promote(store, top=2, seeds=3)
+    assert len(ran) == 9
+    assert len(result.judgement.verdicts) == 2
+    assert result.judgement.verdicts[0].difference.seeds == 3
 
 
 def test_no_winner_writes_no_recipe(promote, tmp_path):
-    result, _, tracking = promote(sweep_ledger(tmp_path / "runs2"), gain=0.0, top=1, seeds=3)
+    result, _, tracking = promote(sweep_store(tmp_path / "runs2"), gain=0.0, top=1, seeds=3)
     assert (
         result.winner is None
         and not (tmp_path / "recipes").exists()
@@ -288,14 +279,14 @@ def test_no_winner_writes_no_recipe(promote, tmp_path):
     )
 
 
-def test_bad_requests(promote, tmp_path):
+def test_impossible_requests_are_refused(promote, tmp_path):
     with pytest.raises(ConfigError, match="two seeds"):
-        promote(sweep_ledger(tmp_path / "a"), top=1, seeds=1)
+        promote(sweep_store(tmp_path / "a"), top=1, seeds=1)
     with pytest.raises(
         ComparisonError, match=r"another budget or start.*train.epochs is 9 against 3.*--set"
     ):
         promote(
-            sweep_ledger(tmp_path / "b", values=(3, 9), scores=(1, 2), axis="train.epochs"),
+            sweep_store(tmp_path / "b", values=(3, 9), scores=(1, 2), axis="train.epochs"),
             top=1,
             seeds=2,
         )
@@ -304,7 +295,7 @@ def test_bad_requests(promote, tmp_path):
 
 
 def test_other_data_or_weights_than_the_sweeps_are_refused(promote, tmp_path):
-    ledger = sweep_ledger(tmp_path / "a")
-    ledger.save_about(data={"name": "set", "digest": "e" * 64})
+    store = sweep_store(tmp_path / "a")
+    store.save_about(data={"name": "set", "digest": "e" * 64})
     with pytest.raises(ComparisonError, match="used other data"):
-        promote(ledger, top=1, seeds=2)
+        promote(store, top=1, seeds=2)

@@ -45,7 +45,7 @@ def trials(n, seed=0):
 
 
 @pytest.fixture
-def ledger(tmp_path):
+def store(tmp_path):
     made = TrialStore(str(tmp_path), "reg")
     made.open(
         {},
@@ -104,8 +104,8 @@ def test_settings_under_a_condition_are_named_as_not_ranked():
     assert "mix.p: searched under a condition" in importances.importance(space, trials(20)).remark
 
 
-def test_the_page_says_what_matters_and_stands_alone(ledger, tmp_path):
-    files = report.write_report(ledger, SPACE, tmp_path / "report")
+def test_the_page_says_what_matters_and_stands_alone(store, tmp_path):
+    files = report.write_report(store, SPACE, tmp_path / "report")
     assert {f.name for f in files} == {
         "index.html",
         "importance.png",
@@ -115,7 +115,7 @@ def test_the_page_says_what_matters_and_stands_alone(ledger, tmp_path):
     }
     assert all(f.read_bytes()[:4] == b"\x89PNG" for f in files if f.suffix == ".png")
     page = (tmp_path / "report" / "index.html").read_text()
-    best = report.best_trial(ledger)
+    best = report.best_trial(store)
     assert f"{best.score:.2f} % of the tuning split" in page and "against the recipe" in page
     assert "the validation set was not looked at" in page and "promote.py reg" in page
     assert "&lt;b&gt;CUDA" in page and "<b>CUDA" not in page
@@ -127,12 +127,12 @@ def test_the_page_says_what_matters_and_stands_alone(ledger, tmp_path):
     assert len(ids) == len(set(ids)), "figures on one page must not share ids"
     refs = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', page))
     assert refs <= set(ids)
-    stopped = [t for t in ledger.trials.values() if t.outcome == "pruned"]
-    assert report.saved_seconds(ledger) == pytest.approx(len(stopped) * 6 * 2.0)
+    stopped = [t for t in store.trials.values() if t.outcome == "pruned"]
+    assert report.saved_seconds(store) == pytest.approx(len(stopped) * 6 * 2.0)
 
 
-def test_the_note_begins_with_the_result_and_the_links(ledger):
-    lines = report.note(ledger, SPACE, "http://x/view").splitlines()
+def test_the_note_begins_with_the_result_and_the_links(store):
+    lines = report.note(store, SPACE, "http://x/view").splitlines()
     assert (
         lines[0].startswith("**Best: t")
         and "http://x/view" in lines[2]
@@ -140,10 +140,10 @@ def test_the_note_begins_with_the_result_and_the_links(ledger):
     )
 
 
-def test_a_sweep_without_a_winner_says_so(ledger):
-    for t in ledger.trials.values():
+def test_a_sweep_without_a_winner_says_so(store):
+    for t in store.trials.values():
         if t.number:
             t.outcome = "failed"
-    assert "No trial beat the recipe" in report.headline(ledger, SPACE)
-    ledger.trials[0].outcome = "failed"
-    assert report.headline(ledger, SPACE) == "No trial has finished."
+    assert "No trial beat the recipe" in report.headline(store, SPACE)
+    store.trials[0].outcome = "failed"
+    assert report.headline(store, SPACE) == "No trial has finished."

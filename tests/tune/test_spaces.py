@@ -133,7 +133,7 @@ def test_conditions():
             ),
         },
     )
-    assert space.axes[2].otherwise is KEEP
+    assert space.axes[2].default is KEEP
     off = spaces.choose(
         space, lambda axis: 0 if axis.path.endswith("_n") else pytest.fail("asked for what is off")
     )

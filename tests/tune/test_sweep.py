@@ -14,7 +14,7 @@ from ftlib.launch.cluster import Capacity, Node
 from ftlib.launch.errors import LaunchError
 from ftlib.settings import ConfigError, from_json
 from ftlib.tune import spaces
-from ftlib.tune.resources import room
+from ftlib.tune.resources import allocate
 from ftlib.tune.sweep import Sweep
 from ftlib.tune.trial_store import TrialStore
 
@@ -28,10 +28,10 @@ def wait(process, driver, seconds=240):
     return driver.output()
 
 
-def ledger_of(home, name="regularisation-phase2"):
-    ledger = TrialStore(str(home / "runs"), name)
-    assert ledger.read()
-    return ledger
+def store_of(home, name="regularisation-phase2"):
+    store = TrialStore(str(home / "runs"), name)
+    assert store.read()
+    return store
 
 
 def mlflow_runs(home):
@@ -77,7 +77,7 @@ def test_a_sweep_with_stopped_failing_and_dying_trials(driver, home):
     assert "PLACEMENT GROUPS LEFT 0" in out and "FINISHED True" in out
     assert not gone(list(children)), "processes were left behind"
 
-    trials = ledger_of(home).trials
+    trials = store_of(home).trials
     assert sorted(trials) == list(range(9)) and all(t.outcome for t in trials.values())
     assert trials[0].outcome == "completed" and trials[0].origin == "recipe"
     assert (trials[4].outcome, trials[4].reason) == (
@@ -141,11 +141,11 @@ def test_a_driver_killed_twice_goes_on_and_runs_each_trial_once(driver, home):
             time.sleep(0.1)
         left = gone(kill_tree(process), 90)
         assert not left, f"kill {kill}: {left}"
-    done = [t.number for t in ledger_of(home).done()]
+    done = [t.number for t in store_of(home).done()]
     process = driver.start(trials=10, epochs=4, seconds=0.1, asha=False)
     out = wait(process, driver)
     assert "FINISHED True" in out, out
-    trials = ledger_of(home).trials
+    trials = store_of(home).trials
     assert sorted(trials) == list(range(10)) and {t.outcome for t in trials.values()} == {
         "completed"
     }
@@ -204,7 +204,7 @@ def test_a_hundred_tiny_trials_each_exactly_once(driver, home):
     process = driver.start(trials=100, epochs=1, seconds=0.0, asha=False)
     out = wait(process, driver, 400)
     assert "FINISHED True" in out and "PLACEMENT GROUPS LEFT 0" in out
-    trials = ledger_of(home).trials
+    trials = store_of(home).trials
     assert sorted(trials) == list(range(100)) and {t.outcome for t in trials.values()} == {
         "completed"
     }
@@ -239,12 +239,12 @@ def test_more_trials_and_another_cluster_are_the_same_sweep():
     from ftlib.config import Cluster
     from ftlib.tune.train_trial import SweepInputs
 
-    basis = SweepInputs("set", "d", "", "", None, 1)
+    inputs = SweepInputs("set", "d", "", "")
     plan = Sweep(RECIPE, "x", spaces.load("quick"))
     same = replace(
         plan, trials=99, parallel=3, recipe=replace(RECIPE, cluster=Cluster(workers="2"))
     )
-    assert same.identity(basis) == plan.identity(basis)
+    assert same.identity(inputs) == plan.identity(inputs)
     for other in (
         {"seed": 1},
         {"search": "random"},
@@ -252,8 +252,8 @@ def test_more_trials_and_another_cluster_are_the_same_sweep():
         {"epochs": 3},
         {"space": spaces.load("regularisation")},
     ):
-        assert replace(plan, **other).identity(basis) != plan.identity(basis)
-    assert plan.identity(replace(basis, data_digest="e")) != plan.identity(basis)
+        assert replace(plan, **other).identity(inputs) != plan.identity(inputs)
+    assert plan.identity(replace(inputs, data_digest="e")) != plan.identity(inputs)
 
 
 def test_room_is_computed_from_the_cluster():
@@ -268,7 +268,9 @@ def test_room_is_computed_from_the_cluster():
                 **{f"cluster.{k}": v for k, v in cluster.items() if k != "parallel"},
             },
         )
-        place = room(run, Capacity(tuple(Node(*n) for n in nodes)), 100, cluster.get("parallel", 0))
+        place = allocate(
+            run, Capacity(tuple(Node(*n) for n in nodes)), 100, cluster.get("parallel", 0)
+        )
         return place.slots, place.each, place.local
 
     assert slots([(2, 0)]) == (2, {"CPU": 1.0}, True)

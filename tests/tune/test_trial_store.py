@@ -13,23 +13,23 @@ ROOT = str(Path(__file__).resolve().parents[2])
 
 
 def test_what_is_written_is_read(tmp_path):
-    ledger = TrialStore(str(tmp_path), "s")
-    assert not ledger.open({"recipe": {"a": 1}}, {"kind": "sweep"})
+    store = TrialStore(str(tmp_path), "s")
+    assert not store.open({"recipe": {"a": 1}}, {"kind": "sweep"})
     for n in range(12):
-        ledger.add(Trial(n, {"model.dropout": n / 100}, "tpe"))
-    ledger.trials[3].record({"epoch": 1, "score": 50.0})
-    ledger.trials[3].outcome = "completed"
-    ledger.save(ledger.trials[3])
+        store.add(Trial(n, {"model.dropout": n / 100}, "tpe"))
+    store.trials[3].record({"epoch": 1, "score": 50.0})
+    store.trials[3].outcome = "completed"
+    store.save(store.trials[3])
     again = TrialStore(str(tmp_path), "s")
     assert again.open({"recipe": {"a": 1}}, {})
-    assert again.trials == ledger.trials and again.about["proposed"] == 12
+    assert again.trials == store.trials and again.about["proposed"] == 12
     assert [t.number for t in again.done()] == [3] and len(again.open_trials()) == 11
 
 
 def test_a_trial_whose_number_was_not_committed_is_not_there(tmp_path):
-    ledger = TrialStore(str(tmp_path), "s")
-    ledger.open({}, {})
-    ledger.save(Trial(0, {}, "recipe"))  # the crash came before sweep.json
+    store = TrialStore(str(tmp_path), "s")
+    store.open({}, {})
+    store.save(Trial(0, {}, "recipe"))  # the crash came before sweep.json
     again = TrialStore(str(tmp_path), "s")
     again.open({}, {})
     assert again.trials == {} and again.about["proposed"] == 0
@@ -82,9 +82,9 @@ def test_two_drivers_cannot_run_one_sweep_and_a_killed_one_lets_go(tmp_path):
         pass
 
 
-def test_a_newer_ledger_is_refused(tmp_path):
-    ledger = TrialStore(str(tmp_path), "s")
-    ledger.open({}, {})
-    ledger.save_about(schema=99)
+def test_a_newer_store_is_refused(tmp_path):
+    store = TrialStore(str(tmp_path), "s")
+    store.open({}, {})
+    store.save_about(schema=99)
     with pytest.raises(ConfigError, match="newer ftlib"):
         TrialStore(str(tmp_path), "s").read()
