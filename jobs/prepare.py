@@ -78,6 +78,12 @@ def options() -> argparse.ArgumentParser:
         help="colour behind transparent pixels (default: %(default)s)",
     )
     parser.add_argument(
+        "--depth-range",
+        metavar="BLACK,WHITE",
+        help="sample values of pictures of more than 8 bits that become black and white (default: "
+        "what the files declare, else the bits that the set uses)",
+    )
+    parser.add_argument(
         "--max-megapixels",
         type=float,
         default=50.0,
@@ -130,6 +136,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.max_megapixels,
             arguments.accept_warnings,
             arguments.tiles,
+            _depth_range(arguments.depth_range),
         )  # type: ignore[arg-type]
         if arguments.verify:
             return verify(arguments.verify)
@@ -155,6 +162,16 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     print(text(done.path, done.dataset, done.report, done.seconds, done.already_done))
     return 0
+
+
+def _depth_range(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        black, white = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"--depth-range {text}: needs two numbers, such as 0,4095") from None
+    return black, white
 
 
 def verify(path: str) -> int:

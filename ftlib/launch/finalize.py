@@ -201,7 +201,11 @@ def _log_model(
         metrics,
         temperature,
         out,
-        {"name": dataset.name, "digest": dataset.digest},
+        {
+            "name": dataset.name,
+            "digest": dataset.digest,
+            "rules": dataset.manifest["made"].get("rules"),
+        },
         fitted_on,
     )
     tracked.log_model(out, step=int(metrics.get("best/epoch", 0)))

@@ -1,7 +1,7 @@
 """A trained model as an MLflow model that anyone can load: no ftlib, no pickle, preprocessing inside.
 
-A package is a folder: `MLmodel` and `image_classifier.py` (a models-from-code pyfunc), `artifacts/program.pt2` (torch.export),
-`artifacts/meta.json`, `artifacts/model.safetensors` (torchvision's keys, for training on and for other tools), and `README.md`, the
+A package is a folder: `MLmodel`, `image_classifier.py` (a models-from-code pyfunc) and `picture.py`
+(how files become pixels), `artifacts/program.pt2` (torch.export), `artifacts/meta.json`, `artifacts/model.safetensors` (torchvision's keys, for training on and for other tools), and `README.md`, the
 model card. torch.export files are tied to the torch that reads them; the safetensors file is what outlives it.
 """
 
@@ -27,6 +27,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ftlib import picture
 from ftlib.config import Run
 from ftlib.settings import to_dict
 
@@ -42,6 +43,7 @@ with warnings.catch_warnings():  # mlflow.pyfunc warns about its own type hints 
 
 BAR = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
 CODE = Path(image_classifier.__file__)
+PICTURE_CODE = Path(picture.__file__)
 REQUIREMENTS = ("torch", "numpy", "pillow", "pandas", "mlflow")
 """What a package needs, pinned to the versions it was made with."""
 
@@ -95,12 +97,12 @@ def package(
     out: Path,
     data: Mapping[str, Any] | None = None,
     calibrated_on: str = "",
-    background: tuple[int, int, int] = (255, 255, 255),
 ) -> Path:
     """Write the package to the folder `out` (which must not exist or be empty) and return it.
 
-    scores: metric name -> value, for the card and the metadata. temperature: what logits are divided by (1 for none), fitted on
-    `calibrated_on`. data: name and digest of the training data. background: what transparent pictures are laid upon.
+    scores: metric name -> value, for the card and the metadata. temperature: what logits are divided
+    by (1 for none), fitted on `calibrated_on`. data: name and digest of the training data, and
+    `rules`, the options it was prepared with: pictures are then read in the same way.
     """
     out = Path(out)
     if out.exists() and any(out.iterdir()):
@@ -111,12 +113,12 @@ def package(
         "size": size,
         "short": short,
         "temperature": temperature,
-        "background": list(background),
+        **picture_rules(data or {}),
         "mean": list(run.data.mean),
         "std": list(run.data.std),
         "arch": run.model.arch,
         "run": run.name,
-        "data": dict(data or {}),
+        "data": {key: value for key, value in (data or {}).items() if key != "rules"},
         "scores": {k: float(v) for k, v in scores.items()},
         "recipe": to_dict(run),
     }
@@ -143,10 +145,19 @@ def package(
                 metadata={"arch": run.model.arch, "classes": len(classes), "input_size": size},
             )
     _forget_paths(out)
+    shutil.copyfile(PICTURE_CODE, out / "picture.py")
     (out / "README.md").write_text(
         card(run, classes, scores, temperature, data or {}, calibrated_on), "utf-8"
     )
     return out
+
+
+def picture_rules(data: Mapping[str, Any]) -> dict[str, Any]:
+    """How a package reads pictures: as the data set was prepared (`ftlib.picture.Rules`, JSON)."""
+    prepared: Mapping[str, Any] = data.get("rules") or {}
+    rules = picture.Rules()._asdict()
+    rules.update({name: prepared[name] for name in rules if prepared.get(name) is not None})
+    return rules
 
 
 def example() -> bytes:

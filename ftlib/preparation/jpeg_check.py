@@ -1,8 +1,10 @@
-"""Damage that a strict decoder does not see: a flipped bit can turn one valid stream of Huffman codes into another one.
+"""Find JPEG damage that a strict decoder does not see.
 
-Two things betray many of these. Tables that no encoder writes (a zero quantizer, a code given twice); and brightness that does not fit
-into 8 bits: after a wrong difference all later blocks are brighter or darker by a constant, and where the picture was near white or
-black the values leave 0..255 by far more than rounding explains, and are clamped.
+A flipped bit can turn one valid stream of Huffman codes into another one. Two signs give many of
+these away. The first is tables that no encoder writes (a zero quantizer, a code given twice). The
+second is brightness that does not fit into 8 bits: after a wrong difference all later blocks are
+brighter or darker by a constant, and where the picture was near white or black the values leave
+0..255 by far more than rounding explains, and are clamped.
 """
 
 from __future__ import annotations
@@ -13,12 +15,18 @@ import numpy as np
 import simplejpeg
 
 ALLOWED_OVERFLOW = 2.0
-"""Grey levels by which a block's mean may change through clamping, beyond one standard deviation of the rounding error. Undamaged
-ImageNet pictures, drawings and black-and-white noise, at qualities from 5 to 100, stayed below 0.4."""
+"""Gray levels by which clamping may change a block's mean.
+
+It counts beyond one standard deviation of the rounding error. Undamaged ImageNet pictures, drawings
+and black-and-white noise, at qualities from 5 to 100, stayed
+below 0.4."""
 
 
 def fault(data: bytes) -> str | None:
-    """What is wrong with a JPEG that decodes without a warning, or None. A sign of damage, not a proof of health."""
+    """What is wrong with a JPEG that decodes without a warning, or None.
+
+    None is no proof that the file is whole.
+    """
     tables: list[np.ndarray] = []
     for marker, body in segments(data):
         try:
@@ -32,7 +40,8 @@ def fault(data: bytes) -> str | None:
         return None
     changed, allowed = _clamped(data), ALLOWED_OVERFLOW + _rounding(tables[0])
     return (
-        f"its brightness leaves the range by {changed:.0f} grey levels, which no encoder writes: damaged bytes"
+        f"its brightness leaves the range by {changed:.0f} gray levels, which no encoder writes: "
+        "damaged bytes"
         if changed > allowed
         else None
     )
@@ -68,7 +77,10 @@ def _quantizers(body: bytes) -> list[np.ndarray]:
 
 
 def _check_codes(body: bytes) -> None:
-    """Raise ValueError when a Huffman table of a DHT segment (B.2.4.2) is cut short or gives two codes to one symbol."""
+    """Check the Huffman tables of a DHT segment (B.2.4.2).
+
+    Raises ValueError when one is cut short or gives two codes to one symbol.
+    """
     while body:
         count = sum(body[1:17])
         symbols = body[17 : 17 + count]
@@ -80,13 +92,19 @@ def _check_codes(body: bytes) -> None:
 
 
 def _rounding(table: np.ndarray) -> float:
-    """Standard deviation, in grey levels per pixel, of the error of rounding every coefficient to its quantizer (the DCT is orthonormal)."""
+    """Standard deviation, in gray levels per pixel, of the error of quantization.
+
+    The DCT is orthonormal, so it is that of rounding every coefficient to its quantizer.
+    """
     return float(np.sqrt((table**2).sum() / 12 / 64))
 
 
 def _clamped(data: bytes) -> float:
-    """The largest change of a block's mean brightness through clamping to 0..255: the mean of its 64 pixels against the mean that its
-    first coefficient alone gives, which is what decoding to an eighth of the size shows."""
+    """The largest change of a block's mean brightness through clamping to 0..255.
+
+    The mean of its 64 pixels is compared with the mean that its first coefficient alone gives,
+    which is what decoding to an eighth of the size shows.
+    """
     try:
         full = simplejpeg.decode_jpeg(data, "GRAY")[:, :, 0]
         small = simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1)[:, :, 0]

@@ -1,9 +1,15 @@
-"""What decides whether and how a picture enters a data set, as plain values. Imports no decoder, so it costs nothing to import."""
+"""The options of preparation and its results for one picture, as plain values.
+
+Imports no decoder, so it costs nothing to import.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ftlib.picture import Rules
 
 MIN_SIDE = 8
 """Pixels. Smaller pictures are placeholders and tracking pixels."""
@@ -18,18 +24,32 @@ class PrepareOptions:
     max_side: int | None = None
     """Longer sides are reduced to this many pixels; None leaves the size."""
     quality: int | None = None
-    """Every picture is encoded again at this JPEG quality; None keeps original bytes wherever it can."""
+    """JPEG quality at which every picture is encoded again; None keeps original bytes."""
     subsampling: str | None = None
-    """Chroma of pictures that are encoded again for `max_side` or `quality`: "420" (the default where one of these is given), "444", or "keep" for that of the
-    original. Halving the chroma is what JPEG encoders do unless told otherwise: a fifth fewer bytes, a quarter less time to decode."""
+    """Chroma of pictures that are encoded again for `max_side` or `quality`.
+
+    "420" is the default where one of these is given; "444", or "keep" for that of the original.
+    Halving the chroma is what JPEG encoders do unless told otherwise: a fifth fewer bytes, a
+    quarter less time to decode."""
     background: tuple[int, int, int] = (255, 255, 255)
-    """Colour (red, green, blue) behind transparent pixels."""
+    """Color (red, green, blue) behind transparent pixels."""
     max_megapixels: float = 50.0
     """Larger pictures are refused before they are decoded."""
     accept_warnings: bool = False
     """Take JPEGs that decode only with a warning, encoded again from what could be decoded."""
     tiles: bool = False
-    """Store JPEGs that would keep their bytes as tiles, without loss (`ftlib.preparation.transcode`): training then decodes only what it crops."""
+    """Store JPEGs that would keep their bytes as tiles, without loss.
+
+    Training then decodes only what it crops (`ftlib.preparation.transcode`)."""
+    depth_range: tuple[float, float] | None = None
+    """Sample values shown as black and as white, for pictures of more than 8 bits per channel.
+
+    None scales by what a picture declares (PNG's sBIT, TIFF's MaxSampleValue), else by
+    `depth_bits`."""
+    depth_bits: int | None = None
+    """Bits, 8 to 16, that the set's pictures of more than 8 bits use; preparation finds it out.
+
+    None where the set has no such pictures, or `depth_range` is given."""
 
     def __post_init__(self) -> None:
         if self.max_side is not None and self.max_side < MIN_SIDE:
@@ -40,7 +60,8 @@ class PrepareOptions:
             raise ValueError(f"subsampling = {self.subsampling!r}: needs to be 420, 444 or keep")
         if self.subsampling is not None and self.chroma is None:
             raise ValueError(
-                f"subsampling = {self.subsampling!r} is for pictures that are encoded again: give max_side or quality as well"
+                f"subsampling = {self.subsampling!r} is for pictures that are encoded again: "
+                "give max_side or quality as well"
             )
         if not self.max_megapixels > 0:
             raise ValueError(f"max_megapixels = {self.max_megapixels}: needs to be above 0")
@@ -48,6 +69,12 @@ class PrepareOptions:
             raise ValueError(
                 f"background = {self.background}: needs red, green and blue from 0 to 255"
             )
+        if self.depth_range is not None and not self.depth_range[0] < self.depth_range[1]:
+            raise ValueError(
+                f"depth_range = {self.depth_range}: needs two sample values, black below white"
+            )
+        if self.depth_bits is not None and not 8 <= self.depth_bits <= 16:
+            raise ValueError(f"depth_bits = {self.depth_bits}: needs 8 to 16")
 
     @property
     def chroma(self) -> str | None:
@@ -55,11 +82,19 @@ class PrepareOptions:
         return None if self.max_side is None and self.quality is None else self.subsampling or "420"
 
     def to_dict(self) -> dict[str, Any]:
-        """What a prepared set's identity is made of: the chroma as it acts, and not at all where nothing is encoded again by choice."""
+        """What a prepared set's identity is made of, without options that act on no picture."""
         found = {**asdict(self), "subsampling": self.chroma}
-        if self.chroma is None:
-            del found["subsampling"]
+        for name in ("subsampling", "depth_range", "depth_bits"):
+            if found[name] is None:
+                del found[name]
         return found
+
+    @property
+    def picture(self) -> Rules:
+        """How pixels are made of a file (`ftlib.picture`)."""
+        from ftlib.picture import Rules
+
+        return Rules(self.background, self.depth_range, self.depth_bits, self.max_megapixels)
 
 
 @dataclass(frozen=True)
@@ -72,11 +107,13 @@ class ValidatedImage:
     repairs: tuple[str, ...]
     """What was changed, such as 'orientation'; empty when the bytes are the file's own."""
     moments: tuple[float, ...]
-    """Mean of red, green, blue and mean of their squares, pixels scaled to 0..1, over a regular grid of at most about 10,000 pixels."""
+    """Mean of red, green, blue and mean of their squares, of pixels scaled to 0..1.
+
+    Taken over a regular grid of at most about 10,000 pixels."""
 
 
-class RejectedImage(ValueError):
-    """A picture that is not taken. `reason` is a short word to count by; the message has the detail."""
+class ImageRejectedError(ValueError):
+    """A picture that is not taken. `reason` is a short word to count by; the message says why."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -84,4 +121,4 @@ class RejectedImage(ValueError):
         self.detail = detail
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RejectedImage, (self.reason, self.detail)
+        return ImageRejectedError, (self.reason, self.detail)

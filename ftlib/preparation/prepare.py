@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,10 @@ from ftlib.data.shards import (
     checksum,
 )
 from ftlib.preparation import executor, sources
+from ftlib.preparation.depth import with_depth_bits
 from ftlib.preparation.options import PrepareOptions
 from ftlib.preparation.report import PreparationReport, Progress
-from ftlib.preparation.shard_task import PART, ShardTask, cannot_write, part_index, plan
+from ftlib.preparation.shard_task import ADMISSION, PART, ShardTask, cannot_write, part_index, plan
 
 MAX_BAD_FRACTION = 0.01
 ROOM = 1.05
@@ -90,12 +92,13 @@ def prepare(
     out = paths.data_path(str(out)) if out else str(paths.home() / "data" / name)
     found = sources.scan(root, val_fraction, seed)
     _keep_apart(found.root, out)
+    read = partial(_first_bytes, found.root)
+    rules = with_depth_bits(rules, (e.file for e in found.entries), read)
     tasks = plan(found.root, out, found.classes, found.entries, rules)
-    inputs = hashlib.sha256(
-        canonical([[t.digest for t in tasks], [list(link) for link in found.refused_links]])
-    ).hexdigest()
+    inputs = _inputs(found, [t.digest for t in tasks])
+    older = _inputs(found, [t.digest_of(ADMISSION - 1) for t in tasks])
     with _writing(out):
-        if (done := _already_there(out, inputs, overwrite)) is not None:
+        if (done := _already_there(out, {inputs, older}, overwrite)) is not None:
             return PreparationResult(
                 out,
                 done,
@@ -176,7 +179,18 @@ def _writing(out: str) -> Iterator[None]:
         yield
 
 
-def _already_there(out: str, inputs: str, overwrite: bool) -> Dataset | None:
+def _first_bytes(root: str, file: str, n: int) -> bytes:
+    with open(os.path.join(root, file), "rb") as source:
+        return source.read(n)
+
+
+def _inputs(found: sources.Found, digests: list[str]) -> str:
+    """sha256 of what a set is made from."""
+    links = [list(link) for link in found.refused_links]
+    return hashlib.sha256(canonical([digests, links])).hexdigest()
+
+
+def _already_there(out: str, inputs: set[str], overwrite: bool) -> Dataset | None:
     """The set at `out` if it is whole and made of the same; None when there is work to do."""
     if storage.read_file(storage.join(out, MANIFEST)) is None:
         if not storage.is_remote(out):
@@ -196,7 +210,7 @@ def _already_there(out: str, inputs: str, overwrite: bool) -> Dataset | None:
         _delete(out, MANIFEST)
         return None
     dataset = Dataset.open(out)
-    if dataset.manifest["inputs"] != inputs:
+    if dataset.manifest["inputs"] not in inputs:
         raise DataError(
             f"{out} holds a set made from other files or with other options. Choose another --out, or give --overwrite to replace it"
         )

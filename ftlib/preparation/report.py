@@ -28,7 +28,8 @@ MEANING = {
     "cmyk": "CMYK converted to RGB",
     "alpha": "transparent pixels laid over the background colour",
     "palette": "palette converted to RGB",
-    "16_bit": "16 bits scaled to 8",
+    "16_bit": "more than 8 bits scaled to 8",
+    "color_profile": "wide-gamut color profile converted to sRGB",
     "subsampling": "uncommon chroma subsampling, encoded again as 4:4:4",
     "decoder_warning": "decoded with a warning and encoded again (--accept-warnings)",
     "reduced": "made smaller (--max-side)",
@@ -209,6 +210,11 @@ def text(
         lines.append(f"    {row['file']}: {row['detail']}")
     if report["refused"] > 5:
         lines.append(f"    ... and {report['refused'] - 5:,} more")
+    if bits := dataset.manifest["made"].get("rules", {}).get("depth_bits"):
+        lines.append(
+            f"  pictures of more than 8 bits: {bits} bits are used, so 0 to {(1 << bits) - 1:,} "
+            "become black to white (--depth-range chooses other values)"
+        )
     lines += [f"  warning: {warning}" for warning in report["warnings"]]
     lines.append(f"  report: {storage.join(path, 'report.csv')} (and report.json)")
     lines.append(f"Next: python jobs/phase1.py --data.path {shlex.quote(path)}")

@@ -1,7 +1,8 @@
-"""Pictures are decoded in a process of their own, so that a decoder that crashes or never ends costs one file and not the job.
+"""Decode pictures in a process of their own, so that a decoder that crashes costs one file.
 
-`DecoderSandbox` starts `python -m ftlib.preparation.sandbox` and sends it file names; the child reads and admits the file and sends back what it
-found. When the child dies or takes too long, that file is refused and the next one gets a new child.
+`DecoderSandbox` starts `python -m ftlib.preparation.sandbox` and sends it file names or bytes. The
+child reads, checks and converts the picture and sends back what it found. When the child dies or
+takes too long, that file is refused and the next one gets a new child.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import IO, Any
 
-from ftlib.preparation.options import PrepareOptions, RejectedImage, ValidatedImage
+from ftlib.preparation.options import ImageRejectedError, PrepareOptions, ValidatedImage
 
 SECONDS_PER_FILE = 120.0
 SECONDS_TO_START = 120.0
@@ -24,7 +25,7 @@ MAX_BYTES = 1 << 30
 
 
 class DecoderSandbox:
-    """`examine(path)` gives a `ValidatedImage`, or raises RejectedImage (the picture) or OSError (the storage)."""
+    """One child process. Its methods raise ImageRejectedError (the picture) or OSError (the storage)."""
 
     def __init__(self, rules: PrepareOptions, seconds_per_file: float = SECONDS_PER_FILE) -> None:
         self._rules = rules
@@ -33,18 +34,31 @@ class DecoderSandbox:
         self._pipe: Connection | None = None
         self._log: IO[bytes] | None = None
 
-    def examine(self, path: str) -> ValidatedImage:
+    def examine(self, file: str | bytes, name: str = "") -> ValidatedImage:
+        """The picture in a file, as it will be stored.
+
+        `file` is a path, or a whole file's bytes, whose `name` then shows a wrong extension.
+        """
+        return self._ask("examine", file, name)
+
+    def used_bits(self, file: str | bytes) -> int | None:
+        """Bits that a picture of more than 8 bits uses, see `ftlib.picture.used_bits`."""
+        return self._ask("used_bits", file, "")
+
+    def _ask(self, what: str, file: str | bytes, name: str) -> Any:
         if self._child is None:
             self._start()
         assert self._pipe is not None
         try:
-            self._pipe.send(path)
+            self._pipe.send((what, file, name))
             if not self._pipe.poll(self._seconds):
                 self.close()
-                raise RejectedImage("decoder_hung", f"decoding took over {self._seconds:g} seconds")
+                raise ImageRejectedError(
+                    "decoder_hung", f"decoding took over {self._seconds:g} seconds"
+                )
             answer = self._pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            raise RejectedImage(
+            raise ImageRejectedError(
                 "decoder_crashed", f"the decoder died on it ({self._end()})"
             ) from None
         if isinstance(answer, Exception):
@@ -60,23 +74,19 @@ class DecoderSandbox:
     def _start(self) -> None:
         ours, theirs = Pipe()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by _end()
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(
-                [
-                    str(Path(__file__).resolve().parents[2]),
-                    *filter(None, [os.environ.get("PYTHONPATH")]),
-                ]
-            ),
-            "OMP_NUM_THREADS": "1",
-        }
+        package = str(Path(__file__).resolve().parents[2])
+        search_path = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         self._child = subprocess.Popen(
             [sys.executable, "-m", "ftlib.preparation.sandbox", str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
             pass_fds=[theirs.fileno()],
-            env=environment,
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join(search_path),
+                "OMP_NUM_THREADS": "1",
+            },
         )
         theirs.close()
         self._pipe = ours
@@ -107,7 +117,7 @@ class DecoderSandbox:
 def _serve(pipe: Connection) -> None:
     import cv2
 
-    from ftlib.preparation.validate import admit
+    import ftlib.preparation.validate  # noqa: F401 - loaded before the child says that it is ready
 
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
@@ -115,23 +125,39 @@ def _serve(pipe: Connection) -> None:
     pipe.send("ready")
     while True:
         try:
-            path = pipe.recv()
+            what, file, name = pipe.recv()
         except EOFError:
             return
-        answer: Any
-        try:
-            if (size := os.path.getsize(path)) > MAX_BYTES:
-                raise RejectedImage(
-                    "too_large", f"a file of {size:,} bytes; the limit is {MAX_BYTES:,}"
-                )
-            answer = admit(Path(path).read_bytes(), os.path.basename(path), rules)
-        except (RejectedImage, OSError) as error:
-            answer = error
-        except MemoryError:
-            answer = RejectedImage("out_of_memory", "there was not enough memory to decode it")
-        except Exception as error:
-            answer = RejectedImage("decoder_failed", f"{type(error).__name__}: {error}")
-        pipe.send(answer)
+        pipe.send(_answer(rules, what, file, name))
+
+
+def _answer(rules: PrepareOptions, what: str, file: str | bytes, name: str) -> Any:
+    """A ValidatedImage or a number of bits; or the exception to raise in the parent."""
+    from ftlib.picture import PictureError, used_bits
+    from ftlib.preparation.validate import admit
+
+    try:
+        data = _read(file)
+        if what == "used_bits":
+            return used_bits(data)
+        return admit(data, name or (os.path.basename(file) if isinstance(file, str) else ""), rules)
+    except (ImageRejectedError, OSError) as error:
+        return error
+    except PictureError as error:
+        return ImageRejectedError(error.reason, error.detail)
+    except MemoryError:
+        return ImageRejectedError("out_of_memory", "there was not enough memory to decode it")
+    except Exception as error:
+        return ImageRejectedError("decoder_failed", f"{type(error).__name__}: {error}")
+
+
+def _read(file: str | bytes) -> bytes:
+    size = len(file) if isinstance(file, bytes) else os.path.getsize(file)
+    if size > MAX_BYTES:
+        raise ImageRejectedError(
+            "too_large", f"a file of {size:,} bytes; the limit is {MAX_BYTES:,}"
+        )
+    return file if isinstance(file, bytes) else Path(file).read_bytes()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 
 from ftlib import storage
 from ftlib.data.shards import INDEX, PARTS, SCHEMA, DataError, canonical, file_sha256
-from ftlib.preparation.options import PrepareOptions, RejectedImage
+from ftlib.preparation.options import ImageRejectedError, PrepareOptions
 from ftlib.preparation.sandbox import DecoderSandbox
 from ftlib.preparation.shard_writer import ShardWriter
 from ftlib.preparation.sources import Entry
@@ -27,8 +27,10 @@ from ftlib.preparation.sources import Entry
 ROWS_PER_SHARD = 4096
 BYTES_PER_SHARD = 512 << 20
 """ImageNet's 140 GB make about 330 shards; half a minute of one core is lost when one is interrupted."""
-ADMISSION = 2
-"""Raised when `ftlib.preparation.validate` would store other bytes for the same file, so that older unfinished shards are made again."""
+ADMISSION = 3
+"""Version of `ftlib.preparation.validate`. Increment it when other bytes would be stored for the same
+file, so that older unfinished shards are made again; a finished set of the version before counts as
+done."""
 PART = np.dtype([*INDEX.descr, ("id", "<u8")])
 """The index record and the first 8 bytes of the stored picture's sha256, to find identical pictures."""
 
@@ -46,13 +48,18 @@ class ShardTask:
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) of what goes in: rules, classes, and every file's name, size and time. The same digest gives the same shard."""
+        """sha256 (hex) of what goes in: rules, classes, and every file's name, size and time.
+
+        The same digest gives the same shard.
+        """
+        return self.digest_of(ADMISSION)
+
+    def digest_of(self, admission: int) -> str:
+        """The digest under another version of `ADMISSION`."""
         files = [[e.file, e.split, e.label, e.bytes, e.mtime_ns] for e in self.entries]
-        return hashlib.sha256(
-            canonical(
-                [SCHEMA, ADMISSION, self.name, list(self.classes), self.rules.to_dict(), files]
-            )
-        ).hexdigest()
+        rules = self.rules.to_dict()
+        content = [SCHEMA, admission, self.name, list(self.classes), rules, files]
+        return hashlib.sha256(canonical(content)).hexdigest()
 
 
 def plan(
@@ -155,7 +162,7 @@ def _build(
             name = task.classes[entry.label]
             try:
                 picture = examiner.examine(os.path.join(task.root, entry.file))
-            except RejectedImage as error:
+            except ImageRejectedError as error:
                 refused.append([_text(entry.file), entry.split, name, error.reason, error.detail])
             except OSError as error:
                 raise DataError(

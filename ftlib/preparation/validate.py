@@ -1,189 +1,137 @@
-"""What a picture must be to enter a data set: refuse what is damaged, repair what is odd, leave the rest byte for byte.
+"""What a picture must be to enter a data set.
 
-The order is: kind by its first bytes (never by its name), size from the header alone, limits, strict decoding, repairs. A picture
-that comes out is an upright three-channel 8-bit JPEG that decodes without a warning. A JPEG that needs no repair keeps its bytes.
+Damaged files are refused, odd ones are repaired, the rest is kept byte for byte. Which files are
+pictures and which pixels they have is defined in `ftlib.picture`; this module adds what training
+needs: strict decoding, limits of shape, and an upright three-channel 8-bit JPEG that decodes
+without a warning. A JPEG that needs no repair keeps its bytes.
 
-Strict decoding matters: of JPEGs with damaged bytes OpenCV and PIL return two thirds visibly wrong and without an error, simplejpeg's
-strict mode 8 %, and with `ftlib.preparation.jpeg_check` 4 %. torchvision's decoder is not used at all: a damaged PNG can end its process.
+Strict decoding matters. Of JPEGs with damaged bytes OpenCV and Pillow return two thirds visibly
+wrong and without an error, simplejpeg's strict mode 8 %, and with `ftlib.preparation.jpeg_check`
+4 %. torchvision's decoder is not used at all: a damaged PNG can end its process.
 """
 
 from __future__ import annotations
 
 import io
 import warnings
-from typing import Literal
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
+from ftlib import picture
 from ftlib.data.tiles import encode
+from ftlib.picture import PictureError
 from ftlib.preparation.jpeg_check import fault
 from ftlib.preparation.options import (
     MAX_ASPECT,
     MIN_SIDE,
+    ImageRejectedError,
     PrepareOptions,
-    RejectedImage,
     ValidatedImage,
 )
 from ftlib.preparation.transcode import tiled
 
 REPAIR_QUALITY = 95
 REPAIR_SUBSAMPLING = "444"
+SUBSAMPLINGS = ("444", "422", "420", "440", "411")
+"""Chroma subsamplings that a repaired JPEG can keep."""
 
-Image.MAX_IMAGE_PIXELS = None  # sizes are checked here, from the header, before anything is decoded
-
-
-Kind = Literal["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "PPM"]
-EXTENSIONS: dict[str, tuple[str, ...]] = {
-    "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
-    "PNG": ("png", "apng"),
-    "GIF": ("gif",),
-    "BMP": ("bmp", "dib"),
-    "TIFF": ("tif", "tiff"),
-    "WEBP": ("webp",),
-    "AVIF": ("avif",),
-    "PPM": ("ppm", "pgm", "pbm", "pnm"),
-}
+Image.MAX_IMAGE_PIXELS = None  # sizes are checked from the header, before anything is decoded
 
 
 def admit(data: bytes, name: str, rules: PrepareOptions) -> ValidatedImage:
-    """The picture in `data` (a whole file called `name`), ready to be stored. Raises RejectedImage."""
-    kind = kind_of(data)
-    repairs: list[str] = []
-    extension = name.rpartition(".")[2].lower() if "." in name else ""
-    if (
-        extension
-        and extension not in EXTENSIONS[kind]
-        and any(extension in known for known in EXTENSIONS.values())
-    ):
-        repairs.append("wrong_extension")
+    """The picture in `data` (a whole file called `name`), ready to be stored.
+
+    Raises ImageRejectedError.
+    """
+    try:
+        return _admit(data, name, rules)
+    except PictureError as error:
+        hint = " (--max-megapixels)" if error.reason == "too_large" else ""
+        raise ImageRejectedError(error.reason, error.detail + hint) from None
+
+
+def _admit(data: bytes, name: str, rules: PrepareOptions) -> ValidatedImage:
+    kind = picture.kind_of(data)
     if kind == "JPEG":
         pixels, subsampling, changes = _read_jpeg(data, rules)
+        repairs = [*_wrong_extension(name, kind), *changes]
     else:
-        pixels, changes = _read_other(data, kind, rules)
+        pixels, changes = _read_other(data, rules)
         subsampling = REPAIR_SUBSAMPLING
         changes = [f"from_{kind.lower()}", *changes]
-    repairs += changes
+        repairs = [*_wrong_extension(name, kind), *changes]
+    by_choice = []
     if rules.max_side is not None and max(pixels.shape[:2]) > rules.max_side:
         pixels = _reduce(pixels, rules.max_side)
-        changes.append("reduced")
-        repairs.append("reduced")
+        by_choice.append("reduced")
     if rules.quality is not None:
-        changes.append("reencoded")
-        repairs.append("reencoded")
-    if {"reduced", "reencoded"} & set(changes) and rules.chroma not in (None, "keep"):
+        by_choice.append("reencoded")
+    if by_choice and rules.chroma not in (None, "keep"):
         subsampling = rules.chroma
-    jpeg = data if not changes else encode(pixels, rules.quality or REPAIR_QUALITY, subsampling)
-    if rules.tiles and not changes:
+    repairs += by_choice
+    jpeg = data
+    if changes or by_choice:
+        jpeg = encode(pixels, rules.quality or REPAIR_QUALITY, subsampling)
+    elif rules.tiles:
         jpeg = _in_tiles(data, pixels)
         repairs += ["tiled"] if jpeg is not data else []
     jpeg = finalise(jpeg)
     if jpeg is not data:
-        stored = simplejpeg.decode_jpeg(jpeg, "RGB", strict=True)
-        if stored.shape != pixels.shape:
-            raise RejectedImage(
-                "not_reproducible",
-                f"encoded again it is {stored.shape[1]} x {stored.shape[0]} pixels, not {pixels.shape[1]} x {pixels.shape[0]}",
-            )
-    return ValidatedImage(jpeg, pixels.shape[0], pixels.shape[1], tuple(repairs), _moments(pixels))
+        _check_stored(jpeg, pixels)
+    height, width = pixels.shape[:2]
+    return ValidatedImage(jpeg, height, width, tuple(repairs), _moments(pixels))
+
+
+def _wrong_extension(name: str, kind: picture.Kind) -> list[str]:
+    """A repair to report where the name says another kind of picture."""
+    extension = name.rpartition(".")[2].lower() if "." in name else ""
+    known = any(extension in extensions for extensions in picture.EXTENSIONS.values())
+    return ["wrong_extension"] if known and extension not in picture.EXTENSIONS[kind] else []
+
+
+def _check_stored(jpeg: bytes, pixels: np.ndarray) -> None:
+    stored = simplejpeg.decode_jpeg(jpeg, "RGB", strict=True)
+    if stored.shape != pixels.shape:
+        raise ImageRejectedError(
+            "not_reproducible",
+            f"encoded again it is {stored.shape[1]} x {stored.shape[0]} pixels, "
+            f"not {pixels.shape[1]} x {pixels.shape[0]}",
+        )
 
 
 def _in_tiles(data: bytes, pixels: np.ndarray) -> bytes:
-    """The JPEG as tiles; as it is where it cannot be, or where a decoder would see any other pixel in them."""
+    """The JPEG as tiles; `data` itself where a decoder would see any other pixel in them."""
     jpeg = tiled(data)
+    if jpeg == data:
+        return data
     try:
-        return (
-            jpeg
-            if jpeg != data
-            and np.array_equal(simplejpeg.decode_jpeg(jpeg, "RGB", strict=True), pixels)
-            else data
-        )
+        same = np.array_equal(simplejpeg.decode_jpeg(jpeg, "RGB", strict=True), pixels)
     except ValueError:
         return data
+    return jpeg if same else data
 
 
 def finalise(jpeg: bytes) -> bytes:
-    """The last step of every picture's bytes before they are stored and hashed. They are stored as they are."""
+    """The last step before a picture's bytes are stored and hashed. Today it changes nothing."""
     return jpeg
 
 
-# --- kinds and headers ------------------------------------------------------------------------------------------------------------
-
-
-def kind_of(data: bytes) -> Kind:
-    """The file's kind by its first bytes. Raises RejectedImage for what is not a picture, saying what it looks like."""
-    if not data:
-        raise RejectedImage("empty_file", "the file has no bytes")
-    head = data[:16]
-    if head[:2] == b"\xff\xd8":
-        return "JPEG"
-    if head[:8] == b"\x89PNG\r\n\x1a\n":
-        return "PNG"
-    if head[:6] in (b"GIF87a", b"GIF89a"):
-        return "GIF"
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "WEBP"
-    if head[:4] in (b"II*\x00", b"MM\x00*"):
-        return "TIFF"
-    if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis"):
-        return "AVIF"
-    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
-        raise RejectedImage(
-            "unsupported_kind",
-            "a HEIC/HEIF picture, which cannot be decoded here; convert it to JPEG",
-        )
-    if head[:2] == b"BM":
-        return "BMP"
-    if head[:1] == b"P" and head[1:2] in b"123456" and head[2:3].isspace():
-        return "PPM"
-    if not any(data):
-        raise RejectedImage(
-            "not_a_picture",
-            f"all {len(data):,} bytes are zero: the file was never written to the end",
-        )
-    start = data[:512].lstrip().lower()
-    looks = next(
-        (
-            word
-            for mark, word in (
-                (b"<!doctype", "an HTML page"),
-                (b"<html", "an HTML page"),
-                (b"<svg", "an SVG drawing"),
-                (b"<?xml", "an XML or SVG file"),
-                (b"pk\x03\x04", "a ZIP archive"),
-                (b"%pdf", "a PDF"),
-            )
-            if start.startswith(mark)
-        ),
-        "",
-    )
-    raise RejectedImage(
-        "not_a_picture",
-        f"looks like {looks}"
-        if looks
-        else f"begins with the bytes {head[:8].hex(' ')}, which no known kind of picture does",
-    )
-
-
-def _check_size(width: int, height: int, rules: PrepareOptions) -> None:
-    if width * height > rules.max_megapixels * 1e6:
-        raise RejectedImage(
-            "too_large",
-            f"{width} x {height} is {width * height / 1e6:.1f} megapixels, more than --max-megapixels {rules.max_megapixels:g}",
-        )
+def _check_shape(width: int, height: int, rules: PrepareOptions) -> None:
+    picture.check_megapixels(width, height, rules.max_megapixels)
     if min(width, height) < MIN_SIDE:
-        raise RejectedImage(
+        raise ImageRejectedError(
             "too_small", f"{width} x {height}: the shorter side is under {MIN_SIDE} pixels"
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise RejectedImage(
+        raise ImageRejectedError(
             "too_narrow", f"{width} x {height}: one side is over {MAX_ASPECT} times the other"
         )
 
 
-# --- JPEG -------------------------------------------------------------------------------------------------------------------------
+# --- JPEG -----------------------------------------------------------------------------------------
 
 
 def _read_jpeg(data: bytes, rules: PrepareOptions) -> tuple[np.ndarray, str, list[str]]:
@@ -192,62 +140,69 @@ def _read_jpeg(data: bytes, rules: PrepareOptions) -> tuple[np.ndarray, str, lis
     try:
         height, width, colorspace, subsampling = simplejpeg.decode_jpeg_header(data, strict=False)
     except ValueError as error:
-        raise RejectedImage("damaged", f"JPEG header: {error}") from None
-    except KeyError:  # a chroma subsampling that simplejpeg has no name for: mostly damage, now and then an old camera
-        width, height = _size_by_pil(data)
+        raise ImageRejectedError("damaged", f"JPEG header: {error}") from None
+    except KeyError:  # a subsampling without a name: mostly damage, now and then an old camera
+        width, height = _size_by_pillow(data)
         colorspace = subsampling = ""
         changes.append("subsampling")
-    _check_size(width, height, rules)
-    try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True)
-    except ValueError as error:
-        if not rules.accept_warnings:
-            raise RejectedImage("damaged", f"JPEG: {error}") from None
-        try:
-            pixels = simplejpeg.decode_jpeg(data, "RGB", strict=False)
-        except ValueError:
-            raise RejectedImage("damaged", f"JPEG: {error}") from None
+    _check_shape(width, height, rules)
+    pixels, warned = _decode_strictly(data, rules.accept_warnings)
+    if warned:
         changes.append("decoder_warning")
-    else:
-        if why := fault(data):
-            if not rules.accept_warnings:
-                raise RejectedImage("damaged", f"JPEG: {why}")
-            changes.append("decoder_warning")
-    if colorspace == "Gray":
-        changes.append("grey")
+    if colorspace in ("Gray", "CMYK", "YCCK"):
+        changes.append("grey" if colorspace == "Gray" else "cmyk")
         subsampling = REPAIR_SUBSAMPLING
-    elif colorspace in ("CMYK", "YCCK"):
-        changes.append("cmyk")
-        subsampling = REPAIR_SUBSAMPLING
-    turn = _orientation(data)
+    turn, profile = _metadata(data)
+    if profile and colorspace not in ("Gray", "CMYK", "YCCK") and picture.is_wide_gamut(profile):
+        changes.append("color_profile")
+        pixels = np.asarray(picture.to_srgb(Image.fromarray(pixels), profile))
     if turn != 1:
         pixels = upright(pixels, turn)
         changes.append("orientation")
-    return (
-        pixels,
-        subsampling if subsampling in ("444", "422", "420", "440", "411") else REPAIR_SUBSAMPLING,
-        changes,
-    )
+    kept = subsampling if subsampling in SUBSAMPLINGS else REPAIR_SUBSAMPLING
+    return pixels, kept, changes
 
 
-def _size_by_pil(data: bytes) -> tuple[int, int]:
+def _decode_strictly(data: bytes, accept_warnings: bool) -> tuple[np.ndarray, bool]:
+    """(uint8[H, W, 3], whether the decoder or the check for hidden damage warned)."""
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "RGB", strict=True)
+        why = fault(data)
+    except ValueError as error:
+        why = str(error)
+        pixels = None
+    if why is None:
+        return pixels, False
+    if not accept_warnings:
+        raise ImageRejectedError("damaged", f"JPEG: {why}")
+    try:
+        return simplejpeg.decode_jpeg(data, "RGB", strict=False), True
+    except ValueError:
+        raise ImageRejectedError("damaged", f"JPEG: {why}") from None
+
+
+def _size_by_pillow(data: bytes) -> tuple[int, int]:
     try:
         return Image.open(io.BytesIO(data), formats=["JPEG"]).size
     except Exception as error:
-        raise RejectedImage("damaged", f"JPEG header: {error}") from None
+        raise ImageRejectedError("damaged", f"JPEG header: {error}") from None
 
 
-def _orientation(data: bytes) -> int:
-    """The EXIF orientation, 1 (upright) to 8; 1 where there is none or it makes no sense."""
-    if b"Exif\x00\x00" not in data[: 256 << 10]:
-        return 1
+def _metadata(data: bytes) -> tuple[int, bytes | None]:
+    """(EXIF orientation, ICC profile)."""
+    start = data[: 256 << 10]
+    if b"Exif\x00\x00" not in start and b"ICC_PROFILE\x00" not in start:
+        return 1, None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            turn = Image.open(io.BytesIO(data)).getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # an unreadable EXIF block says nothing; the pixels were decoded strictly
-        return 1
-    return turn if isinstance(turn, int) and 1 <= turn <= 8 else 1
+            image = Image.open(io.BytesIO(data), formats=["JPEG"])
+    except (
+        Exception
+    ):  # the pixels were decoded strictly; metadata that Pillow cannot read say nothing
+        return 1, None
+    turn = picture.orientation(image) if b"Exif\x00\x00" in start else 1
+    return turn, image.info.get("icc_profile")
 
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -259,83 +214,33 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels[:: -1 if vertical else 1, :: -1 if horizontal else 1])
 
 
-# --- everything else --------------------------------------------------------------------------------------------------------------
+# --- everything else ------------------------------------------------------------------------------
 
 
-def _read_other(data: bytes, kind: Kind, rules: PrepareOptions) -> tuple[np.ndarray, list[str]]:
-    """(uint8[H, W, 3], repairs) of a picture that is no JPEG, through PIL."""
+def _read_other(data: bytes, rules: PrepareOptions) -> tuple[np.ndarray, list[str]]:
+    """(uint8[H, W, 3], repairs) of a picture that is no JPEG."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        opened = picture.open_image(data, rules.picture)
+        kind = opened.kind
+        _check_shape(*opened.image.size, rules)
+        if kind == "PNG" and not _opencv_reads(data):
+            raise ImageRejectedError("damaged", "PNG: a second decoder (OpenCV) cannot read it")
         try:
-            image = Image.open(io.BytesIO(data), formats=[kind])
-            frames = getattr(image, "n_frames", 1)
-        except Exception as error:
-            raise RejectedImage("damaged", f"{kind} header: {error}") from None
-        _check_size(*image.size, rules)
-        if frames > 1:
-            raise RejectedImage(
-                "animation",
-                f"{kind} with {frames} frames or pages; which of them shows the class is not known. Extract one",
-            )
-        if image.mode in ("F", "I") or (
-            kind == "TIFF"
-            and image.mode
-            not in (
-                "1",
-                "L",
-                "LA",
-                "P",
-                "PA",
-                "RGB",
-                "RGBA",
-                "CMYK",
-                "YCbCr",
-                "LAB",
-                "I;16",
-                "I;16B",
-                "I;16L",
-            )
-        ):
-            raise RejectedImage(
-                "unsupported_depth",
-                f"{kind} with 32-bit pixels (mode {image.mode}); convert it to 8 bit, choosing the range",
-            )
-        try:
-            image.load()
-            return _to_rgb(image, data, kind, rules)
-        except RejectedImage:
+            image, changes = picture.to_rgb(opened, rules.picture)
+        except PictureError:
             raise
-        except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, zlib.error ... on damaged files
-            raise RejectedImage("damaged", f"{kind}: {error or type(error).__name__}") from None
+        except (
+            Exception
+        ) as error:  # Pillow raises OSError, SyntaxError, struct.error, zlib.error ...
+            raise ImageRejectedError(
+                "damaged", f"{kind}: {error or type(error).__name__}"
+            ) from None
+    return np.asarray(image), changes
 
 
-def _to_rgb(
-    image: Image.Image, data: bytes, kind: Kind, rules: PrepareOptions
-) -> tuple[np.ndarray, list[str]]:
-    changes: list[str] = []
-    if kind == "PNG" and cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) is None:
-        raise RejectedImage("damaged", "PNG: a second decoder (OpenCV) cannot read it")
-    if image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9):
-        changes.append("orientation")
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        changes.append("16_bit")
-        wide = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(
-            ((wide * 255 + 32767) // 65535).astype(np.uint8)
-        )  # PIL's own conversion clips to white
-    if image.mode == "P":
-        changes.append("palette")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        changes.append("alpha")
-        image = image.convert("RGBA")
-        behind = Image.new("RGBA", image.size, (*rules.background, 255))
-        image = Image.alpha_composite(behind, image)
-    if image.mode in ("L", "1"):
-        changes.append("grey")
-    if image.mode == "CMYK":
-        changes.append("cmyk")
-    return np.asarray(image.convert("RGB")), changes
+def _opencv_reads(data: bytes) -> bool:
+    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) is not None
 
 
 def _reduce(pixels: np.ndarray, max_side: int) -> np.ndarray:

@@ -134,7 +134,11 @@ class RunLog:
             "epoch": epoch,
             "step": self.state.step,
             "scores": scores,
-            "data": {"name": data.name, "digest": data.digest},
+            "data": {
+                "name": data.name,
+                "digest": data.digest,
+                "rules": data.manifest["made"].get("rules"),
+            },
             "run": self.context.run_dir.rstrip("/").rsplit("/", 1)[-1],
             "stage": run.stage,
             "ema": self.state.ema is not None,

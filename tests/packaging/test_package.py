@@ -91,8 +91,9 @@ def loaded(folder):
 def test_pixels_are_those_of_evaluation_bit_for_bit(height, width, options):
     jpeg = encoded(photo(height, width), **options)
     for size, crop in ((32, 0.8), (64, 0.875), (48, 1.0)):
+        meta = {"size": size, "short": max(size, round(size / crop)), **P.picture_rules({})}
         np.testing.assert_array_equal(
-            code.pixels(jpeg, size, max(size, round(size / crop))), EvalTransform(size, crop)(jpeg)
+            code.pictures.Preprocessing(meta)(jpeg), EvalTransform(size, crop)(jpeg)
         )
 
 
@@ -170,13 +171,13 @@ def bomb():
 @pytest.mark.parametrize(
     ("picture", "says"),
     [
-        (b"", "no picture of a known kind"),
-        (b"<html>404</html>", "no picture of a known kind"),
+        (b"", "the file has no bytes"),
+        (b"<html>404</html>", "an HTML page"),
         (encoded(photo(200, 200))[:2000], "damaged"),
-        (bomb(), "more than 50 megapixels"),
+        (bomb(), "megapixels, more than 50"),
         (
             encoded(photo(20, 20), "GIF", save_all=True, append_images=[photo(20, 20, 1)]),
-            "animation of 2 frames",
+            "more than one frame",
         ),
         ("not base64!", "not base64"),
         (17, "not int"),
@@ -189,6 +190,40 @@ def test_what_is_no_picture_is_said_so(loaded, picture, says):
         loaded.predict([good, picture])
     rows = loaded.predict([good, picture, good], params={"on_error": "row"})
     assert says in rows[1]["error"] and rows[0] == rows[2] and "class" in rows[0]
+
+
+def test_pictures_are_read_as_the_data_set_was_prepared(model, tmp_path):
+    rules = {"background": [255, 0, 0], "depth_bits": 12, "max_megapixels": 0.001, "tiles": True}
+    data = {"name": "zoo", "digest": "0", "rules": rules}
+    folder = P.package(model, RUN, CLASSES, {}, 1.0, tmp_path / "model", data=data)
+    packaged = P.load(str(folder)).unwrap_python_model()
+    clear = encoded(Image.new("RGBA", (20, 20), (0, 255, 0, 0)), "PNG")
+    assert (packaged.prepare(clear) == (255, 0, 0)).all()
+    bright = encoded(Image.fromarray(np.full((20, 20), 4095, np.uint16)), "PNG")
+    assert (packaged.prepare(bright) == 255).all()
+    dark = encoded(Image.fromarray(np.full((20, 20), 255, np.uint16)), "PNG")
+    assert (packaged.prepare(dark) == 16).all()
+    with pytest.raises(ValueError, match=r"more than 0\.001"):
+        packaged.prepare(encoded(photo(40, 40)))
+    assert packaged.meta["data"] == {"name": "zoo", "digest": "0"}
+
+
+def test_two_packages_keep_their_own_way_of_reading_pictures(folder, loaded, tmp_path):
+    """A later version of `picture.py` does not change what an older package sees."""
+    import shutil
+
+    other = shutil.copytree(folder, tmp_path / "other")
+    source = (other / "picture.py").read_text("utf-8")
+    (other / "picture.py").write_text(
+        source.replace("MAX_MEGAPIXELS = 50.0", "MAX_MEGAPIXELS = 1.0")
+    )
+    meta = json.loads((other / "artifacts" / "meta.json").read_text())
+    del meta["max_megapixels"]
+    (other / "artifacts" / "meta.json").write_text(json.dumps(meta))
+    large = encoded(photo(1100, 1100))
+    with pytest.raises(ValueError, match="more than 1"):
+        P.load(str(other)).unwrap_python_model().prepare(large)
+    assert loaded.unwrap_python_model().prepare(large).shape == (32, 32, 3)
 
 
 def test_impossible_parameters_are_refused(loaded):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from ftlib.preparation.options import PrepareOptions, RejectedImage
+from ftlib.preparation.options import ImageRejectedError, PrepareOptions
 from ftlib.preparation.sandbox import DecoderSandbox
 
 MEAN = """
@@ -60,7 +60,7 @@ def test_crashes_and_hangs_cost_one_file(mean_decoder: None, tmp_path: Path) -> 
             (b"HANG", "decoder_hung", "over 3 seconds"),
             (b"BUG", "decoder_failed", "RuntimeError: a bug"),
         ):
-            with pytest.raises(RejectedImage, match=detail) as caught:
+            with pytest.raises(ImageRejectedError, match=detail) as caught:
                 examiner.examine(picture(tmp_path / "bad.jpg", comment))
             assert caught.value.reason == reason
             assert examiner.examine(good).jpeg == Path(good).read_bytes()
@@ -77,7 +77,7 @@ def test_storage_errors_are_not_the_pictures_fault(tmp_path: Path) -> None:
             examiner.examine(str(tmp_path))
         with open(tmp_path / "huge.jpg", "wb") as f:
             f.truncate((1 << 30) + 1)
-        with pytest.raises(RejectedImage, match=r"1,073,741,825 bytes"):
+        with pytest.raises(ImageRejectedError, match=r"1,073,741,825 bytes"):
             examiner.examine(str(tmp_path / "huge.jpg"))
     finally:
         examiner.close()
