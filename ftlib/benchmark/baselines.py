@@ -1,5 +1,5 @@
-"""How others load the same pictures, each set up as its own project sets it up. timm, FFCV and DALI are not needed: their functions raise
-ImportError where they are not installed.
+"""How others load the same pictures, each set up as its own project sets it up. timm, FFCV and DALI
+are not needed: their functions raise ImportError where they are not installed.
 
 A loader is given as `opened() -> context manager of an endless iterator over batch sizes`.
 """
@@ -98,7 +98,8 @@ def _cv2(path: Path) -> Any:
 
 
 def torchvision_reference(size: int) -> Callable[[Path], torch.Tensor]:
-    """torchvision's references/classification, ClassificationPresetTrain with auto_augment="ra" (RandAugment(2, 9)), PIL backend."""
+    """torchvision's references/classification, ClassificationPresetTrain with auto_augment="ra"
+    (RandAugment(2, 9)), PIL backend."""
     from torchvision.transforms import v2
 
     chain = v2.Compose(
@@ -135,7 +136,8 @@ def torchvision_plain(size: int) -> Callable[[Path], torch.Tensor]:
 def timm_reference(
     size: int, files: Sequence[Path], batch_size: int, workers: int
 ) -> tuple[Opened, int]:
-    """(loader, images it works ahead) of timm's train.py with --aa rand-m9-mstd0.5 and its prefetcher: bytes are collated, normalised on the device."""
+    """(loader, images it works ahead) of timm's train.py with --aa rand-m9-mstd0.5 and its
+    prefetcher: bytes are collated, normalised on the device."""
     from timm.data import create_transform
     from timm.data.loader import fast_collate
 
@@ -154,8 +156,9 @@ def timm_reference(
 
 
 def full_size_chain(size: int) -> list[Any]:
-    """Albumentations as its documentation suggests: the three groups (two of them, each with probability 0.3, of the ops that ftlib's table
-    names, as Albumentations ships them) on the whole picture, then crop, flip, colour jitter."""
+    """Albumentations as its documentation suggests: the three groups (two of them, each with
+    probability 0.3, of the ops that ftlib's table names, as Albumentations ships them) on the
+    whole picture, then crop, flip, colour jitter."""
     import albumentations as A
 
     geometric = A.OneOf(
@@ -217,7 +220,8 @@ def full_size_albumentations(size: int) -> Callable[[Path], torch.Tensor]:
 def ffcv(
     files: Sequence[Path], folder: Path, size: int, batch_size: int, workers: int
 ) -> tuple[Opened, int]:
-    """FFCV as in its ImageNet example: pictures of this size, encoded by its own writer at quality 90. Its normalisation runs in the same threads."""
+    """FFCV as in its ImageNet example: pictures of this size, encoded by its own writer at
+    quality 90. Its normalisation runs in the same threads."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption

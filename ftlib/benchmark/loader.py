@@ -1,9 +1,11 @@
 """CPU per training image: ftlib's loader beside the peers', on the same pictures.
 
-Two kinds of work are compared: Phase 2's whole transform (crop, flip, colour jitter, two of three RandAugment groups) with the recipes of
-torchvision, timm and a full-size Albumentations chain, from the original files (ftlib also from the same pictures as tiles, pixel for pixel); and crop and flip alone with FFCV and DALI, on the pictures
-as ftlib re-encodes them. ftlib hands over bytes and normalises on the device; the peers' own recipes normalise in their loaders (timm
-excepted), and that is part of what they cost.
+Two kinds of work are compared: Phase 2's whole transform (crop, flip, colour jitter, two of three
+RandAugment groups) with the recipes of torchvision, timm and a full-size Albumentations chain, from
+the original files (ftlib also from the same pictures as tiles, pixel for pixel); and crop and flip
+alone with FFCV and DALI, on the pictures as ftlib re-encodes them. ftlib hands over bytes and
+normalises on the device; the peers' own recipes normalise in their loaders (timm excepted), and
+that is part of what they cost.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ GOALS = (
 
 
 def photos(folder: Path, count: int, seed: int = 0) -> None:
-    """`count` JPEGs of about 375 x 500 pixels in two classes below `folder`: smooth random textures, whose files are about as long as a photo's."""
+    """`count` JPEGs of about 375 x 500 pixels in two classes below `folder`: smooth random
+    textures, whose files are about as long as a photo's."""
     random = np.random.default_rng(seed)
     for i in range(count):
         height, width = (375, 500) if random.random() < 0.7 else (500, 375)
@@ -162,7 +165,8 @@ def benchmark(
 
 
 def pictures_of(source: Path | None, scratch: Path, count: int) -> Path:
-    """The folder `source`, or one below `scratch` with `count` generated photos where there is none."""
+    """The folder `source`, or one below `scratch` with `count` generated photos where there is
+    none."""
     if source is None:
         photos(scratch / "photos", count)
     return source or scratch / "photos"
@@ -196,7 +200,8 @@ def _ours(dataset: Dataset, augment: Augment, batch: int, workers: int) -> Itera
 
 
 def prepared(folder: Path, out: Path, rules: PrepareOptions, val_fraction: float = 0.0) -> Dataset:
-    """A folder's pictures as a prepared set; where it has no train/ and val/, `val_fraction` of them are for validation."""
+    """A folder's pictures as a prepared set; where it has no train/ and val/, `val_fraction` of
+    them are for validation."""
     split = (folder / "train").is_dir()
     return prepare(
         folder,

@@ -1,8 +1,9 @@
 """Measuring by turns: every case once per round, and ratios within a round.
 
-A shared machine runs at another speed every few seconds. What is compared is therefore measured right after each other, over several
-rounds, in the CPU time of all processes that take part as well as in wall time; the ratio of a round is what counts, and its spread
-over the rounds says how far it can be trusted.
+A shared machine runs at another speed every few seconds. What is compared is therefore measured
+right after each other, over several rounds, in the CPU time of all processes that take part as well
+as in wall time; the ratio of a round is what counts, and its spread over the rounds says how far it
+can be trusted.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ def by_turns(
     notes: Sequence[str] = (),
     turns: int = 1,
 ) -> Part:
-    """Run every case `turns` times per round, forwards and backwards in turn, and form the ratios of all goals whose cases are there. A round counts with the medians of its turns."""
+    """Run every case `turns` times per round, forwards and backwards in turn, and form the
+    ratios of all goals whose cases are there. A round counts with the medians of its turns."""
     costs: dict[str, list[Cost]] = {case.name: [] for case in cases}
     for n in range(rounds):
         taken: dict[str, list[Cost]] = {case.name: [] for case in cases}
@@ -171,14 +173,16 @@ def ratios(costs: dict[str, list[Cost]], goals: Sequence[Goal]) -> list[Ratio]:
 
 
 class ProcessTree:
-    """This process and all that are below it now. Processes that start later count once they have ended and were waited for."""
+    """This process and all that are below it now. Processes that start later count once they
+    have ended and were waited for."""
 
     def __init__(self) -> None:
         me = psutil.Process()
         self.processes = [me, *me.children(recursive=True)]
 
     def cpu(self) -> float:
-        """Seconds of user and system time since each of them began, those of children that ended included."""
+        """Seconds of user and system time since each of them began, those of children that ended
+        included."""
         total = 0.0
         for process in self.processes:
             try:
@@ -204,10 +208,13 @@ class ProcessTree:
 def stream_cost(
     opened: Callable[[], AbstractContextManager[Iterator[int]]], images: int, ahead: int
 ) -> Cost:
-    """Cost per image of a loader that yields its batches' sizes without end and works `ahead` images ahead.
+    """Cost per image of a loader that yields its batches' sizes without end and works `ahead`
+    images ahead.
 
-    Its queue is full at the start and at the end of what is counted as CPU time, so all the work counted made all the images counted. The
-    first `ahead` images are there already: the wall time until the `images` after them have come is what making `images` took.
+    Its queue is full at the start and at the end of what is counted as CPU time, so all the work
+        counted made all the images counted. The
+    first `ahead` images are there already: the wall time until the `images` after them have come is
+        what making `images` took.
     """
     with opened() as batches:
         next(batches)

@@ -1,4 +1,5 @@
-"""What faster pictures cost in quality: re-encoding at smaller sizes, and training on ftlib's ops instead of Albumentations' own."""
+"""What faster pictures cost in quality: re-encoding at smaller sizes, and training on ftlib's
+ops instead of Albumentations' own."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def sides(
     size: int,
     say: Say,
 ) -> Part:
-    """CPU per training image, length of a file and what is left of the picture, by the size that `prepare --max-side` keeps."""
+    """CPU per training image, length of a file and what is left of the picture, by the size that
+    `prepare --max-side` keeps."""
     cv2.setNumThreads(1)
     folder = pictures_of(source, scratch, 64)
     kept = prepared(folder, scratch / "originals", PrepareOptions())
@@ -77,7 +79,8 @@ def sides(
 
 
 def crop_psnr(whole: Split, reduced: Split, size: int) -> float:
-    """Peak signal-to-noise ratio, in dB over 255 levels, between the same random training crops of both: the median over the pictures."""
+    """Peak signal-to-noise ratio, in dB over 255 levels, between the same random training crops
+    of both: the median over the pictures."""
     randomness, found = Randomness(), []
     for row in range(len(whole)):
         pictures = [decode(split.image(row)) for split in (whole, reduced)]
@@ -109,7 +112,8 @@ def _kilobytes(split: Split) -> float:
 def accuracy(
     scratch: Path, source: Path | None, *, seeds: int, epochs: int, arch: str, size: int, say: Say
 ) -> Part:
-    """Validation top-1 after training from scratch on ftlib's pictures and on those of `peers.full_size_chain`: same seeds, weights, order, mixing and schedule."""
+    """Validation top-1 after training from scratch on ftlib's pictures and on those of
+    `peers.full_size_chain`: same seeds, weights, order, mixing and schedule."""
     dataset = prepared(
         pictures_of(source, scratch, 96), scratch / "prepared", PrepareOptions(), val_fraction=0.25
     )

@@ -14,7 +14,8 @@ from ftlib.track.tracking import open_tracking
 
 
 def record(found: dict[str, Any], figure: bytes) -> str:
-    """Record the medians of all costs and ratios, the whole as benchmark.json, and the figure. Returns the run's address.
+    """Record the medians of all costs and ratios, the whole as benchmark.json, and the figure.
+    Returns the run's address.
 
     Raises TrackingError when the tracking server cannot be reached.
     """

@@ -83,7 +83,8 @@ def as_json(parts: list[Part], about: dict[str, Any], command: str) -> dict[str,
 
 
 def figure(parts: list[Part], about: dict[str, Any]) -> bytes:
-    """PNG: a panel of bars per part, the medians, with lines from the least to the largest round."""
+    """PNG: a panel of bars per part, the medians, with lines from the least to the largest
+    round."""
     longest = max(len(p.costs) for p in parts)
     drawn, panels = axes(7.5 * len(parts), 1.6 + 0.42 * longest, len(parts))
     for part, ax in zip(parts, panels):

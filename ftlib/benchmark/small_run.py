@@ -1,6 +1,8 @@
-"""A small training as a process of its own, as a sweep's trial has it: by ftlib, or as the plain function that people give to Ray Tune.
+"""A small training as a process of its own, as a sweep's trial has it: by ftlib, or as the plain
+function that people give to Ray Tune.
 
-python -m ftlib.benchmark.small_run ftlib|plain FOLDER      # FOLDER holds few/ (pictures) and few-prepared/ (the same, prepared)
+python -m ftlib.benchmark.small_run ftlib|plain FOLDER      # FOLDER holds few/ (pictures) and
+few-prepared/ (the same, prepared)
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ BATCH = 16
 
 
 def by_ftlib(folder: Path) -> None:
-    """What a trial of a sweep does in its process: `launch`, with a handle for its tracking, which the sweep's driver delivers."""
+    """What a trial of a sweep does in its process: `launch`, with a handle for its tracking,
+    which the sweep's driver delivers."""
     home = folder / "home" / str(os.getpid())
     os.environ["FTLIB_HOME"] = str(home)
     (home / "journal").mkdir(parents=True)

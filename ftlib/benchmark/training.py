@@ -80,7 +80,8 @@ def device() -> torch.device:
 
 
 def training(s: BenchmarkSettings, run_dir: str = "", rank: int = 0, world: int = 1) -> Training:
-    """ftlib's loop on made-up pixels: a batch of `s.batch` images per worker, one microbatch each."""
+    """ftlib's loop on made-up pixels: a batch of `s.batch` images per worker, one microbatch
+    each."""
     run = Run(
         data=Data(path="made-up"),
         augment=Augment(size=s.size),
@@ -98,7 +99,8 @@ def plain_step(
     dtype: torch.dtype,
     wrap: Callable[[torch.nn.Module], torch.nn.Module] = lambda m: m,
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """One step of the loop that everybody writes: the same model, precision, loss, clipping and fused optimizer, and nothing else."""
+    """One step of the loop that everybody writes: the same model, precision, loss, clipping and
+    fused optimizer, and nothing else."""
     on = device()
     torch.manual_seed(0)
     model = wrap(
@@ -130,7 +132,8 @@ def loops(
     ours: Training,
     wrap: Callable[[torch.nn.Module], torch.nn.Module] = lambda m: m,
 ) -> tuple[Callable[[int], int], Callable[[int], int]]:
-    """(ftlib's, plain): each makes so many steps on the same pixels and returns their number; the device has finished when they return."""
+    """(ftlib's, plain): each makes so many steps on the same pixels and returns their number;
+    the device has finished when they return."""
     batches, plain = same_pixels(ours), plain_step(s, ours.dtype, wrap)
     first = next(same_pixels(ours))
 
@@ -154,8 +157,9 @@ def words(s: BenchmarkSettings, dtype: torch.dtype) -> str:
 
 
 def step(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
-    """A training step beside a plain PyTorch loop's. On a CPU they take turns step by step, and a round counts with the medians of its steps: the machine's
-    speed changes faster than a round is long. On a GPU a turn is a round's steps: to wait after each would empty its queue."""
+    """A training step beside a plain PyTorch loop's. On a CPU they take turns step by step, and
+    a round counts with the medians of its steps: the machine's speed changes faster than a round
+    is long. On a GPU a turn is a round's steps: to wait after each would empty its queue."""
     ours = training(s)
     run_ours, run_plain = loops(s, ours)
     run_ours(2), run_plain(2)
@@ -264,7 +268,8 @@ def checkpoints(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
 
 
 def startup(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
-    """Whole processes: --help, a wrong flag, a small one-worker run, and a plain script that trains the same."""
+    """Whole processes: --help, a wrong flag, a small one-worker run, and a plain script that
+    trains the same."""
     from ftlib.benchmark.loader import photos
     from ftlib.benchmark.small_run import EPOCHS, PHOTOS
     from ftlib.preparation.prepare import prepare

@@ -1,6 +1,8 @@
-"""What each of torchrun's two workers does: DistributedDataParallel and ftlib's loop by turns, in the same process group.
+"""What each of torchrun's two workers does: DistributedDataParallel and ftlib's loop by turns, in
+the same process group.
 
-python -m torch.distributed.run --standalone --nproc-per-node 2 -m ftlib.benchmark.two_workers OUT.json SETTINGS_AS_JSON
+python -m torch.distributed.run --standalone --nproc-per-node 2 -m ftlib.benchmark.two_workers
+OUT.json SETTINGS_AS_JSON
 """
 
 from __future__ import annotations

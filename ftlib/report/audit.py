@@ -1,7 +1,8 @@
-"""What is wrong with a data set: pictures that are there twice, odd sizes, lopsided classes, labels that look mistaken.
+"""Find what is wrong with a data set: duplicates, odd sizes, labels that look mistaken.
 
-Pure functions on hashes, features and labels; `ftlib.report.audit_page` makes the page. Duplicates within a split waste effort and
-weigh what they show; duplicates across splits make the validation score a lie; two labels on one picture are a mistake in one of them.
+Pure functions on hashes, features and labels; `ftlib.report.audit_page` makes the page. A duplicate
+within a split counts twice in training. A duplicate across splits inflates the validation score. Of
+two labels on one picture, one is wrong.
 """
 
 from __future__ import annotations
@@ -18,31 +19,36 @@ Hashes = NDArray[np.uint64]
 NEAR = 4
 """Most bits of 64 in which two near duplicates differ, in each of the two hashes."""
 BANDS = 8
-"""Bands of 8 bits: hashes that differ in fewer than 8 bits agree in at least one band, so no pair within NEAR is missed."""
+"""Bands of 8 bits. Hashes that differ in fewer than 8 bits agree in at least one band, so no pair
+within NEAR is missed."""
 FLAT = 4.0
-"""Standard deviation of the grey values below which a picture has too little in it to be compared by perception."""
+"""Standard deviation of the gray values below which a picture is too uniform for its hashes to
+mean anything."""
 FOLDS = 5
+"""Folds of the cross-validation that checks labels."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What duplicates are found by."""
+    """What duplicates are recognized by."""
 
     exact: bytes
-    """Digest of the decoded pixels: equal for the same picture, whatever its file's metadata say."""
+    """Digest of the decoded pixels: equal for the same picture, whatever its file's metadata
+    say."""
     gradient: int
     """64-bit dHash (Krawetz 2013): is each of 8 x 8 cells darker than its right neighbour?"""
     frequency: int
     """64-bit pHash: are the 8 x 8 lowest DCT coefficients above their median?"""
     flat: bool
-    """Too uniform to be compared by perception."""
+    """Too uniform for the perceptual hashes to mean anything."""
     features: NDArray[np.float32]
-    """float32[F]: small descriptors (coarse colours, edges) for a linear model."""
+    """float32[F]: small descriptors (coarse colors, edges) for a linear model."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two pictures that are the same or nearly. `a` < `b`: positions in the list that was searched."""
+    """Two pictures that are the same or nearly. `a` < `b`: positions in the list that was
+    searched."""
 
     a: int
     b: int
@@ -52,34 +58,34 @@ class Pair:
 
 @dataclass(frozen=True)
 class Suspect:
-    """A picture whose label others like it do not share."""
+    """A picture whose label looks mistaken, by a model trained without it."""
 
     position: int
     said: int
-    """The class that a model trained without the picture gives it."""
+    """The predicted class."""
     own: float
-    """Probability which that model gives the label."""
+    """Probability of the label."""
     confidence: float
-    """Probability which it gives `said`."""
+    """Probability of the predicted class."""
 
 
 def fingerprint(image: np.ndarray) -> Fingerprint:
-    """Of uint8[H, W, 3]."""
+    """The hashes and descriptors of a picture, uint8[H, W, 3]."""
     import hashlib
 
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     digest = hashlib.sha256(
         np.asarray(image.shape, "<i4").tobytes() + np.ascontiguousarray(image).tobytes()
     ).digest()[:16]
-    cells = cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA).astype(np.int16)
-    small = cv2.resize(grey, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
+    cells = cv2.resize(gray, (9, 8), interpolation=cv2.INTER_AREA).astype(np.int16)
+    small = cv2.resize(gray, (32, 32), interpolation=cv2.INTER_AREA).astype(np.float32)
     low = cv2.dct(small)[:8, :8].ravel()
     return Fingerprint(
-        digest,
-        _bits(cells[:, :-1] > cells[:, 1:]),
-        _bits(low > np.median(low)),
-        bool(grey.std() < FLAT),
-        features(image),
+        exact=digest,
+        gradient=_bits(cells[:, :-1] > cells[:, 1:]),
+        frequency=_bits(low > np.median(low)),
+        flat=bool(gray.std() < FLAT),
+        features=features(image),
     )
 
 
@@ -88,13 +94,17 @@ def _bits(flags: np.ndarray) -> int:
 
 
 def features(image: np.ndarray) -> NDArray[np.float32]:
-    """float32[F]: 8 x 8 colours, and histograms of gradient directions over 4 x 4 cells (Dalal and Triggs 2005) at 32 px."""
+    """float32[F]: small descriptors of a picture at 32 px.
+
+    They are 8 x 8 colors, and histograms of gradient directions over 4 x 4 cells (Dalal and Triggs
+    2005).
+    """
     small = cv2.resize(image, (32, 32), interpolation=cv2.INTER_AREA)
-    colours = (
+    colors = (
         cv2.resize(small, (8, 8), interpolation=cv2.INTER_AREA).astype(np.float32).ravel() / 255
     )
-    grey = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY).astype(np.float32)
-    dx, dy = cv2.Sobel(grey, cv2.CV_32F, 1, 0, ksize=1), cv2.Sobel(grey, cv2.CV_32F, 0, 1, ksize=1)
+    gray = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    dx, dy = cv2.Sobel(gray, cv2.CV_32F, 1, 0, ksize=1), cv2.Sobel(gray, cv2.CV_32F, 0, 1, ksize=1)
     strength, direction = np.hypot(dx, dy), (np.arctan2(dy, dx) % np.pi) * (8 / np.pi)
     cell = (np.arange(32) // 8)[:, None] * 4 + (np.arange(32) // 8)[None, :]
     histogram = np.bincount(
@@ -102,12 +112,12 @@ def features(image: np.ndarray) -> NDArray[np.float32]:
         weights=strength.ravel(),
         minlength=128,
     ).reshape(16, 8)
-    histogram /= np.linalg.norm(histogram, axis=1, keepdims=True) + 8.0
-    return np.concatenate([colours, histogram.ravel().astype(np.float32)])
+    histogram = histogram / (np.linalg.norm(histogram, axis=1, keepdims=True) + 8.0)
+    return np.concatenate([colors, histogram.ravel().astype(np.float32)])
 
 
 def exact_pairs(digests: Sequence[bytes]) -> list[Pair]:
-    """Each repeat with the first picture of the same pixels."""
+    """Each repeat, paired with the first picture that has the same pixels."""
     first: dict[bytes, int] = {}
     pairs = []
     for i, digest in enumerate(digests):
@@ -121,8 +131,10 @@ def exact_pairs(digests: Sequence[bytes]) -> list[Pair]:
 def near_pairs(
     gradient: Hashes, frequency: Hashes, near: int = NEAR, skip: Iterable[Pair] = ()
 ) -> list[Pair]:
-    """Pairs whose hashes of both kinds differ in at most `near` bits. Searched by bands of the gradient hash: no pair is missed, and one
-    in 32 is compared."""
+    """Pairs whose hashes of both kinds differ in at most `near` bits, except those in `skip`.
+
+    Candidates agree in a band of the gradient hash: no pair is missed, and one in 32 is compared.
+    """
     if near >= BANDS:
         raise ValueError(f"near = {near}: at most {BANDS - 1} bits, or pairs would be missed")
     known = {(p.a, p.b) for p in skip}
@@ -142,6 +154,7 @@ def _compare(
     near: int,
     found: dict[tuple[int, int], int],
 ) -> None:
+    """Add the near pairs among `members` to `found`."""
     members = np.sort(members)
     for place, a in enumerate(members[:-1]):
         others = members[place + 1 :]
@@ -159,11 +172,19 @@ def suspects(
     least_margin: float = 0.75,
     seed: int = 0,
 ) -> tuple[list[Suspect], float]:
-    """Pictures to which logistic regressions trained on the other folds give another class, more confidently than that class is usually
-    given to its own (confident learning, Northcutt et al. 2021, section 3.1), and than the label by `least_margin`. The surest first; and the
-    share of pictures on which those regressions agree with the label, which says how much their word is worth.
+    """(pictures whose label looks mistaken, the surest first; share of labels agreed with, 0..1).
 
-    features: float[n, F]. Classes with fewer than FOLDS pictures are left out. Fewer than two classes with enough: nothing is found.
+    Logistic regressions, each trained on the other folds, predict every picture. A label is suspect
+    where they predict another class, at least as confidently as they usually predict that class for
+    its own pictures (confident learning, Northcutt et al. 2021, section 3.1), and by `least_margin`
+    more confidently than the label. The share of agreement tells how far to trust them.
+
+    Args:
+        features: float[n, F]
+        labels: int64[n]
+
+    Classes with fewer than FOLDS pictures are left out; with fewer than two classes left, nothing
+    is found.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -199,8 +220,11 @@ def suspects(
 
 
 def odd_sizes(sizes: NDArray[np.int32], limit: int) -> NDArray[np.int64]:
-    """Positions of the pictures (height, width) furthest from the usual: area or aspect beyond eight times the spread of the middle half
-    (on a log scale) from the median. Nothing where all are alike."""
+    """Positions of the pictures of the most unusual sizes, int32[n, 2] (height, width).
+
+    Unusual is an area or aspect ratio more than eight interquartile ranges from the median, on a
+    log scale. At most `limit` are returned, the most unusual first.
+    """
     logs = np.stack([np.log(sizes.prod(axis=1)), np.log(sizes[:, 0] / sizes[:, 1])], axis=1)
     low, middle, high = np.quantile(logs, [0.25, 0.5, 0.75], axis=0)
     away = (np.abs(logs - middle) / np.maximum(high - low, 0.1)).max(axis=1)
@@ -214,7 +238,7 @@ def scan(
     tick: Callable[[], None] = lambda: None,
     workers: int = 2,
 ) -> list[Fingerprint]:
-    """Fingerprints of pictures 0..count-1, in threads: decoding and OpenCV let the interpreter go."""
+    """Fingerprints of pictures 0..count-1, in threads: decoding and OpenCV release the GIL."""
     from concurrent.futures import ThreadPoolExecutor
 
     def one(i: int) -> Fingerprint:

@@ -1,4 +1,5 @@
-"""Run the audit of a prepared data set and write its page: counts, pictures, a list of all findings."""
+"""Run the audit of a prepared data set and write its page: counts, pictures, a list of all
+findings."""
 
 from __future__ import annotations
 

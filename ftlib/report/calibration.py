@@ -1,8 +1,9 @@
-"""Temperature scaling (Guo et al. 2017): one number by which all logits are divided, so that confidence means accuracy.
+"""Temperature scaling (Guo et al. 2017): divide all logits by one number, so that confidence
+means accuracy.
 
-It changes no prediction, only the probabilities. It has to be fitted on images the reported scores are not taken from: on the
-tuning split where a run has one, else cross-fitted on two halves of the validation images, each half scaled by the temperature
-of the other.
+It changes no prediction, only the probabilities. The temperature must be fitted on images that are
+not scored with it: on the tuning split where a run has one, else by two-fold cross-fitting on the
+scored images, each half scaled by the temperature of the other.
 """
 
 from __future__ import annotations
@@ -20,19 +21,22 @@ LOWEST, HIGHEST = 0.05, 20.0
 
 @dataclass(frozen=True)
 class Calibration:
-    """`temperature` is what a deployed model divides its logits by; `scaled` float64[n, C] are the scored images' logits, each
-    divided by a temperature that was fitted without it; `fitted_on` says on what, for people."""
+    """A temperature, and the scored logits divided by temperatures fitted without them."""
 
     temperature: float
+    """What a deployed model divides its logits by."""
     scaled: Floats
+    """float64[n, C]: each image's logits, divided by a temperature that was fitted without it."""
     fitted_on: str
+    """On which images, in words."""
 
 
 def temperature(logits: Floats, labels: Ints) -> float:
-    """The temperature of least negative log-likelihood, between 0.05 and 20.
+    """The temperature with the least negative log-likelihood, between 0.05 and 20.
 
-    A standard normal prior on log T, worth about one image, keeps it finite where every prediction is right (the likelihood alone
-    would then send T to 0); on a few hundred images with mistakes it is not noticed.
+    A standard normal prior on log T, worth about one image, keeps it finite where every prediction
+    is right: the likelihood alone would send T to 0. With a few hundred images and some mistakes it
+    makes no difference.
     """
     check(logits, labels)
     rows = np.arange(len(labels))
@@ -53,7 +57,7 @@ def held_out(
     tuning_labels: Ints,
     split: str = "tuning",
 ) -> Calibration:
-    """Fitted on another split (`split` is its name), applied to the scored images."""
+    """Fit on another split, named `split`, and apply to the scored images."""
     t = temperature(tuning_logits, tuning_labels)
     return Calibration(
         t, logits.astype(np.float64) / t, f"{len(tuning_labels):,} images of the {split} split"
@@ -61,8 +65,11 @@ def held_out(
 
 
 def cross_fitted(logits: Floats, labels: Ints, seed: int = 0) -> Calibration:
-    """Two random halves, each scaled by the temperature of the other; the deployed temperature is fitted on all of them.
-    With a single image nothing can be held out and the temperature is 1."""
+    """Scale two random halves, each by the temperature of the other.
+
+    The deployed temperature is fitted on all images. With a single image nothing can be held out,
+    and the temperature is 1.
+    """
     check(logits, labels)
     n = len(labels)
     if n < 2:
@@ -72,5 +79,5 @@ def cross_fitted(logits: Floats, labels: Ints, seed: int = 0) -> Calibration:
     for fit, apply in ((order[: n // 2], order[n // 2 :]), (order[n // 2 :], order[: n // 2])):
         scaled[apply] = logits[apply] / temperature(logits[fit], labels[fit])
     return Calibration(
-        temperature(logits, labels), scaled, f"the other half of the {n:,} scored images, both ways"
+        temperature(logits, labels), scaled, f"the {n:,} scored images by two-fold cross-fitting"
     )

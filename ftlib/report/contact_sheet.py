@@ -1,6 +1,6 @@
-"""Pictures of what augmentation and mixing do: every op at every strength, and what the network will really see.
+"""The contact sheet: what the network sees, and what each op does at every strength.
 
-One PNG per run, drawn from the run's own data, recipe and random keys.
+It is one picture per run, drawn from the run's own data, recipe and random keys.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from ftlib.settings import override
 from ftlib.training import losses, mixing
 
 TILE, GAP, LABEL, MARGIN = 120, 6, 190, 28
-"""Pixels: side of a tile, space between two, width of the labels' column, edge of the sheet."""
+"""Pixels: side of a tile, space between two, width of the label column, margin of the sheet."""
 COLUMNS = 11
 INK, QUIET, PAPER, MARK = (25, 28, 33), (110, 116, 125), (255, 255, 255), (220, 60, 40)
 NAMES = {"mixup": "Mixup", "cutmix": "CutMix"}
-COLOURS = {"geometric": (38, 99, 168), "noise": (122, 88, 158), "color": (186, 104, 24)}
+COLORS = {"geometric": (38, 99, 168), "noise": (122, 88, 158), "color": (186, 104, 24)}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Row:
     title: str
     note: str
     tiles: Sequence[Tile]
-    colour: tuple[int, int, int] = INK
+    color: tuple[int, int, int] = INK
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,11 @@ class Section:
 
 
 def contact_sheet(dataset: Dataset, run: Run, path: str | Path, step: int = 0) -> Path:
-    """Draws the sheet of a run on a data set at `path` (.png, or .jpg for a tenth of the bytes): the network's own view of step `step`, some
-    images over many epochs, Mixup and CutMix, and the table of ops."""
+    """Draw the sheet of a run on a data set at `path` (.png, or .jpg for a tenth of the bytes).
+
+    It shows what the network sees at step `step`, some images over many epochs, Mixup and CutMix,
+    and the table of ops.
+    """
     head = f"{run.stage} on {dataset.name}"
     sheet = draw_sheet(
         head,
@@ -79,30 +82,25 @@ def contact_sheet(dataset: Dataset, run: Run, path: str | Path, step: int = 0) -
     return path
 
 
-# --- sections -----------------------------------------------------------------------------------------------------------------------
+# --- sections ---
 
 
 def network_section(dataset: Dataset, run: Run, step: int) -> Section:
-    """The first microbatches of a step exactly as training makes and mixes them, with their soft targets."""
+    """The first microbatches of a step exactly as training mixes them, with their soft targets."""
     rows: list[Row] = []
     for batch, plan in seen_by_the_network(dataset, run, step):
         images, targets = mixed(batch, plan, run, len(dataset.classes))
-        what = "not mixed" if plan is None else f"{NAMES[plan.kind]}, λ {plan.lam:.2f}"
-        rows.append(
-            Row(
-                f"microbatch {batch.index}",
-                what,
-                [
-                    Tile(i, targets_text(t, dataset.classes, run))
-                    for i, t in zip(images[:COLUMNS], targets)
-                ],
-            )
-        )
+        note = "not mixed" if plan is None else f"{NAMES[plan.kind]}, λ {plan.lam:.2f}"
+        tiles = [
+            Tile(i, targets_text(t, dataset.classes, run))
+            for i, t in zip(images[:COLUMNS], targets)
+        ]
+        rows.append(Row(f"microbatch {batch.index}", note, tiles))
         if len(rows) == 4:
             break
     return Section(
         f"What the network sees at step {step}",
-        "the recipe's own pictures, crops, partners and targets (before normalisation)",
+        "the recipe's own pictures, crops, partners and targets (before normalization)",
         rows,
     )
 
@@ -115,16 +113,12 @@ def seen_by_the_network(
         dataset, training_rows(dataset, run), run, 0, 1, step, step + 1, 0
     ) as batches:
         for batch in batches:
-            is_mixed = batch.epoch < run.train.epochs - run.mix.off_epochs
-            height, width = batch.images.shape[1:3]
-            yield (
-                batch,
-                mixing.draw(
-                    run.mix, key(MIX, run.seed, batch.step, batch.index), len(batch.rows), height, width
-                )
-                if is_mixed
-                else None,
-            )
+            plan = None
+            if batch.epoch < run.train.epochs - run.mix.off_epochs:
+                drawn_by = key(MIX, run.seed, batch.step, batch.index)
+                height, width = batch.images.shape[1:3]
+                plan = mixing.draw(run.mix, drawn_by, len(batch.rows), height, width)
+            yield batch, plan
 
 
 def training_rows(dataset: Dataset, run: Run) -> np.ndarray:
@@ -148,21 +142,21 @@ def epochs_section(dataset: Dataset, run: Run, images: int = 4) -> Section:
     rows = []
     for row in _examples(dataset, run, images):
         jpeg = split.image(row)
-        tiles = [Tile(whole(jpeg), "at evaluation")] + [
-            Tile(train(jpeg, epoch, row), f"epoch {epoch + 1}") for epoch in range(COLUMNS - 1)
+        epochs = [train(jpeg, epoch, row) for epoch in range(COLUMNS - 1)]
+        tiles = [
+            Tile(whole(jpeg), "at evaluation"),
+            *(Tile(image, f"epoch {i}") for i, image in enumerate(epochs, start=1)),
         ]
-        rows.append(
-            Row(
-                dataset.classes[int(split.labels[row])],
-                _fit(Path(split.path(row)).name, LABEL - 24, _font(13)),
-                tiles,
-            )
-        )
+        file = _fit(Path(split.path(row)).name, LABEL - 24, _font(13))
+        rows.append(Row(dataset.classes[int(split.labels[row])], file, tiles))
     return Section("The same image, epoch by epoch", _policy(run), rows)
 
 
 def mixing_section(dataset: Dataset, run: Run) -> Section:
-    """Mixup and CutMix with the alphas of the recipe (or usual ones, where it has them off), each on one batch."""
+    """Mixup and CutMix on one batch each, with the recipe's alphas.
+
+    Where the recipe has one of them off, its usual alpha is shown.
+    """
     split, whole = dataset.split("train"), EvalTransform(run.augment.size, run.evaluate.crop)
     examples = _examples(dataset, run, COLUMNS)
     images = np.stack([whole(split.image(row)) for row in examples])
@@ -205,15 +199,17 @@ def mixing_section(dataset: Dataset, run: Run) -> Section:
             )
         )
     smoothing = run.loss.label_smoothing
+    smoothed = f", label smoothing {smoothing:g} included" if smoothing else ""
     return Section(
         "Mixing",
-        f"soft targets below each picture{f', label smoothing {smoothing:g} included' if smoothing else ''}; λ drawn from Beta(α, α)",
+        f"soft targets below each picture{smoothed}; λ drawn from Beta(α, α)",
         rows,
     )
 
 
 def ops_section(dataset: Dataset, run: Run) -> Section:
-    """One row per op of the table, one column per strength 0 to 10, all with the same random numbers."""
+    """One row per op of the table, one column per strength 0 to 10, all with the same random
+    numbers."""
     cfg = run.augment
     split, whole = dataset.split("train"), EvalTransform(cfg.size, run.evaluate.crop)
     image = max((whole(split.image(row)) for row in _examples(dataset, run, 24)), key=_liveliness)
@@ -233,7 +229,7 @@ def ops_section(dataset: Dataset, run: Run) -> Section:
                 Tile(apply(op.at(strength / 10, cfg.size), image, randomness), str(strength), mark)
             )
         note = op.at_most if op in used else f"{op.at_most}\nnot in this recipe"
-        rows.append(Row(op.name, f"{op.group}\nat 10: {note}", tiles, COLOURS[op.group]))
+        rows.append(Row(op.name, f"{op.group}\nat 10: {note}", tiles, COLORS[op.group]))
     framed = (
         f"; framed: this recipe's M = {cfg.randaugment_m:g}"
         if on and not cfg.trivialaugment
@@ -254,7 +250,7 @@ def _examples(dataset: Dataset, run: Run, n: int) -> list[int]:
 
 
 def _liveliness(image: np.ndarray) -> float:
-    """How much there is for an op to change: colourfulness (Hasler and Suesstrunk 2003) and contrast."""
+    """How much an op can change: colorfulness (Hasler and Suesstrunk 2003) plus contrast."""
     r, g, b = np.moveaxis(image.astype(np.float32), 2, 0)
     return float((r - g).std() + ((r + g) / 2 - b).std() + image.std())
 
@@ -269,7 +265,7 @@ def mixed(
 
 
 def targets_text(target: torch.Tensor, classes: Sequence[str], run: Run) -> str:
-    """The two largest entries of a soft target, if they are above what label smoothing gives to all."""
+    """The two largest entries of a soft target that exceed what label smoothing gives to all."""
     values, indices = target.topk(min(2, len(classes)))
     floor = run.loss.label_smoothing / len(classes) + 1e-6
     return "\n".join(
@@ -282,11 +278,12 @@ def _policy(run: Run) -> str:
     parts = [
         f"crop {a.crop_scale[0]:g}-{a.crop_scale[1]:g} of the area",
         f"flip {a.flip:g}",
-        f"colour jitter {a.color_jitter_p:g}",
+        f"color jitter {a.color_jitter_p:g}",
     ]
     if a.randaugment_n:
         parts.append(
-            f"RandAugment N {a.randaugment_n}, M {a.randaugment_m:g}, each with probability {a.randaugment_p:g}"
+            f"RandAugment N {a.randaugment_n}, M {a.randaugment_m:g}, "
+            f"each with probability {a.randaugment_p:g}"
         )
     if a.trivialaugment:
         parts.append("TrivialAugment")
@@ -307,7 +304,7 @@ def _summary(run: Run) -> str:
     return f"{run.augment.size} px · {_policy(run)} · {mixing} · seed {run.seed}"
 
 
-# --- drawing ------------------------------------------------------------------------------------------------------------------------
+# --- drawing ---
 
 
 def draw_sheet(head: str, summary: str, sections: Sequence[Section]) -> Image.Image:
@@ -338,11 +335,11 @@ def _row(row: Row, width: int) -> Image.Image:
     part = Image.new("RGB", (width, TILE + 17 * lines + 15), PAPER)
     pen = ImageDraw.Draw(part)
     top = 3  # room for a frame
-    pen.rectangle((MARGIN, top, MARGIN + 3, top + TILE - 1), row.colour)
+    pen.rectangle((MARGIN, top, MARGIN + 3, top + TILE - 1), row.color)
     pen.text(
         (MARGIN + 14, top + 2),
         _fit(row.title, LABEL - 24, _font(16, bold=True)),
-        row.colour,
+        row.color,
         _font(16, bold=True),
     )
     note = "\n".join(line for text in row.note.split("\n") for line in textwrap.wrap(text, 23))

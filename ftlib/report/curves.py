@@ -1,6 +1,8 @@
-"""Training curves: loss, top-1, learning rate, gap and speed over the epochs; two phases beside each other; the course that was expected.
+"""Training curves: loss, top-1, learning rate, gap and speed over the epochs.
 
-Colours are Okabe and Ito's, which people with any colour vision tell apart; validation is drawn solid and training dashed as well.
+Several runs are drawn beside each other, and an expected course as bands. Colors are Okabe and
+Ito's, which people with any color vision tell apart; validation is solid and training dashed as
+well.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 Row = Mapping[str, float]
-"""One epoch: `epoch` (1-based) and metrics such as `train/loss`, `val/top1`, `train/lr`, `train/images_per_s`."""
+"""One epoch: `epoch` (1-based) and metrics such as `train/loss`, `val/top1`, `train/lr`,
+`train/images_per_s`."""
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 BAND_POINTS = 3.0
@@ -32,9 +35,11 @@ def curves(
     """One run's curves as a picture.
 
     Args:
-        history: a row per epoch; rows may lack metrics (an epoch that was not evaluated), and values may be NaN.
+        history: a row per epoch. Rows may lack metrics (an epoch that was not evaluated), and
+            values may be NaN.
         path: the PNG to write.
-        expected: epoch -> (training top-1, validation top-1) in percent, drawn as bands around straight lines between them.
+        expected: epoch -> (training top-1, validation top-1) in percent, drawn as bands around
+            the straight lines between them.
 
     Returns:
         The figure, 1650 x 900 pixels in the file.
@@ -48,7 +53,7 @@ def compared(
     *,
     expected: Mapping[str, Mapping[int, tuple[float, float]]] | None = None,
 ) -> Figure:
-    """Several runs beside each other, a row of panels each, the panels of a column on one scale, so that heights can be compared.
+    """Several runs, a row of panels each. The panels of a column share a scale.
 
     Args:
         histories: name -> rows, as in `curves`.
@@ -122,11 +127,11 @@ def _draw(
     split = split_of(history)
     scored = {"val": "validation", "tuning": "tuning split"}[split]
     _top1(axes["top1"], history, split, scored, expected)
-    for key, colour, style, label in (
+    for key, color, style, label in (
         ("train/loss", ORANGE, "--", "training"),
         (f"{split}/loss", BLUE, "-", scored),
     ):
-        _line(axes["loss"], *series(history, key), color=colour, linestyle=style, label=label)
+        _line(axes["loss"], *series(history, key), color=color, linestyle=style, label=label)
     _finish(axes["loss"], "Loss", legend=True)
     _line(axes["lr"], *series(history, "train/lr"), color=PURPLE)
     if any(y > 0 for y in series(history, "train/lr")[1]):
@@ -137,6 +142,7 @@ def _draw(
     _finish(axes["gap"], f"Gap: training - {scored.split()[0]} (points)")
     _line(axes["speed"], *series(history, "train/images_per_s"), color=GREY)
     axes["speed"].set_ylim(bottom=0)
+    axes["speed"].margins(y=0.15)
     _finish(axes["speed"], "Images per second")
 
 
@@ -148,14 +154,14 @@ def _top1(
     expected: Mapping[int, tuple[float, float]],
 ) -> None:
     epochs = sorted(expected)
-    for which, colour, label in ((1, BLUE, f"expected {scored}"), (0, ORANGE, "expected training")):
+    for which, color, label in ((1, BLUE, f"expected {scored}"), (0, ORANGE, "expected training")):
         if epochs:
             middle = [expected[e][which] for e in epochs]
             axis.fill_between(
                 epochs,
                 [m - BAND_POINTS for m in middle],
                 [m + BAND_POINTS for m in middle],
-                color=colour,
+                color=color,
                 alpha=0.15,
                 linewidth=0,
                 label=label,

@@ -1,8 +1,9 @@
-"""Scoring a finished run's model: which weights, which pictures, at which size, with a temperature fitted on others."""
+"""Score a finished run's model: its weights, the pictures, the size, and the calibration."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +31,7 @@ class EvaluationError(ValueError):
 
 @dataclass(frozen=True)
 class Scored:
-    """A model's answers on some pictures and what they are worth."""
+    """A model's predictions on some pictures and their scores."""
 
     split: Split
     rows: Ints
@@ -49,18 +50,23 @@ class Scored:
 
     @property
     def plain(self) -> dict[str, float]:
-        """Metric name -> value, for tracking: top1, top5, nll, ece, nll_calibrated, ece_calibrated, temperature."""
+        """Metric name -> value: top1, top5, nll, ece, nll_calibrated, ece_calibrated,
+        temperature."""
         values = {name: round(e.value, 4) for name, e in self.before.items()}
-        return (
-            values
-            | {f"{name}_calibrated": round(self.after[name].value, 4) for name in ("nll", "ece")}
-            | {"temperature": round(self.calibration.temperature, 4)}
-        )
+        for name in ("nll", "ece"):
+            values[f"{name}_calibrated"] = round(self.after[name].value, 4)
+        return {**values, "temperature": round(self.calibration.temperature, 4)}
 
 
 def load(run_dir: str, weights: Weights = "best") -> LoadedModel:
-    """The run's model. `best`: the best-scoring weights (averaged ones where the run keeps an average); `last`: those of its newest
-    checkpoint, averaged where there is an average; `raw`: those of its newest checkpoint without averaging.
+    """The run's model.
+
+    Args:
+        weights: `best`: the best-scoring weights, averaged where the run keeps an average;
+            `last`: the newest checkpoint's, averaged likewise; `raw`: the newest checkpoint's
+            without averaging.
+
+    Raises EvaluationError where there is no such run, or no checkpoint left.
     """
     try:
         loaded = load_run_model(run_dir)
@@ -71,18 +77,18 @@ def load(run_dir: str, weights: Weights = "best") -> LoadedModel:
     found = checkpoint.latest(join(run_dir, "checkpoints"))
     if found is None:
         raise EvaluationError(
-            f"{run_dir} has no checkpoint left, so only its best weights can be scored. Leave out --weights {weights}"
+            f"{run_dir} has no checkpoint left, so only its best weights can be scored. "
+            f"Leave out --weights {weights}"
         )
     step, state = found
     averaged = weights == "last" and state["ema"] is not None
     loaded.model.load_state_dict(state["ema"]["module"] if averaged else state["model"])
     about = {**loaded.about, "step": step, "ema": averaged}
-    return LoadedModel(
-        loaded.model.eval(),
-        loaded.run,
-        loaded.classes,
-        about,
-        join(run_dir, "checkpoints", checkpoint.step_name(step)),
+    return dataclasses.replace(
+        loaded,
+        model=loaded.model.eval(),
+        about=about,
+        folder=join(run_dir, "checkpoints", checkpoint.step_name(step)),
     )
 
 
@@ -106,40 +112,40 @@ def rows_of(run: Run, dataset: Dataset, name: str) -> tuple[Split, Ints]:
         raise EvaluationError(f"--split {name}: needs to be val, test, tuning or train")
     if not len(tuning):
         raise EvaluationError(
-            "--split tuning: this run kept no tuning split (its data.tuning_fraction is 0). Use --split val"
+            "--split tuning: this run kept no tuning split (its data.tuning_fraction is 0). "
+            "Use --split val"
         )
     return train, tuning
 
 
 def same_classes(loaded: LoadedModel, dataset: Dataset) -> None:
-    """EvaluationError, naming the first difference, where the data's classes are not the model's."""
+    """Raise EvaluationError, naming the first difference, unless the data have the model's
+    classes."""
     if dataset.classes == loaded.classes:
         return
-    missing, extra = (
-        sorted(set(loaded.classes) - set(dataset.classes)),
-        sorted(set(dataset.classes) - set(loaded.classes)),
-    )
-    what = (
-        f"the data have no {missing[0]!r}"
-        if missing
-        else f"the model does not know {extra[0]!r}"
-        if extra
-        else "they are in another order"
-    )
+    missing = sorted(set(loaded.classes) - set(dataset.classes))
+    extra = sorted(set(dataset.classes) - set(loaded.classes))
+    if missing:
+        what = f"the data have no {missing[0]!r}"
+    elif extra:
+        what = f"the model does not know {extra[0]!r}"
+    else:
+        what = "they are in another order"
     raise EvaluationError(
-        f"{dataset.name} has {len(dataset.classes)} classes and the model {len(loaded.classes)}, and they differ: {what}. Evaluate on data with the model's classes"
+        f"{dataset.name} has {len(dataset.classes)} classes and the model {len(loaded.classes)}, "
+        f"and they differ: {what}. Evaluate on data with the model's classes"
     )
 
 
 def thinned(rows: Ints, limit: int) -> Ints:
-    """At most `limit` of the rows, evenly spread (rows lie in class order, so every class keeps its share); 0 keeps all."""
-    return (
-        rows[
-            np.unique(np.linspace(0, len(rows) - 1, min(len(rows), limit)).round().astype(np.int64))
-        ]
-        if limit and len(rows)
-        else rows
-    )
+    """At most `limit` of the rows, evenly spread; 0 keeps all.
+
+    Rows lie in class order, so every class keeps its share.
+    """
+    if not limit or not len(rows):
+        return rows
+    places = np.linspace(0, len(rows) - 1, min(len(rows), limit))
+    return rows[np.unique(places.round().astype(np.int64))]
 
 
 def score(
@@ -156,8 +162,12 @@ def score(
 ) -> Scored:
     """Predict and score.
 
-    size: side of the input in pixels, 0 for the run's own. flip: average the logits with those of the mirrored pictures. limit: score
-    at most so many pictures, evenly spread. calibration_data: where the run's tuning split lies, if `dataset` is another one.
+    Args:
+        size: side of the input in pixels; 0 for the run's own.
+        flip: average the logits with those of the mirrored pictures.
+        limit: score at most so many pictures, evenly spread.
+        workers: loader processes; 0 loads in a thread.
+        calibration_data: where the run's tuning split lies, if `dataset` is another one.
 
     The temperature comes from the tuning split where the run has one (and it is not itself what is
     scored), for `test` else from `val`, else from the other half of the scored pictures.
@@ -191,7 +201,8 @@ def score(
                 if size == run.eval_size:
                     raise
                 raise EvaluationError(
-                    f"--sizes {size}: a {run.model.arch} trained at {run.eval_size} px does not take it ({str(error).splitlines()[0]}). Choose another size"
+                    f"--sizes {size}: a {run.model.arch} trained at {run.eval_size} px does not "
+                    f"take it ({str(error).splitlines()[0]}). Choose another size"
                 ) from None
         return found.labels, found.logits
 
@@ -207,15 +218,15 @@ def score(
     else:
         calibration = cross_fitted(logits, labels)
     return Scored(
-        chosen,
-        rows,
-        labels,
-        logits,
-        size,
-        flip,
-        calibration,
-        scores(logits, labels),
-        scores(calibration.scaled, labels),
+        split=chosen,
+        rows=rows,
+        labels=labels,
+        logits=logits,
+        size=size,
+        flip=flip,
+        calibration=calibration,
+        before=scores(logits, labels),
+        after=scores(calibration.scaled, labels),
     )
 
 
@@ -223,7 +234,10 @@ def score(
 def features_of(
     loaded: LoadedModel, dataset: Dataset, workers: int = 0, device: torch.device | None = None
 ) -> Floats:
-    """float32[n, F]: what the model's classifier sees of every picture, train first, then val. The classes need not be the model's."""
+    """float32[n, F]: the input of the model's classifier for every picture, train first, then val.
+
+    The data may have other classes than the model.
+    """
     run = loaded.run
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = loaded.model.to(device)

@@ -265,7 +265,8 @@ def _worst_cards(
     layer = target_layer(model, x)
     answers = probabilities[positions].argmax(axis=1)
     maps = [grad_cam(model, x, chosen, layer) for chosen in (scored.labels[positions], answers)]
-    cards, tiles = [], []
+    cards: list[str] = []
+    tiles: list[tuple[str, list[np.ndarray]]] = []
     for k, i in enumerate(positions):
         true, said = loaded.classes[scored.labels[i]], loaded.classes[answers[k]]
         own, best = probabilities[i, scored.labels[i]], probabilities[i, answers[k]]

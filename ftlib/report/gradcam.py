@@ -1,7 +1,9 @@
-"""Where a model looks: Grad-CAM (Selvaraju et al. 2017) by the grad-cam library, for any torchvision classifier.
+"""Where a model looks: Grad-CAM (Selvaraju et al. 2017) by the grad-cam library, for any
+torchvision classifier.
 
-All this module adds is the choice of the layer: the deepest one whose maps are still at least 4 x 4. The last block of a ResNet,
-which is the usual choice, has 7 x 7 of them at 224 px, but a single one at 32 px, which shows nothing.
+All this module adds is the choice of the layer: the deepest one whose maps are still at least 4 x
+4. The last block of a ResNet, which is the usual choice, has 7 x 7 of them at 224 px, but a single
+one at 32 px, which shows nothing.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ LEAST = 4
 
 
 def target_layer(model: nn.Module, images: Tensor) -> nn.Module:
-    """The layer whose activations Grad-CAM weighs, found by running `images` (float[b, 3, H, W]) through the model."""
+    """The layer whose activations Grad-CAM weighs, found by running `images` (float[b, 3, H, W])
+    through the model."""
     if isinstance(model, VisionTransformer):
-        return model.encoder.layers[
-            -1
-        ].ln_1  # after the last attention only the class token is used (Gildenblat, grad-cam's documentation)
+        # After the last attention only the class token is used (grad-cam's documentation).
+        return model.encoder.layers[-1].ln_1
     seen: list[tuple[int, nn.Module]] = []
 
     def remember(module: nn.Module, _: object, output: object) -> None:
@@ -44,7 +46,8 @@ def target_layer(model: nn.Module, images: Tensor) -> nn.Module:
             hook.remove()
     if not seen:
         raise ValueError(
-            f"{type(model).__name__} has no layer with maps at {images.shape[-1]} px: Grad-CAM has nothing to show. Evaluate it at a larger size"
+            f"{type(model).__name__} has no layer with maps at {images.shape[-1]} px: Grad-CAM has "
+            "nothing to show. Evaluate it at a larger size"
         )
     side = min((s for s, _ in seen if s >= LEAST), default=max(s for s, _ in seen))
     return [module for s, module in seen if s == side][-1]
@@ -53,7 +56,8 @@ def target_layer(model: nn.Module, images: Tensor) -> nn.Module:
 def grad_cam(
     model: nn.Module, images: Tensor, classes: np.ndarray, layer: nn.Module | None = None
 ) -> np.ndarray:
-    """float32[b, H, W] in 0..1: how much each place speaks for the class (int[b]) of its image. images: normalised float[b, 3, H, W]."""
+    """float32[b, H, W] in 0..1: how much each place speaks for the class (int[b]) of its image.
+    images: normalised float[b, 3, H, W]."""
     layer = layer or target_layer(model, images)
     trained = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(True)  # frozen layers would pass no gradient back to the maps
@@ -80,7 +84,8 @@ def _grid(tokens: Tensor) -> Tensor:
 
 
 def overlay(image: np.ndarray, cam: np.ndarray, side: int = 0) -> np.ndarray:
-    """uint8[S, S, 3]: the map laid over the picture (uint8[H, W, 3]), red where it speaks most for the class. `side` enlarges small pictures."""
+    """uint8[S, S, 3]: the map laid over the picture (uint8[H, W, 3]), red where it speaks most for
+    the class. `side` enlarges small pictures."""
     side = max(side, *image.shape[:2])
     enlarged = cv2.resize(image, (side, side), interpolation=cv2.INTER_NEAREST)
     smooth = np.clip(cv2.resize(cam, (side, side), interpolation=cv2.INTER_CUBIC), 0, 1)

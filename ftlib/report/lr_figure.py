@@ -1,4 +1,4 @@
-"""The picture of a learning-rate range test."""
+"""The figure of a learning-rate range test."""
 
 from __future__ import annotations
 
@@ -22,10 +22,16 @@ class Curve(Protocol):
 def lr_figure(
     curve: Curve, steepest: float, minimum: float, suggestion: float, recipe: str
 ) -> bytes:
-    """PNG: loss against rate, noisy and smooth, with the steepest place, the minimum and the suggestion marked."""
+    """PNG: loss against rate, as measured and smoothed.
+
+    The steepest point, the minimum and the suggestion are marked.
+    """
     figure, (ax,) = axes(7.5, 4.2)
     smooth = curve.smooth
-    at = lambda rate: float(np.interp(np.log(rate), np.log(curve.rates), smooth))  # noqa: E731
+
+    def at(rate: float) -> float:
+        return float(np.interp(np.log(rate), np.log(curve.rates), smooth))
+
     ax.plot(curve.rates, curve.losses, color=GREY, linewidth=0.8, alpha=0.6, label="loss")
     ax.plot(curve.rates, smooth, color=BLUE, linewidth=2, label="smoothed")
     ax.axvline(

@@ -1,7 +1,7 @@
-"""Scores of a classifier from its logits, each with a 95 % interval. Pure numpy; nothing here knows models or files.
+"""Scores of a classifier from its logits, each with a 95 % interval. Pure numpy.
 
-Shapes: `logits` float[n, C], `labels` int[n] in 0..C-1. Top-k scores are in percent, everything else in its natural unit
-(nats, 0..1).
+Shapes: `logits` float[n, C], `labels` int[n] in 0..C-1. Top-k scores are in percent, everything
+else in its natural unit (nats, 0..1).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Ints = NDArray[np.integer]
 BINS = 15
 """Bins of the calibration error (Guo et al. 2017 use 15)."""
 RESAMPLES = 1000
-"""Bootstrap resamples per interval: the ends of a 95 % interval are then the 25th and the 975th of them."""
+"""Bootstrap resamples per interval: its ends are the 25th and the 975th of them."""
 
 
 class ScoreError(ValueError):
@@ -58,28 +58,34 @@ class Reliability:
 
     @property
     def error(self) -> float:
-        """Expected calibration error: the mean over images of |accuracy - confidence| of their bin (Guo et al. 2017, eq. 3)."""
+        """Expected calibration error (Guo et al. 2017, eq. 3).
+
+        It is the mean over images of |accuracy - confidence| of their bin.
+        """
         return float(
             np.sum(self.count * np.abs(self.accuracy - self.confidence)) / np.sum(self.count)
         )
 
 
 def check(logits: Floats, labels: Ints) -> None:
-    """Raise `ScoreError` where the predictions could not be scored honestly."""
+    """Raise ScoreError for predictions that cannot be scored."""
     if logits.ndim != 2 or labels.shape != (len(logits),):
         raise ScoreError(
-            f"logits of shape {logits.shape} do not fit labels of shape {labels.shape}: one row of logits per label is needed"
+            f"logits of shape {logits.shape} do not fit labels of shape {labels.shape}: "
+            "one row of logits per label is needed"
         )
     if len(labels) == 0:
         raise ScoreError("there are no predictions to score: the split is empty")
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
         raise ScoreError(
-            f"labels run from {labels.min()} to {labels.max()}, but the model knows {logits.shape[1]} classes (0 to {logits.shape[1] - 1})"
+            f"labels run from {labels.min()} to {labels.max()}, but the model has "
+            f"{logits.shape[1]} classes (0 to {logits.shape[1] - 1})"
         )
     broken = int((~np.isfinite(logits)).any(axis=1).sum())
     if broken:
         raise ScoreError(
-            f"{broken} of {len(logits)} predictions are NaN or infinite: the model's weights are damaged, or its precision overflowed (try fp32)"
+            f"{broken} of {len(logits)} predictions are NaN or infinite: the model's weights are "
+            "damaged, or its precision overflowed (try --train.precision fp32)"
         )
 
 
@@ -95,8 +101,11 @@ def softmax(logits: Floats) -> Floats:
 
 
 def hits(logits: Floats, labels: Ints, k: int = 1) -> NDArray[np.bool_]:
-    """bool[n]: the label is among the k highest logits. Of equal logits the lower class comes first, as in argmax, so a model
-    that says the same for every class gets no credit for it."""
+    """bool[n]: whether the label is among the k highest logits.
+
+    Ties go to the lower class, as in argmax: a model that gives every class the same logit gets no
+    credit for it.
+    """
     own = logits[np.arange(len(labels)), labels][:, None]
     earlier = np.arange(logits.shape[1])[None, :] < labels[:, None]
     before = (logits > own) | ((logits == own) & earlier)
@@ -109,18 +118,24 @@ def nll(logits: Floats, labels: Ints) -> Floats:
 
 
 def bin_of(confidence: Floats, bins: int = BINS) -> Ints:
-    """int[n]: the equal-mass bin each confidence falls into. Edges are quantiles, so images of equal confidence share a bin and
-    the result does not depend on the images' order."""
+    """int[n]: the equal-mass bin of each confidence.
+
+    Edges are quantiles: images of equal confidence share a bin, whatever their order.
+    """
     edges = np.quantile(confidence, np.linspace(0, 1, bins + 1)[1:-1])
     return np.searchsorted(edges, confidence)
 
 
 def reliability(confidence: Floats, right: NDArray[np.bool_], bins: int = BINS) -> Reliability:
-    """Accuracy against confidence in equal-mass bins (Nixon et al. 2019); empty bins are left out."""
+    """Accuracy against confidence in equal-mass bins (Nixon et al. 2019); empty bins are left
+    out."""
     where = bin_of(confidence, bins)
     count = np.bincount(where, minlength=bins)
     kept = count > 0
-    mean = lambda values: np.bincount(where, weights=values, minlength=bins)[kept] / count[kept]  # noqa: E731
+
+    def mean(values: Floats) -> Floats:
+        return np.bincount(where, weights=values, minlength=bins)[kept] / count[kept]
+
     return Reliability(mean(confidence), mean(right.astype(np.float64)), count[kept])
 
 
@@ -132,14 +147,20 @@ def confusion(predicted: Ints, labels: Ints, classes: int) -> Ints:
 
 
 def per_class(matrix: Ints) -> PerClass:
-    """From a confusion matrix. A class that was never predicted (or has no image) gets 0 where the ratio would be 0/0."""
+    """Precision, recall and F1 of each class from a confusion matrix, int64[C, C].
+
+    A ratio of 0/0 counts as 0: a class that was never predicted, or has no image.
+    """
     right, support, predicted = np.diag(matrix), matrix.sum(axis=1), matrix.sum(axis=0)
-    ratio = lambda a, b: np.divide(a, b, out=np.zeros(len(a)), where=b > 0)  # noqa: E731
+
+    def ratio(part: Ints, whole: Ints) -> Floats:
+        return np.divide(part, whole, out=np.zeros(len(part)), where=whole > 0)
+
     return PerClass(
-        ratio(right, predicted),
-        ratio(right, support),
-        ratio(2 * right, support + predicted),
-        support,
+        precision=ratio(right, predicted),
+        recall=ratio(right, support),
+        f1=ratio(2 * right, support + predicted),
+        support=support,
     )
 
 
@@ -159,11 +180,14 @@ def most_confused_classes(matrix: Ints, limit: int) -> Ints:
     return np.sort(order)
 
 
-# --- intervals --------------------------------------------------------------------------------------------------------------------
+# --- intervals ---
 
 
 def weights(n: int, seed: int = 0, resamples: int = RESAMPLES) -> Iterator[Floats]:
-    """Blocks float64[r, n] of bootstrap weights: how often each image was drawn in a resample of n images, divided by n."""
+    """Blocks, float64[r, n], of bootstrap weights.
+
+    A weight is how often the image was drawn in a resample of n images, divided by n.
+    """
     rng = np.random.default_rng(seed)
     block = max(1, min(resamples, 4_000_000 // n))
     for start in range(0, resamples, block):
@@ -173,15 +197,21 @@ def weights(n: int, seed: int = 0, resamples: int = RESAMPLES) -> Iterator[Float
 
 
 def bootstrap(n: int, statistic: Callable[[Floats], Floats], seed: int = 0) -> Floats:
-    """The statistic of every resample; `statistic` maps weights[r, n] to float[r, q]. Returns float64[RESAMPLES, q]."""
+    """float64[RESAMPLES, q]: the statistic of every resample.
+
+    `statistic` maps weights, float64[r, n], to float64[r, q].
+    """
     return np.concatenate([statistic(block) for block in weights(n, seed)])
 
 
 def interval(
     value: float, resampled: Floats, low: float = 0.0, high: float = inf
 ) -> IntervalEstimate:
-    """The central 95 % of the resampled values, moved by their bias (resampling noise always enlarges a calibration error, so
-    without that the interval may miss the value itself), within the possible range."""
+    """The central 95 % of the resampled values, corrected by their bias, within `low` to `high`.
+
+    Resampling noise always enlarges a calibration error: without the correction its interval may
+    miss the value itself.
+    """
     bias = float(resampled.mean()) - value
     ends = np.quantile(resampled, [0.025, 0.975]) - bias
     return IntervalEstimate(
@@ -192,8 +222,11 @@ def interval(
 
 
 def share(right: NDArray[np.bool_], resampled: Floats) -> IntervalEstimate:
-    """A percentage. Where all or none are right there is no spread to resample; there the open end is the exact binomial bound
-    (Clopper and Pearson 1934), not the value itself."""
+    """A percentage.
+
+    Where all or none are right, resampling shows no spread. The open end is then the exact binomial
+    bound (Clopper and Pearson 1934).
+    """
     n, value = len(right), float(right.mean()) * 100
     found = interval(value, resampled * 100, 0, 100)
     tail = 0.025 ** (1 / n)  # P(no success in n) = 2.5 %
@@ -205,8 +238,11 @@ def share(right: NDArray[np.bool_], resampled: Floats) -> IntervalEstimate:
 
 
 def scores(logits: Floats, labels: Ints, seed: int = 0) -> dict[str, IntervalEstimate]:
-    """top1 and top5 (percent; top5 with fewer than five classes is 100), nll (nats) and ece (0..1), with 95 % bootstrap
-    intervals over images. The bins of the ece stay those of the full set while resampling."""
+    """top1, top5 (percent), nll (nats) and ece (0..1), with 95 % bootstrap intervals over images.
+
+    top5 of fewer than five classes is 100. The bins of the ece stay those of the full set while
+    resampling.
+    """
     check(logits, labels)
     top1, top5 = hits(logits, labels, 1), hits(logits, labels, 5)
     losses = nll(logits, labels)

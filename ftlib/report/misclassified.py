@@ -63,7 +63,7 @@ def confusion_figure(matrix: Ints, classes: Sequence[str]) -> bytes:
     Counts are written where there is room. Of more than 50 classes the most confused are shown.
     """
     shown = most_confused_classes(matrix, MANY) if len(classes) > MANY else np.arange(len(classes))
-    part, names = matrix[np.ix_(shown, shown)], [figure_text(classes[i], 22) for i in shown]
+    part, names = matrix[np.ix_(shown, shown)], [figure_text(classes[int(i)], 22) for i in shown]
     shares = part / np.maximum(matrix.sum(axis=1)[shown], 1)[:, None]
     side = max(4.2, min(13.0, 1.8 + 0.3 * len(shown)))
     figure, (ax,) = axes(side + 0.8, side)
@@ -127,7 +127,7 @@ def calibration_figure(
     bins = np.linspace(0, 1, 26)
     hist.hist(
         [confidence[right], confidence[~right]],
-        bins=bins,
+        bins=bins.tolist(),
         stacked=True,
         color=[BLUE, RED],
         label=[f"right ({right.sum():,})", f"wrong ({(~right).sum():,})"],

@@ -1,7 +1,8 @@
-"""Any step of a run again: its images, augmentation, mixing and loss, exactly, from the recipe and the data alone.
+"""Replay any step of a run: its images, augmentation, mixing and loss, exactly.
 
-The pictures need nothing but the run's settings. The loss also needs the weights before the step: those of the newest checkpoint at or
-before it, trained on from there (the same steps give the same weights), without touching the run.
+The images need nothing but the run's settings and data. The loss also needs the weights before the
+step: training starts from the newest checkpoint at or before it, in a scratch folder, and the same
+steps give the same weights. The run itself is not touched.
 """
 
 from __future__ import annotations
@@ -37,16 +38,17 @@ from ftlib.training.initial_weights import InitialWeights
 
 @dataclass
 class Replay:
-    """One step, done again."""
+    """One replayed step."""
 
     step: int
     """From 0."""
     rows: dict[int, list[int]] = field(default_factory=dict)
     """Microbatch -> rows of the train split."""
     losses: dict[int, list[float]] = field(default_factory=dict)
-    """Microbatch -> loss of each image; empty when only the pictures were asked for."""
+    """Microbatch -> loss of each image; empty when only the images were asked for."""
     start: int | None = None
-    """The checkpoint that training was taken up from; None for the run's beginning or when it was not asked for."""
+    """Step of the checkpoint that training started from; None for the run's beginning, or where the
+    loss was not asked for."""
 
     @property
     def loss(self) -> float:
@@ -64,7 +66,7 @@ def replay(
     with_loss: bool = True,
     device: torch.device | None = None,
 ) -> Replay:
-    """Do `step` (from 0) of the run again. Raises ValueError when the run has no such step."""
+    """Replay `step` (from 0) of the run. Raises ValueError when the run has no such step."""
     with tempfile.TemporaryDirectory() as scratch:
         job = loop.WorkerContext(
             run, dataset, scratch, device=device or torch.device("cpu"), source=source
@@ -72,7 +74,8 @@ def replay(
         training = _OneStep(job, step)
         if not 0 <= step < training.total:
             raise ValueError(
-                f"--step {step}: the run has the steps 0 to {training.total - 1} ({training.steps_per_epoch} in each of its {run.train.epochs} epochs)"
+                f"--step {step}: the run has the steps 0 to {training.total - 1} "
+                f"({training.steps_per_epoch} in each of its {run.train.epochs} epochs)"
             )
         found = Replay(step)
         for batch, _ in seen_by_the_network(dataset, run, step):
@@ -81,13 +84,13 @@ def replay(
             found.start = _bring_checkpoint(run_dir, scratch, step)
             try:
                 training.fit()
-            except _Done:
+            except _StepReachedError:
                 found.losses = training.seen
         return found
 
 
 def _bring_checkpoint(run_dir: str, scratch: str, step: int) -> int | None:
-    """Copy the newest checkpoint at or before `step` that verifies; its step."""
+    """Copy the newest intact checkpoint at or before `step`, and return its step."""
     uri = join(run_dir, "checkpoints")
     for known in checkpoint.steps(uri):
         if known <= step:
@@ -102,12 +105,12 @@ def _bring_checkpoint(run_dir: str, scratch: str, step: int) -> int | None:
     return None
 
 
-class _Done(Exception):
-    """The step has been seen."""
+class _StepReachedError(Exception):
+    """Ends the training: the wanted step is done."""
 
 
 class _OneStep(loop.Training):
-    """Trains up to the wanted step, keeps the loss of each of its images, and stops there."""
+    """Trains up to the wanted step, keeps the loss of each of its images, and stops."""
 
     def __init__(self, job: loop.WorkerContext, wanted: int) -> None:
         super().__init__(job)
@@ -116,7 +119,7 @@ class _OneStep(loop.Training):
 
     def microbatch(self, batch: Batch, buffer: GradientBuffer) -> None:
         if batch.step > self.wanted:
-            raise _Done
+            raise _StepReachedError
         if batch.step == self.wanted:
             self.keep(batch)
             buffer.stats.copy_(buffer.base)
@@ -124,12 +127,12 @@ class _OneStep(loop.Training):
 
     def finish_epoch(self) -> None:
         if self.state.step > self.wanted:
-            raise _Done
+            raise _StepReachedError
         super().finish_epoch()
 
     @torch.no_grad()
     def keep(self, batch: Batch) -> None:
-        """The forward pass of training, with each image's own loss kept."""
+        """Run the forward pass of training and keep the loss of each image."""
         run, device = self.run, self.context.device
         loop.seed_device(rng.key(rng.DROPOUT, run.seed, batch.step, batch.index), device)
         images, targets = self.inputs(batch)
@@ -139,44 +142,34 @@ class _OneStep(loop.Training):
 
 
 def sheet(run: Run, dataset: Dataset, found: Replay, path: str | Path) -> Path:
-    """A contact sheet of the step at `path` (.png): every image as the network saw it, with its soft target and loss, worst loss framed."""
+    """Draw the step as a contact sheet at `path` (.png).
+
+    It shows every image as the network saw it, with its soft target and loss; the highest loss is
+    framed.
+    """
     rows = []
     split = dataset.split("train")
     worst = max((x for values in found.losses.values() for x in values), default=None)
     for batch, plan in seen_by_the_network(dataset, run, found.step):
         images, targets = mixed(batch, plan, run, len(dataset.classes))
         values = found.losses.get(batch.index, [])
-        tiles = [
-            Tile(
-                image,
-                "\n".join(
-                    filter(
-                        None,
-                        [
-                            targets_text(target, dataset.classes, run),
-                            f"loss {values[i]:.2f}"
-                            if values
-                            else Path(split.path(int(batch.rows[i]))).name,
-                        ],
-                    )
-                ),
-                bool(values) and values[i] == worst,
-            )
-            for i, (image, target) in enumerate(zip(images, targets))
-        ]
-        what = "not mixed" if plan is None else f"{NAMES[plan.kind]}, λ {plan.lam:.2f}"
-        mean = f"mean loss {sum(values) / len(values):.4f}" if values else ""
-        for start in range(0, len(tiles), COLUMNS):
-            rows.append(
-                Row(
-                    f"microbatch {batch.index}" if not start else "",
-                    what + ("\n" + mean if mean else "") if not start else "",
-                    tiles[start : start + COLUMNS],
-                )
-            )
-    lead = f"step {found.step}, epoch {batch.epoch + 1}" + (
-        f" · loss {found.loss:.6f}" if found.losses else ""
-    )
+        tiles = []
+        for i, (image, target) in enumerate(zip(images, targets)):
+            file = Path(split.path(int(batch.rows[i]))).name
+            lines = [
+                targets_text(target, dataset.classes, run),
+                f"loss {values[i]:.2f}" if values else file,
+            ]
+            caption = "\n".join(line for line in lines if line)
+            tiles.append(Tile(image, caption, marked=bool(values) and values[i] == worst))
+        note = "not mixed" if plan is None else f"{NAMES[plan.kind]}, λ {plan.lam:.2f}"
+        if values:
+            note += f"\nmean loss {sum(values) / len(values):.4f}"
+        rows.append(Row(f"microbatch {batch.index}", note, tiles[:COLUMNS]))
+        for start in range(COLUMNS, len(tiles), COLUMNS):
+            rows.append(Row("", "", tiles[start : start + COLUMNS]))
+    lead = f"step {found.step}, epoch {batch.epoch + 1}"
+    lead += f" · loss {found.loss:.6f}" if found.losses else ""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_sheet(

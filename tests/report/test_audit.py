@@ -108,7 +108,8 @@ def test_odd_sizes():
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """A data set with one leak, one leak at lower quality, one repeat, one picture under two labels, one flat pair."""
+    """A data set with one leak, one leak at lower quality, one repeat, one picture under two
+    labels, one flat pair."""
     root = tmp_path_factory.mktemp("planted")
     for split, start, n in (("train", 0, 8), ("val", 100, 4)):
         for c, kind in enumerate(("left", "right")):

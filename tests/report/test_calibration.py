@@ -1,4 +1,5 @@
-"""Temperature scaling against an independent optimiser and against a model whose true temperature is known."""
+"""Temperature scaling against an independent optimiser and against a model whose true
+temperature is known."""
 
 import numpy as np
 import pytest

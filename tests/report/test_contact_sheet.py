@@ -35,7 +35,8 @@ RUN = config.Run(
 
 
 class Memory:
-    """The part of a data set that a sheet reads: 24 pictures of 3 classes cut out of a photograph."""
+    """The part of a data set that a sheet reads: 24 pictures of 3 classes cut out of a
+    photograph."""
 
     name, classes = "photo", ("sky", "roof", "a class with a very long name, longer than its tile")
 
@@ -78,7 +79,9 @@ def test_the_network_section_is_what_training_makes(dataset):
         ).permute(0, 3, 1, 2)
         targets = losses.soft_targets(torch.from_numpy(dataset.labels[mb.rows]), 3, 0.1)
         mixed, mixed_targets = mixing.apply(
-            mixing.draw(RUN.mix, key(MIX, RUN.seed, 3, mb.index), len(mb.rows), 32, 32), images, targets
+            mixing.draw(RUN.mix, key(MIX, RUN.seed, 3, mb.index), len(mb.rows), 32, 32),
+            images,
+            targets,
         )
         for i, tile in enumerate(row.tiles):
             assert np.array_equal(tile.image, mixed[i].permute(1, 2, 0).numpy())

@@ -1,4 +1,4 @@
-"""Grad-CAM against the library called directly, and against its paper's formula; the layer's choice for every kind of model."""
+"""Grad-CAM against the library and the paper's formula; the layer for every kind of model."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,8 @@ def test_agrees_with_the_library_called_directly(resnet):
 
 
 def test_agrees_with_the_papers_equations(resnet):
-    """Selvaraju et al. 2017, eq. 1 and 2: relu of the maps weighed by the mean gradient, here before the library's scaling to 0..1."""
+    """Selvaraju et al. 2017, eq. 1 and 2: relu of the maps weighed by the mean gradient, here
+    before the library's scaling to 0..1."""
     x = images(128, 1)
     kept = {}
     hook = resnet.layer4.register_forward_hook(lambda m, i, o: kept.update(maps=o))

@@ -1,4 +1,5 @@
-"""Scores against scikit-learn and torchmetrics; intervals against their definition: how often they cover the truth."""
+"""Scores against scikit-learn and torchmetrics; intervals against their definition: how often
+they cover the truth."""
 
 import numpy as np
 import pytest
