@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from ftlib.config import NOT_IN_FINGERPRINT, Run
+from ftlib.report import html
 from ftlib.settings import ConfigError, flat, from_dict
 from ftlib.storage import DamagedError, join, read_json
-from ftlib.tune import figures, page
+from ftlib.tune import figures
 from ftlib.tune.statistics import Difference, holm, paired_difference
 from ftlib.tune.stored_predictions import ComparisonError, StoredPredictions, predictions
 
@@ -291,21 +292,21 @@ def write(comparison: Comparison, folder: Path, title: str = "Comparison") -> li
         files[-1].write_bytes(figures.png(figure))
     names = [g.name for g in comparison.groups]
     parts = [
-        *[page.paragraph(s, "lead" if i else "") for i, s in enumerate(comparison.sentences())],
-        *[page.paragraph("Note: " + c, "muted") for c in comparison.cautions],
-        page.heading("Difference on the same validation images"),
-        figures.svg(drawn["differences"], "d"),
-        page.heading("Curves"),
-        figures.svg(drawn["curves"], "c"),
-        page.heading("Settings that differ"),
-        page.table(
+        *[html.paragraph(s, "lead" if i else "") for i, s in enumerate(comparison.sentences())],
+        *[html.paragraph("Note: " + c, "soft") for c in comparison.cautions],
+        html.heading("Difference on the same validation images"),
+        figures.drawing(drawn["differences"], "d"),
+        html.heading("Curves"),
+        figures.drawing(drawn["curves"], "c"),
+        html.heading("Settings that differ"),
+        html.table(
             ["setting", *names],
-            [[p, *map(page.value, v)] for p, v in comparison.settings.items()],
+            [[p, *map(html.value, v)] for p, v in comparison.settings.items()],
             text_columns=(0,),
         ),
     ]
     index = folder / "index.html"
-    index.write_text(page.page(title, parts), encoding="utf-8")
+    index.write_text(html.page(title, parts), encoding="utf-8")
     return [index, *files]
 
 
@@ -314,7 +315,7 @@ def text(comparison: Comparison) -> str:
     names = [g.name for g in comparison.groups]
     rows = [
         ["setting", *names],
-        *([p, *map(page.value, v)] for p, v in comparison.settings.items()),
+        *([p, *map(html.value, v)] for p, v in comparison.settings.items()),
     ]
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows]

@@ -13,9 +13,11 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from ftlib.report import html
 from ftlib.tune.importance import Importance
 from ftlib.tune.spaces import Axis, Space
 from ftlib.tune.statistics import Difference
@@ -259,8 +261,8 @@ def png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def svg(figure: Figure, key: str) -> str:
-    """SVG for inlining into a page: no XML head, ids made unique by `key`, scaled with the page."""
+def drawing(figure: Figure, key: str) -> Markup:
+    """The figure as SVG inside a page: ids made unique by `key`, scaled with the page."""
     out = io.StringIO()
     with matplotlib.rc_context(SETTINGS):
         figure.savefig(out, format="svg", metadata={"Date": None})
@@ -270,6 +272,7 @@ def svg(figure: Figure, key: str) -> str:
     text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{key}-", text)
     width, height = re.search(r'width="([\d.]+)pt"', text), re.search(r'height="([\d.]+)pt"', text)
     assert width and height
-    return text.replace(f'height="{height[1]}pt"', "", 1).replace(
-        f'width="{width[1]}pt"', f'style="max-width:{float(width[1]) * 4 / 3:.0f}px;width:100%"', 1
-    )
+    pixels = float(width[1]) * 4 / 3
+    text = text.replace(f'height="{height[1]}pt"', "", 1)
+    text = text.replace(f'width="{width[1]}pt"', f'style="max-width:{pixels:.0f}px;width:100%"', 1)
+    return html.drawing(text)

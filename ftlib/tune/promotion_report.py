@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ftlib.tune import figures, page
+from markupsafe import Markup
+
+from ftlib.report import html
+from ftlib.tune import figures
 from ftlib.tune.compare import RunGroup, differing_settings
 from ftlib.tune.suggest import describe
 from ftlib.tune.trial_runs import TrialGroup, param_name
@@ -77,38 +80,38 @@ def write(judgement: Judgement, sweep: str, folder: Path) -> list[Path]:
     files[-1].write_text(json.dumps(table))
     index = folder / "index.html"
     parts = _page_parts(judgement, drawn)
-    index.write_text(page.page(f"Promotion of sweep {sweep}", parts), encoding="utf-8")
+    index.write_text(html.page(f"Promotion of sweep {sweep}", parts), encoding="utf-8")
     return [index, *files]
 
 
-def _page_parts(judgement: Judgement, drawn: dict[str, Any]) -> list[str]:
+def _page_parts(judgement: Judgement, drawn: dict[str, Any]) -> list[Markup]:
     own, verdicts = judgement.recipe, judgement.verdicts
     images = verdicts[0].difference.images if verdicts else 0
     seeds = ", ".join(map(str, own.seeds))
     plural = "s" if len(verdicts) != 1 else ""
     settings = differing_settings([own, *judgement.groups])
     return [
-        page.paragraph(judgement.sentence + ".", "lead"),
-        page.paragraph(
+        html.paragraph(judgement.sentence + ".", "lead"),
+        html.paragraph(
             f"All numbers are top-1 of the validation split ({images:,} images), which the sweep "
             f"never saw. Each configuration was trained {len(own.runs)} times at full length, with "
             f"seeds {seeds}. Runs of the same seed are paired, and so are their predictions for "
             "the same image. p is one-sided and Holm-corrected for "
             f"{len(verdicts)} candidate{plural}."
         ),
-        *([figures.svg(drawn["differences"], "d")] if verdicts else []),
-        page.table(
+        *([figures.drawing(drawn["differences"], "d")] if verdicts else []),
+        html.table(
             COLUMNS[:-1],
             [row[:-1] for row in table_rows(judgement)],
-            ["", *("best" if v.promoted else "" for v in verdicts)],
+            kinds=["", *("best" if v.promoted else "" for v in verdicts)],
         ),
-        *[page.paragraph("Left out: " + text, "muted") for text in judgement.left_out],
-        page.heading("Learning curves of the first seed"),
-        figures.svg(drawn["curves"], "c"),
-        page.heading("Settings that differ"),
-        page.table(
+        *[html.paragraph("Left out: " + text, "soft") for text in judgement.left_out],
+        html.heading("Learning curves of the first seed"),
+        figures.drawing(drawn["curves"], "c"),
+        html.heading("Settings that differ"),
+        html.table(
             ["setting", "recipe", *(g.name for g in judgement.groups)],
-            [[p, *map(page.value, v)] for p, v in settings.items()],
+            [[p, *map(html.value, v)] for p, v in settings.items()],
             text_columns=(0,),
         ),
     ]

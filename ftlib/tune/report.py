@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from ftlib.tune import figures, page, spaces
+from ftlib.report import html
+from ftlib.tune import figures, spaces
 from ftlib.tune.importance import Importance, importance
 from ftlib.tune.live_table import duration
 from ftlib.tune.spaces import Space
@@ -99,43 +101,43 @@ def write_report(store: TrialStore, space: Space, folder: Path) -> list[Path]:
         files[-1].write_bytes(figures.png(figure))
     index = folder / "index.html"
     parts = _page_parts(store, space, found, drawn)
-    index.write_text(page.page(f"Sweep {store.name}", parts), encoding="utf-8")
+    index.write_text(html.page(f"Sweep {store.name}", parts), encoding="utf-8")
     return [index, *files]
 
 
 def _page_parts(
     store: TrialStore, space: Space, found: Importance, drawn: Mapping[str, Figure]
-) -> list[str]:
+) -> list[Markup]:
     trials = [store.trials[n] for n in sorted(store.trials)]
     best, names, split = best_trial(store), spaces.short_names(space), store.about["split"]
     legend = "Star: best. Diamond: the recipe. Hollow: stopped early. Darker: later in the search."
     own = trials[0].values if trials and trials[0].number == 0 else {}
     return [
-        page.paragraph(headline(store, space), "lead"),
-        page.paragraph(warning(store)),
-        page.command(f"python jobs/promote.py {store.name} --top 3 --seeds 5"),
-        page.heading("Learning curves"),
-        figures.svg(drawn["curves"], "curves"),
-        page.heading("Score against each setting"),
-        page.paragraph(legend, "muted"),
-        figures.svg(drawn["slices"], "slices"),
-        page.heading("Which settings matter"),
-        *([figures.svg(drawn["importance"], "importance")] if found.shares else []),
-        *([page.paragraph(found.remark, "muted")] if found.remark else []),
-        page.heading("Course of the search"),
-        figures.svg(drawn["best_so_far"], "course"),
-        page.heading("Time"),
-        page.paragraph(_time(store)),
-        page.heading("Trials"),
+        html.paragraph(headline(store, space), "lead"),
+        html.paragraph(warning(store)),
+        html.command(f"python jobs/promote.py {store.name} --top 3 --seeds 5"),
+        html.heading("Learning curves"),
+        figures.drawing(drawn["curves"], "curves"),
+        html.heading("Score against each setting"),
+        html.paragraph(legend, "soft"),
+        figures.drawing(drawn["slices"], "slices"),
+        html.heading("Which settings matter"),
+        *([figures.drawing(drawn["importance"], "importance")] if found.shares else []),
+        *([html.paragraph(found.remark, "soft")] if found.remark else []),
+        html.heading("Course of the search"),
+        figures.drawing(drawn["best_so_far"], "course"),
+        html.heading("Time"),
+        html.paragraph(_time(store)),
+        html.heading("Trials"),
         _trial_table(trials, best, names, split),
         *_failures(trials),
-        page.heading("Searched settings"),
-        page.table(
+        html.heading("Searched settings"),
+        html.table(
             ["setting", "values", "the recipe"],
-            [[p, v, page.value(own.get(p, "-"))] for p, v in space.describe().items()],
+            [[p, v, html.value(own.get(p, "-"))] for p, v in space.describe().items()],
             text_columns=(0, 1),
         ),
-        page.paragraph(_provenance(store), "muted"),
+        html.paragraph(_provenance(store), "soft"),
     ]
 
 
@@ -178,14 +180,14 @@ def _provenance(store: TrialStore) -> str:
 
 def _trial_table(
     trials: Sequence[Trial], best: Trial | None, names: Mapping[str, str], split: str
-) -> str:
+) -> Markup:
     ranked = sorted(
         trials, key=lambda t: (t.outcome != "completed", -(t.score if t.score is not None else -1))
     )
     rows = [
         [
             t.name + (" (recipe)" if t.number == 0 else ""),
-            *[page.value(t.values.get(p, "-")) for p in names],
+            *[html.value(t.values.get(p, "-")) for p in names],
             t.epoch,
             f"{t.score:.2f}" if t.score is not None else "-",
             t.outcome or "open",
@@ -200,11 +202,11 @@ def _trial_table(
         return "" if trial.outcome == "completed" else "dim"
 
     columns = ["trial", *names.values(), "epochs", f"best top-1 ({split})", "outcome", "time"]
-    return page.table(columns, rows, [kind(t) for t in ranked])
+    return html.table(columns, rows, kinds=[kind(t) for t in ranked])
 
 
-def _failures(trials: Sequence[Trial]) -> list[str]:
+def _failures(trials: Sequence[Trial]) -> list[Markup]:
     failed = [[t.name, t.reason] for t in trials if t.outcome == "failed"]
     if not failed:
         return []
-    return [page.heading("Failed"), page.table(["trial", "why"], failed, text_columns=(1,))]
+    return [html.heading("Failed"), html.table(["trial", "why"], failed, text_columns=(1,))]
