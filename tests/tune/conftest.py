@@ -1,4 +1,4 @@
-"""Finished runs made by hand, and sweeps in processes of their own whose training is a few sleeps."""
+"""Finished runs made by hand, and sweeps with fake training in processes of their own."""
 
 import json
 import os
@@ -17,7 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def finished(tmp_path):
-    """finished(name, correct, seed=.., changes=..): the folder of a run that answered `correct` (bool per validation image)."""
+    """finished(name, correct, seed=.., changes=..) makes a run's folder and returns its path.
+
+    `correct`: bool per validation image.
+    """
     labels = np.arange(2000) % 10
 
     def make(
@@ -66,9 +69,8 @@ def finished(tmp_path):
             )
         )
         rows = np.arange(len(correct)) if rows is None else rows
-        order = np.random.default_rng(0).permutation(
-            len(correct)
-        )  # readers must not depend on the order in which answers were written
+        # Readers must not depend on the order of the rows.
+        order = np.random.default_rng(0).permutation(len(correct))
         np.savez_compressed(
             folder / "predictions.npz",
             rows=rows[order],
@@ -82,7 +84,7 @@ def finished(tmp_path):
 
 
 class Driver:
-    """Sweeps whose training is fake, each in a process that can be killed; Ray and Tune are real."""
+    """Sweeps with fake training and real Ray Tune, each in a process that can be killed."""
 
     def __init__(self, home: Path, scratch: Path):
         self.home, self.scratch = home, scratch

@@ -1,4 +1,7 @@
-"""A sweep with a fake training function, for tests that kill it. Settings come in $FAKE_PLAN, trials log to $FAKE_LOG."""
+"""A sweep with a fake training function, for tests that kill it.
+
+Settings come in $FAKE_PLAN; trials log to $FAKE_LOG.
+"""
 
 import json
 import os
@@ -18,7 +21,7 @@ def check(run):
 
 
 def train(context, config, report):
-    """Epochs of `seconds`; remembers its last epoch in the trial's folder as launch() remembers its checkpoint."""
+    """Epochs of `seconds`; keeps its last epoch in the trial's folder, as launch() a checkpoint."""
     run, number = config["run"], config["number"]
     folder = Path(run["checkpoint"]["storage"]) / run["name"]
     memory = folder / "fake-checkpoint"

@@ -28,7 +28,7 @@ def feed(scheduler, number, scores, start=0):
     return None
 
 
-def test_it_stops_what_rays_asha_stops():
+def test_decisions_equal_those_of_rays_asha():
     ours = AsynchronousHalving(EPOCHS, 1, 3, protected=())
     theirs = ASHAScheduler(
         time_attr="epoch",
@@ -46,7 +46,7 @@ def test_it_stops_what_rays_asha_stops():
 
 
 @pytest.mark.parametrize("at", [1, 7, 20])
-def test_a_restart_decides_as_if_there_had_been_none(at):
+def test_a_restart_decides_like_a_sweep_without_one(at):
     whole, scores = AsynchronousHalving(EPOCHS, 1, 3), curves(40, 1)
     decisions = [feed(whole, n, s) for n, s in enumerate(scores)]
     seen = []

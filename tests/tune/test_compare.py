@@ -1,3 +1,5 @@
+"""Holds the tests of compare.py and stored_predictions.py."""
+
 import numpy as np
 import pytest
 

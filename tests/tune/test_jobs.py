@@ -1,6 +1,7 @@
+"""Holds the tests of the command lines of sweep, promote and compare."""
+
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,13 +23,20 @@ def job(name, *arguments):
 
 
 @pytest.mark.parametrize("name", ["sweep", "promote", "compare"])
-def test_help_answers_at_once_and_imports_nothing_heavy(name):
-    code = f"import runpy,sys; sys.argv=['x','--help']\ntry: runpy.run_path({str(ROOT / 'jobs' / (name + '.py'))!r}, run_name='__main__')\nexcept SystemExit: pass\nprint(sorted({{'torch','ray','mlflow','optuna','matplotlib'}} & set(sys.modules)))"
-    started = time.process_time()
+def test_help_imports_nothing_heavy(name):
+    file = str(ROOT / "jobs" / f"{name}.py")
+    code = f"""
+import runpy, sys
+sys.argv = ["x", "--help"]
+try:
+    runpy.run_path({file!r}, run_name="__main__")
+except SystemExit:
+    pass
+print(sorted({{"torch", "ray", "mlflow", "optuna", "matplotlib"}} & set(sys.modules)))
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.rstrip().endswith("[]"), done.stdout + done.stderr
     assert "usage: python jobs/" in done.stdout and f"python jobs/{name}.py" in done.stdout
-    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize(

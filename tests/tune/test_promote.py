@@ -1,3 +1,5 @@
+"""Holds the tests of promote.py, verdict.py and promotion_report.py."""
+
 import json
 
 import numpy as np

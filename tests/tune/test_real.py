@@ -1,4 +1,4 @@
-"""The three jobs from end to end on scikit-learn's digits, with real training."""
+"""Holds the tests of train_trial.py: the three jobs end to end on scikit-learn's digits."""
 
 import json
 import os
@@ -85,7 +85,8 @@ def test_sweep_then_promotion_then_comparison(job, home, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(2000)
 def test_trials_with_workers_of_their_own(job, home):
-    """Nested trainers: epochs reach the search, a stopped trial leaves no placement group to starve the next one, and no open MLflow run."""
+    """Nested trainers: epochs reach the search, and a stopped trial leaves no placement group that
+    would starve the next one, and no open MLflow run."""
     job("prepare", "--source", "digits")
     out = job(
         "sweep",

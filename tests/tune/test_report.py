@@ -1,3 +1,5 @@
+"""Holds the tests of report.py, importance.py and figures.py."""
+
 import re
 
 import numpy as np

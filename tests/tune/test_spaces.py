@@ -19,7 +19,7 @@ PHASE2 = Run(
 
 
 @pytest.mark.parametrize("name", spaces.available())
-def test_every_space_loads_and_round_trips_through_the_tree(name):
+def test_every_space_loads_and_its_values_survive_a_recipe(name):
     space = spaces.load(name)
     assert space.purpose and space.axes
     spaces.check(space, PHASE2)
@@ -34,7 +34,7 @@ def test_every_space_loads_and_round_trips_through_the_tree(name):
     assert spaces.apply(PHASE2, own) == PHASE2
 
 
-def test_the_four_that_must_be_there():
+def test_the_documented_spaces_exist():
     assert {"regularisation", "augmentation", "optimisation", "quick"} <= set(spaces.available())
     assert set(spaces.load("regularisation").describe()) == {
         "model.dropout",
@@ -47,7 +47,7 @@ def test_the_four_that_must_be_there():
 def test_unknown_space_names_the_nearest_and_all():
     with pytest.raises(
         ConfigError,
-        match=r"Did you mean regularisation\? There are: augmentation, optimisation, quick, regularisation",
+        match=r"Did you mean regularisation\? There are: augmentation, .*quick, regularisation",
     ):
         spaces.load("regularization")
 
@@ -70,8 +70,8 @@ def test_unknown_space_names_the_nearest_and_all():
             "needs one of both, blocks, head. Did you mean head",
         ),
         (
-            {"optimizer": tune.choice(["AdamW", "Lion"])},
-            "optimizer = 'Lion': needs one of AdamW, Adam, SGD, RMSprop",
+            {"optimizer": tune.choice(["AdamW", "Newton"])},
+            "optimizer = 'Newton': needs one of AdamW, Adam, SGD, RMSprop",
         ),
         (
             {"augment.crop_scale[2]": tune.uniform(0, 1)},
@@ -102,7 +102,8 @@ def test_impossible_combinations_are_found_before_a_trial_runs():
     space = spaces.build("s", {"augment.randaugment_m": tune.uniform(1, 10)})
     with pytest.raises(
         ConfigError,
-        match=r"space s asks for impossible values.*Set augment.randaugment_n to 1, 2 or 3(.|\n)*Tried: augment.randaugment_m =",
+        match=r"space s asks for impossible values.*Set augment.randaugment_n to 1, 2 or 3"
+        r"(.|\n)*Tried: augment.randaugment_m =",
     ):
         spaces.check(space, Run())
     spaces.check(space, PHASE2)
@@ -111,7 +112,8 @@ def test_impossible_combinations_are_found_before_a_trial_runs():
 def test_a_file_outside_the_folder_works_and_needs_space(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
-        '"""Mine."""\nfrom ray import tune\nSPACE = {"model.dropout": tune.uniform(0, .1), "seed": 7}\n'
+        '"""Mine."""\nfrom ray import tune\n'
+        'SPACE = {"model.dropout": tune.uniform(0, .1), "seed": 7}\n'
     )
     space = spaces.load(str(file))
     assert (space.name, space.purpose, space.constants) == ("mine", "Mine.", {"seed": 7})
@@ -120,7 +122,7 @@ def test_a_file_outside_the_folder_works_and_needs_space(tmp_path):
         spaces.load(str(file))
 
 
-def test_conditions():
+def test_a_setting_is_searched_only_where_its_condition_holds():
     space = spaces.build(
         "s",
         {
@@ -165,7 +167,7 @@ def test_choosing_the_kind_that_is_there_keeps_its_settings():
     ) == {"schedule.warmup_epochs"}
 
 
-def test_rays_ends_are_taken_as_ray_takes_them():
+def test_the_ends_of_ranges_are_those_of_ray():
     build = lambda domain: spaces.build("s", {"train.epochs": domain}).axes[0]  # noqa: E731
     assert build(tune.randint(1, 4)).grid(9) == [1, 2, 3]
     assert build(tune.qrandint(2, 6, 2)).grid(9) == [2, 4, 6]

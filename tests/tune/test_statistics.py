@@ -7,8 +7,11 @@ from statsmodels.stats.multitest import multipletests
 from ftlib.tune.statistics import holm, paired_difference
 
 
-def answers(rng, seeds, images, spread=0.0, gains=(0.0, 0.0)):
-    """Correctness of several recipes: an image has a difficulty, a run its own luck, each answer some noise; `gains` in logits."""
+def simulate(rng, seeds, images, spread=0.0, gains=(0.0, 0.0)):
+    """Correctness of several recipes: bool[seeds, images] for each of `gains` (in logits).
+
+    An image has a difficulty, a run a random level (`spread`), and each prediction some noise.
+    """
     difficulty = rng.normal(0, 2, images)
     out = []
     for gain in gains:
@@ -21,7 +24,7 @@ def answers(rng, seeds, images, spread=0.0, gains=(0.0, 0.0)):
 
 def test_one_seed_agrees_with_scipys_bootstrap_and_with_mcnemar():
     rng = np.random.default_rng(0)
-    a, b = answers(rng, 1, 2000, gains=(0.15, 0.0))
+    a, b = simulate(rng, 1, 2000, gains=(0.15, 0.0))
     ours = paired_difference(a, b)
     d = 100.0 * (a[0].astype(float) - b[0])
     theirs = stats.bootstrap(
@@ -39,15 +42,14 @@ def test_one_seed_agrees_with_scipys_bootstrap_and_with_mcnemar():
     assert np.isnan(ours.se_seeds)
 
 
-def test_where_only_seeds_vary_it_is_students_t_test():
+def test_where_only_seeds_vary_the_interval_is_students_t():
     rng = np.random.default_rng(3)
     for _ in range(5):
         effect = rng.normal(0.01, 0.01, 6)
         a = np.zeros((6, 100_000), bool)
         b = np.zeros_like(a)
-        for s, e in enumerate(
-            effect
-        ):  # the same images for all seeds but for a hair, so that images contribute next to nothing
+        # Nearly the same images for all seeds, so that images contribute next to nothing.
+        for s, e in enumerate(effect):
             half = 50_000 + round(50_000 * e)
             a[s, :half] = True
             b[s, :50_000] = True
@@ -66,11 +68,11 @@ def test_where_only_seeds_vary_it_is_students_t_test():
 @pytest.mark.parametrize(
     ("seeds", "spread"), [(5, 0.0), (5, 0.06), (5, 0.3), (3, 0.06), (10, 0.06)]
 )
-def test_nothing_is_found_where_nothing_differs(seeds, spread):
-    """False positives at the 5 % level, and coverage of the 95 % interval, over simulated worlds without a difference."""
+def test_false_positives_and_coverage_are_as_stated(seeds, spread):
+    """False positives at the 5 % level, and coverage of the 95 % interval, in simulations."""
     rng = np.random.default_rng(seeds)
     found = [
-        paired_difference(*answers(rng, seeds, 400, spread), replicates=999, seed=i)
+        paired_difference(*simulate(rng, seeds, 400, spread), replicates=999, seed=i)
         for i in range(500)
     ]
     false_positives = np.mean([d.p_better < 0.05 for d in found])
@@ -79,12 +81,12 @@ def test_nothing_is_found_where_nothing_differs(seeds, spread):
     assert covered >= 0.95 - 2.6 * np.sqrt(0.05 * 0.95 / 500)
 
 
-def test_a_plain_bootstrap_of_few_seeds_would_find_too_much():
-    """Why the seeds' part is widened: resampling three seeds as they are rejects a true null far more often than 5 %."""
+def test_a_plain_bootstrap_of_few_seeds_finds_too_much():
+    """Why the seeds' part is widened: a plain bootstrap rejects a true null too often."""
     rng = np.random.default_rng(1)
     plain = []
     for _ in range(400):
-        a, b = answers(rng, 3, 400, 0.3)
+        a, b = simulate(rng, 3, 400, 0.3)
         of_seed = a.mean(1) - b.mean(1)
         plain.append(np.mean(of_seed[rng.integers(0, 3, (500, 3))].mean(1) <= 0) < 0.05)
     assert np.mean(plain) > 0.09
@@ -94,12 +96,12 @@ def test_holm_keeps_the_family_at_five_percent_and_has_power():
     rng = np.random.default_rng(7)
     wrong, right = 0, 0
     for i in range(250):
-        own, *others = answers(rng, 5, 400, 0.05, gains=(0, 0, 0, 0))
+        own, *others = simulate(rng, 5, 400, 0.05, gains=(0, 0, 0, 0))
         wrong += (
             min(holm([paired_difference(o, own, replicates=999, seed=i).p_better for o in others]))
             < 0.05
         )
-        own, *others = answers(rng, 5, 2000, 0.05, gains=(0, 0.3, 0, 0))
+        own, *others = simulate(rng, 5, 2000, 0.05, gains=(0, 0.3, 0, 0))
         right += (
             holm([paired_difference(o, own, replicates=999, seed=i).p_better for o in others])[0]
             < 0.05
@@ -117,24 +119,24 @@ def test_holm_is_statsmodels():
 
 
 def test_power_comes_from_pairing():
-    """A gain that unpaired intervals cannot see is seen when answers are paired by image."""
+    """A gain that unpaired intervals miss shows when predictions are paired by image."""
     rng = np.random.default_rng(5)
-    a, b = answers(rng, 5, 5000, 0.0, gains=(0.1, 0.0))
+    a, b = simulate(rng, 5, 5000, 0.0, gains=(0.1, 0.0))
     d = paired_difference(a, b)
     unpaired = 100 * np.sqrt(a.mean() * (1 - a.mean()) / 5000 + b.mean() * (1 - b.mean()) / 5000)
     assert d.p_better < 0.01
     assert d.se_images < unpaired / 2
 
 
-def test_it_is_deterministic_and_antisymmetric():
-    a, b = answers(np.random.default_rng(2), 4, 300, 0.1, gains=(0.2, 0))
+def test_the_difference_is_deterministic_and_antisymmetric():
+    a, b = simulate(np.random.default_rng(2), 4, 300, 0.1, gains=(0.2, 0))
     assert paired_difference(a, b) == paired_difference(a, b)
     forth, back = paired_difference(a, b), paired_difference(b, a)
     assert forth.points == -back.points
     assert forth.p_better + back.p_better == pytest.approx(1, abs=0.02)
 
 
-def test_equal_answers_differ_by_nothing():
+def test_equal_predictions_have_no_difference():
     a = np.random.default_rng(0).random((3, 50)) > 0.4
     d = paired_difference(a, a)
     assert (d.points, d.low, d.high) == (0, 0, 0)

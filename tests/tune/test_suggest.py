@@ -1,3 +1,5 @@
+"""Holds the tests of suggest.py, and of the titles in train_trial.py."""
+
 import numpy as np
 import pytest
 from ray import tune
@@ -41,7 +43,7 @@ def test_the_recipe_comes_first_then_the_points():
 
 
 @pytest.mark.parametrize("search", ["tpe", "random"])
-def test_a_restart_asks_what_would_have_been_asked(search):
+def test_a_restart_proposes_the_same_trials(search):
     whole = run_search(SPACE, score, 20, search)
     again = run_search(SPACE, score, 20, search, trials=whole[:13])
     assert [t.values for t in whole] == [t.values for t in again]
@@ -50,8 +52,8 @@ def test_a_restart_asks_what_would_have_been_asked(search):
     ][5:]
 
 
-def test_tpe_learns():
-    """After the same number of trials TPE is nearer to the optimum than random search, in the mean over seeds."""
+def test_tpe_beats_random_search():
+    """TPE beats random search after as many trials, in the mean over seeds."""
     best = {
         s: np.mean(
             [max(t.score for t in run_search(SPACE, score, 40, s, seed)) for seed in range(4)]
@@ -77,7 +79,7 @@ def test_a_recipe_outside_the_space_is_tried_but_not_modelled():
     assert 0.5 <= suggest.propose(1, space, RUN, [first]).values["mix.mixup_alpha"] <= 1
 
 
-def test_conditions_and_lists_go_through_optuna():
+def test_conditions_and_tuples_go_through_optuna():
     space = spaces.build(
         "s",
         {
@@ -99,7 +101,7 @@ def test_conditions_and_lists_go_through_optuna():
         spaces.apply(RUN, t.values)
 
 
-def test_grid_is_every_combination_once_and_then_over():
+def test_a_grid_proposes_every_combination_once():
     space = spaces.build(
         "s",
         {"mix.mixup_alpha": tune.choice([0.0, 0.2, 0.4]), "model.dropout": tune.uniform(0, 0.1)},

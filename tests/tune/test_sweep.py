@@ -1,4 +1,7 @@
-"""Whole sweeps with real Ray Tune and a fake training function: killed, stopped, failing, raised."""
+"""Holds the tests of sweep.py, ray_tune.py, trial_runs.py and resources.py.
+
+Whole sweeps with real Ray Tune and a fake training function: killed, stopped, failing, extended.
+"""
 
 import json
 import os
@@ -182,10 +185,8 @@ def test_a_signal_ends_it_in_order_and_it_goes_on(driver, home, how):
     while len(driver.log()) < 5:
         assert process.poll() is None, driver.output()
         time.sleep(0.1)
-    asked = time.monotonic()
     os.kill(process.pid, how)
     out = wait(process, driver)
-    assert time.monotonic() - asked < 45
     assert "FINISHED False" in out and "The same command goes on" in out, out
     runs = mlflow_runs(home)
     assert "RUNNING" not in {status for status, _ in runs.values()}, runs
@@ -213,12 +214,12 @@ def test_a_hundred_tiny_trials_each_exactly_once(driver, home):
     assert len({json.dumps(t.values, sort_keys=True) for t in trials.values()}) > 90
 
 
-# --- without Ray ------------------------------------------------------------------------------------------------------------------
+# --- without Ray -----------------------------------------------------------------------------
 
 RECIPE = Run(stage="phase2", data=Data(path="x"), mix=Mix(mixup_alpha=0.2), train=Train(epochs=27))
 
 
-def test_the_plan_of_a_sweep():
+def test_a_sweep_fills_in_its_name_split_and_first_rung():
     plan = Sweep(RECIPE, "jobs/phase2", spaces.load("quick"))
     assert (
         plan.name == "quick-phase2"
@@ -256,7 +257,7 @@ def test_more_trials_and_another_cluster_are_the_same_sweep():
     assert plan.identity(replace(inputs, data_digest="e")) != plan.identity(inputs)
 
 
-def test_room_is_computed_from_the_cluster():
+def test_slots_and_resources_are_computed_from_the_cluster():
     from ftlib.config import Cluster
     from ftlib.settings import override
 

@@ -52,7 +52,8 @@ def test_a_name_taken_by_another_sweep_is_refused_with_what_differs(tmp_path):
     )
     with pytest.raises(
         ConfigError,
-        match=r"the name s is taken by another sweep(.|\n)*recipe.train.epochs is 9 there, 10 here(.|\n)*space.model.dropout(.|\n)*another --name",
+        match=r"the name s is taken by another sweep(.|\n)*recipe.train.epochs is 9 there, 10 here"
+        r"(.|\n)*space.model.dropout(.|\n)*another --name",
     ):
         TrialStore(str(tmp_path), "s").open(
             {"recipe": {"train.epochs": 10, "data.mean": (0.1, 0.2)}, "space": {}}, {}
@@ -68,7 +69,14 @@ def test_an_epoch_run_again_replaces_the_first():
 
 
 def test_two_drivers_cannot_run_one_sweep_and_a_killed_one_lets_go(tmp_path):
-    code = f"import sys,time; sys.path.insert(0,{ROOT!r})\nfrom ftlib.tune.trial_store import TrialStore\nwith TrialStore({str(tmp_path)!r},'s').lock():\n print('held',flush=True); time.sleep(60)"
+    code = f"""
+import sys, time
+sys.path.insert(0, {ROOT!r})
+from ftlib.tune.trial_store import TrialStore
+with TrialStore({str(tmp_path)!r}, "s").lock():
+    print("held", flush=True)
+    time.sleep(60)
+"""
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         with (
@@ -82,7 +90,7 @@ def test_two_drivers_cannot_run_one_sweep_and_a_killed_one_lets_go(tmp_path):
         pass
 
 
-def test_a_newer_store_is_refused(tmp_path):
+def test_a_store_of_a_newer_ftlib_is_refused(tmp_path):
     store = TrialStore(str(tmp_path), "s")
     store.open({}, {})
     store.save_about(schema=99)
