@@ -80,7 +80,7 @@ def train(run: Run, *, quiet: bool = False) -> TrainedRun:
 
     Raises:
         ValueError: the run cannot start; the message says why and what to do.
-        RunFailed: training failed for good.
+        RunFailedError: training failed for good.
     """
     from ftlib.launch.launch import launch
 

@@ -63,6 +63,15 @@ def runs_root(run: Run) -> str:
     return absolute(run.checkpoint.storage) if run.checkpoint.storage else str(home() / "runs")
 
 
+def local_run_folder(run_dir: str) -> Path:
+    """Where this machine keeps a run's local files, such as its tracking journal.
+
+    The run's own folder, or one below $FTLIB_HOME/runs where the run is on an object store.
+    """
+    name = run_dir.rstrip("/").rsplit("/", 1)[-1]
+    return home() / "runs" / name if is_remote(run_dir) else Path(run_dir)
+
+
 def run_folder(name_or_folder: str, storage: str = "") -> str:
     """A run's folder or address from its name (below `storage`, or $FTLIB_HOME/runs) or from the folder itself.
 

@@ -18,7 +18,7 @@ from typing import Any
 
 @lru_cache(maxsize=1)
 def machine_id() -> str:
-    """This boot of this machine and this process namespace: where a process number has a meaning."""
+    """This boot of this machine and this process namespace: where a process number means one."""
     boot, namespace = "", ""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -28,7 +28,7 @@ def machine_id() -> str:
 
 
 def start_ticks(pid: int) -> int | None:
-    """Clock ticks from boot to the start of process `pid`; None where there is none, or a zombie."""
+    """Clock ticks from boot to the start of process `pid`; None for none, or for a zombie."""
     fields = _stat(pid)
     return None if fields is None or fields[0] in ("Z", "X") else int(fields[19])
 

@@ -26,7 +26,7 @@ from ftlib.data.decode import decode
 from ftlib.data.loader import Batch, train_batches
 from ftlib.data.rng import AUGMENT, Randomness, key
 from ftlib.data.shards import Dataset, Split
-from ftlib.launch.timing import steps
+from ftlib.launch.timing import run_steps
 from ftlib.preparation.options import PrepareOptions
 from ftlib.training.loop import Training, WorkerContext
 
@@ -135,7 +135,7 @@ def accuracy(
         )
         training = Training(WorkerContext(run, dataset, "", device()))
         with feed(training) as batches:
-            cost = timed(lambda: steps(training, batches, training.total))
+            cost = timed(lambda: run_steps(training, batches, training.total))
         scores[name].append(training.score().metrics("val")["val/top1"])
         return cost
 

@@ -34,7 +34,7 @@ from ftlib.config import (
     Train,
 )
 from ftlib.launch.cluster import ROOT
-from ftlib.launch.timing import same_pixels, settle, steps
+from ftlib.launch.timing import constant_batches, run_steps, synchronize
 from ftlib.paths import jobs_folder
 from ftlib.training import checkpoint
 from ftlib.training.evaluate import autocast
@@ -134,19 +134,19 @@ def loops(
 ) -> tuple[Callable[[int], int], Callable[[int], int]]:
     """(ftlib's, plain): each makes so many steps on the same pixels and returns their number;
     the device has finished when they return."""
-    batches, plain = same_pixels(ours), plain_step(s, ours.dtype, wrap)
-    first = next(same_pixels(ours))
+    batches, plain = constant_batches(ours), plain_step(s, ours.dtype, wrap)
+    first = next(constant_batches(ours))
 
     def run_ours(count: int) -> int:
-        steps(ours, batches, count)
-        settle(ours.job.device)
+        run_steps(ours, batches, count)
+        synchronize(ours.job.device)
         return count
 
     def run_plain(count: int) -> int:
         for _ in range(count):
             loss = plain(first.images, first.labels)
         loss.item()
-        settle(ours.job.device)
+        synchronize(ours.job.device)
         return count
 
     return run_ours, run_plain

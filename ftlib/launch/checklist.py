@@ -1,4 +1,4 @@
-"""A run's checklist: everything that a launch will need, each thing by itself, so that one failure hides no other."""
+"""A run's checklist: what a launch needs, each checked alone, so that no failure hides another."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ import torch
 
 from ftlib.config import Run
 from ftlib.data.shards import Dataset
-from ftlib.launch import cluster, launch, preflight
+from ftlib.launch import cluster, preflight
+from ftlib.launch.prepared_run import PreparedRun, prepare_run
 from ftlib.paths import data_path, runs_root
 from ftlib.storage import StorageError, is_remote
 from ftlib.track.redact import redact
 from ftlib.track.store import TrackingError, reach, resolve_uri, sqlite_path
+
+State = Literal["ok", "warn", "fail"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Check:
     """One line of the checklist."""
 
     name: str
-    state: Literal["ok", "warn", "fail"]
+    state: State
     text: str
 
     def __str__(self) -> str:
@@ -32,87 +35,87 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Ready:
-    """What the checks found out."""
+class Checklist:
+    """What the checks found."""
 
     checks: list[Check]
-    prepared: launch.PreparedRun | None
+    prepared: PreparedRun | None
     """None where something failed."""
     placement: cluster.Placement | None
 
     @property
     def ok(self) -> bool:
+        """Whether the run can be launched."""
         return all(c.state != "fail" for c in self.checks)
 
 
-def check(run: Run) -> Ready:
-    """Look at data, recipe, starting model, devices, storage and tracking. Writes nothing of the run's: a small file is written below the
-    folder of all runs, read back and deleted."""
+def check(run: Run) -> Checklist:
+    """Check data, recipe, starting model, devices, storage and tracking.
+
+    Writes nothing of the run's: a small file is written below the folder of all runs, read back and
+    deleted.
+    """
     checks: list[Check] = []
 
-    def one(name: str, work: Callable[[], tuple[Literal["ok", "warn"], str] | str]) -> bool:
+    def one(name: str, look: Callable[[], tuple[State, str]]) -> bool:
         try:
-            found = work()
+            checks.append(Check(name, *look()))
         except (ValueError, StorageError, OSError) as error:
             checks.append(Check(name, "fail", str(error)))
             return False
-        state, text = ("ok", found) if isinstance(found, str) else found
-        checks.append(Check(name, state, text))  # type: ignore[arg-type]
         return True
 
     dataset: list[Dataset] = []
     plans: list[preflight.RunPlan] = []
-    prepared: list[launch.PreparedRun] = []
+    prepared: list[PreparedRun] = []
     placements: list[cluster.Placement] = []
-    whole = one("data", lambda: _data(run, dataset))
-    whole = whole and one("recipe", lambda: _recipe(run, dataset[0], plans))
-    if whole:
+    complete = one("data", lambda: _data(run, dataset))
+    complete = complete and one("recipe", lambda: _recipe(run, dataset[0], plans))
+    if complete:
         one("starting model", lambda: _start(run, prepared))
     one("devices", lambda: _devices(run, placements))
     one("storage", lambda: _storage(run, plans[0].disk_bytes if plans else 0))
     one("tracking", lambda: _tracking(run))
-    return Ready(checks, prepared[0] if prepared else None, placements[0] if placements else None)
+    return Checklist(
+        checks, prepared[0] if prepared else None, placements[0] if placements else None
+    )
 
 
-def _data(run: Run, found: list[Dataset]) -> str:
+def _data(run: Run, found: list[Dataset]) -> tuple[State, str]:
     dataset = Dataset.open(data_path(run.data.path))
     dataset.verify()
     found.append(dataset)
     train, val = len(dataset.split("train")), len(dataset.split("val"))
-    return f"{dataset.name}: {train:,} training and {val:,} validation images of {len(dataset.classes):,} classes; every file is there"
+    return "ok", (
+        f"{dataset.name}: {train:,} training and {val:,} validation images of "
+        f"{len(dataset.classes):,} classes; every file is there"
+    )
 
 
-def _recipe(run: Run, dataset: Dataset, found: list[preflight.RunPlan]) -> str:
+def _recipe(run: Run, dataset: Dataset, found: list[preflight.RunPlan]) -> tuple[State, str]:
     found.append(preflight.plan(run, dataset))
-    return str(found[0])
+    return "ok", str(found[0])
 
 
-def _start(run: Run, found: list[launch.PreparedRun]) -> tuple[Literal["ok", "warn"], str] | str:
-    ready = launch.prepare(run)
-    found.append(ready)
-    source = (
-        run.model.init_from if ready.source is None else ready.source.run_name or ready.source.uri
-    )
-    text = source + (
-        f", {ready.source.top1:.2f} % top-1"
-        if ready.source is not None and ready.source.top1 is not None
-        else ""
-    )
-    if ready.note:
-        return "warn", ready.note
-    if ready.result and ready.result.get("status") == "completed":
-        return (
-            "warn",
-            f"{text}; but this run is finished already ({ready.run_dir}): launching it again trains nothing",
+def _start(run: Run, found: list[PreparedRun]) -> tuple[State, str]:
+    prepared = prepare_run(run)
+    found.append(prepared)
+    text = prepared.source_name or run.model.init_from
+    if prepared.source is not None and prepared.source.top1 is not None:
+        text += f", {prepared.source.top1:.2f} % top-1"
+    if prepared.forced_gate:
+        return "warn", prepared.forced_gate
+    if prepared.finished:
+        return "warn", (
+            f"{text}; but this run is finished already ({prepared.run_dir}): launching it again "
+            "trains nothing"
         )
-    return (
-        f"{text}; an earlier launch of {ready.run.name} will be gone on with"
-        if ready.record is not None
-        else text
-    )
+    if prepared.record is not None:
+        text += f"; an earlier launch of {prepared.run.name} will be resumed"
+    return "ok", text
 
 
-def _devices(run: Run, found: list[cluster.Placement]) -> tuple[Literal["ok", "warn"], str] | str:
+def _devices(run: Run, found: list[cluster.Placement]) -> tuple[State, str]:
     if os.environ.get("RAY_ADDRESS"):
         cluster.connect()
         cluster.refuse_open(run.cluster.allow_open)
@@ -125,35 +128,33 @@ def _devices(run: Run, found: list[cluster.Placement]) -> tuple[Literal["ok", "w
     workers = f"{placement.high} worker{'s' if placement.high != 1 else ''}, {each} each"
     if not placement.gpus:
         return "warn", f"{workers}: training on CPUs"
-    return (
-        f"{workers}; here: {torch.cuda.get_device_name(0)}"
-        if torch.cuda.is_available()
-        else f"{workers} (this machine has no GPU: what is timed below is its CPU)"
-    )
+    if torch.cuda.is_available():
+        return "ok", f"{workers}; here: {torch.cuda.get_device_name(0)}"
+    return "ok", f"{workers} (this machine has no GPU: what is timed below is its CPU)"
 
 
-def _storage(run: Run, needed: int) -> str:
+def _storage(run: Run, needed: int) -> tuple[State, str]:
     root = runs_root(run)
     preflight.check_storage(root, needed)
-    return f"{root}: written and read back" + (
-        ""
-        if is_remote(root)
-        else f"; {psutil.disk_usage(root).free / 1e9:,.0f} GB free, {needed / 1e9:.2g} GB needed"
-    )
+    text = f"{root}: written and read back"
+    if not is_remote(root):
+        free = psutil.disk_usage(root).free
+        text += f"; {free / 1e9:,.0f} GB free, {needed / 1e9:.2g} GB needed"
+    return "ok", text
 
 
-def _tracking(run: Run) -> tuple[Literal["ok", "warn"], str] | str:
+def _tracking(run: Run) -> tuple[State, str]:
     uri = resolve_uri(run.track.uri)
     path = sqlite_path(uri)
     if path is not None and not path.exists():
-        return f"{redact(uri)} (will be made)"
+        return "ok", f"{redact(uri)} (will be made)"
     try:
         reach(uri)
-    except TrackingError as error:
-        if run.track.offline:
-            return (
-                "warn",
-                f"{redact(uri)} does not answer; with --track.offline the run is journalled and delivered later",
-            )
-        raise error
-    return redact(uri)
+    except TrackingError:
+        if not run.track.offline:
+            raise
+        return "warn", (
+            f"{redact(uri)} does not answer; with --track.offline the run is journalled and "
+            "delivered later"
+        )
+    return "ok", redact(uri)

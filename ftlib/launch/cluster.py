@@ -1,7 +1,7 @@
-"""Joining or starting Ray, and what the cluster can carry.
+"""The one door to Ray: join a cluster or start one here, and work out what fits on it.
 
-Under RAY_ADDRESS (which `ray job submit` sets) a job joins that cluster; otherwise it starts its own on this machine. It never attaches to
-whatever else happens to run on the host.
+Under RAY_ADDRESS (which `ray job submit` sets) a job joins that cluster; otherwise it starts its
+own on this machine. It never attaches to whatever else happens to run on the host.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ipaddress
 import logging
 import os
 import secrets
+import socket
 import sys
 import warnings
 from dataclasses import dataclass
@@ -18,20 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from ftlib.config import Cluster
+from ftlib.launch import own_ray
 from ftlib.launch.errors import LaunchError
 from ftlib.paths import environment
 
 ROOT = str(Path(__file__).resolve().parents[2])
-"""Folder that holds ftlib: workers need it on their PYTHONPATH, wherever the job was started from."""
+"""Folder that holds ftlib: workers need it on their PYTHONPATH, wherever the job was started."""
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 """Left on the head node by `ray up`: what the autoscaler may start."""
-
-START_ATTEMPTS = 3
-"""Times Ray may time out while it starts on this machine."""
+PROBE_SECONDS = 5.0
+"""Time for a cluster's address to answer."""
 
 _TRAIN_DEFAULTS = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # a lost worker is noticed, and a report taken, this fast (Ray: 2 s)
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # Ray asks for the lost node's resources once more before it looks again
+    # A lost worker is noticed, and a report taken, this fast (Ray: 2 s).
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Ray asks for the lost node's resources once more before it looks again.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints everything twice
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "NO_ALBUMENTATIONS_UPDATE": "1",  # its import would ask PyPI for a newer version
@@ -39,27 +42,25 @@ _TRAIN_DEFAULTS = {
 
 
 def connect(*, dashboard: bool = False) -> bool:
-    """Join the cluster at RAY_ADDRESS or start one here, unless this process has one already. Returns whether it did.
+    """Join the cluster at RAY_ADDRESS or start one here. Returns whether this call did so.
 
-    A cluster started here has its own token, kept in memory: Ray's ports listen on all interfaces, and without a token anybody who reaches them
-    can run code. `dashboard` is needed where trials with their own worker groups are stopped early (Ray cleans up after them through it).
+    A cluster started here has its own token, kept in memory: Ray's ports listen on all interfaces,
+    and without a token anybody who reaches them can run code. `dashboard` is needed where trials
+    with their own worker groups are stopped early (Ray cleans up after them through it).
+
+    Raises LaunchError where no cluster answers at RAY_ADDRESS, or none can be started here.
     """
     for name, value in _TRAIN_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    joining = bool(os.environ.get("RAY_ADDRESS"))
-    if not joining:
-        os.environ.setdefault(
-            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0"
-        )  # a process that waits for a notice that this machine is going
-    if not joining and "RAY_AUTH_MODE" not in os.environ and not _initialized():
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        if "ray" in sys.modules:  # it has read its settings already
-            from ray import _raylet
-
-            raylet: Any = _raylet
-            raylet.Config.initialize("")
-            raylet.AuthenticationTokenLoader.instance().reset_cache()
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address:
+        _probe(address)
+    elif not _initialized():
+        # It starts a process that waits for a notice that this machine is going.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        own_ray.check_shared_memory()
+        if "RAY_AUTH_MODE" not in os.environ:
+            _make_token()
     import ray
 
     if ray.is_initialized():
@@ -67,46 +68,64 @@ def connect(*, dashboard: bool = False) -> bool:
     path = os.pathsep.join(
         dict.fromkeys([ROOT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
     )
-    # Workers' warnings come through the desk; what Ray's own processes print there is of no use to a user, and is in Ray's logs.
+    # Workers' warnings come through the driver's actor; what Ray's own processes print is of no use
+    # to a user, and is in Ray's logs.
     common: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
-    if not joining:
-        # Not as a runtime environment, for which Ray would not use the processes that it has started beforehand.
+    if address:
+        _join(ray, address, path, common)
+    else:
+        # PYTHONPATH is not set by a runtime environment, for which Ray would not use the processes
+        # that it has started beforehand.
         with environment(PYTHONPATH=path):
-            _start(ray, include_dashboard=dashboard, **common)
-        return True
+            own_ray.start(ray, include_dashboard=dashboard, **common)
+    return True
+
+
+def _make_token() -> None:
+    """Turn token authentication on, with a token of this process's own."""
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if "ray" in sys.modules:  # it has read its settings already
+        from ray import _raylet
+
+        raylet: Any = _raylet
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _probe(address: str) -> None:
+    """Raise LaunchError where nothing accepts a connection at HOST:PORT.
+
+    Ray itself would try for minutes. Addresses of other forms (auto, local) are left to Ray.
+    """
+    host, _, port = address.rpartition("://")[2].rstrip("/").rpartition(":")
+    if not host or not port.isdigit():
+        return
     try:
-        ray.init(
-            **common,
-            runtime_env={"env_vars": {"PYTHONPATH": path, "NO_ALBUMENTATIONS_UPDATE": "1"}},
-        )
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS):
+            pass
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, str(error)) from None
+
+
+def _no_cluster(address: str, reason: str) -> LaunchError:
+    return LaunchError(
+        f"RAY_ADDRESS = {address}: no Ray cluster answers there ({reason}). Start one "
+        "(ray start --head), or unset RAY_ADDRESS to train on this machine alone"
+    )
+
+
+def _join(ray: Any, address: str, path: str, common: dict[str, Any]) -> None:
+    variables = {"PYTHONPATH": path, "NO_ALBUMENTATIONS_UPDATE": "1"}
+    try:
+        ray.init(**common, runtime_env={"env_vars": variables})
     except ConnectionError as error:
-        raise LaunchError(
-            f"RAY_ADDRESS = {os.environ['RAY_ADDRESS']}: no Ray cluster answers there ({str(error).splitlines()[0]}). "
-            "Start one (ray start --head), or unset RAY_ADDRESS to train on this machine alone"
-        ) from None
+        raise _no_cluster(address, str(error).splitlines()[0]) from None
     except ValueError as error:
         if "env_vars" not in str(error) and "runtime_env" not in str(error):
             raise
         ray.init(**common)  # the job's own runtime environment already says what the workers see
-    return True
-
-
-def _start(ray: Any, **settings: Any) -> None:
-    """A Ray of this machine's own; on one that is busy the first attempt may time out, and the second finds the files in memory."""
-    for attempt in range(START_ATTEMPTS):
-        try:
-            ray.init(address="local", **settings)
-            return
-        except Exception as error:
-            if "timed out" not in str(error):
-                raise
-            ray.shutdown()
-            if attempt + 1 == START_ATTEMPTS:
-                raise LaunchError(
-                    f"Ray did not start on this machine within its time, {START_ATTEMPTS} times over ({str(error).splitlines()[0]}). "
-                    "Other programs may be taking all of its CPU or memory: wait for them, or see the newest folder of /tmp/ray for Ray's own logs"
-                ) from None
 
 
 def _initialized() -> bool:
@@ -118,7 +137,7 @@ def _initialized() -> bool:
 
 
 def refuse_open(allow_open: bool) -> None:
-    """Raise LaunchError on a cluster that others on the network reach although Ray's token authentication is off."""
+    """Raise LaunchError on a cluster that others can reach while token authentication is off."""
     import ray
     from ray import _raylet
 
@@ -129,9 +148,10 @@ def refuse_open(allow_open: bool) -> None:
     outside = [a for a in addresses if not _loopback(a)]
     if outside:
         raise LaunchError(
-            f"this Ray cluster ({', '.join(outside)}) is open: token authentication is off, so anybody who reaches its ports can run code on it. "
-            "Restart it with RAY_AUTH_MODE=token (`ray get-auth-token --generate` makes the token) and set the same here, "
-            "or add --cluster.allow-open if its network is closed to others"
+            f"this Ray cluster ({', '.join(outside)}) is open: token authentication is off, so "
+            "anybody who reaches its ports can run code on it. Restart it with RAY_AUTH_MODE=token "
+            "(`ray get-auth-token --generate` makes the token) and set the same here, or add "
+            "--cluster.allow-open if its network is closed to others"
         )
 
 
@@ -141,7 +161,7 @@ def _loopback(address: str) -> bool:
     return address == "localhost"
 
 
-# --- what fits --------------------------------------------------------------------------------------------------------------------
+# --- what fits ---
 
 
 @dataclass(frozen=True)
@@ -160,10 +180,11 @@ class Capacity:
     growing: tuple[Node, ...] = ()
     """Nodes that an autoscaler can start."""
     unknown: bool = False
-    """An autoscaler is at work whose limits cannot be seen from here (Kubernetes)."""
+    """Whether an autoscaler is at work whose limits cannot be seen from here (Kubernetes)."""
 
     @property
     def reachable(self) -> tuple[Node, ...]:
+        """All nodes, started or not."""
         return self.nodes + self.growing
 
     @property
@@ -182,6 +203,7 @@ class Placement:
 
     @property
     def resources(self) -> dict[str, float]:
+        """What each worker reserves, in Ray's names."""
         return {k: v for k, v in {"CPU": float(self.cpus), "GPU": self.gpus}.items() if v}
 
     @property
@@ -190,7 +212,7 @@ class Placement:
 
 
 def capacity() -> Capacity:
-    """Of the cluster this process is connected to."""
+    """Capacity of the cluster that this process is connected to."""
     import ray
 
     nodes = tuple(
@@ -207,14 +229,14 @@ def capacity() -> Capacity:
 
 
 def this_machine() -> Capacity:
-    """Of this process alone, without Ray."""
+    """Capacity of this machine alone, without Ray."""
     import torch
 
     return Capacity((Node(float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())),))
 
 
 def _autoscaler_nodes(file: Path) -> tuple[Node, ...]:
-    """Worker nodes that the cluster's configuration lets the autoscaler start; none where there is no such file."""
+    """Worker nodes that the autoscaler may start, from the cluster's configuration if any."""
     if not file.is_file():
         return ()
     import yaml
@@ -224,44 +246,55 @@ def _autoscaler_nodes(file: Path) -> tuple[Node, ...]:
     for name, kind in settings.get("available_node_types", {}).items():
         if name != settings.get("head_node_type"):
             resources = kind.get("resources", {})
-            nodes += [Node(resources.get("CPU", 0), resources.get("GPU", 0))] * min(
-                int(kind.get("max_workers", 0)), 1000
-            )
+            node = Node(resources.get("CPU", 0), resources.get("GPU", 0))
+            nodes += [node] * min(int(kind.get("max_workers", 0)), 1000)
     return tuple(nodes[: int(settings.get("max_workers", len(nodes)))])
 
 
 def placement(cluster: Cluster, capacity: Capacity) -> Placement:
-    """Turn cluster.workers, gpus_per_worker and cpus_per_worker into numbers, or raise LaunchError where they cannot be had."""
+    """Turn cluster.workers, gpus_per_worker and cpus_per_worker into numbers.
+
+    Raises LaunchError where they cannot be had.
+    """
     nodes = capacity.reachable
     has_gpus = any(n.gpus for n in nodes)
     gpus = cluster.gpus_per_worker if cluster.gpus_per_worker >= 0 else float(has_gpus)
     if gpus and not has_gpus and not capacity.unknown:
         raise LaunchError(
-            f"cluster.gpus_per_worker = {gpus:g}: there is no GPU here. Set it to 0 to train on CPUs, or submit the job to a cluster with GPUs"
+            f"cluster.gpus_per_worker = {gpus:g}: there is no GPU here. Set it to 0 to train on "
+            "CPUs, or submit the job to a cluster with GPUs"
         )
     if capacity.unknown:  # the autoscaler decides; ask for what was said
         return Placement(cluster.low, cluster.high, gpus, cluster.cpus_per_worker or 1)
-    most = _fit(nodes, gpus, cluster.cpus_per_worker or 1)
+    most = workers_that_fit(nodes, gpus, cluster.cpus_per_worker or 1)
     if most < cluster.low:
-        each = " and ".join(
-            filter(None, [f"{gpus:g} GPU" if gpus else "", f"{cluster.cpus_per_worker or 1} CPU"])
-        )
-        total = f"{sum(n.cpus for n in nodes):g} CPUs and {sum(n.gpus for n in nodes):g} GPUs on {len(nodes)} node{'s' if len(nodes) != 1 else ''}"
-        advice = f"Set cluster.workers to {most}" if most else "Ask for less per worker"
-        raise LaunchError(
-            f"cluster.workers = {cluster.workers} with {each} each: only {most} fit on this cluster ({total}). {advice}, or use a larger cluster"
-        )
+        raise _too_many_workers(cluster, nodes, gpus, most)
     workers = min(cluster.high, most)
     cpus = cluster.cpus_per_worker
     if not cpus:
         cpus = 1
-        while cpus < 4096 and _fit(nodes, gpus, cpus + 1) >= workers:
+        while cpus < 4096 and workers_that_fit(nodes, gpus, cpus + 1) >= workers:
             cpus += 1
     return Placement(cluster.low, cluster.high, gpus, cpus)
 
 
-def _fit(nodes: tuple[Node, ...], gpus: float, cpus: int) -> int:
-    """Workers of that size that the nodes hold, if nothing else runs on them."""
+def _too_many_workers(
+    cluster: Cluster, nodes: tuple[Node, ...], gpus: float, most: int
+) -> LaunchError:
+    each = f"{cluster.cpus_per_worker or 1} CPU"
+    if gpus:
+        each = f"{gpus:g} GPU and {each}"
+    all_cpus, all_gpus = sum(n.cpus for n in nodes), sum(n.gpus for n in nodes)
+    count = f"{len(nodes)} node{'s' if len(nodes) != 1 else ''}"
+    advice = f"Set cluster.workers to {most}" if most else "Ask for less per worker"
+    return LaunchError(
+        f"cluster.workers = {cluster.workers} with {each} each: only {most} fit on this cluster "
+        f"({all_cpus:g} CPUs and {all_gpus:g} GPUs on {count}). {advice}, or use a larger cluster"
+    )
+
+
+def workers_that_fit(nodes: tuple[Node, ...], gpus: float, cpus: int) -> int:
+    """Workers with that many GPUs and CPUs that the nodes hold, if nothing else runs on them."""
     return sum(
         int(min(n.cpus // cpus, (n.gpus + 1e-9) // gpus if gpus else n.cpus // cpus)) for n in nodes
     )

@@ -1,7 +1,7 @@
-"""What a run will take, from a few of its own steps: time, device-hours, cost, memory, and which of loader and device is the bound.
+"""Estimate a run from a few of its own steps: time, device-hours, cost, memory, and the bottleneck.
 
-The steps are the recipe's, carried out by the training loop itself in this process, on this machine. Of the run's own only its data and
-starting weights are read; what is written goes to a scratch folder.
+The training loop itself runs the recipe's steps in this process, on this machine. Of the run's own
+only its data and starting weights are read; what is written goes to a scratch folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import torch
 from ftlib.config import Run
 from ftlib.data import sampler
 from ftlib.data.loader import AHEAD, Batch, eval_batches, train_batches
-from ftlib.launch import cluster, launch, timing
+from ftlib.launch import cluster, timing
+from ftlib.launch.prepared_run import PreparedRun
 from ftlib.launch.progress import duration
 from ftlib.launch.worker import loader_workers, training_threads
 from ftlib.settings import ConfigError, nearest, override
@@ -32,10 +33,10 @@ from ftlib.training.evaluate import count
 from ftlib.training.loop import OutOfMemoryError, Training, WorkerContext
 
 WARM_UP = 2
-"""Steps before the clock starts: memory is allocated, kernels are chosen, the loader's queue comes to its usual length."""
+"""Steps before the clock starts: memory is allocated, kernels are chosen, the queue fills."""
 LEAST_STEPS = 4
 SHARES = {"whole": 0.45, "device": 0.2, "loader": 0.2, "evaluation": 0.15}
-"""How the time for measuring is spent."""
+"""Shares of the measuring time."""
 
 
 @dataclass(frozen=True)
@@ -62,25 +63,28 @@ PRICES = {
 """On demand in us-east-1, in USD, as of 2025. They change: --price takes today's."""
 
 
-# --- the timing -------------------------------------------------------------------------------------------------------------------------
+# --- measuring ---
 
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """What was measured, and what follows for the whole run. Seconds, bytes, images per second over all workers."""
+    """What was measured, and what follows for the whole run.
+
+    Seconds and bytes; images per second are those of all workers together.
+    """
 
     steps_per_epoch: int
     epochs: int
     evaluations: int
     workers: int
     step_s: float
-    """A step of the whole: loading and training side by side."""
+    """One step with loading and training side by side."""
     device_step_s: float
     """A step without loading."""
     loader_step_s: float
     """Loading a step's images without training."""
     checkpoint_s: float
-    """What a checkpoint takes from training."""
+    """Training time that a checkpoint costs."""
     evaluation_s: float
     images_per_step: float
     steps_timed: int
@@ -131,32 +135,20 @@ class CostEstimate:
 
 
 def measure(
-    ready: launch.PreparedRun,
+    prepared: PreparedRun,
     placement: cluster.Placement,
     seconds: float = 40.0,
     say: Callable[[str], None] = lambda text: None,
 ) -> CostEstimate:
-    """Time the run's own steps here for about `seconds`. A run of several workers is timed as one of them: its share of each batch,
-    without the traffic between them.
+    """Time the run's own steps here for about `seconds`.
 
-    Raises OutOfMemory (with the setting to change) where a microbatch does not fit.
+    A run of several workers is timed as one of them: its share of each batch, without the traffic
+    between them. Raises OutOfMemoryError (with the setting to change) where a microbatch does not
+    fit.
     """
-    run, dataset = ready.run, ready.dataset
-    workers, train = placement.high, run.train
-    share = -(-train.microbatches // workers) * train.microbatch_size
-    # More epochs only so that the data suffice for timing; nothing that is timed depends on their number. Frozen epochs are timed as others.
-    mine = override(
-        run,
-        {
-            "train.batch_size": share,
-            "train.epochs": max(train.epochs, 100_000),
-            "train.max_nonfinite": 2**31,
-            "checkpoint.every_seconds": 0.0,
-            "checkpoint.every_steps": 0,
-            "model.freeze_epochs": min(run.model.freeze_epochs, 0),
-            "cluster.workers": "1",
-        },
-    )
+    run, dataset = prepared.run, prepared.dataset
+    workers = placement.high
+    mine = _as_one_worker(run, workers)
     device = torch.device("cuda" if placement.gpus and torch.cuda.is_available() else "cpu")
     processes = loader_workers(run.data.loader_workers, placement.cpus)
     with (
@@ -166,7 +158,7 @@ def measure(
         say("building the model")
         training = Training(
             WorkerContext(
-                mine, dataset, scratch, device, source=ready.source, loader_workers=processes
+                mine, dataset, scratch, device, source=prepared.source, loader_workers=processes
             )
         )
         training.update_frozen(0)
@@ -174,8 +166,8 @@ def measure(
         say("a few steps with everything")
         whole, spread, timed_steps = _whole(training, processes, seconds * SHARES["whole"], memory)
         say("steps without loading")
-        alone = timing.same_pixels(training, training.state.step)
-        device_step, _, _ = _paced(training, alone, seconds * SHARES["device"], warm_up=1)
+        alone = timing.constant_batches(training, training.state.step)
+        device_step, _, _ = _time_steps(training, alone, seconds * SHARES["device"], warm_up=1)
         say("loading without steps")
         loader_step = _loading(training, processes, seconds * SHARES["loader"])
         say("a checkpoint and an evaluation")
@@ -183,29 +175,53 @@ def measure(
         evaluation = _evaluation(training, workers, processes, seconds * SHARES["evaluation"])
         memory |= _memory(device)
         largest = _largest_microbatch(training) if device.type == "cuda" else None
-    every = run.evaluate.every_epochs
-    evaluations = sum(
-        1 for epoch in range(1, train.epochs + 1) if epoch % every == 0 or epoch == train.epochs
-    ) + (ready.source is not None and not run.model.reset_head)
-    per_epoch = sampler.steps_per_epoch(len(training.rows), train.batch_size)
+    per_epoch = sampler.steps_per_epoch(len(training.rows), run.train.batch_size)
     # The last step of an epoch may be a short one.
-    counted = len(training.rows) / train.batch_size
+    full_steps = len(training.rows) / run.train.batch_size / per_epoch
     return CostEstimate(
-        per_epoch,
-        train.epochs,
-        evaluations,
-        workers,
-        whole * counted / per_epoch,
-        device_step * counted / per_epoch,
-        loader_step * counted / per_epoch,
-        saving,
-        evaluation,
-        len(training.rows) / per_epoch,
-        timed_steps,
-        spread,
-        memory,
-        largest,
+        steps_per_epoch=per_epoch,
+        epochs=run.train.epochs,
+        evaluations=_evaluations(run, prepared),
+        workers=workers,
+        step_s=whole * full_steps,
+        device_step_s=device_step * full_steps,
+        loader_step_s=loader_step * full_steps,
+        checkpoint_s=saving,
+        evaluation_s=evaluation,
+        images_per_step=len(training.rows) / per_epoch,
+        steps_timed=timed_steps,
+        spread=spread,
+        memory=memory,
+        largest_microbatch=largest,
     )
+
+
+def _as_one_worker(run: Run, workers: int) -> Run:
+    """The run as one of its workers sees it, with its share of each batch.
+
+    More epochs only so that the data suffice for timing; nothing that is timed depends on their
+    number. Frozen epochs are timed as others.
+    """
+    train = run.train
+    return override(
+        run,
+        {
+            "train.batch_size": -(-train.microbatches // workers) * train.microbatch_size,
+            "train.epochs": max(train.epochs, 100_000),
+            "train.max_nonfinite": 2**31,
+            "checkpoint.every_seconds": 0.0,
+            "checkpoint.every_steps": 0,
+            "model.freeze_epochs": min(run.model.freeze_epochs, 0),
+            "cluster.workers": "1",
+        },
+    )
+
+
+def _evaluations(run: Run, prepared: PreparedRun) -> int:
+    """How often the whole run scores its model, the starting weights included."""
+    every, epochs = run.evaluate.every_epochs, run.train.epochs
+    count = sum(epoch % every == 0 or epoch == epochs for epoch in range(1, epochs + 1))
+    return count + (prepared.source is not None and not run.model.reset_head)
 
 
 @contextlib.contextmanager
@@ -218,20 +234,19 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _paced(
+def _time_steps(
     training: Training, batches: Iterator[Batch], seconds: float, warm_up: int
 ) -> tuple[float, float, int]:
     """(seconds per full step, relative standard error, steps timed)."""
     full = training.run.train.batch_size
-    timing.steps(training, batches, warm_up)
+    timing.run_steps(training, batches, warm_up)
     times: list[float] = []
-    began = before = timing.settle(training.context.device)
+    began = before = timing.synchronize(training.context.device)
     while len(times) < LEAST_STEPS or before - began < seconds:
-        at_once = (
-            1 if training.context.device.type == "cpu" else 10
-        )  # waiting for a GPU after every step would slow it down
-        images = timing.steps(training, batches, at_once)
-        now = timing.settle(training.context.device)
+        # Waiting for a GPU after every step would slow it down.
+        at_once = 1 if training.context.device.type == "cpu" else 10
+        images = timing.run_steps(training, batches, at_once)
+        now = timing.synchronize(training.context.device)
         times.append((now - before) * full / images)
         before = now
     spread = float(np.std(times) / np.mean(times) / len(times) ** 0.5)
@@ -242,9 +257,8 @@ def _whole(
     training: Training, processes: int, seconds: float, memory: dict[str, int]
 ) -> tuple[float, float, int]:
     run, microbatches = training.run, training.run.train.microbatches
-    ahead = -(
-        -AHEAD * max(processes, 1) // microbatches
-    )  # steps whose images were loaded before the clock starts
+    # Steps whose images are loaded before the clock starts.
+    ahead = -(-AHEAD * max(processes, 1) // microbatches)
     with contextlib.closing(
         train_batches(
             training.context.dataset,
@@ -257,7 +271,7 @@ def _whole(
             processes,
         )
     ) as batches:
-        found = _paced(training, batches, seconds, WARM_UP + ahead)
+        found = _time_steps(training, batches, seconds, WARM_UP + ahead)
         memory["loaders"] = _loaders_memory()
     return found
 
@@ -271,10 +285,8 @@ def _loading(training: Training, processes: int, seconds: float) -> float:
             training.context.dataset, training.rows, run, 0, 1, 0, training.total, processes
         )
     ) as batches:
-        for _ in itertools.islice(
-            batches, ahead
-        ):  # by then the processes are at work, and the queue is empty
-            pass
+        for _ in itertools.islice(batches, ahead):
+            pass  # by then the processes are at work, and the queue is empty
         began = now = time.perf_counter()
         while now - began < seconds or images < run.train.batch_size:
             images += len(next(batches).labels)
@@ -283,8 +295,11 @@ def _loading(training: Training, processes: int, seconds: float) -> float:
 
 
 def _saving(training: Training, scratch: str) -> float:
-    """Seconds that a checkpoint takes from training: the copy and, where training runs on the CPU, the cores' time for writing it.
-    What the writing waits for the disk takes nothing from anybody."""
+    """Training time that a checkpoint costs, in seconds.
+
+    That is the copy and, where training runs on the CPU, the cores' time for writing it. Waiting
+    for the disk costs nothing.
+    """
     with contextlib.closing(checkpoint.CheckpointWriter(scratch, 2, 1)) as writer:
         training.writer = writer
         began = time.perf_counter()
@@ -292,21 +307,19 @@ def _saving(training: Training, scratch: str) -> float:
         stalled, cpu = time.perf_counter() - began, time.process_time()
         writer.wait()
         training.writer = None
-    return stalled + (
-        (time.process_time() - cpu) / torch.get_num_threads()
-        if training.context.device.type == "cpu"
-        else 0.0
-    )
+    if training.context.device.type != "cpu":
+        return stalled
+    return stalled + (time.process_time() - cpu) / torch.get_num_threads()
 
 
 def _evaluation(training: Training, workers: int, processes: int, seconds: float) -> float:
-    """Seconds to score one worker's part of the scored images, from a sample of them."""
+    """Seconds to score one worker's part of the scored images, measured on a sample of them."""
     job, run = training.context, training.run
     mine = training.scored_rows[::workers]
     split = job.dataset.split("train" if training.split == "tuning" else "val")
 
     def score(rows: np.ndarray) -> float:
-        began = timing.settle(job.device)
+        began = timing.synchronize(job.device)
         with contextlib.closing(
             eval_batches(
                 split, rows, run.eval_size, run.evaluate.crop, run.evaluate.batch_size, processes
@@ -321,7 +334,7 @@ def _evaluation(training: Training, workers: int, processes: int, seconds: float
                 run.data.std,
                 training.dtype,
             )
-        return timing.settle(job.device) - began
+        return timing.synchronize(job.device) - began
 
     size = min(len(mine), run.evaluate.batch_size)
     score(mine[:size])  # memory and kernels
@@ -342,7 +355,7 @@ def _memory(device: torch.device) -> dict[str, int]:
 
 
 def _loaders_memory() -> int:
-    """Bytes that the loader processes have for themselves."""
+    """Bytes that only the loader processes use."""
     total = 0
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
@@ -351,7 +364,10 @@ def _loaders_memory() -> int:
 
 
 def largest(fits: Callable[[int], bool], start: int, limit: int) -> int:
-    """The largest n up to `limit` that fits, to within a sixteenth; 0 where not even 1 does. `fits` must be monotone."""
+    """The largest n up to `limit` that fits, to within a sixteenth; 0 where not even 1 does.
+
+    `fits` must be monotone.
+    """
     good, n = 0, max(1, start)
     while n <= limit and fits(n):
         good, n = n, 2 * n
@@ -363,7 +379,7 @@ def largest(fits: Callable[[int], bool], start: int, limit: int) -> int:
 
 
 def _largest_microbatch(training: Training, limit: int = 4096) -> int:
-    """By forward and backward passes of random pixels on the GPU, the optimizer's state in place."""
+    """The largest microbatch that fits, found with random pixels and the optimizer's state."""
     device, side = training.context.device, training.run.augment.size
 
     def fits(n: int) -> bool:
@@ -383,23 +399,22 @@ def _largest_microbatch(training: Training, limit: int = 4096) -> int:
     return largest(fits, training.run.train.microbatch_size, limit)
 
 
-# --- words ------------------------------------------------------------------------------------------------------------------------------
+# --- text ---
 
 
 def machines(placement: cluster.Placement, workers: int, price: Price) -> int:
-    """How many of a machine the run needs."""
-    return (
-        max(1, -(-int(np.ceil(workers * placement.gpus)) // price.gpus))
-        if price.gpus and placement.gpus
-        else 1
-    )
+    """How many machines of that kind the run needs."""
+    if not (price.gpus and placement.gpus):
+        return 1
+    return max(1, -(-int(np.ceil(workers * placement.gpus)) // price.gpus))
 
 
 def price_of(name: str) -> Price:
     """Raises ConfigError with the nearest name."""
     if name not in PRICES:
         raise ConfigError(
-            f"--machine {name}: its price is not known.{nearest(name, list(PRICES))} There are {', '.join(PRICES)}; or give --price USD_PER_HOUR"
+            f"--machine {name}: its price is not known.{nearest(name, list(PRICES))} "
+            f"There are {', '.join(PRICES)}; or give --price USD_PER_HOUR"
         )
     return PRICES[name]
 
@@ -412,52 +427,55 @@ def text(
     machine: str = "",
 ) -> str:
     """What was found, for a person."""
-    rates = {
-        name: found.rate(seconds)
-        for name, seconds in (
-            ("together", found.step_s),
-            ("device alone", found.device_step_s),
-            ("loader alone", found.loader_step_s),
-        )
-    }
-    advice = {
-        "loader": "reserve more CPUs (cluster.cpus_per_worker), or prepare the pictures smaller (jobs/prepare.py --max-side)",
+    bottleneck = {
+        "loader": "reserve more CPUs (cluster.cpus_per_worker), or prepare the pictures smaller "
+        "(jobs/prepare.py --max-side)",
         "device": "more CPUs would not help",
     }[found.bound]
+    workers = f"{found.workers} worker{'s' if found.workers != 1 else ''}"
     lines = [
         "",
-        f"time            {duration(found.total_s)} for {found.epochs} epochs: {duration_short(found.epoch_s)} an epoch and {duration_short(found.evaluation_s)} an evaluation ({found.evaluations} of them)",
-        f"device-hours    {found.device_hours:.3g} ({found.workers} worker{'s' if found.workers != 1 else ''})",
-        "images/s        " + ", ".join(f"{rate:,.0f} {name}" for name, rate in rates.items()),
-        f"bound           the {found.bound}: {advice}",
-        "peak memory     "
-        + ", ".join(
-            f"{size / 1e9:.2g} GB {where}"
-            for where, size in (
-                ("on the GPU", found.memory.get("device", 0)),
-                ("in the training process", found.memory.get("process", 0)),
-                ("in the loader's processes", found.memory.get("loaders", 0)),
-            )
-            if size
-        ),
+        f"time            {duration(found.total_s)} for {found.epochs} epochs: "
+        f"{duration_short(found.epoch_s)} an epoch and "
+        f"{duration_short(found.evaluation_s)} an evaluation ({found.evaluations} of them)",
+        f"device-hours    {found.device_hours:.3g} ({workers})",
+        f"images/s        {found.rate(found.step_s):,.0f} together, "
+        f"{found.rate(found.device_step_s):,.0f} device alone, "
+        f"{found.rate(found.loader_step_s):,.0f} loader alone",
+        f"bound           the {found.bound}: {bottleneck}",
+        f"peak memory     {_memory_text(found.memory)}",
     ]
     if found.largest_microbatch is not None:
         lines.append(
-            f"microbatch      {found.largest_microbatch} is the largest that fits (the recipe has {run.train.microbatch_size}; another one is another run)"
+            f"microbatch      {found.largest_microbatch} is the largest that fits (the recipe has "
+            f"{run.train.microbatch_size}; another one is another run)"
         )
     if price is not None:
         count = machines(placement, found.workers, price)
+        cost = count * price.usd_per_hour * found.total_s / 3600
         lines.append(
-            f"cost            {count * price.usd_per_hour * found.total_s / 3600:,.2f} USD: {count} x {machine or price.what} at {price.usd_per_hour:g} USD/h, if this machine is like it"
+            f"cost            {cost:,.2f} USD: {count} x {machine or price.what} at "
+            f"{price.usd_per_hour:g} USD/h, if this machine is like it"
         )
+    indent = " " * 16
     lines.append(
-        f"                from {found.steps_timed} timed steps (standard error {100 * found.spread:.0f} %); start-up and the report at the end come on top"
+        f"{indent}from {found.steps_timed} timed steps (standard error "
+        f"{100 * found.spread:.0f} %); start-up and the report at the end come on top"
     )
     if found.workers > 1:
-        lines.append(
-            "                timed as one of the workers, without the traffic between them"
-        )
+        lines.append(f"{indent}timed as one of the workers, without the traffic between them")
     return "\n".join(lines)
+
+
+def _memory_text(memory: dict[str, int]) -> str:
+    where = {
+        "device": "on the GPU",
+        "process": "in the training process",
+        "loaders": "in the loader's processes",
+    }
+    return ", ".join(
+        f"{memory[k] / 1e9:.2g} GB {text}" for k, text in where.items() if memory.get(k)
+    )
 
 
 def duration_short(seconds: float) -> str:

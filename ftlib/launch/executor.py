@@ -1,4 +1,4 @@
-"""Carrying training out: `TorchTrainer(...).fit()` on the cluster, or the same trainer in local mode within this process."""
+"""Run training: `TorchTrainer(...).fit()` on the cluster, or the same trainer in this process."""
 
 from __future__ import annotations
 
@@ -8,50 +8,67 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from ftlib import settings, storage
 from ftlib.config import Run
 from ftlib.data.shards import Dataset
 from ftlib.launch import cluster, worker
-from ftlib.launch.driver_actor import ActorChannel, DriverActor, LocalChannel, quietly
-from ftlib.launch.errors import RunFailed, StoppedError
+from ftlib.launch.driver_actor import (
+    ActorChannel,
+    Channel,
+    DriverActor,
+    LocalChannel,
+    ignore_errors,
+)
+from ftlib.launch.errors import LeaseLostError, RunFailedError, StoppedError
+from ftlib.launch.lease import Lease
+from ftlib.launch.outcome import TrainingResult
 from ftlib.launch.progress import ProgressDisplay
 from ftlib.launch.signals import Signals, grace_seconds
 from ftlib.storage import StorageError, join
+from ftlib.track.writer import Writer
 
 LOOK_SECONDS = 0.3
+"""How often the driver looks at its workers."""
 DRAIN_SECONDS = 1.0
+"""How often the driver asks Ray for nodes that are about to go."""
 START_ATTEMPTS = 10
-"""Times Ray may fail to start the workers (30 s each) before the run is given up; enough for a node to be replaced by hand."""
+"""Times Ray may fail to start the workers (30 s each) before the run fails; enough to replace a
+node by hand."""
 START_ATTEMPTS_GROWING = 60
 """The same where an autoscaler has to start nodes first."""
 
 
 @dataclass(frozen=True)
-class Fit:
-    """What a training needs beside its run."""
+class TrainingTask:
+    """What training needs beside the run."""
 
     run: Run
     dataset: Dataset
     run_dir: str
     source: dict[str, Any] | None
-    writer: Any
+    """Where the first weights come from (`InitialWeights.to_dict`)."""
+    writer: Writer
+    lease: Lease
     placement: cluster.Placement
     can_grow: bool = False
+    """Whether an autoscaler may add nodes."""
     on_report: Callable[[dict[str, float]], None] | None = None
     """Called after each epoch in local mode."""
     callbacks: Sequence[Any] = ()
     """ray.train.UserCallback objects, on the cluster."""
 
-    def config(self, desk: LocalChannel | ActorChannel, local: bool) -> dict[str, Any]:
+    def config(self, channel: Channel, local: bool) -> dict[str, Any]:
+        """The `train_loop_config` of `worker.train_loop`."""
         values = {
             "run": settings.to_dict(self.run),
             "data": self.dataset.path,
             "run_dir": self.run_dir,
             "source": self.source,
             "writer": self.writer,
-            "desk": desk,
+            "fence": self.lease.fence,
+            "channel": channel,
             "cpus": self.placement.cpus,
             "gpus": self.placement.gpus,
             "local": local,
@@ -59,87 +76,97 @@ class Fit:
         return {**values, "on_report": self.on_report} if local else values
 
 
-def here(fit: Fit, screen: ProgressDisplay) -> dict[str, Any]:
+def run_local(task: TrainingTask, display: ProgressDisplay) -> TrainingResult:
     """Train in this process. Raises what training raises, and StoppedError after a signal."""
     train, torch_train = _ray_train()
-    desk = _DisplayingActor(screen)
-
+    actor = _LocalActor(display, task.lease)
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would print every report
-
-    def stop() -> None:
-        desk.stop = True
-
-    with Signals(stop) as signals:
+    with Signals(actor.request_stop) as signals:
         trainer = torch_train.TorchTrainer(
             worker.train_loop,
-            train_loop_config=fit.config(LocalChannel(desk), local=True),
+            train_loop_config=task.config(LocalChannel(actor), local=True),
             scaling_config=train.ScalingConfig(num_workers=0),
-            run_config=train.RunConfig(name=fit.run.name),
+            run_config=train.RunConfig(name=task.run.name),
         )
         result = trainer.fit().return_value
-    return _answer(result, signals)
+    return _result(result, signals)
 
 
-def on_cluster(fit: Fit, screen: ProgressDisplay) -> dict[str, Any]:
-    """Train in Ray workers. Raises RunFailed with the first worker's reason, StorageError, and StoppedError after a signal."""
-    desk = ActorChannel.start()
-    trainer = _trainer(fit, desk)
+def run_on_cluster(task: TrainingTask, display: ProgressDisplay) -> TrainingResult:
+    """Train in Ray workers.
+
+    Raises RunFailedError with the first worker's reason, StorageError, LeaseLostError, and
+    StoppedError after a signal.
+    """
+    channel = ActorChannel.start()
+    trainer = _trainer(task, channel)
     done: list[Any] = []
 
-    def carry_out() -> None:
+    def fit() -> None:
         try:
             done.append(trainer.fit().return_value)
         except BaseException as error:
             done.append(error)
 
-    # In a thread, so that Ray leaves the signals to us: its own handler ends the workers without a checkpoint.
-    thread = threading.Thread(target=carry_out, name="fit", daemon=True)
+    # In a thread, so that signals come to us: Ray's handler ends the workers without a checkpoint.
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
     with Signals(raise_second=False) as signals:
         thread.start()
-        asked, drained = 0.0, 0.0
-        while thread.is_alive():
-            thread.join(LOOK_SECONDS)
-            _show(desk, screen)
-            if signals.count and not asked:
-                asked = time.monotonic()
-                screen.say(f"{signals.name}: stopping with a checkpoint (once more stops at once)")
-                desk.tell("ask_to_stop")
-            if (
-                asked
-                and (signals.count > 1 or time.monotonic() - asked > grace_seconds())
-                and thread.is_alive()
-            ):
-                raise StoppedError(
-                    signals.number or 15,
-                    "stopped without waiting for a checkpoint; the same command goes on from the newest one",
-                )
-            if time.monotonic() - drained > DRAIN_SECONDS:
-                drained = time.monotonic()
-                _pass_on_drains(desk)
-    _show(desk, screen)
-    outcome = done[0]
-    last_words = quietly(lambda: desk.ask("failed"))
-    quietly(lambda: _forget(desk))
-    if isinstance(outcome, BaseException):
-        raise _explained(outcome, last_words) from outcome
-    return _answer(outcome, signals)
+        _watch(thread, channel, display, signals, task.lease)
+    _show(channel, display)
+    failure = ignore_errors(lambda: channel.call("failure"))
+    ignore_errors(lambda: _kill(channel))
+    if isinstance(done[0], BaseException):
+        raise _explained(done[0], failure) from done[0]
+    return _result(done[0], signals)
 
 
-def _trainer(fit: Fit, desk: ActorChannel) -> Any:
+def _watch(
+    thread: threading.Thread,
+    channel: ActorChannel,
+    display: ProgressDisplay,
+    signals: Signals,
+    lease: Lease,
+) -> None:
+    """Until `thread` ends: show progress, pass on stop requests and drain notices."""
+    stop_requested, drains_checked = 0.0, 0.0
+    while thread.is_alive():
+        thread.join(LOOK_SECONDS)
+        lease.check()
+        _show(channel, display)
+        now = time.monotonic()
+        if signals.count and not stop_requested:
+            stop_requested = now
+            display.say(f"{signals.name}: stopping with a checkpoint (once more stops at once)")
+            channel.send("request_stop")
+        impatient = signals.count > 1 or now - stop_requested > grace_seconds()
+        if stop_requested and impatient and thread.is_alive():
+            raise StoppedError(
+                signals.number or 15,
+                "stopped without waiting for a checkpoint; the same command resumes from the "
+                "newest one",
+            )
+        if now - drains_checked > DRAIN_SECONDS:
+            drains_checked = now
+            _pass_on_drains(channel)
+
+
+def _trainer(task: TrainingTask, channel: ActorChannel) -> Any:
     train, torch_train = _ray_train()
-    place, run = fit.placement, fit.run
-    # Ray's own folder is new at every launch: resuming is ours, so no state of Ray's can brick a run or resume another one.
-    scratch = join(fit.run_dir, "ray")
-    quietly(lambda: storage.delete_folder(scratch))
-    limit = START_ATTEMPTS_GROWING if fit.can_grow else START_ATTEMPTS
-    return _without_idle_helpers(torch_train.TorchTrainer)(
+    placement, run = task.placement, task.run
+    # Ray's own folder is new at every launch: resuming is ours, so no state of Ray's can break a
+    # run or resume another one.
+    scratch = join(task.run_dir, "ray")
+    ignore_errors(lambda: storage.delete_folder(scratch))
+    limit = START_ATTEMPTS_GROWING if task.can_grow else START_ATTEMPTS
+    return _without_dataset_manager(torch_train.TorchTrainer)(
         worker.train_loop,
-        train_loop_config=fit.config(desk, local=False),
+        train_loop_config=task.config(channel, local=False),
         torch_config=torch_train.TorchConfig(timeout_s=600),
         scaling_config=train.ScalingConfig(
-            num_workers=place.num_workers,
-            use_gpu=bool(place.gpus),
-            resources_per_worker=place.resources,
+            num_workers=placement.num_workers,
+            use_gpu=bool(placement.gpus),
+            resources_per_worker=placement.resources,
             elastic_resize_monitor_interval_s=15.0,
         ),
         run_config=train.RunConfig(
@@ -149,14 +176,14 @@ def _trainer(fit: Fit, desk: ActorChannel) -> Any:
                 max_failures=run.cluster.max_failures, controller_failure_limit=limit
             ),
             checkpoint_config=train.CheckpointConfig(num_to_keep=1),
-            callbacks=[worker.EndOnFinalError(desk), *fit.callbacks],
+            callbacks=[worker.EndOnFinalError(channel), *task.callbacks],
             logging_config=train.LoggingConfig(log_level="WARNING"),
         ),
     )
 
 
-def _without_idle_helpers(trainer: Any) -> Any:
-    """Ray's trainer without its manager of Ray Datasets, of which ftlib uses none: one process less to start before training does."""
+def _without_dataset_manager(trainer: Any) -> Any:
+    """Ray's trainer without DatasetsCallback (unused), whose actor would start before training."""
 
     class Trainer(trainer):  # type: ignore[misc]
         def _create_default_callbacks(self) -> list[Any]:
@@ -170,61 +197,70 @@ def _without_idle_helpers(trainer: Any) -> Any:
 
 
 def _ray_train() -> tuple[Any, Any]:
-    """(ray.train, ray.train.torch), which change their own names at import in ways that type checkers do not follow."""
+    """(ray.train, ray.train.torch). Their names change at import; type checkers cannot follow."""
     import ray.train
     import ray.train.torch
 
     return ray.train, ray.train.torch
 
 
-def _answer(result: dict[str, Any], signals: Signals) -> dict[str, Any]:
+def _result(result: dict[str, Any], signals: Signals) -> TrainingResult:
     if "interrupted" in result:
         raise StoppedError(signals.number or 15, result["interrupted"])
-    return result
+    return cast(TrainingResult, result)
 
 
-def _explained(error: BaseException, last_words: tuple[str, str] | None) -> Exception:
-    """What a user needs to read of Ray's error."""
-    if last_words:
-        return RunFailed(last_words[1])
+def _explained(error: BaseException, failure: tuple[str, str] | None) -> Exception:
+    """What a user needs to read of Ray's error. `failure`: a worker's own last words."""
+    if failure is not None:
+        kind, message = failure
+        return LeaseLostError(message) if kind == "LeaseLostError" else RunFailedError(message)
     failures = getattr(error, "worker_failures", None)
     if failures:
+        # Errors of a worker whose peer went away come last: the peer's own error says more.
         rank, first = min(
             failures.items(),
             key=lambda item: ("reset" in str(item[1]) or "closed" in str(item[1]), item[0]),
         )
         if "StorageError" in type(first).__name__ or "StorageError" in str(first)[:2000]:
             return StorageError(str(first).strip().splitlines()[-1])
-        return RunFailed(f"worker {rank} failed, and so did its restarts: {first}")
-    return RunFailed(f"training could not be carried out: {error}")
+        return RunFailedError(f"worker {rank} failed, and so did its restarts: {first}")
+    return RunFailedError(f"training failed: {error}")
 
 
-def _show(desk: ActorChannel, screen: ProgressDisplay) -> None:
-    for item in quietly(lambda: desk.ask("take")) or []:
-        screen.say(item) if isinstance(item, str) else screen.show(item)
+def _show(channel: ActorChannel, display: ProgressDisplay) -> None:
+    for item in ignore_errors(lambda: channel.call("take_output")) or []:
+        if isinstance(item, str):
+            display.say(item)
+        else:
+            display.show(item)
 
 
-def _pass_on_drains(desk: ActorChannel) -> None:
+def _pass_on_drains(channel: ActorChannel) -> None:
     """Tell the workers of nodes that Ray is about to lose (spot instances, scale-down)."""
     import ray
 
-    nodes = quietly(lambda: ray._private.state.state.get_draining_nodes())
+    nodes = ignore_errors(lambda: ray._private.state.state.get_draining_nodes())
     if nodes:
-        desk.tell("drain", sorted(nodes))
+        channel.send("mark_draining", sorted(nodes))
 
 
-def _forget(desk: ActorChannel) -> None:
+def _kill(channel: ActorChannel) -> None:
     import ray
 
-    ray.kill(desk.actor)
+    ray.kill(channel.actor)
 
 
-class _DisplayingActor(DriverActor):
-    """In this process a progress point goes straight to the screen."""
+class _LocalActor(DriverActor):
+    """In this process a progress point is shown at once, and a lost lease stops the next step."""
 
-    def __init__(self, screen: ProgressDisplay) -> None:
+    def __init__(self, display: ProgressDisplay, lease: Lease) -> None:
         super().__init__()
-        self._screen = screen
+        self._display, self._lease = display, lease
 
-    def show(self, values: dict[str, float]) -> None:
-        self._screen.show(values)
+    def add_progress(self, values: dict[str, float]) -> None:
+        self._display.show(values)
+
+    def requests(self) -> tuple[bool, int]:
+        self._lease.check()
+        return super().requests()

@@ -1,9 +1,9 @@
-"""Success criteria of a run, checked at its end; a phase does not start from a model that failed its own."""
+"""Success criteria of a run, checked at its end. No phase starts from a model that failed them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from ftlib.launch.errors import LaunchError
 
 @dataclass(frozen=True)
 class Gate:
-    """One criterion and what came of it."""
+    """One criterion and its result."""
 
     name: str
     """The setting's name, such as val_top1."""
@@ -36,8 +36,9 @@ class Gate:
 def check(gates: Gates, metrics: Mapping[str, float], start_top1: float | None) -> list[Gate]:
     """The gates that are set, against a finished run's metrics (percent).
 
-    metrics: best/val_top1 (or best/tuning_top1) and final/gap. start_top1: the validation score of the model the run started from; None
-    where there was none.
+    Args:
+        metrics: best/val_top1 (or best/tuning_top1) and final/gap.
+        start_top1: the validation score of the model the run started from; None for none.
     """
     best = _first(metrics, "best/val_top1", "best/tuning_top1")
     gap = _first(metrics, "final/gap")
@@ -57,36 +58,43 @@ def check(gates: Gates, metrics: Mapping[str, float], start_top1: float | None) 
     return checked
 
 
-def as_json(gates: list[Gate]) -> dict[str, Any]:
+def as_json(gates: Sequence[Gate]) -> dict[str, Any]:
     """{"passed": bool, "gates": [...]}, for result.json."""
     return {"passed": all(g.passed for g in gates), "gates": [asdict(g) for g in gates]}
 
 
-def tags(gates: list[Gate]) -> dict[str, str]:
+def tags(gates: Sequence[Gate]) -> dict[str, str]:
     """MLflow tags: `gates` = passed, failed or none, and one per gate."""
-    overall = "none" if not gates else "passed" if all(g.passed for g in gates) else "failed"
-    return {
-        "gates": overall,
-        **{f"gate.{g.name}": "passed" if g.passed else "failed" for g in gates},
-    }
+    each = {f"gate.{g.name}": "passed" if g.passed else "failed" for g in gates}
+    overall = "failed" if "failed" in each.values() else "passed"
+    return {"gates": overall if each else "none", **each}
 
 
 def refuse_failed(run: Run, source_name: str, result: Mapping[str, Any]) -> str:
-    """Refuse to start from a model whose run failed its gates, unless gates.force gives a reason. Returns what to record, or ''."""
+    """Refuse to start from a model whose run failed its gates, unless gates.force gives a reason.
+
+    Returns what to record, or ''. Raises LaunchError.
+    """
     outcome = result.get("gates") or {}
     failed = [g for g in outcome.get("gates", []) if not g.get("passed")]
     if not failed:
         return ""
-    what = "; ".join(
-        f"{g['name']} wanted {g['wanted']:g}, got {'nothing' if g['got'] is None else format(g['got'], '.2f')}"
-        for g in failed
-    )
+    what = "; ".join(_wanted_and_got(gate) for gate in failed)
     if run.gates.force:
-        return f"started from {source_name}, which failed its gates ({what}), because: {run.gates.force}"
+        return (
+            f"started from {source_name}, which failed its gates ({what}), "
+            f"because: {run.gates.force}"
+        )
     raise LaunchError(
-        f"model.init_from = {run.model.init_from}: {source_name} failed its success criteria ({what}). Improve that phase, set its --gates to what you "
-        'expect of your data, or start all the same with --gates.force "the reason"'
+        f"model.init_from = {run.model.init_from}: {source_name} failed its success criteria "
+        f"({what}). Improve that phase, set its --gates to what you expect of your data, or start "
+        'all the same with --gates.force "the reason"'
     )
+
+
+def _wanted_and_got(gate: Mapping[str, Any]) -> str:
+    got = "nothing" if gate["got"] is None else f"{gate['got']:.2f}"
+    return f"{gate['name']} wanted {gate['wanted']:g}, got {got}"
 
 
 def _first(metrics: Mapping[str, float], *names: str) -> float | None:

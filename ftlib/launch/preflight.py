@@ -1,4 +1,4 @@
-"""Everything that can be known to go wrong is found before anything expensive starts."""
+"""Checks of data, model and storage before anything expensive starts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import shutil
 import uuid
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,16 +33,22 @@ class RunPlan:
 
     def __str__(self) -> str:
         return (
-            f"{self.images:,} training images, {self.scored:,} scored; {self.steps_per_epoch:,} steps an epoch, {self.steps:,} in all; "
-            f"{self.parameters / 1e6:.1f} M parameters; up to {self.disk_bytes / 1e9:.2g} GB of checkpoints"
+            f"{self.images:,} training images, {self.scored:,} scored; "
+            f"{self.steps_per_epoch:,} steps an epoch, {self.steps:,} in all; "
+            f"{self.parameters / 1e6:.1f} M parameters; "
+            f"up to {self.disk_bytes / 1e9:.2g} GB of checkpoints"
         )
 
 
 def check_data(run: Run, dataset: Dataset) -> tuple[int, int]:
-    """(training images, scored images) after subset and tuning split. Raises ConfigError where they cannot be trained on."""
+    """(training images, scored images) after subset and tuning split.
+
+    Raises ConfigError where the set cannot be trained on.
+    """
+    where = f"data.path = {run.data.path}"
     if len(dataset.classes) < 2:
         raise ConfigError(
-            f"data.path = {run.data.path}: it has {len(dataset.classes)} class; a classifier needs two at least"
+            f"{where}: it has {len(dataset.classes)} class; a classifier needs two at least"
         )
     labels = dataset.split("train").labels
     rows = sampler.subset(labels, run.data.subset, run.data.subset_seed)
@@ -56,37 +62,39 @@ def check_data(run: Run, dataset: Dataset) -> tuple[int, int]:
     if (counts == 0).any():
         empty = [dataset.classes[i] for i in np.flatnonzero(counts == 0)[:5]]
         raise ConfigError(
-            f"data.path = {run.data.path}: no training images are left of {', '.join(empty)}. Raise data.subset, lower data.tuning_fraction, or prepare the set without these classes"
+            f"{where}: no training images are left of {', '.join(empty)}. Raise data.subset, lower "
+            "data.tuning_fraction, or prepare the set without these classes"
         )
     if not scored:
         if run.data.tuning_fraction:
             raise ConfigError(
-                f"data.tuning_fraction = {run.data.tuning_fraction}: of {len(rows)} images it leaves none to score. Raise it, or data.subset"
+                f"data.tuning_fraction = {run.data.tuning_fraction}: of {len(rows)} images it "
+                "leaves none to score. Raise it, or data.subset"
             )
         raise ConfigError(
-            f"data.path = {run.data.path}: there is nothing to score: no validation images. "
+            f"{where}: there is nothing to score: no validation images. "
             "Prepare the set with --val-fraction 0.1, or set data.tuning_fraction"
         )
     if sampler.steps_per_epoch(len(rows), run.train.batch_size) < 1:
         raise ConfigError(
-            f"data.subset = {run.data.subset}: {len(rows)} training image is too few for one step. Raise it"
+            f"data.subset = {run.data.subset}: {len(rows)} training image is too few for one step. "
+            "Raise it"
         )
     return len(rows), scored
 
 
 def plan(run: Run, dataset: Dataset) -> RunPlan:
-    """Check data, augmentation and model against each other and work out the run's size. Raises ConfigError."""
+    """Check data, augmentation and model against each other; return the run's size.
+
+    Raises ConfigError.
+    """
     from ftlib.training import models
 
     images, scored = check_data(run, dataset)
     augment.check(run.augment)
     models.check(run.model, run.augment.size, run.eval_size)
-    parameters = sum(
-        p.numel()
-        for p in models.build_on_meta(
-            run.model, len(dataset.classes), run.augment.size
-        ).parameters()
-    )
+    model = models.build_on_meta(run.model, len(dataset.classes), run.augment.size)
+    parameters = sum(p.numel() for p in model.parameters())
     size = 4 * parameters * (run.optimizer.state_copies + bool(run.train.ema_decay))
     steps = sampler.steps_per_epoch(images, run.train.batch_size)
     disk = size * (run.checkpoint.keep_last + 1) + 4 * parameters * (run.checkpoint.keep_best + 1)
@@ -94,38 +102,36 @@ def plan(run: Run, dataset: Dataset) -> RunPlan:
 
 
 def check_storage(run_dir: str, needed_bytes: int) -> None:
-    """Write, read back and delete a small file, and look at the free space. Raises StorageError or LaunchError with what to do."""
+    """Write, read back and delete a small file, and look at the free space.
+
+    Raises StorageError or LaunchError with what to do.
+    """
     probe = join(run_dir, f".tmp-probe-{uuid.uuid4().hex[:8]}")
     storage.write_file(probe, b"ftlib")
     try:
         if storage.read_file(probe) != b"ftlib":
             raise StorageError(
-                f"{run_dir}: a file that was just written does not read back. Check that storage, or set checkpoint.storage to another place"
+                f"{run_dir}: a file that was just written does not read back. Check that storage, "
+                "or set checkpoint.storage to another place"
             )
     finally:
-        remove(probe)
+        storage.delete_file(probe)
     if not is_remote(run_dir):
         free = shutil.disk_usage(run_dir).free
         if free < needed_bytes:
             raise LaunchError(
-                f"{run_dir}: {free / 1e9:.2g} GB are free, but this run's checkpoints need up to {needed_bytes / 1e9:.2g} GB. "
-                "Free some space, set checkpoint.storage to another place, or lower checkpoint.keep_last or checkpoint.keep_best"
+                f"{run_dir}: {free / 1e9:.2g} GB are free, but this run's checkpoints need up to "
+                f"{needed_bytes / 1e9:.2g} GB. Free some space, set checkpoint.storage to another "
+                "place, or lower checkpoint.keep_last or checkpoint.keep_best"
             )
 
 
-def remove(uri: str) -> None:
-    """Delete one file, wherever it is."""
-    if is_remote(uri):
-        fs, path = storage.filesystem(uri)
-        fs.delete_file(path)
-    else:
-        Path(uri).unlink(missing_ok=True)
-
-
 def check_shared(run_dir: str, data: str) -> None:
-    """On a cluster of several nodes: refuse folders that not every node sees. Costs nothing on one node."""
+    """On a cluster of several nodes: refuse folders that not every node sees.
+
+    Costs nothing on one node. Raises LaunchError.
+    """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = ray.get_runtime_context().get_node_id()
     others = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] != here]
@@ -133,33 +139,48 @@ def check_shared(run_dir: str, data: str) -> None:
         return
     probe = join(run_dir, f".tmp-probe-{uuid.uuid4().hex[:8]}")
     storage.write_file(probe, b"ftlib")
-    look = ray.remote(_sees)
     try:
-        asked = {
-            n["NodeManagerAddress"]: look.options(
-                num_cpus=0,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(n["NodeID"], soft=False),
-            ).remote(None if is_remote(run_dir) else probe, None if is_remote(data) else data)
-            for n in others
-        }
-        for address, answer in asked.items():
-            try:
-                sees_runs, sees_data = ray.get(answer, timeout=120)
-            except ray.exceptions.RayError as error:
-                raise LaunchError(
-                    f"the node {address} does not answer ({type(error).__name__}). Look at `ray status`"
-                ) from None
-            if not sees_runs:
-                raise LaunchError(
-                    f"checkpoint.storage: the node {address} does not see {run_dir}, so a restart there would find no checkpoint. "
-                    "Set checkpoint.storage to a folder that all nodes share, or to s3://... or gs://..."
-                )
-            if not sees_data:
-                raise LaunchError(
-                    f"data.path: the node {address} does not see {data}. Put the prepared data set on storage that all nodes share, or on s3://... or gs://..."
-                )
+        seen = _ask_nodes(
+            others, None if is_remote(run_dir) else probe, None if is_remote(data) else data
+        )
     finally:
-        remove(probe)
+        storage.delete_file(probe)
+    for address, (sees_runs, sees_data) in seen.items():
+        if not sees_runs:
+            raise LaunchError(
+                f"checkpoint.storage: the node {address} does not see {run_dir}, so a restart "
+                "there would find no checkpoint. Set checkpoint.storage to a folder that all nodes "
+                "share, or to s3://... or gs://..."
+            )
+        if not sees_data:
+            raise LaunchError(
+                f"data.path: the node {address} does not see {data}. Put the prepared data set on "
+                "storage that all nodes share, or on s3://... or gs://..."
+            )
+
+
+def _ask_nodes(
+    nodes: list[dict[str, Any]], probe: str | None, data: str | None
+) -> dict[str, tuple[bool, bool]]:
+    """(whether it sees `probe`, whether it sees `data`) of each node, by its address."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    look = ray.remote(_sees)
+    asked = {}
+    for node in nodes:
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        options = look.options(num_cpus=0, scheduling_strategy=there)
+        asked[node["NodeManagerAddress"]] = options.remote(probe, data)
+    seen = {}
+    for address, answer in asked.items():
+        try:
+            seen[address] = ray.get(answer, timeout=120)
+        except ray.exceptions.RayError as error:
+            raise LaunchError(
+                f"the node {address} does not answer ({type(error).__name__}). Look at `ray status`"
+            ) from None
+    return seen
 
 
 def _sees(probe: str | None, data: str | None) -> tuple[bool, bool]:

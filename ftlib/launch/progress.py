@@ -1,4 +1,4 @@
-"""What is seen of a run while it trains: a bar on a terminal, plain lines elsewhere."""
+"""A run's progress while it trains: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from datetime import timedelta
 from typing import Any, TextIO
 
 LINE_SECONDS = 10.0
-"""Plain lines within an epoch come at most this often."""
+"""Shortest time between two plain lines within an epoch."""
 
 
 class ProgressDisplay:
-    """Shows progress points (`ftlib.training.loop.Job.progress`); a context manager. A point of a step that was shown already ends its epoch."""
+    """Shows progress points (`WorkerContext.progress`); a context manager.
+
+    A second point of the same step carries the epoch's validation score and ends the epoch's line.
+    """
 
     def __init__(self, title: str, out: TextIO | None = None) -> None:
         self.title, self.out = title, out or sys.stderr

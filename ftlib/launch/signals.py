@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the first one asks training to stop with a checkpoint, the second one stops at once."""
+"""SIGTERM and Ctrl-C: the first stops training with a checkpoint, the second stops at once."""
 
 from __future__ import annotations
 
@@ -15,25 +15,35 @@ NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGINT: "Ctrl-C"}
 
 
 def grace_seconds() -> float:
-    """How long a stop may take: `ray job stop` kills after RAY_JOB_STOP_WAIT_TIME_S (3 s unless it is set), others wait."""
+    """How long a stop may take before the driver ends without a checkpoint.
+
+    `ray job stop` kills after RAY_JOB_STOP_WAIT_TIME_S (3 s unless it is set); others wait longer.
+    """
     if os.environ.get("RAY_JOB_SUBMISSION_ID"):
         return max(float(os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "3")) - 1.5, 1.0)
     return 60.0
 
 
 class Signals:
-    """Catches SIGTERM and SIGINT while it is entered, in the main thread; elsewhere (a trial's thread) it does nothing.
+    """Catches SIGTERM and SIGINT while it is entered, in the main thread.
 
-    Enter it after ray.init, which installs a handler of its own. `on_first` runs within the handler and must only set something.
+    In another thread (a trial's) it does nothing. Enter it after ray.init, which installs a handler
+    of its own.
+
+    Args:
+        on_first: called within the handler at the first signal; must only set something.
+        raise_second: raise StoppedError at the second signal.
+        raise_at_once: raise StoppedError at the first signal; for when nothing is being trained.
     """
 
     def __init__(
         self,
         on_first: Callable[[], None] = lambda: None,
         raise_second: bool = True,
-        at_once: bool = False,
+        raise_at_once: bool = False,
     ) -> None:
-        self.on_first, self.raise_second, self.at_once = on_first, raise_second, at_once
+        self.on_first, self.raise_second = on_first, raise_second
+        self.raise_at_once = raise_at_once
         self.number: int | None = None
         self.count = 0
         self._before: dict[int, Any] = {}
@@ -49,12 +59,13 @@ class Signals:
 
     @property
     def name(self) -> str:
+        """The signal that came, for a person."""
         return NAMES.get(signal.Signals(self.number or signal.SIGTERM), "a signal")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         self.count += 1
-        if self.at_once:  # nothing is being trained
+        if self.raise_at_once:
             raise StoppedError(number, "stopped; the same command goes on")
         if self.count == 1:
             self.on_first()

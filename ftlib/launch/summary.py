@@ -1,51 +1,54 @@
-"""What a launch says: where it starts, how it ended, what to do next; and the note on the run's page in MLflow."""
+"""What a launch prints at its start and end, and the note on the run's page in MLflow."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from ftlib.config import Run
 from ftlib.launch.cluster import Placement
+from ftlib.launch.outcome import Outcome
 from ftlib.launch.progress import duration
 from ftlib.paths import home
 from ftlib.training.initial_weights import InitialWeights
 
 
-def starting(run: Run, run_dir: str, url: str, placement: Placement, resumed: bool) -> str:
+def starting(run: Run, run_dir: str, url: str, placement: Placement, *, resumed: bool) -> str:
+    """The lines at a run's start."""
     each = ", ".join(f"{v:g} {k}" for k, v in placement.resources.items())
-    workers = (
-        f"{placement.low}"
-        if placement.low == placement.high
-        else f"{placement.low} to {placement.high}"
-    )
+    workers = str(placement.low)
+    if placement.low != placement.high:
+        workers += f" to {placement.high}"
+    plural = "" if workers == "1" else "s"
+    verb = "going on" if resumed else "training"
     lines = [
-        f"{run.name}: {'going on' if resumed else 'training'} with {workers} worker{'s' if workers != '1' else ''} ({each} each)",
+        f"{run.name}: {verb} with {workers} worker{plural} ({each} each)",
         f"  kept in  {run_dir}",
     ]
     if run.train.microbatches > 1:
         lines.append(
-            f"  a batch of {run.train.batch_size} = {run.train.microbatches} microbatches of {run.train.microbatch_size}, shared out among the workers"
+            f"  a batch of {run.train.batch_size} = {run.train.microbatches} microbatches of "
+            f"{run.train.microbatch_size}, shared out among the workers"
         )
     if url:
         lines.append(f"  MLflow   {url}")
     return "\n".join(lines)
 
 
-def finished(run: Run, outcome: Any) -> str:
+def finished(outcome: Outcome) -> str:
     """The lines at a run's end."""
     lines = [f"{outcome.name}: finished in {duration(outcome.seconds)}.  {scores(outcome)}"]
     lines += [f"  {gate}" for gate in outcome.gates]
     if not outcome.passed:
         lines.append(
-            '  This run failed its success criteria; the next phase will not start from it without --gates.force "reason".'
+            "  This run failed its success criteria; the next phase will not start from it "
+            'without --gates.force "reason".'
         )
     lines += _places(outcome)
     return "\n".join(lines)
 
 
-def already_finished(outcome: Any) -> str:
-    """For a command that was given again."""
+def already_finished(outcome: Outcome) -> str:
+    """The lines for a command that was given again."""
     return "\n".join(
         [
             f"{outcome.name}: this run is finished already.  {scores(outcome)}",
@@ -56,20 +59,23 @@ def already_finished(outcome: Any) -> str:
     )
 
 
-def scores(outcome: Any) -> str:
-    """Such as: best val top-1 97.22 % (epoch 9), top-5 99.9 %, 3.1 points above the model it started from."""
+def scores(outcome: Outcome) -> str:
+    """Such as: Best val top-1 97.22 % (epoch 9), top-5 99.90 %, 3.10 points above the model ..."""
     metrics = outcome.metrics
     split = "tuning" if "best/tuning_top1" in metrics else "val"
     if f"best/{split}_top1" not in metrics:
         return "It was never scored."
-    text = f"Best {split} top-1 {metrics[f'best/{split}_top1']:.2f} % (epoch {metrics.get('best/epoch', 0):.0f}), top-5 {metrics.get(f'best/{split}_top5', float('nan')):.2f} %"
+    top1, top5 = metrics[f"best/{split}_top1"], metrics.get(f"best/{split}_top5", float("nan"))
+    epoch = metrics.get("best/epoch", 0)
+    text = f"Best {split} top-1 {top1:.2f} % (epoch {epoch:.0f}), top-5 {top5:.2f} %"
     if outcome.start_top1 is not None:
-        gain = metrics[f"best/{split}_top1"] - outcome.start_top1
-        text += f", {abs(gain):.2f} points {'above' if gain >= 0 else 'below'} the model it started from"
+        gain = top1 - outcome.start_top1
+        direction = "above" if gain >= 0 else "below"
+        text += f", {abs(gain):.2f} points {direction} the model it started from"
     return text + "."
 
 
-def _places(outcome: Any) -> list[str]:
+def _places(outcome: Outcome) -> list[str]:
     lines = [f"  best model  {outcome.best_dir}"]
     if outcome.figures:
         lines.append(f"  figures     {outcome.figures[0].rsplit('/', 1)[0]}")
@@ -78,7 +84,7 @@ def _places(outcome: Any) -> list[str]:
     return lines
 
 
-def note(run: Run, outcome: Any, source: InitialWeights | None, report_link: str) -> str:
+def note(outcome: Outcome, source: InitialWeights | None, report_link: str) -> str:
     """Markdown for the run's page: the result first, then where it comes from and where it is."""
     lines = [f"**{scores(outcome)}**", ""]
     lines += [f"- {gate}" for gate in outcome.gates]
@@ -95,7 +101,11 @@ def note(run: Run, outcome: Any, source: InitialWeights | None, report_link: str
 
 
 def sample(
-    phase1: Any, phase2: Any, tracking_uri: str, commands: list[tuple[str, str]], seconds: float
+    phase1: Outcome,
+    phase2: Outcome,
+    tracking_uri: str,
+    commands: list[tuple[str, str]],
+    seconds: float,
 ) -> str:
     """The end of `make run`."""
     one, two = phase1.metrics["best/val_top1"], phase2.metrics["best/val_top1"]
@@ -107,11 +117,12 @@ def sample(
     lines += [f"  {name}  {text}" for name, text, _ in rows]
     lines += ["", "Where it is", f"  home         {home()}"]
     for name, _, outcome in rows:
+        shown = [f for f in outcome.figures if f.endswith((".png", ".html"))]
         lines += [
             f"  {name}      {outcome.run_dir}/",
             f"    best model {os.path.relpath(outcome.best_dir, outcome.run_dir)}",
             "    to resume  checkpoints/",
-            f"    figures    {', '.join(os.path.relpath(f, outcome.run_dir) for f in outcome.figures if f.endswith(('.png', '.html')))}",
+            f"    figures    {', '.join(os.path.relpath(f, outcome.run_dir) for f in shown)}",
         ]
     lines += [f"  MLflow       {tracking_uri}", "", "What next"]
     lines += [f"  {what:<28} {command}" for what, command in commands]

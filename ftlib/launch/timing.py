@@ -1,4 +1,4 @@
-"""Training steps carried out for their time alone: what `jobs/estimate.py` and `jobs/benchmark.py` time."""
+"""Run training steps only to time them, for `jobs/estimate.py` and `jobs/benchmark.py`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from ftlib.data.loader import Batch
 from ftlib.training.loop import Training
 
 
-def same_pixels(training: Training, step: int = 0) -> Iterator[Batch]:
-    """Batches that fit the plan from `step` on without end, all with the same random pixels: training on them never waits for a loader."""
+def constant_batches(training: Training, step: int = 0) -> Iterator[Batch]:
+    """Endless batches that fit the plan from `step` on, all with the same random pixels.
+
+    Training on them never waits for a loader.
+    """
     run, context, train = training.run, training.context, training.run.train
     side = run.augment.size
     images = torch.randint(
@@ -46,8 +49,11 @@ def same_pixels(training: Training, step: int = 0) -> Iterator[Batch]:
         step += 1
 
 
-def steps(training: Training, batches: Iterator[Batch], count: int) -> int:
-    """`count` steps as `Training.fit` makes them, its waiting for the device at log points included. Returns the images trained on."""
+def run_steps(training: Training, batches: Iterator[Batch], count: int) -> int:
+    """Run `count` steps as training does, waiting for the device at its log points.
+
+    Returns the number of images trained on.
+    """
     images = 0
     for _ in range(count):
         training.update_frozen(training.state.step // training.steps_per_epoch)
@@ -63,8 +69,8 @@ def steps(training: Training, batches: Iterator[Batch], count: int) -> int:
     return images
 
 
-def settle(device: torch.device) -> float:
-    """Wait for the device; the time in seconds, for differences."""
+def synchronize(device: torch.device) -> float:
+    """Wait for the device. Returns `time.perf_counter()`, for differences."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,15 @@ from ray.train import Checkpoint, UserCallback
 
 from ftlib import settings
 from ftlib.config import Run
-from ftlib.launch.driver_actor import DriverLogHandler, StopSignals
+from ftlib.launch.driver_actor import Channel, DriverLogHandler, StopSignals
 from ftlib.storage import StorageError
 
 
 def train_loop(config: dict[str, Any]) -> dict[str, Any]:
-    """The `train_loop_per_worker`. config: run (JSON), data (path), run_dir, source, cpus, desk, writer, and on_report in local mode.
+    """The `train_loop_per_worker`. `config` is made by `executor.TrainingTask.config`.
 
-    Returns the training's result; an interrupted one returns {"interrupted": message}. An error of ftlib's own, which a restart would only
-    repeat, is left on the desk before it is raised.
+    Returns the training's result; an interrupted one returns {"interrupted": message}. An error
+    that a restart would only repeat is reported to the driver before it is raised.
     """
     import ray.train.torch
     import torch
@@ -34,7 +35,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     from ftlib.training.initial_weights import InitialWeights
 
     run = settings.from_dict(Run, config["run"])
-    desk = config["desk"]
+    channel = config["channel"]
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would print every report
     context = ray.train.get_context()
     device = (
@@ -43,12 +44,12 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         else torch.device("cpu")
     )
     if not config["local"]:
-        logging.getLogger("ftlib").addHandler(DriverLogHandler(desk))
-        desk.tell("hello", ray.get_runtime_context().get_node_id())
+        logging.getLogger("ftlib").addHandler(DriverLogHandler(channel))
+        channel.send("register_node", ray.get_runtime_context().get_node_id())
     loaders = loader_workers(run.data.loader_workers, config["cpus"])
     if not config["local"]:
         torch.set_num_threads(training_threads(config["cpus"], loaders))
-    notices = StopSignals(desk)
+    stop_signals = StopSignals(channel)
     try:
         return loop.train(
             loop.WorkerContext(
@@ -62,32 +63,37 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
                 loader_workers=loaders,
                 tracking=config["writer"],
                 report=reporter(config.get("on_report"), config["local"]),
-                progress=lambda values: desk.tell("show", values),
-                notice=notices,
+                progress=lambda values: channel.send("add_progress", values),
+                notice=stop_signals,
             )
         )
     except loop.InterruptedTrainingError as error:
         return {"interrupted": str(error)}
     except Exception as error:
-        if final(error):
-            desk.ask("fail", type(error).__name__, str(error))
+        if is_final(error):
+            channel.call("report_failure", type(error).__name__, str(error))
         raise
     finally:
-        notices.close()
+        stop_signals.close()
 
 
 def loader_workers(asked: int, cpus: int) -> int:
-    """Loader processes of one worker: as asked, or one per reserved CPU but the one that trains."""
+    """Loader processes of one worker: as asked, or (-1) one per reserved CPU but one."""
     return asked if asked >= 0 else max(cpus - 1, 0)
 
 
 def training_threads(cpus: int, loaders: int) -> int:
-    """The CPUs that do not load train; more threads than that spin against the loaders and each other, several times slower."""
+    """Threads of the training process: the CPUs that no loader process has.
+
+    More threads would spin against the loaders and each other, several times slower.
+    """
     return max(cpus - loaders, 1)
 
 
-def reporter(on_report: Any, local: bool) -> Any:
-    """The loop's `report`: plain finite floats to Ray, with a tiny checkpoint that only names ours; then the caller's own hook."""
+def reporter(
+    on_report: Callable[[dict[str, float]], None] | None, local: bool
+) -> Callable[[dict[str, float], str | None], None]:
+    """The loop's `report`: plain floats and a checkpoint that names ours to Ray, then the hook."""
 
     def report(metrics: dict[str, float], checkpoint: str | None) -> None:
         if local:
@@ -108,20 +114,26 @@ def reporter(on_report: Any, local: bool) -> Any:
     return report
 
 
-def final(error: BaseException) -> bool:
-    """Whether a restart would only meet the same error again: true of ftlib's own, save storage that is away or full for now."""
+def is_final(error: BaseException) -> bool:
+    """Whether a restart would only meet the same error again.
+
+    True of ftlib's own errors, except for storage that is away or full for now.
+    """
     return type(error).__module__.split(".")[0] == "ftlib" and not isinstance(error, StorageError)
 
 
 class EndOnFinalError(UserCallback):
-    """Ends the run at an error that a restart would only repeat. Runs in Ray's controller, where an exception is not retried."""
+    """Ends the run at an error that a restart would only repeat.
 
-    def __init__(self, desk: Any) -> None:
-        self.desk = desk
+    Runs in Ray's controller, where an exception is not retried.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel = channel
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         try:
-            error = self.desk.ask("failed")
+            error = self.channel.call("failure")
         except Exception:
             return
         if error is not None:

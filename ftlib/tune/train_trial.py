@@ -110,9 +110,9 @@ def check(run: Run) -> SweepInputs:
 
     Raises ConfigError, DataError or LaunchError.
     """
-    from ftlib.launch.launch import prepare
+    from ftlib.launch.launch import prepare_run
 
-    ready = prepare(replace(run, name=""))
+    ready = prepare_run(replace(run, name=""))
     source = ready.source
     return SweepInputs(
         ready.dataset.name,

@@ -1,5 +1,7 @@
 """What fits on a cluster, and which clusters are refused."""
 
+import socket
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -139,49 +141,38 @@ def test_an_open_cluster_is_refused(monkeypatch, nodes_at):
     cluster.refuse_open(False)
 
 
-def test_a_cluster_that_is_not_there(monkeypatch):
+def test_an_address_where_nothing_listens_is_named_at_once(monkeypatch, free_port):
+    """Ray is not asked: it would try for minutes."""
     import ray
 
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-
-    def refused(**settings):
-        raise ConnectionError("no")
-
-    monkeypatch.setattr(ray, "init", refused)
-    with pytest.raises(LaunchError, match="no Ray cluster answers there"):
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    monkeypatch.setattr(ray, "init", lambda **settings: pytest.fail("ray.init was called"))
+    with pytest.raises(LaunchError, match="no Ray cluster answers there .*refused.* unset RAY_ADD"):
         cluster.connect()
 
 
-# --- starting Ray -----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_that_accepts_connections_passes_the_probe(scheme):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        cluster._probe(f"{scheme}127.0.0.1:{server.getsockname()[1]}")
 
 
-class SlowRay:
-    """Stands in for Ray on a machine that is too busy for it: `late` starts time out."""
-
-    def __init__(self, late, says="The current node timed out during startup"):
-        self.late, self.says, self.calls = late, says, []
-
-    def init(self, **settings):
-        self.calls.append("init")
-        if self.calls.count("init") <= self.late:
-            raise Exception(self.says)
-
-    def shutdown(self):
-        self.calls.append("shutdown")
+@pytest.mark.parametrize("address", ["auto", "local", "somewhere"])
+def test_an_address_without_a_port_is_left_to_ray(address):
+    cluster._probe(address)
 
 
-def test_a_start_that_times_out_is_tried_again():
-    ray = SlowRay(late=2)
-    cluster._start(ray)
-    assert ray.calls == ["init", "shutdown", "init", "shutdown", "init"], (
-        "what is half started is ended first"
-    )
-    with pytest.raises(LaunchError, match="did not start on this machine .* 3 times over"):
-        cluster._start(SlowRay(late=3))
+def test_what_ray_says_of_a_cluster_is_passed_on(monkeypatch):
+    import ray
 
+    def refused(**settings):
+        raise ConnectionError("no\nmore lines")
 
-def test_another_error_of_the_start_is_not_tried_again():
-    ray = SlowRay(late=1, says="no such option")
-    with pytest.raises(Exception, match="no such option"):
-        cluster._start(ray)
-    assert ray.calls == ["init"]
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(ray, "init", refused)
+    with pytest.raises(
+        LaunchError, match=r"RAY_ADDRESS = auto: no Ray cluster answers there \(no\)"
+    ):
+        cluster.connect()

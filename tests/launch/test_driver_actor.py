@@ -1,4 +1,4 @@
-"""What passes between driver and workers, and what is shown of it."""
+"""Messages between driver and workers (driver_actor, worker), and their display (progress)."""
 
 import io
 import logging
@@ -8,10 +8,10 @@ from ftlib.launch.driver_actor import (
     DriverLogHandler,
     LocalChannel,
     StopSignals,
-    quietly,
+    ignore_errors,
 )
 from ftlib.launch.progress import ProgressDisplay, duration, sentence
-from ftlib.launch.worker import final, loader_workers
+from ftlib.launch.worker import is_final, loader_workers
 from ftlib.settings import ConfigError
 from ftlib.storage import StorageError
 
@@ -29,51 +29,51 @@ POINT = {
 
 
 def test_a_drain_is_one_notice_and_a_stop_stays():
-    desk = DriverActor()
-    notices = StopSignals(LocalChannel(desk))
-    desk.hello("a")
+    actor = DriverActor()
+    notices = StopSignals(LocalChannel(actor))
+    actor.register_node("a")
     assert notices() == ""
-    desk.drain(["elsewhere"])
+    actor.mark_draining(["elsewhere"])
     assert notices() == ""
     for _ in range(3):
-        desk.drain(["a"])
+        actor.mark_draining(["a"])
     assert [notices(), notices()] == ["checkpoint", ""]
-    desk.hello("b")
-    desk.drain(["a", "b"])
+    actor.register_node("b")
+    actor.mark_draining(["a", "b"])
     assert [notices(), notices()] == ["checkpoint", ""]
-    desk.ask_to_stop()
+    actor.request_stop()
     assert [notices(), notices()] == ["stop", "stop"]
 
 
 def test_the_first_error_counts_and_points_are_taken_once():
-    desk = DriverActor()
-    desk.fail("ConfigError", "first")
-    desk.fail("ConfigError", "second")
-    assert desk.failed() == ("ConfigError", "first")
-    desk.show(POINT)
-    desk.say("careful")
-    assert desk.take() == [POINT, "careful"] and desk.take() == []
+    actor = DriverActor()
+    actor.report_failure("ConfigError", "first")
+    actor.report_failure("ConfigError", "second")
+    assert actor.failure() == ("ConfigError", "first")
+    actor.add_progress(POINT)
+    actor.add_message("careful")
+    assert actor.take_output() == [POINT, "careful"] and actor.take_output() == []
 
 
-def test_warnings_of_a_worker_come_up():
-    desk = DriverActor()
+def test_warnings_of_a_worker_reach_the_driver():
+    actor = DriverActor()
     log = logging.Logger("ftlib.x")
-    log.addHandler(DriverLogHandler(LocalChannel(desk)))
+    log.addHandler(DriverLogHandler(LocalChannel(actor)))
     log.info("not this")
     log.warning("checkpoint %s is damaged", 3)
-    assert desk.take() == ["warning: checkpoint 3 is damaged"]
+    assert actor.take_output() == ["warning: checkpoint 3 is damaged"]
 
 
-def test_quietly():
-    assert quietly(lambda: 1 / 0) is None and quietly(lambda: 3) == 3
+def test_errors_of_a_lost_driver_are_ignored():
+    assert ignore_errors(lambda: 1 / 0) is None and ignore_errors(lambda: 3) == 3
 
 
 def test_only_errors_that_would_come_again_are_final():
-    assert final(ConfigError("x"))
+    assert is_final(ConfigError("x"))
     assert (
-        not final(StorageError("full"))
-        and not final(RuntimeError("gloo"))
-        and not final(MemoryError())
+        not is_final(StorageError("full"))
+        and not is_final(RuntimeError("gloo"))
+        and not is_final(MemoryError())
     )
 
 
@@ -114,7 +114,7 @@ def test_a_terminal_gets_a_bar():
     assert "val 61.00 %" in out.getvalue()
 
 
-def test_numbers_in_words():
+def test_durations_and_progress_lines():
     assert (
         duration(3661) == "1:01:01" and duration(-5) == "0:00:00" and duration(float("inf")) != ""
     )

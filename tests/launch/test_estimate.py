@@ -177,15 +177,15 @@ def test_an_epoch_counts_its_short_last_step_by_its_images():
 
 
 def test_steps_are_those_of_training(run):
-    """The paced steps leave the very weights that training leaves."""
+    """The timed steps leave the very weights that training leaves."""
     import torch
 
     from ftlib.data.loader import train_batches
 
-    dataset = launch.prepare(run).dataset
+    dataset = launch.prepare_run(run).dataset
     paced, plain = (Training(WorkerContext(run, dataset, "")) for _ in range(2))
     with train_batches(dataset, paced.rows, run, 0, 1, 0, 3, 0) as batches:
-        assert timing.steps(paced, batches, 3) == 48
+        assert timing.run_steps(paced, batches, 3) == 48
     with train_batches(dataset, plain.rows, run, 0, 1, 0, 3, 0) as batches:
         plain.freeze_for(0)
         for _ in range(3):
@@ -197,11 +197,11 @@ def test_steps_are_those_of_training(run):
     )
 
 
-def test_same_pixels_fit_every_step_of_the_plan(run):
-    dataset = launch.prepare(run).dataset
+def test_constant_batches_fit_every_step_of_the_plan(run):
+    dataset = launch.prepare_run(run).dataset
     training = Training(WorkerContext(run, dataset, ""))
     assert (
-        timing.steps(training, timing.same_pixels(training), 5) == 16 + 16 + 16 + 12 + 16
+        timing.run_steps(training, timing.constant_batches(training), 5) == 16 + 16 + 16 + 12 + 16
     )  # 60 images: the fourth step is short
 
 

@@ -12,9 +12,9 @@ import pytest
 
 from ftlib.config import Gates, Model
 from ftlib.data.shards import DataError
-from ftlib.launch import preflight, run_record
+from ftlib.launch import lease, preflight
 from ftlib.launch.errors import LaunchError, StoppedError
-from ftlib.launch.launch import launch, prepare
+from ftlib.launch.launch import launch, prepare_run
 from ftlib.settings import ConfigError, override
 from ftlib.storage import StorageError
 from ftlib.training.initial_weights import load_run_model
@@ -280,11 +280,11 @@ def test_a_resumed_run_keeps_its_starting_weights_although_phase_1_has_better_on
     second = override(tiny, {"stage": "phase2", "model.init_from": "phase1", "name": "two"})
     with pytest.raises(StoppedError):
         run_it(second, tracking, on_report=once(signal.SIGTERM))
-    began = prepare(second).source
+    began = prepare_run(second).source
     better = run_it(override(tiny, {"seed": 1}), tracking)
     if better.metrics["best/val_top1"] > began.top1:
-        assert prepare(dataclasses.replace(second, name="")).source.sha256 != began.sha256
-    assert prepare(second).source.sha256 == began.sha256
+        assert prepare_run(dataclasses.replace(second, name="")).source.sha256 != began.sha256
+    assert prepare_run(second).source.sha256 == began.sha256
     assert run_it(second, tracking).status == "completed"
 
 
@@ -340,7 +340,7 @@ def test_a_taken_name_and_a_running_one(tiny, tracking):
         run_it(override(tiny, {"name": "mine", "train.epochs": 2}), tracking)
     free = override(tiny, {"name": "busy"})
     with (
-        run_record.Lease(prepare(free).run_dir, "busy"),
+        lease.Lease(prepare_run(free).run_dir, "busy"),
         pytest.raises(LaunchError, match="being trained already, by process"),
     ):
         run_it(free, tracking)

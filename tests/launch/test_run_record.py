@@ -1,21 +1,14 @@
-"""Names, fingerprints and the lease."""
+"""Names, fingerprints and the record of a run."""
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
 from ftlib.config import NAME, NOT_IN_FINGERPRINT_AT_DEFAULT, Cluster, Model, Run, Train
 from ftlib.data import ops
-from ftlib.launch import run_record
 from ftlib.launch.errors import LaunchError
 from ftlib.launch.run_record import (
-    Lease,
     RunRecord,
     default_name,
     fingerprint,
@@ -190,7 +183,7 @@ def test_a_record_reads_back_and_other_settings_are_refused(tmp_path):
         match=r"taken by a run with other settings: seed was 42, now 1, train.epochs was 50, now 3\.",
     ):
         refuse_other_settings(other, str(tmp_path), found, fingerprint(other, "d", None), "d")
-    with pytest.raises(LaunchError, match="trained on other data"):
+    with pytest.raises(LaunchError, match="taken by a run with other data"):
         refuse_other_settings(RUN, str(tmp_path), found, fingerprint(RUN, "e", None), "e")
 
 
@@ -209,120 +202,6 @@ def test_a_damaged_record_is_an_error_that_says_so(tmp_path, text):
 
 def test_no_record():
     assert RunRecord.read("/nowhere/at/all") is None
-
-
-# --- the lease --------------------------------------------------------------------------------------------------------------------
-
-HOLD = """
-import sys, time
-sys.path.insert(0, {root!r})
-from ftlib.launch.run_record import Lease
-with Lease({folder!r}, "r"):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-@pytest.fixture
-def holder(tmp_path):
-    """Another process that holds the lease of tmp_path."""
-    root = str(run_record.Path(run_record.__file__).parents[2])
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD.format(root=root, folder=str(tmp_path))],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
-    process.stdout.close()
-
-
-def test_a_second_writer_is_refused_and_told_who_it_is(tmp_path, holder):
-    with pytest.raises(LaunchError, match=f"trained already, by process {holder.pid} on"):
-        Lease(str(tmp_path), "r").take()
-
-
-def test_the_lease_of_a_killed_process_is_taken_at_once(tmp_path, holder):
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    started = time.monotonic()
-    with Lease(str(tmp_path), "r"):
-        assert time.monotonic() - started < 1
-        assert json.loads((tmp_path / "lease.json").read_text())["pid"] == os.getpid()
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_reused_process_number_is_not_the_holder(tmp_path):
-    (tmp_path / "lease.json").write_text(
-        json.dumps({**run_record._me(), "token": "old", "started": 1.0, "renewed": time.time()})
-    )
-    with Lease(str(tmp_path), "r"):
-        pass
-
-
-def test_a_torn_lease_file_does_not_block_a_run(tmp_path):
-    (tmp_path / "lease.json").write_text("{")
-    with Lease(str(tmp_path), "r"):
-        pass
-
-
-def test_a_lease_elsewhere_is_waited_out_and_one_that_moves_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_record, "EXPIRE_SECONDS", 1.5)
-    file = tmp_path / "lease.json"
-    elsewhere = {"token": "t", "machine": "another", "host": "another", "pid": 1, "started": 0}
-    file.write_text(json.dumps({**elsewhere, "renewed": time.time()}))
-    started = time.monotonic()
-    with Lease(str(tmp_path), "r"):
-        assert time.monotonic() - started >= 1.5
-
-    file.write_text(json.dumps({**elsewhere, "renewed": 1.0}))
-    monkeypatch.setattr(
-        run_record.time,
-        "sleep",
-        lambda s: file.write_text(json.dumps({**elsewhere, "renewed": 2.0})),
-    )
-    monkeypatch.setattr(run_record.time, "time", lambda: 2.0)
-    with pytest.raises(LaunchError, match="on another"):
-        Lease(str(tmp_path), "r").take()
-
-
-def test_many_at_once_one_gets_it(tmp_path):
-    """Eight processes start at one moment upon a dead lease."""
-    (tmp_path / "lease.json").write_text(
-        json.dumps({**run_record._me(), "token": "old", "started": 1.0, "renewed": time.time()})
-    )
-    code = HOLD.replace(
-        'print("held", flush=True)\n    time.sleep(60)',
-        'print("held", flush=True)\n    sys.stdin.read()',
-    )
-    code = "import sys; sys.stdin.readline()\n" + code.replace(
-        "import sys, time\n", "import time\n"
-    )
-    code = code.format(
-        root=str(run_record.Path(run_record.__file__).parents[2]), folder=str(tmp_path)
-    )
-    crowd = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for _ in range(8)
-    ]
-    for p in crowd:
-        p.stdin.write("\n")
-        p.stdin.flush()
-    losers = [p for p in crowd]
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and sum(p.poll() is None for p in crowd) > 1:
-        time.sleep(0.1)
-    losers = [p for p in crowd if p.poll() is not None]
-    out = [p.communicate()[0] for p in crowd]
-    assert len(losers) == 7 and out.count("held\n") == 1
 
 
 def test_resuming_needs_the_model_it_began_with():

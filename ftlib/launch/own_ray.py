@@ -1,0 +1,149 @@
+"""A Ray that this process starts for itself on this machine, and what becomes of its processes.
+
+Each of Ray's processes gets a session of its own, so that a signal to the job's process group
+(Ctrl-C in a terminal, `timeout`, Slurm, a container's stop) reaches the job alone, which then stops
+with a checkpoint. Ray's processes still end with this one: the kernel kills them when it dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import stat
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from ftlib.launch.errors import LaunchError
+
+START_ATTEMPTS = 3
+"""Times Ray may time out while it starts on this machine."""
+LONGEST_FOLDER = 40
+"""Characters of the folder for temporary files at most. Ray's sockets lie below it, and a socket's
+path may have 107."""
+NEEDED_TO_TRAIN = ("gcs_server", "raylet")
+"""Processes without which a job cannot go on."""
+
+_processes: list[subprocess.Popen[bytes]] = []
+"""Of the Ray that this process started last."""
+
+
+def start(ray: Any, **settings: Any) -> None:
+    """Start Ray on this machine alone.
+
+    On a busy machine the first attempt may time out, and the second finds Ray's files in memory.
+    What a failed attempt has started is ended before the next. Raises LaunchError.
+    """
+    folder = temporary_folder()
+    if folder is not None:
+        settings["_temp_dir"] = folder
+    for attempt in range(START_ATTEMPTS):
+        try:
+            with _in_sessions_of_their_own():
+                ray.init(address="local", **settings)
+            return
+        except BaseException as error:
+            ray.shutdown()
+            end_processes()
+            if not isinstance(error, Exception) or "timed out" not in str(error):
+                raise
+            if attempt + 1 == START_ATTEMPTS:
+                reason = str(error).splitlines()[0]
+                raise LaunchError(
+                    f"Ray did not start on this machine in {START_ATTEMPTS} attempts ({reason}). "
+                    "Other programs may be taking all of its CPU or memory: wait for them, or see "
+                    "the newest folder of /tmp/ray for Ray's own logs"
+                ) from None
+
+
+def gone() -> str:
+    """The name of a Ray process started here that has ended and is needed; '' while all live."""
+    for process in _processes:
+        name = Path(str(process.args[0] if isinstance(process.args, list) else process.args)).name
+        if name in NEEDED_TO_TRAIN and process.poll() is not None:
+            return name
+    return ""
+
+
+def end_processes() -> None:
+    """Kill what is left of the Ray that this process started, with its children."""
+    family: list[psutil.Process] = []
+    for started in _processes:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(started.pid)
+            family += [*process.children(recursive=True), process]
+    for process in family:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    for started in _processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            started.wait(5)
+    _processes.clear()
+
+
+@contextlib.contextmanager
+def _in_sessions_of_their_own() -> Iterator[None]:
+    """Have Ray start its processes as leaders of sessions, and remember them."""
+    from ray._private import services
+
+    original = services.ConsolePopen
+    _processes.clear()
+
+    @functools.wraps(original, updated=())
+    def popen(*args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
+        process: subprocess.Popen[bytes] = original(*args, **kwargs, start_new_session=True)
+        _processes.append(process)
+        return process
+
+    services.ConsolePopen = popen
+    try:
+        yield
+    finally:
+        services.ConsolePopen = original
+
+
+def temporary_folder() -> str | None:
+    """Ray's folder for temporary files, or None to leave it to Ray.
+
+    Checks the folder that Ray would take (RAY_TMPDIR, TMPDIR or /tmp) and takes /tmp/ray instead of
+    one whose path is too long for sockets. Raises LaunchError where it cannot be written.
+    """
+    name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
+    folder = os.environ.get(name) or "/tmp"
+    if len(os.path.join(folder, "ray")) > LONGEST_FOLDER:
+        _check_writable("/tmp", f"{name} = {folder} is too long for Ray's sockets, and /tmp")
+        return "/tmp/ray"
+    _check_writable(folder, f"{name} = {folder}" if name in os.environ else folder)
+    return None
+
+
+def check_shared_memory(folder: str = "/dev/shm") -> None:
+    """Raise LaunchError where Ray and the loader cannot put their shared memory."""
+    try:
+        mode = os.stat(folder).st_mode
+    except OSError as error:
+        raise LaunchError(
+            f"{folder} is not there ({error.strerror}): Ray and the loader keep pictures in shared "
+            "memory. Mount it (in Docker: --shm-size 2g), or train with --cluster.workers 1"
+        ) from None
+    if not stat.S_ISDIR(mode) or not os.access(folder, os.W_OK | os.X_OK):
+        raise LaunchError(
+            f"{folder} cannot be written by this user: Ray and the loader keep pictures in shared "
+            f"memory. Make it writable (chmod 1777 {folder}), or train with --cluster.workers 1"
+        )
+
+
+def _check_writable(folder: str, what: str) -> None:
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix="ftlib-"):
+            pass
+    except OSError as error:
+        raise LaunchError(
+            f"{what}: no file can be written there ({error.strerror}). Ray keeps its sockets and "
+            "logs in that folder: set TMPDIR to a short path that this user can write"
+        ) from None
