@@ -168,14 +168,14 @@ def accuracy(
 @contextlib.contextmanager
 def _fast(training: Training) -> Iterator[Iterator[Batch]]:
     with contextlib.closing(
-        train_batches(training.job.dataset, training.rows, training.run, 0, 1, 0, training.total, 0)
+        train_batches(training.context.dataset, training.rows, training.run, 0, 1, 0, training.total, 0)
     ) as batches:
         yield batches
 
 
 @contextlib.contextmanager
 def _plain(training: Training) -> Iterator[Iterator[Batch]]:
-    yield _plain_batches(training, training.job.dataset)
+    yield _plain_batches(training, training.context.dataset)
 
 
 def _plain_batches(training: Training, dataset: Dataset) -> Iterator[Batch]:

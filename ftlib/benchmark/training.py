@@ -139,14 +139,14 @@ def loops(
 
     def run_ours(count: int) -> int:
         run_steps(ours, batches, count)
-        synchronize(ours.job.device)
+        synchronize(ours.context.device)
         return count
 
     def run_plain(count: int) -> int:
         for _ in range(count):
             loss = plain(first.images, first.labels)
         loss.item()
-        synchronize(ours.job.device)
+        synchronize(ours.context.device)
         return count
 
     return run_ours, run_plain
@@ -163,7 +163,7 @@ def step(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
     ours = training(s)
     run_ours, run_plain = loops(s, ours)
     run_ours(2), run_plain(2)
-    turns = 1 if ours.job.device.type == "cuda" else s.steps
+    turns = 1 if ours.context.device.type == "cuda" else s.steps
     cases = [
         Case(name, partial(timed, partial(run, s.steps // turns)))
         for name, run in (("ftlib step", run_ours), ("plain PyTorch step", run_plain))

@@ -187,7 +187,7 @@ def test_steps_are_those_of_training(run):
     with train_batches(dataset, paced.rows, run, 0, 1, 0, 3, 0) as batches:
         assert timing.run_steps(paced, batches, 3) == 48
     with train_batches(dataset, plain.rows, run, 0, 1, 0, 3, 0) as batches:
-        plain.freeze_for(0)
+        plain.update_frozen(0)
         for _ in range(3):
             plain.train_step(batches, ask=True)
             plain.state.step += 1
