@@ -89,8 +89,9 @@ def end_processes() -> None:
 @contextlib.contextmanager
 def _in_sessions_of_their_own() -> Iterator[None]:
     """Have Ray start its processes as leaders of sessions, and remember them."""
-    from ray._private import services
+    import ray._private.services
 
+    services: Any = ray._private.services
     original = services.ConsolePopen
     _processes.clear()
 
