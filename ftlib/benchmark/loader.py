@@ -23,7 +23,7 @@ import numpy as np
 from ftlib.benchmark import baselines
 from ftlib.benchmark.measure import BenchmarkError, Case, Goal, Part, by_turns, stream_cost
 from ftlib.config import Augment, Run, Train
-from ftlib.data.loader import AHEAD, train_batches
+from ftlib.data.loader import PREFETCH, train_batches
 from ftlib.data.shards import Dataset
 from ftlib.preparation.options import PrepareOptions
 from ftlib.preparation.prepare import prepare
@@ -185,7 +185,7 @@ def ours(
         lambda: stream_cost(
             lambda: _ours(dataset, augment, batch, workers),
             images,
-            (AHEAD * workers if workers else AHEAD + 1) * batch,
+            (PREFETCH * workers if workers else PREFETCH + 1) * batch,
         ),
     )
 

@@ -1,26 +1,42 @@
-"""Start the loader's processes from a fork server.
+"""Start the loader's processes from a fork server, and remove what killed ones left behind.
 
 A fork server rather than a fork: the training process runs threads of Ray and CUDA, which a
 fork would break. The server has already imported the loader, so a process starts in a few
 hundredths of a second and shares those pages.
+
+Sockets and semaphores get names that tell the process they belong to. Should that be killed
+together with Python's own resource tracker, the next loader on the machine removes them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import multiprocessing
 import os
+import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from multiprocessing import forkserver, popen_forkserver, process, util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ftlib.paths import environment
+from ftlib.process_identity import machine_id, start_ticks
 
 LONGEST_SOCKET_FOLDER = 70
 """Bytes. A socket's path may have about 100 (92 to 107, by system), and multiprocessing appends up
 to 30."""
 SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+SEMAPHORES = "/dev/shm"
+"""Where Linux keeps named semaphores, each in a file `sem.NAME`."""
+PREFIX = "ftlib-loader"
+
+
+class LoaderProcessError(RuntimeError):
+    """Loader processes die again and again. A restart of the worker may help."""
 
 
 class _Popen(popen_forkserver.Popen):
@@ -49,37 +65,99 @@ class _Context(multiprocessing.context.ForkServerContext):
 
 
 def context(module: str) -> multiprocessing.context.ForkServerContext:
-    """The fork server's context, with the server running and `module` imported in it."""
+    """The fork server's context, with the server running and `module` imported in it.
+
+    Raises OSError where no folder can hold its sockets.
+    """
+    remove_leftovers(tempfile.gettempdir(), *SHORT_FOLDERS)
     found = _Context()
     found.set_forkserver_preload([module])
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     with environment(PYTHONPATH=path):
-        _keep_socket_paths_short()
+        _use_own_socket_folder()
         forkserver.ensure_running()
     return found
 
 
-def _keep_socket_paths_short() -> None:
-    """Move multiprocessing's sockets to a folder with a short name where TMPDIR is too long for
+@contextlib.contextmanager
+def own_names() -> Iterator[None]:
+    """Let the names of semaphores that are made within tell this process."""
+    settings = _process_settings()
+    before = settings["semprefix"]
+    settings["semprefix"] = f"/{_owner()}"
+    try:
+        yield
+    finally:
+        settings["semprefix"] = before
+
+
+def remove_leftovers(*folders: str) -> None:
+    """Remove semaphores, and socket folders below `folders`, whose process is gone.
+
+    Those of processes that this one cannot see (another boot or process namespace) stay.
+    """
+    start = f"{PREFIX}-{_machine()}-"
+    for folder, prefix in ((SEMAPHORES, f"sem.{start}"), *((folder, start) for folder in folders)):
+        with contextlib.suppress(OSError):
+            for entry in list(os.scandir(folder)):
+                if entry.name.startswith(prefix) and _is_dead(entry.name.removeprefix(prefix)):
+                    _remove(entry)
+
+
+def _is_dead(rest: str) -> bool:
+    """`rest`: PID-TICKS-..."""
+    pid, ticks, *_ = [*rest.split("-"), "", ""]
+    return pid.isdigit() and ticks.isdigit() and start_ticks(int(pid)) != int(ticks)
+
+
+def _remove(entry: os.DirEntry[str]) -> None:
+    if entry.is_dir(follow_symlinks=False):
+        shutil.rmtree(entry.path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            os.unlink(entry.path)
+
+
+def _owner() -> str:
+    """A name for what belongs to this process: PREFIX-MACHINE-PID-TICKS."""
+    pid = os.getpid()
+    ticks = start_ticks(pid)
+    return f"{PREFIX}-{_machine()}-{pid}-{'x' if ticks is None else ticks}"
+
+
+def _machine() -> str:
+    return hashlib.sha256(machine_id().encode()).hexdigest()[:8]
+
+
+def _process_settings() -> dict[str, Any]:
+    """multiprocessing's settings of this process, which its children inherit."""
+    return process.current_process()._config  # type: ignore[attr-defined, no-any-return]
+
+
+def _use_own_socket_folder() -> None:
+    """Have multiprocessing keep its sockets in a folder of ours, whose name is short enough for
     them.
 
-    Raises OSError where there is no such folder.
+    A long TMPDIR gives 'AF_UNIX path too long' otherwise. Raises OSError where no folder will
+    do.
     """
-    settings = process.current_process()._config  # type: ignore[attr-defined]
-    folder = settings.get("tempdir") or tempfile.gettempdir()
-    if len(os.fsencode(folder)) <= LONGEST_SOCKET_FOLDER:
+    settings = _process_settings()
+    if settings.get("tempdir") and _is_short(settings["tempdir"]):
         return
-    short = next((f for f in SHORT_FOLDERS if os.access(f, os.W_OK | os.X_OK)), None)
-    if short is None:
-        raise OSError(
-            f"{folder} is too long a name for the sockets of the loader's processes (at most "
-            f"{LONGEST_SOCKET_FOLDER} bytes). Set TMPDIR to a folder with a shorter name, or "
-            "data.loader_workers to 0"
-        )
-    settings.pop("tempdir", None)
-    before, tempfile.tempdir = tempfile.tempdir, short
-    try:
-        util.get_temp_dir()  # makes it, and has it removed at the process's end
-    finally:
-        tempfile.tempdir = before
+    for folder in (tempfile.gettempdir(), *SHORT_FOLDERS):
+        if _is_short(folder):
+            with contextlib.suppress(OSError):
+                made = tempfile.mkdtemp(prefix=f"{_owner()}-", dir=folder)
+                util.Finalize(None, shutil.rmtree, (made, True), exitpriority=-100)
+                settings["tempdir"] = made
+                return
+    raise OSError(
+        f"{tempfile.gettempdir()} is too long a name for the sockets of the loader's processes "
+        f"(at most {LONGEST_SOCKET_FOLDER} bytes), and none of {', '.join(SHORT_FOLDERS)} can be "
+        "written. Set TMPDIR to a folder with a short name, or data.loader_workers to 0"
+    )
+
+
+def _is_short(folder: str) -> bool:
+    return len(os.fsencode(folder)) <= LONGEST_SOCKET_FOLDER

@@ -1,26 +1,31 @@
-"""Prepared data sets: reading one picture in microseconds, and knowing when a file is not what was written.
+"""Prepared data sets: read one picture in microseconds, and recognize files that were changed.
 
 A set is a folder (or an s3://, gs:// ... address) with
 
-    manifest.json        what there is: classes, counts, every file's size and sha256; written last, so a set without one is unfinished
-    train.index.npy      one record per picture of the split (`INDEX`): its shard, byte offset and length, label, size, CRC-32
-    train-00000.parquet  standard Parquet; its `image` column is PLAIN, uncompressed and without dictionary, so that a picture is one
-                         contiguous run of bytes in the file and is read by memory-mapping, without Parquet
+    manifest.json        classes, counts, size and sha256 of every file; written last, so a set
+                         without it is unfinished
+    train.index.npy      one record per picture of the split (`INDEX`): shard, byte offset and
+                         length, label, size, CRC-32
+    train-00000.parquet  standard Parquet; the `image` column is PLAIN, uncompressed and without
+                         dictionary, so a picture is one contiguous run of bytes in the file and
+                         is read by memory-mapping, without Parquet
 
-and the same for `val`. Pictures are upright three-channel JPEGs (`ftlib.preparation.validate`). Other readers (pandas, DuckDB, Ray Data) open the
-shards as they open any Parquet file; the pages carry checksums.
+and the same for `val`, and for `test` where the pictures came with one. Pictures are upright
+three-channel JPEGs (`ftlib.preparation.validate`). Other readers (pandas, DuckDB, Ray Data) open
+the shards as they open any Parquet file; the pages carry checksums.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -44,11 +49,23 @@ INDEX = np.dtype(
         ("crc32", "<u4"),
     ]
 )
-"""One picture. `shard` counts within the split; `offset` is where its JPEG begins in that file, in bytes."""
+"""One picture. `shard` counts within the split; `offset` is where its JPEG begins, in bytes."""
 
 
 class DataError(ValueError):
-    """A data set that cannot be used, or pictures that cannot be prepared; the message says where and what to do."""
+    """A data set that cannot be used, or pictures that cannot be prepared."""
+
+
+class FileEntry(TypedDict):
+    """One file of a set, as the manifest lists it."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
+class ShardEntry(FileEntry):
+    rows: int
 
 
 def canonical(value: Any) -> bytes:
@@ -57,22 +74,25 @@ def canonical(value: Any) -> bytes:
 
 
 def checksum(manifest: Mapping[str, Any]) -> str:
-    """sha256 (hex) of a manifest less its own `checksum` entry."""
-    return hashlib.sha256(
-        canonical({k: v for k, v in manifest.items() if k != "checksum"})
-    ).hexdigest()
+    """sha256 (hex) of a manifest without its own `checksum` entry."""
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(canonical(content)).hexdigest()
 
 
 def file_sha256(path: str | Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
 
 def read_manifest(path: str) -> dict[str, Any]:
-    """The manifest of the set at `path`, checked. Raises DataError: not there, not a prepared set, unfinished, damaged, too new."""
+    """The manifest of the set at `path`, checked.
+
+    Raises DataError: not there, not a prepared set, unfinished, damaged, too new, or with names in
+    it that lead out of the set's folder.
+    """
     try:
         data = storage.read_file(storage.join(path, MANIFEST))
     except (OSError, storage.StorageError) as error:
@@ -80,37 +100,90 @@ def read_manifest(path: str) -> dict[str, Any]:
             f"{path} cannot be read ({error}). Check the address, the credentials and the network"
         ) from error
     if data is None:
-        raise DataError(_why_no_manifest(path))
+        raise DataError(_explain_missing_manifest(path))
     try:
         manifest = json.loads(data)
     except ValueError:
         raise DataError(f"{path}/{MANIFEST} is damaged: it is not valid JSON. {_REMEDY}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DataError(
-            f"{path}/{MANIFEST} does not belong to a prepared data set. Name a folder that jobs/prepare.py wrote"
+            f"{path}/{MANIFEST} does not belong to a prepared data set. Name a folder that "
+            "jobs/prepare.py wrote"
         )
     if not isinstance(manifest.get("schema"), int) or manifest["schema"] > SCHEMA:
         raise DataError(
-            f"{path} was prepared by a newer ftlib (schema {manifest.get('schema')}, this one reads up to {SCHEMA}). Update ftlib, or prepare the set again"
+            f"{path} was prepared by a newer ftlib (schema {manifest.get('schema')}, this one "
+            f"reads up to {SCHEMA}). Update ftlib, or prepare the set again"
         )
     if manifest.get("checksum") != checksum(manifest):
         raise DataError(
             f"{path}/{MANIFEST} is damaged or was edited: its checksum does not fit. {_REMEDY}"
         )
+    _check_contents(path, manifest)
     return manifest
 
 
-def _why_no_manifest(path: str) -> str:
+def _check_contents(path: str, manifest: Mapping[str, Any]) -> None:
+    """Raise DataError unless names, digests and counts are what they should be.
+
+    The checksum is no protection: whoever writes the manifest writes it too.
+    """
+    what = f"{path}/{MANIFEST}"
+    try:
+        # A set in a hidden folder may be called like it.
+        storage.safe_name(str(manifest["name"]).lstrip(".") or ".", f"{what}: name")
+        _check_sha256(manifest["digest"], f"{what}: digest")
+        if not all(isinstance(name, str) for name in manifest["classes"]):
+            raise ValueError(f"{what}: a class has a name that is not text")
+        for name in {"train", "val", *manifest["splits"]}:
+            split = manifest["splits"][name]
+            for entry in (split["index"], *split["shards"]):
+                storage.safe_name(entry["file"], f"{what}: splits/{name}")
+                _check_sha256(entry["sha256"], f"{what}: {entry['file']}")
+                _check_count(entry["bytes"], f"{what}: bytes of {entry['file']}")
+            _check_count(split["rows"], f"{what}: rows of {name}")
+            for entry in split["shards"]:
+                _check_count(entry["rows"], f"{what}: rows of {entry['file']}")
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{what} is damaged: an entry is missing or wrong ({reason})") from None
+    except ValueError as error:
+        raise DataError(f"{error}. Do not use this set unless you know who wrote it") from None
+
+
+def _check_sha256(value: object, what: str) -> None:
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        raise ValueError(f"{what} is {storage.shorten(repr(value), 80)}, not a sha256 in hex")
+
+
+def _check_count(value: object, what: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{what} is {storage.shorten(repr(value), 80)}, not a whole number")
+
+
+def _explain_missing_manifest(path: str) -> str:
     command = f"python jobs/prepare.py --source FOLDER_OF_PICTURES --out {path}"
     if storage.is_remote(path):
-        return f"{path} holds no prepared data set (no {MANIFEST}). Check the address, or prepare one there: {command}"
+        return (
+            f"{path} holds no prepared data set (no {MANIFEST}). Check the address, or prepare one "
+            f"there: {command}"
+        )
     folder = Path(path.removeprefix("file://"))
     if not folder.exists():
-        return f"{path}: there is no such data set. Prepare one: {command} (--source digits needs no pictures)"
+        return (
+            f"{path}: there is no such data set. Prepare one: {command} "
+            "(--source digits needs no pictures)"
+        )
     if (folder / PARTS).is_dir():
-        return f"{path} was not prepared to the end. Give the same jobs/prepare.py command again: it goes on where it stopped"
+        return (
+            f"{path} was not prepared to the end. Give the same jobs/prepare.py command again: it "
+            "goes on where it stopped"
+        )
     if folder.is_dir() and any(entry.is_dir() for entry in folder.iterdir()):
-        return f"{path} is not a prepared data set (no {MANIFEST}). If it holds folders of pictures, prepare them first: python jobs/prepare.py --source {path}"
+        return (
+            f"{path} is not a prepared data set (no {MANIFEST}). If it holds folders of pictures, "
+            f"prepare them first: python jobs/prepare.py --source {path}"
+        )
     return f"{path} is not a prepared data set (no {MANIFEST}). Prepare one: {command}"
 
 
@@ -126,40 +199,47 @@ class Shard:
 
 
 class Dataset:
-    """A prepared set. Cheap to open, safe to pickle (it is opened anew) and to use from forked processes."""
+    """A prepared set. Cheap to open and to pickle: a copy checks no file a second time."""
 
-    def __init__(self, path: str, manifest: dict[str, Any], cache: Cache | None) -> None:
+    def __init__(
+        self, path: str, manifest: dict[str, Any], cache: Cache | None, checked: bool = False
+    ) -> None:
+        """`manifest`: as `read_manifest` returns it. `checked`: its index files were checked."""
         self.path = path
         self.manifest = manifest
         self.name: str = manifest["name"]
         self.digest: str = manifest["digest"]
-        """sha256 (hex) of the classes and of every picture's bytes, label and file name, in order: the same wherever the set lies."""
+        """sha256 (hex) of the classes and of every picture's bytes, label and file name, in order:
+        the same wherever the set lies."""
         self.classes: tuple[str, ...] = tuple(manifest["classes"])
         self._cache = cache
+        self._checked = checked
         self._splits: dict[str, Split] = {}
 
     @staticmethod
     def open(path: str, cache: str | None = None) -> Dataset:
         """The set at `path`, a folder or an address that pyarrow.fs knows (s3://, gs://, ...).
 
-        Files of a remote set are copied to `cache` (default $FTLIB_HOME/cache) when they are first needed. Raises DataError: nothing
-        there, not a prepared set, unfinished, schema too new, a damaged manifest or index, a shard missing or of another size.
+        Files of a remote set are copied to `cache` (default $FTLIB_HOME/cache) when they are first
+        needed. Raises DataError: nothing there, not a prepared set, unfinished, schema too new, a
+        damaged manifest or index, a shard missing or of another size.
         """
         path = str(path).rstrip("/") or "/"
         manifest = read_manifest(path)
         if storage.is_remote(path):
-            dataset = Dataset(
-                path, manifest, Cache.of(path, manifest["name"], manifest["digest"], cache)
-            )
+            copies = Cache.of(path, manifest["name"], manifest["digest"], cache)
+            dataset = Dataset(path, manifest, copies)
         else:
-            dataset = Dataset(str(Path(path.removeprefix("file://")).absolute()), manifest, None)
+            folder = str(Path(path.removeprefix("file://")).absolute())
+            dataset = Dataset(folder, manifest, None)
             dataset._check_sizes()
         for split in dataset.splits:
             dataset.split(split)
+        dataset._checked = True
         return dataset
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Dataset.open, (self.path, None if self._cache is None else str(self._cache.root))
+        return Dataset, (self.path, self.manifest, self._cache, self._checked)
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(self.split(name))} {name}" for name in self.splits)
@@ -182,13 +262,19 @@ class Dataset:
         return self._splits[name]
 
     def verify(self, deep: bool = False) -> None:
-        """Check that every file is there at its size; `deep`: also that its sha256 is right (reads everything). Raises DataError."""
-        if self._cache is None:
-            self._check_sizes()
+        """Check that every file is there at its size. Raises DataError.
+
+        `deep`: also that its sha256 is right, which reads everything.
+        """
+        self._check_sizes()
+        if not deep:
+            return
         for entry in self._files():
-            if deep and (found := file_sha256(self.file(entry))) != entry["sha256"]:
+            found = file_sha256(self.file(entry))
+            if found != entry["sha256"]:
                 raise DataError(
-                    f"{self.path}/{entry['file']} is damaged: its sha256 is {found[:12]}..., the manifest says {entry['sha256'][:12]}.... {_REMEDY}"
+                    f"{self.path}/{entry['file']} is damaged: its sha256 is {found[:12]}..., the "
+                    f"manifest says {entry['sha256'][:12]}.... {_REMEDY}"
                 )
 
     def fetch(self) -> None:
@@ -196,8 +282,11 @@ class Dataset:
         for entry in self._files():
             self.file(entry)
 
-    def file(self, entry: Mapping[str, Any]) -> Path:
-        """The local path of one of the manifest's files, fetched and checked when the set is remote."""
+    def file(self, entry: FileEntry) -> Path:
+        """The local path of one of the manifest's files, fetched and checked if the set is remote.
+
+        Raises DataError.
+        """
         if self._cache is None:
             return Path(self.path) / entry["file"]
         try:
@@ -207,27 +296,34 @@ class Dataset:
                 f"{self.path}/{entry['file']} cannot be fetched: {error}. {_REMEDY}"
             ) from error
 
-    def _files(self) -> Iterator[dict[str, Any]]:
+    def _files(self) -> Iterator[FileEntry]:
         for split in self.manifest["splits"].values():
             yield split["index"]
             yield from split["shards"]
 
     def _check_sizes(self) -> None:
+        """Raise DataError for a missing or truncated file. A remote set replaces its own copies."""
+        if self._cache is not None:
+            return
         for entry in self._files():
             path = Path(self.path) / entry["file"]
             try:
                 size = path.stat().st_size
             except OSError as error:
                 raise DataError(f"{path} is missing ({error.strerror}). {_REMEDY}") from None
-            if size != entry["bytes"]:
-                raise DataError(
-                    f"{path} has {size:,} bytes, the manifest says {entry['bytes']:,}: it is damaged. {_REMEDY}"
-                )
+            _check_size(path, size, entry["bytes"])
 
 
 _REMEDY = (
     "Restore the file, or prepare the set again: the same jobs/prepare.py command with --overwrite"
 )
+
+
+def _check_size(path: Path, size: int, expected: int) -> None:
+    if size != expected:
+        raise DataError(
+            f"{path} has {size:,} bytes, the manifest says {expected:,}: it is damaged. {_REMEDY}"
+        )
 
 
 class Split:
@@ -236,11 +332,11 @@ class Split:
     def __init__(self, dataset: Dataset, name: str) -> None:
         self.dataset = dataset
         self.name = name
-        made = dataset.manifest["splits"][name]
-        self.rows: int = made["rows"]
-        self.shards: tuple[Shard, ...] = _shards(made["shards"])
-        self._entries = made["shards"]
-        self._index = _read_index(dataset, made["index"], self.rows)
+        entry = dataset.manifest["splits"][name]
+        self.rows: int = entry["rows"]
+        self._entries: list[ShardEntry] = entry["shards"]
+        self.shards: tuple[Shard, ...] = _shards(self._entries)
+        self._index = _read_index(dataset, entry["index"], self.rows, len(self.shards))
         self._maps: list[memoryview | None] = [None] * len(self.shards)
         self._checked = bytearray(self.rows)
         self._paths = lru_cache(maxsize=8)(self._read_paths)
@@ -262,16 +358,18 @@ class Split:
         return np.stack([self._index["height"], self._index["width"]], axis=1)
 
     def image(self, row: int) -> memoryview:
-        """The JPEG's bytes, read-only and without a copy. The first time this process reads a row its CRC-32 is checked.
+        """The JPEG's bytes, read-only and without a copy.
 
-        Raises DataError, naming shard, row and file, when the bytes are not those that were prepared.
+        The first time this process reads a row its CRC-32 is checked. Raises DataError, naming
+        shard, row and file, when the bytes are not those that were prepared.
         """
         shard, _, _, _, offset, length, crc = self._index[self._row(row)].item()
         view = (self._maps[shard] or self._map(shard))[offset : offset + length]
         if not self._checked[row]:
             if zlib.crc32(view) != crc:
                 raise DataError(
-                    f"{self.where(row)}: the stored bytes were altered since the set was prepared. {_REMEDY}"
+                    f"{self.where(row)}: the stored bytes were altered since the set was prepared. "
+                    f"{_REMEDY}"
                 )
             self._checked[row] = 1
         return view
@@ -296,7 +394,10 @@ class Split:
         return row
 
     def _map(self, shard: int) -> memoryview:
-        """Map a shard. The mapping outlives the file handle, so a set of thousands of shards needs no handles."""
+        """Map a shard into memory.
+
+        The mapping outlives the file handle, so a set of thousands of shards needs no handles.
+        """
         import pyarrow as pa
 
         path = self.dataset.file(self._entries[shard])
@@ -305,24 +406,19 @@ class Split:
                 view = memoryview(file.read_buffer()).cast("B")
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error}). {_REMEDY}") from error
-        if len(view) != self.shards[shard].bytes:
-            raise DataError(
-                f"{path} has {len(view):,} bytes, the manifest says {self.shards[shard].bytes:,}: it is damaged. {_REMEDY}"
-            )
+        _check_size(path, len(view), self.shards[shard].bytes)
         self._maps[shard] = view
         return view
 
     def _read_paths(self, shard: int) -> list[str]:
         import pyarrow.parquet as pq
 
-        return pq.read_table(
-            self.dataset.file(self._entries[shard]),
-            columns=["path"],
-            page_checksum_verification=True,
-        )["path"].to_pylist()
+        file = self.dataset.file(self._entries[shard])
+        table = pq.read_table(file, columns=["path"], page_checksum_verification=True)
+        return table["path"].to_pylist()
 
 
-def _shards(entries: list[dict[str, Any]]) -> tuple[Shard, ...]:
+def _shards(entries: list[ShardEntry]) -> tuple[Shard, ...]:
     shards, start = [], 0
     for entry in entries:
         shards.append(Shard(entry["file"], start, entry["rows"], entry["bytes"], entry["sha256"]))
@@ -330,15 +426,27 @@ def _shards(entries: list[dict[str, Any]]) -> tuple[Shard, ...]:
     return tuple(shards)
 
 
-def _read_index(dataset: Dataset, entry: Mapping[str, Any], rows: int) -> np.ndarray:
-    """The split's records, memory-mapped, after their sha256 was checked: a wrong offset would give a wrong picture."""
+def _read_index(dataset: Dataset, entry: FileEntry, rows: int, shards: int) -> np.ndarray:
+    """The split's records, memory-mapped.
+
+    Its sha256 is checked once, by the process that opens the set: a wrong offset would give a wrong
+    picture. Raises DataError.
+    """
     path = dataset.file(entry)
     try:
-        if file_sha256(path) != entry["sha256"]:
+        if not dataset._checked and file_sha256(path) != entry["sha256"]:
             raise ValueError("its sha256 is not the manifest's")
         index = np.load(path, mmap_mode="r" if rows else None, allow_pickle=False)
         if index.dtype != INDEX or len(index) != rows:
             raise ValueError("it does not hold the manifest's rows")
+        if not dataset._checked and rows:
+            _check_range(index["label"], len(dataset.classes), "class")
+            _check_range(index["shard"], shards, "shard")
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is damaged ({error}). {_REMEDY}") from None
-    return index.view(np.ndarray)  # a memmap's own way to an element takes four times as long
+    return index.view(np.ndarray)  # element access through np.memmap takes four times as long
+
+
+def _check_range(values: np.ndarray, count: int, what: str) -> None:
+    if values.min() < 0 or values.max() >= count:
+        raise ValueError(f"it names a {what} beyond the manifest's {count:,}")

@@ -1,8 +1,10 @@
 """Shared memory that loader processes fill and the training process reads, used again and again.
 
-New shared memory costs a page fault per 4 KiB in the process that fills it and another in the one that reads it: 0.1 ms and more per
-picture of 224 px. A slot of the ring is handed out with a batch's place in the plan and comes back when nothing refers to the batch's
-memory any more, views included. Where every slot is in use there is none to take, and the batch travels in memory of its own.
+New shared memory costs a page fault per 4 KiB in the process that fills it and another in the
+one that reads it: 0.1 ms and more per picture of 224 px. So the ring's slots are reused: a slot
+is handed out for a batch of the plan, and comes back when nothing refers to the batch's memory
+any more, views included. Where every slot is in use `take` returns None, and the batch is
+pickled instead.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ _numbers = count()
 
 
 class SharedMemoryRing:
-    """`slots` pieces of `size` bytes. Pickles into processes that are being started, where `view` is what it is for."""
+    """`slots` pieces of `size` bytes.
+
+    Pickled into a process that is being started it becomes a `MappedRing`.
+    """
 
     def __init__(self, slots: int, size: int) -> None:
         self.size, self.number = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE, next(_numbers)
@@ -35,14 +40,17 @@ class SharedMemoryRing:
         _RINGS[self.number] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Mapped, (reduction.DupFd(self._file), self.size)
+        return MappedRing, (reduction.DupFd(self._file), self.size, self.number)
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             os.close(self._file)  # the memory stays while a batch refers to it
 
     def take(self, size: int) -> int | None:
-        """A slot for `size` bytes that nobody uses: the one that came back last, whose pages are the warmest. None where there is none."""
+        """A free slot for `size` bytes, or None where there is none.
+
+        The slot that came back last, because its pages are the warmest in the cache.
+        """
         if size > self.size:
             return None
         try:
@@ -51,29 +59,34 @@ class SharedMemoryRing:
             return None
 
 
-class _Mapped:
+class MappedRing:
     """The ring in a process that fills it."""
 
-    def __init__(self, file: Any, size: int) -> None:
+    def __init__(self, file: Any, size: int, number: int) -> None:
+        """`file`: what `multiprocessing.reduction.DupFd` gives; its `detach` is the descriptor."""
         descriptor = file.detach()
-        self.size = size
+        self.size, self.number = size, number
         self._bytes = np.frombuffer(mmap.mmap(descriptor, 0), np.uint8)
         os.close(descriptor)
 
     def view(self, slot: int, shape: Sequence[int]) -> np.ndarray:
-        """uint8[shape] at the slot's beginning."""
-        return np.frombuffer(
-            self._bytes.data, np.uint8, int(np.prod(shape)), slot * self.size
-        ).reshape(shape)
+        """uint8[shape] at the beginning of the slot."""
+        count, offset = int(np.prod(shape)), slot * self.size
+        return np.frombuffer(self._bytes.data, np.uint8, count, offset).reshape(shape)
 
 
 def lease(number: int, slot: int, shape: Sequence[int]) -> np.ndarray:
-    """uint8[shape]: what was written to the slot of the ring of that number, in the process that made it. The slot comes back when the
-    last array or tensor on this memory is gone."""
+    """uint8[shape]: what was written to a slot of the ring with that number, in the process that
+    made the ring.
+
+    The slot comes back when the last array or tensor on this memory is gone.
+    """
     return np.asarray(_Lease(_RINGS[number], slot, tuple(shape)))
 
 
 class _Lease:
+    """Keeps a slot while numpy refers to it, through the array interface."""
+
     def __init__(self, ring: SharedMemoryRing, slot: int, shape: tuple[int, ...]) -> None:
         self.ring, self.slot = ring, slot
         self.__array_interface__ = {
@@ -88,7 +101,10 @@ class _Lease:
 
 
 def _unnamed_file() -> int:
-    """A file in memory that no name leads to: it is gone with the processes, however they end. It does not count to the limit of /dev/shm."""
+    """The descriptor of a file in memory without a name.
+
+    It is gone with the processes, however they end, and does not count to the limit of /dev/shm.
+    """
     if hasattr(os, "memfd_create"):
         return os.memfd_create("ftlib-loader")
     with tempfile.TemporaryFile() as file:

@@ -22,7 +22,7 @@ import torch
 
 from ftlib.config import Run
 from ftlib.data import sampler
-from ftlib.data.loader import AHEAD, Batch, eval_batches, train_batches
+from ftlib.data.loader import PREFETCH, Batch, eval_batches, train_batches
 from ftlib.launch import cluster, timing
 from ftlib.launch.prepared_run import PreparedRun
 from ftlib.launch.progress import duration
@@ -258,7 +258,7 @@ def _whole(
 ) -> tuple[float, float, int]:
     run, microbatches = training.run, training.run.train.microbatches
     # Steps whose images are loaded before the clock starts.
-    ahead = -(-AHEAD * max(processes, 1) // microbatches)
+    ahead = -(-PREFETCH * max(processes, 1) // microbatches)
     with contextlib.closing(
         train_batches(
             training.context.dataset,
@@ -279,7 +279,7 @@ def _whole(
 def _loading(training: Training, processes: int, seconds: float) -> float:
     """Seconds to load a full step's images when nothing else is done."""
     run = training.run
-    images, ahead = 0, AHEAD * max(processes, 1) + 1
+    images, ahead = 0, PREFETCH * max(processes, 1) + 1
     with contextlib.closing(
         train_batches(
             training.context.dataset, training.rows, run, 0, 1, 0, training.total, processes

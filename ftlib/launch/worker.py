@@ -17,6 +17,7 @@ from ray.train import Checkpoint, UserCallback
 
 from ftlib import settings
 from ftlib.config import Run
+from ftlib.data.fork_server import LoaderProcessError
 from ftlib.launch.driver_actor import Channel, DriverLogHandler, StopSignals
 from ftlib.storage import StorageError
 
@@ -117,9 +118,11 @@ def reporter(
 def is_final(error: BaseException) -> bool:
     """Whether a restart would only meet the same error again.
 
-    True of ftlib's own errors, except for storage that is away or full for now.
+    True of ftlib's own errors, except for storage that is away or full for now, and for loader
+    processes that died.
     """
-    return type(error).__module__.split(".")[0] == "ftlib" and not isinstance(error, StorageError)
+    own = type(error).__module__.split(".")[0] == "ftlib"
+    return own and not isinstance(error, StorageError | LoaderProcessError)
 
 
 class EndOnFinalError(UserCallback):

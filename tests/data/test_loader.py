@@ -1,6 +1,7 @@
 import contextlib
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,10 +17,13 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from ftlib import config
+from ftlib.data import loader
 from ftlib.data.augment import EvalTransform, TrainTransform
+from ftlib.data.fork_server import LoaderProcessError
 from ftlib.data.loader import Batches, LoadError, eval_batches, train_batches
 from ftlib.data.sampler import step_plan, steps_per_epoch
 from ftlib.data.shards import Dataset
+from ftlib.launch.worker import is_final
 from ftlib.preparation.prepare import prepare
 from ftlib.settings import override
 
@@ -234,7 +238,7 @@ def wait_until(condition, seconds=20):
 def test_processes_end_with_the_iterator(dataset, drop):
     batches = train_batches(dataset, ROWS, RUN, 0, 1, 0, 2 if drop == "exhaust" else 3000, 2)
     next(batches)
-    pids = [w.pid for w in batches._items._workers]
+    pids = batches._stream.pids
     assert all(map(alive, pids))
     if drop == "close":
         batches.close()
@@ -265,15 +269,68 @@ def test_the_thread_ends_with_the_iterator(dataset, drop):
     wait_until(lambda: not loader_threads())
 
 
-def test_a_killed_loader_process_is_an_error_and_no_hang(dataset):
+@pytest.mark.parametrize("whom", ["one", "all"])
+def test_after_a_killed_process_the_same_batches_follow(dataset, expected, whom, caplog):
+    """And a batch that is held keeps its pixels."""
+    with train_batches(dataset, ROWS, RUN, 0, 1, 0, STEPS, 2) as batches:
+        found = [next(batches)]
+        for pid in batches._stream.pids[: 1 if whom == "one" else 2]:
+            os.kill(pid, signal.SIGKILL)
+        found += batches
+    assert [(b.step, b.index) for b in found] == sorted(expected)
+    assert all(same(b, expected[b.step, b.index]) for b in found)
+    assert re.search(r"died \(killed by SIGKILL\); started again.*loader_workers", caplog.text)
+
+
+def test_a_killed_process_at_evaluation_changes_nothing(dataset):
+    rows, split = np.array([5, 0, 3, 1, 4]), dataset.split("val")
+    undisturbed = list(eval_batches(split, rows, 24, 0.875, 1, 0))
+    with eval_batches(split, rows, 24, 0.875, 1, 1) as batches:
+        found = [next(batches)]
+        os.kill(batches._stream.pids[0], signal.SIGKILL)
+        found += batches
+    for ours, theirs in zip(found, undisturbed, strict=True):
+        assert torch.equal(ours.images, theirs.images) and torch.equal(ours.rows, theirs.rows)
+
+
+def test_processes_that_die_again_and_again_are_an_error_that_a_restart_may_cure(
+    dataset, monkeypatch
+):
+    monkeypatch.setattr(loader, "RESTARTS", 1)
     with (
-        pytest.raises(LoadError, match=r"a loader process died.*data\.loader_workers"),
-        train_batches(dataset, ROWS, RUN, 0, 1, 0, 3000, 2) as batches,
+        pytest.raises(LoaderProcessError, match=r"as 1 times before .*data\.loader_workers") as e,
+        train_batches(dataset, ROWS, RUN, 0, 1, 0, 3000, 1) as batches,
+    ):
+        for _ in batches:
+            os.kill(batches._stream.pids[0], signal.SIGKILL)
+    assert not isinstance(e.value, ValueError) and not is_final(e.value)
+    assert is_final(LoadError("damaged"))
+
+
+def test_a_shard_cut_while_it_is_mapped_is_named(dataset, tmp_path, capfd):
+    """Reading it ends the process by SIGBUS."""
+    for file in Path(dataset.path).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shard = tmp_path / dataset.split("train").shards[0].file
+    with (
+        pytest.raises(LoadError) as error,
+        train_batches(Dataset.open(str(tmp_path)), ROWS, RUN, 0, 1, 0, 40, 1) as batches,
     ):
         next(batches)
-        os.kill(batches._items._workers[0].pid, signal.SIGKILL)
-        for _ in batches:
-            pass
+        os.truncate(shard, 0)
+        list(batches)
+    for part in ("SIGBUS", shard.name, "has 0 bytes, the manifest says", "Restore the file"):
+        assert part in str(error.value)
+    assert "shared memory" not in capfd.readouterr().err  # torch's guess at the cause
+
+
+def test_a_bus_error_without_damage_is_survived_and_explained(dataset, expected, caplog):
+    with train_batches(dataset, ROWS, RUN, 0, 1, 0, STEPS, 1) as batches:
+        found = [next(batches)]
+        os.kill(batches._stream.pids[0], signal.SIGBUS)
+        found += batches
+    assert all(same(b, expected[b.step, b.index]) for b in found) and len(found) == len(expected)
+    assert re.search(r"SIGBUS.*check the disk or the network file system", caplog.text)
 
 
 def test_a_killed_training_process_leaves_no_loader_process(dataset, tmp_path):
@@ -292,7 +349,7 @@ def test_a_killed_training_process_leaves_no_loader_process(dataset, tmp_path):
             run = config.Run(augment=config.Augment(size=32), train=train)
             batches = train_batches(Dataset.open(sys.argv[1]), np.arange(20), run, 0, 1, 0, 3000, 2)
             next(batches)
-            print(*(w.pid for w in batches._items._workers), flush=True)
+            print(*batches._stream.pids, flush=True)
             time.sleep(60)
     """)
     )

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftlib import storage
-from ftlib.data.shards import DataError, Dataset, checksum
+from ftlib.data.shards import DataError, Dataset, checksum, file_sha256
 from ftlib.preparation import shard_task
 from ftlib.preparation.prepare import prepare
 from ftlib.preparation.shard_writer import ShardWriter
@@ -227,6 +228,87 @@ def test_a_damaged_index_is_recognised_when_opening(copy: Path) -> None:
     damage(copy / "val.index.npy", 200)
     with pytest.raises(DataError, match=r"val.index.npy is damaged"):
         Dataset.open(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [("label", 3, "class"), ("label", -1, "class"), ("shard", 9, "shard"), ("shard", -1, "shard")],
+)
+def test_an_index_that_names_what_is_not_there_is_refused(
+    copy: Path, field: str, value: int, message: str
+) -> None:
+    """Also when its sha256 in the manifest is right."""
+    path = copy / "val.index.npy"
+    index = np.load(path)
+    index[field][4] = value
+    np.save(path, index)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["splits"]["val"]["index"]["sha256"] = file_sha256(path)
+    sign(copy, splits=manifest["splits"])
+    with pytest.raises(DataError, match=rf"val.index.npy is damaged \(it names a {message} beyond"):
+        Dataset.open(str(copy))
+
+
+def hostile_manifests(manifest: dict) -> Iterator[tuple[str, dict]]:
+    """What is wrong, and the manifest with it: every name, digest and count replaced in turn."""
+    for name in ("../../x", "/etc/x", "a\\b", "..", "", "a\nb", "x" * 256, 7, None):
+        for split in ("train", "val"):
+            changed = copy_of(manifest)
+            changed["splits"][split]["index"]["file"] = name
+            yield f"index {name!r}", changed
+            changed = copy_of(manifest)
+            changed["splits"][split]["shards"][-1]["file"] = name
+            yield f"shard {name!r}", changed
+    for name in ("../../x", "a/b", "a\nb"):
+        yield f"name {name!r}", {**copy_of(manifest), "name": name}
+    for digest in ("../" * 21 + "x", "A" * 64, "0" * 63, 5):
+        yield f"digest {digest!r}", {**copy_of(manifest), "digest": digest}
+        changed = copy_of(manifest)
+        changed["splits"]["val"]["shards"][0]["sha256"] = digest
+        yield f"sha256 {digest!r}", changed
+    for count in (-1, 1.5, "9", True, None):
+        for place in ("rows", "bytes"):
+            changed = copy_of(manifest)
+            changed["splits"]["val"]["shards"][0][place] = count
+            yield f"{place} {count!r}", changed
+    for gone in ("name", "digest", "classes", "splits"):
+        yield f"no {gone}", {k: v for k, v in copy_of(manifest).items() if k != gone}
+    for split in ("train", "val"):
+        changed = copy_of(manifest)
+        del changed["splits"][split]
+        yield f"no {split}", changed
+
+
+def copy_of(manifest: dict) -> dict:
+    return json.loads(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("place", ["local", "s3://bucket/"])
+def test_no_name_digest_or_count_of_a_manifest_is_taken_unchecked(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Refused in words before anything is read or written by it, wherever the set lies."""
+    bucket, home = tmp_path / "bucket", tmp_path / "home"
+    bucket.mkdir()
+    remote = pyarrow.fs.SubTreeFileSystem(str(bucket), pyarrow.fs.LocalFileSystem())
+    monkeypatch.setenv("FTLIB_HOME", str(home))
+    monkeypatch.setattr(
+        storage, "filesystem", lambda uri: (remote, uri.removeprefix("s3://bucket/"))
+    )
+    shutil.copytree(made, bucket / "set")
+    path = str(bucket / "set") if place == "local" else place + "set"
+    good = json.loads((made / "manifest.json").read_text())
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for what, manifest in hostile_manifests(good):
+        manifest["checksum"] = checksum(manifest)
+        (bucket / "set" / "manifest.json").write_text(json.dumps(manifest))
+        try:
+            Dataset.open(path).fetch()
+        except DataError as error:
+            assert "manifest.json" in str(error) and len(str(error)) < 600, what
+        else:
+            pytest.fail(f"taken: {what}")
+        assert sorted(p.name for p in tmp_path.iterdir()) == before, what
 
 
 def test_altered_pictures_are_recognised_when_read_and_by_verify(copy: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftlib.data.shared_memory import SharedMemoryRing, _Mapped, lease
+from ftlib.data.shared_memory import MappedRing, SharedMemoryRing, lease
 
 
 class SameProcess:
@@ -25,7 +25,7 @@ class SameProcess:
 
 
 def filler(ring):
-    return _Mapped(SameProcess(ring), ring.size)
+    return MappedRing(SameProcess(ring), ring.size, ring.number)
 
 
 def test_what_is_written_to_a_slot_is_read_from_it_without_a_copy():
