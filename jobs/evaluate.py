@@ -136,6 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\nreport: {report.page}")
     if not arguments.no_track:
         attach(
+            run_dir,
             storage.read_json(storage.join(run_dir, "run.json")) or {},
             report.files,
             f"report/{dataset.name}-{arguments.split}",
@@ -177,22 +178,22 @@ def table(loaded: Any, dataset: Any, split: str, scored: list[Any]) -> str:
     )
 
 
-def attach(record: dict[str, Any], files: tuple[Path, ...], folder: str) -> None:
+def attach(run_dir: str, record: dict[str, Any], files: tuple[Path, ...], folder: str) -> None:
     """Copy the report to the run's page in MLflow; a server that is away costs a warning."""
     known = record.get("mlflow") or {}
     if not known.get("run_id"):
         return
-    from ftlib.track.store import client, reach, resolve_uri, run_link
+    from ftlib.track.links import absolute, run_page
+    from ftlib.track.store import client, reach, store_of_run
 
     try:
-        uri = resolve_uri(known.get("uri", ""))
+        uri = store_of_run(known.get("uri", ""), known["run_id"], run_dir)
         reach(uri)
         mlflow = client(uri)
         for file in files:
             mlflow.log_artifact(known["run_id"], str(file), folder)
-        print(
-            f"in MLflow: {run_link(uri, known.get('experiment_id', ''), known['run_id'])} (artifacts, {folder})"
-        )
+        page = absolute(uri, run_page(known.get("experiment_id", ""), known["run_id"]))
+        print(f"in MLflow: {page} (artifacts, {folder})")
     except Exception as error:
         print(
             f"warning: MLflow did not take the report ({json.dumps(str(error).splitlines()[0])}); the files above are complete",

@@ -35,7 +35,8 @@ def main() -> None:
     from ftlib.launch.launch import launch
     from ftlib.launch.summary import sample
     from ftlib.preparation.prepare import prepare
-    from ftlib.track.store import resolve_uri, ui_command
+    from ftlib.track.links import ui_command
+    from ftlib.track.store import resolve_uri
 
     prepare("digits", engine="here")
     # A worker per core trains a small network faster than one worker with two threads; the pictures and the mathematics are the same.

@@ -25,7 +25,7 @@ def by_ftlib(folder: Path) -> None:
     (home / "journal").mkdir(parents=True)
     from ftlib.config import AdamW, Augment, Data, Model, Run, Track, Train
     from ftlib.launch.launch import launch
-    from ftlib.track.journal import machine
+    from ftlib.process_identity import machine_id
     from ftlib.track.tracking import TrackerHandle
     from ftlib.track.writer import JournalLocation
 
@@ -44,7 +44,7 @@ def by_ftlib(folder: Path) -> None:
         tracking=TrackerHandle(
             "sqlite:////nobody/delivers/this.db",
             "trials",
-            JournalLocation(str(home / "journal"), machine()),
+            JournalLocation(str(home / "journal"), machine_id()),
         ),
         quiet=True,
     )

@@ -29,7 +29,7 @@ from ftlib.paths import local_run_folder
 from ftlib.storage import join
 from ftlib.track.lineage import run_tags
 from ftlib.track.logged_params import params_of
-from ftlib.track.tracking import TrackedRun, ahead, open_tracking
+from ftlib.track.tracking import TrackedRun, open_tracking, warm_up
 from ftlib.track.writer import Writer
 
 
@@ -257,7 +257,7 @@ def _cluster_placement(
     """(the workers that the run gets, whether the cluster can grow). Connects to Ray first."""
     run = prepared.run
     if options.tracking is None:
-        stack.callback(ahead(run.track).join)
+        stack.callback(warm_up(run.track).join)
     cluster.connect()
     stack.enter_context(Signals(raise_at_once=True))
     cluster.refuse_open(run.cluster.allow_open)

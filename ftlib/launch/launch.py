@@ -14,6 +14,8 @@ from ftlib.launch import summary
 from ftlib.launch.active_run import LaunchOptions, RunTracker, open_run
 from ftlib.launch.outcome import Outcome
 from ftlib.launch.prepared_run import PreparedRun, prepare_run
+from ftlib.paths import local_run_folder
+from ftlib.track.leftovers import deliver_run
 
 __all__ = ["Outcome", "PreparedRun", "launch", "prepare_run"]
 
@@ -65,6 +67,10 @@ def launch(
     if prepared.finished:
         outcome = prepared.finished_outcome()
         options.say(summary.already_finished(outcome))
+        if tracking is None:
+            journal = local_run_folder(prepared.run_dir) / "journal"
+            if delivered := deliver_run(journal, run.track.uri):
+                options.say(f"  {delivered}")
         return outcome
     with open_run(prepared, options) as active:
         result = active.train()

@@ -1,12 +1,14 @@
-"""The journal: what a run wants to tell MLflow, as JSON lines in a local file, written before anything is sent.
+"""The journal: a local file of JSON lines with what a run sends to MLflow, written before sending.
 
-A record is one line, appended with one `write` to a file opened with O_APPEND, so several processes of one machine may append to
-the same file, and what was written survives a kill -9 of the process. Power cuts cost at most what came after the last fsync
-(`sync`, called by the delivering thread every second and at a run's start and end). A line torn by a crash or by a full disk is
-recognised and skipped; while the disk is full, lines wait in memory.
+A record is one line, appended with one `write` to a file opened with O_APPEND. Several processes of
+one machine may therefore append to the same file, and a written line survives a kill -9 of its
+process. A power cut costs at most what came after the last fsync (`sync`, called by the delivery
+thread every second and when a run starts or ends). A line torn by a crash or a full disk is
+recognized and skipped; while the disk is full, lines wait in memory.
 
-`<name>.jsonl` holds the records, `<name>.state.json` how far they have been delivered and the run's ids. Losing the state only means
-delivering again, which changes nothing on the server: records carry their own times, and the run is found by its key.
+`<name>.jsonl` holds the records. `<name>.state.json` holds how far they have been delivered, and
+the run's ids. Losing the state only means delivering again, which changes nothing on the server:
+records carry their own times, and the run is found by its key.
 """
 
 from __future__ import annotations
@@ -19,46 +21,40 @@ import json
 import logging
 import os
 import re
-import socket
 import threading
-import time
 from collections import deque
 from collections.abc import Container, Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("ftlib.track")
 
 LOCK = ".lock"
+FOLDER = "journal"
+"""Name of the journal's folder within a run's folder."""
+_BLOCK = 1 << 20
+"""Bytes that one call of `read` takes from a file."""
+
+Record = dict[str, Any]
+"""One line of a journal: `op` says what it is, `t` when it was written (ms since 1970)."""
 
 
-def now_ms() -> int:
-    """Milliseconds since 1970, MLflow's unit of time."""
-    return time.time_ns() // 1_000_000
-
-
-@lru_cache(maxsize=1)
-def machine() -> str:
-    """Names this machine (or container) until its next boot."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        boot = ""
-    return f"{socket.gethostname()}:{boot[:8]}"
-
-
-def file_of(folder: Path, name: str) -> Path:
-    """The journal of the run called `name`."""
+def journal_file(folder: Path, name: str) -> Path:
+    """The journal of the run called `name`. Names that are no file names get a digest."""
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:80]
     if safe != name:
         safe = f"{safe or 'run'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return Path(folder) / f"{safe}.jsonl"
 
 
-def encode(record: dict[str, Any]) -> bytes:
+def encode(record: Record) -> bytes:
+    """The record as a line, with its newline."""
     return json.dumps(record, separators=(",", ":"), default=str).encode() + b"\n"
+
+
+# --- writing --------------------------------------------------------------------------------------
 
 
 class Journal:
@@ -67,46 +63,47 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._fd = -1
-        self._late: deque[bytes] = deque()
+        self._buffer: deque[bytes] = deque()
         self._torn = False
         self._lock = threading.Lock()
 
     def append(self, line: bytes) -> None:
-        """One encoded record, its newline included."""
+        """Append one encoded record."""
         with self._lock:
-            self._late.append(line)
+            self._buffer.append(line)
             self._write()
 
     def retry(self) -> None:
-        """Another try for lines that a full or failing disk refused."""
-        if self._late:
+        """Try again to write the lines that a full or failing disk refused."""
+        if self._buffer:
             with self._lock:
                 self._write()
 
     @property
-    def waiting(self) -> int:
-        """Lines that are only in memory."""
-        return len(self._late)
+    def buffered(self) -> int:
+        """How many lines are only in memory."""
+        return len(self._buffer)
 
     def _write(self) -> None:
         try:
             if self._fd < 0:
                 self._open()
-            while self._late:
-                line = self._late[0]
+            while self._buffer:
+                line = self._buffer[0]
                 data = b"\n" + line if self._torn else line
                 written = os.write(self._fd, data)
                 if written < len(data):
                     self._torn = True
                     raise OSError(errno.ENOSPC, "the disk is full")
                 self._torn = False
-                self._late.popleft()
+                self._buffer.popleft()
         except OSError as error:
-            if len(self._late) == 1:
+            if len(self._buffer) == 1:
                 log.warning(
-                    "tracking: cannot write %s (%s); what comes is kept in memory and tried again",
+                    "tracking: cannot write %s (%s). New records wait in memory; free space or "
+                    "permissions there",
                     self.path,
-                    error,
+                    error.strerror or error,
                 )
 
     def _open(self) -> None:
@@ -116,7 +113,7 @@ class Journal:
         self._torn = size > 0 and os.pread(self._fd, 1, size - 1) != b"\n"
 
     def sync(self) -> None:
-        """To the disk itself, not just to the operating system. May take as long as the disk likes: never call it while training."""
+        """Write to the disk itself. Blocks as long as the disk does: never call it in training."""
         with contextlib.suppress(OSError):
             if self._fd >= 0:
                 os.fsync(self._fd)
@@ -129,10 +126,35 @@ class Journal:
                 self._fd = -1
 
 
-def read(
-    path: Path, offset: int = 0, limit: int = 1 << 20
-) -> Iterator[tuple[dict[str, Any] | None, int]]:
-    """(record, offset behind it) of the complete lines from `offset` on, about `limit` bytes of them; None for a line that is no record."""
+_journals: dict[str, Journal] = {}
+_journals_lock = threading.Lock()
+
+
+def journal_at(path: Path) -> Journal:
+    """This process's `Journal` of a file.
+
+    All writers share it, so that lines waiting in memory keep their order.
+    """
+    with _journals_lock:
+        return _journals.setdefault(f"{os.getpid()}:{path}", Journal(path))
+
+
+def close_journal(path: Path) -> None:
+    """Close this process's `Journal` of a file."""
+    with _journals_lock:
+        journal = _journals.pop(f"{os.getpid()}:{path}", None)
+    if journal is not None:
+        journal.close()
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def read(path: Path, offset: int = 0, limit: int = _BLOCK) -> Iterator[tuple[Record | None, int]]:
+    """(record, offset behind it) of the complete lines in about `limit` bytes from `offset` on.
+
+    The record is None for a line that is none.
+    """
     try:
         with open(path, "rb") as file:
             file.seek(offset)
@@ -153,9 +175,36 @@ def read(
         yield (record if isinstance(record, dict) and "op" in record else None), offset
 
 
-def first(path: Path) -> dict[str, Any] | None:
+def read_all(path: Path, end: int | None = None) -> Iterator[Record]:
+    """The records of a whole file, or of its first `end` bytes. Memory stays at one block."""
+    offset = 0
+    while end is None or offset < end:
+        before = offset
+        for record, behind in read(path, before):
+            if end is not None and behind > end:
+                return
+            offset = behind
+            if record is not None:
+                yield record
+        if offset == before:
+            return
+
+
+def opening(path: Path) -> Record | None:
     """The record that opens the journal, or None if it has none."""
     return next((record for record, _ in read(path) if record and record["op"] == "run"), None)
+
+
+def is_open(path: Path) -> bool:
+    """Whether the run was started after it was last ended."""
+    last = ""
+    for record in read_all(path):
+        if record["op"] in ("run", "open", "end"):
+            last = record["op"]
+    return last in ("run", "open")
+
+
+# --- how far a journal has been delivered ---------------------------------------------------------
 
 
 @dataclass
@@ -171,6 +220,7 @@ class State:
 
     @classmethod
     def load(cls, journal: Path) -> State:
+        """The saved state; a fresh one where there is none or it cannot be read."""
         try:
             return cls(**json.loads(state_file(journal).read_text()))
         except (OSError, ValueError, TypeError):
@@ -187,75 +237,71 @@ def state_file(journal: Path) -> Path:
     return journal.with_suffix(".state.json")
 
 
-def journals(folder: Path, leave_out: Container[Path] = ()) -> list[Path]:
-    """The journals in a folder that hold a run, oldest first: a parent's comes before its children's."""
+def rejected_file(journal: Path) -> Path:
+    return journal.with_suffix(".rejected.jsonl")
+
+
+def find_journals(folder: Path, exclude: Container[Path] = ()) -> list[Path]:
+    """The journals of runs in a folder, oldest first: a parent comes before its children."""
     found: list[tuple[int, Path]] = []
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        paths = [
-            Path(e.path)
-            for e in entries
-            if e.name.endswith(".jsonl") and not e.name.endswith(".rejected.jsonl")
-        ]
-        found = [
-            (opening.get("t", 0), path)
-            for path in paths
-            if path not in leave_out and (opening := first(path)) is not None
-        ]
+    for path in _files(folder):
+        if path not in exclude and (record := opening(path)) is not None:
+            found.append((record.get("t", 0), path))
     return [path for _, path in sorted(found)]
 
 
-def is_open(path: Path) -> bool:
-    """Whether the last word in a journal is not the run's end."""
-    last = ""
-    offset = 0
-    while True:
-        block = list(read(path, offset))
-        if not block:
-            return last in ("run", "open")
-        last = next(
-            (r["op"] for r, _ in reversed(block) if r and r["op"] in ("run", "open", "end")), last
-        )
-        offset = block[-1][1]
+def _files(folder: Path) -> list[Path]:
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        names = [Path(e.path) for e in entries if e.name.endswith(".jsonl")]
+        return [path for path in names if not path.name.endswith(".rejected.jsonl")]
+    return []
 
 
 def undelivered(folder: Path) -> list[Path]:
-    """The journals in a folder that hold something MLflow has not got."""
-    return [
-        p
-        for p in journals(folder)
-        if not (state := State.load(p)).ended or any(True for _ in read(p, state.offset))
-    ]
+    """The journals in a folder that hold something MLflow does not have yet, oldest first."""
+    waiting = {path for path in _files(folder) if not _is_delivered(path)}
+    return [path for path in find_journals(folder) if path in waiting] if waiting else []
 
 
-_held: dict[str, Any] = {}
+def _is_delivered(path: Path) -> bool:
+    state = State.load(path)
+    with contextlib.suppress(OSError):
+        if path.stat().st_size <= state.offset:
+            return state.ended
+    return state.ended and not any(True for _ in read(path, state.offset))
+
+
+# --- who may deliver a folder ---------------------------------------------------------------------
+
+_held: dict[str, TextIOWrapper] = {}
 _held_lock = threading.Lock()
 
 
-def own(folder: Path) -> bool:
-    """Take the right to deliver a folder's journals, for the life of this process or until `disown`. False if another has it.
+def acquire(folder: Path) -> bool:
+    """Take the right to deliver a folder's journals, for this process's life or until `release`.
 
-    A POSIX record lock: it goes with the process, however that ends, and forked children do not keep it.
+    Returns False if another process has it. The lock is a POSIX record lock: it ends with the
+    process, however that ends, and forked children do not keep it.
     """
     folder = Path(folder)
     with _held_lock:
-        where = str(folder.resolve())
-        if where in _held:
+        key = str(folder.resolve())
+        if key in _held:
             return False
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "a+")  # noqa: SIM115 - it stays open as long as the lock is held
+        file = open(folder / LOCK, "a+")  # noqa: SIM115 - stays open as long as the lock is held
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.close()
-            return error.errno not in (
-                errno.EAGAIN,
-                errno.EACCES,
-            )  # others: a file system without locks
-        _held[where] = file
+            is_taken = error.errno in (errno.EAGAIN, errno.EACCES)
+            return not is_taken  # other errors: a file system without locks
+        _held[key] = file
         return True
 
 
-def disown(folder: Path) -> None:
+def release(folder: Path) -> None:
+    """Give up the right to deliver a folder's journals."""
     with _held_lock:
         file = _held.pop(str(Path(folder).resolve()), None)
     if file is not None:

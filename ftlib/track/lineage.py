@@ -1,4 +1,4 @@
-"""Where a run comes from: code, data, person, command and job, as tags."""
+"""Tags that say where a run comes from: code, data, user, command and job."""
 
 from __future__ import annotations
 
@@ -93,12 +93,6 @@ def run_tags(
     }
     if dataset is not None:
         tags["dataset"] = data_tag(*dataset)
-    return {
-        k: v
-        for k, v in {
-            **tags,
-            **lineage_tags(),
-            **{k: str(v) for k, v in (extra or {}).items()},
-        }.items()
-        if v
-    }
+    tags |= lineage_tags()
+    tags |= {k: str(v) for k, v in (extra or {}).items()}
+    return {k: v for k, v in tags.items() if v}

@@ -1,7 +1,8 @@
-"""What a run shows in MLflow's tables: a few flat parameters with short names, and low-cardinality tags to filter and group by.
+"""The parameters that a run shows in MLflow's tables: a few flat ones with short names.
 
-Parameters are logged for every run, defaults included (a switched-off setting is 0), because a run that lacks one drops out of the
-parallel-coordinates and scatter charts. The whole tree is the artifact run.json.
+They are logged for every run, defaults included (a setting that is off is 0), because a run that
+lacks one drops out of the parallel-coordinates and scatter charts. The complete settings are the
+artifact run.json.
 """
 
 from __future__ import annotations
@@ -69,8 +70,10 @@ def params_of(run: Run) -> dict[str, Any]:
 
 
 def short_name(path: str) -> str:
-    """The name under which MLflow shows a setting: `mix.mixup_alpha` is `mixup_alpha`. For a swept setting that is not among the
-    parameters, its last part."""
+    """The name under which MLflow shows a setting: `mix.mixup_alpha` is `mixup_alpha`.
+
+    A swept setting that is not among the parameters gets the last part of its path.
+    """
     return _SHORT.get(path, path.rsplit(".", 1)[-1])
 
 
@@ -87,10 +90,6 @@ def _at(run: Run, path: str) -> Any:
 
 
 def _shown(value: Any) -> Any:
-    return (
-        value
-        if isinstance(value, (int, float, str, bool))
-        else type(value).__name__
-        if hasattr(value, "section")
-        else str(to_dict(value))
-    )
+    if isinstance(value, (int, float, str, bool)):
+        return value
+    return type(value).__name__ if hasattr(value, "section") else str(to_dict(value))

@@ -1,8 +1,9 @@
-"""Secrets out of text, before it reaches a journal, MLflow or a log.
+"""Removes secrets from text before it reaches a journal, MLflow or a log.
 
-What counts as one: the password in a URL, the value of a setting or variable whose name says so (token, password, secret, api key,
-credential), a bearer or basic authorization, a signature in a pre-signed URL, a private key, the well-known shapes of access
-tokens, and the literal values of this process's own secret environment variables.
+A secret is: the password in a URL; the value of a setting or variable whose name says so (token,
+password, secret, api key, credential); a bearer or basic authorization; a signature in a pre-signed
+URL; a private key; what has the shape of a well-known access token; and the literal values of this
+process's own secret environment variables.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from typing import Any
 
 HIDDEN = "***"
 
-_SECRET_NAME = r"(?:pass(?:wd|word|phrase)?|pwd|secrets?|tokens?|api[_-]?keys?|access[_-]?keys?|account[_-]?keys?|private[_-]?keys?|credentials?|auth|signature|sig)"
+_SECRET_NAME = (
+    r"(?:pass(?:wd|word|phrase)?|pwd|secrets?|tokens?|(?:api|access|account|private)[_-]?keys?"
+    r"|credentials?|auth|signature|sig)"
+)
 _SECRET_KEY = re.compile(
     rf"(?:^|[_\-.\s]){_SECRET_NAME}(?:$|[_\-.\s](?:id|key|value|access[_-]?key)$)", re.IGNORECASE
 )

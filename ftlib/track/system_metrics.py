@@ -1,7 +1,8 @@
-"""System metrics by our own sampler, through the journal: MLflow's writes to the store from every node and stops when the server does.
+"""System metrics, sampled here and sent through the journal.
 
-Names and sections are those of MLflow's "System metrics" page: `system/<node>/cpu_utilization_percentage` and so on; step counts sampling periods since
-the run's start.
+MLflow's own sampler writes to the store from every node and stops when the server does. Names and
+sections are those of MLflow's "System metrics" page (`system/<node>/cpu_utilization_percentage` and
+so on); a point's step counts the sampling periods since the run's start.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from ftlib.track.journal import first
+from ftlib.track.journal import opening
 from ftlib.track.writer import Writer
 
 EVERY_SECONDS = 10.0
@@ -38,16 +39,14 @@ class Gpus:
     def sample(self) -> dict[str, float]:
         out: dict[str, float] = {}
         for number, device in enumerate(self._devices):
+            gpu = f"gpu_{number}"
             with contextlib.suppress(Exception):
                 memory = self._nvml.nvmlDeviceGetMemoryInfo(device)
-                out[f"gpu_{number}_memory_usage_megabytes"] = memory.used / 1e6
-                out[f"gpu_{number}_memory_usage_percentage"] = 100 * memory.used / memory.total
-                out[f"gpu_{number}_utilization_percentage"] = float(
-                    self._nvml.nvmlDeviceGetUtilizationRates(device).gpu
-                )
-                out[f"gpu_{number}_power_usage_watts"] = (
-                    self._nvml.nvmlDeviceGetPowerUsage(device) / 1000
-                )
+                out[f"{gpu}_memory_usage_megabytes"] = memory.used / 1e6
+                out[f"{gpu}_memory_usage_percentage"] = 100 * memory.used / memory.total
+                utilization = self._nvml.nvmlDeviceGetUtilizationRates(device)
+                out[f"{gpu}_utilization_percentage"] = float(utilization.gpu)
+                out[f"{gpu}_power_usage_watts"] = self._nvml.nvmlDeviceGetPowerUsage(device) / 1000
         return out
 
 
@@ -70,10 +69,10 @@ class SystemSampler:
         self._gpus = Gpus()
         self._network = psutil.net_io_counters()
         self._stop = threading.Event()
-        opening = first(Path(writer.place.folder) / writer.name) if writer.place.here else None
-        self._since = (
-            opening["t"] / 1000 if opening else time.time()
-        )  # a restarted run goes on instead of drawing over its first part
+        location = writer.location
+        known = opening(Path(location.folder) / writer.name) if location.is_local else None
+        # A restarted run goes on instead of drawing over its first part.
+        self._since = known["t"] / 1000 if known else time.time()
         psutil.cpu_percent()  # the first call only starts the measurement
         self._thread = threading.Thread(target=self._loop, name="ftlib-system-metrics", daemon=True)
         self._thread.start()
@@ -90,11 +89,8 @@ class SystemSampler:
 
     def sample(self) -> dict[str, float]:
         """Percent, megabytes and watts, by MLflow's names without the `system/` prefix."""
-        memory, disk, network = (
-            psutil.virtual_memory(),
-            psutil.disk_usage(self.disk),
-            psutil.net_io_counters(),
-        )
+        memory, disk = psutil.virtual_memory(), psutil.disk_usage(self.disk)
+        network = psutil.net_io_counters()
         out = {
             "cpu_utilization_percentage": psutil.cpu_percent(),
             "system_memory_usage_megabytes": memory.used / 1e6,

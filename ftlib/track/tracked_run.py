@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from ftlib.track.journal import State, file_of, first
+from ftlib.track import links
+from ftlib.track.journal import State, journal_at, journal_file, opening
 from ftlib.track.orphans import heartbeat_tags
 from ftlib.track.redact import redact
-from ftlib.track.store import artifact_link, experiment_link, run_link
 from ftlib.track.views import View
-from ftlib.track.writer import (
-    JournalLocation,
-    Writer,
-    clean_params,
-    clean_tags,
-    journal_at,
-    warn_once,
-)
+from ftlib.track.writer import JournalLocation, Writer, clean_params, clean_tags, warn_once
 
-if TYPE_CHECKING:
-    from ftlib.track.tracking import Tracking
+OUTCOMES = ("completed", "pruned", "failed", "killed")
+MAX_REASON_LENGTH = 250
+
+
+class Deliverer(Protocol):
+    """What a run needs of the driver's `Tracking`."""
+
+    @property
+    def wake(self) -> threading.Event:
+        """Set to have the journal delivered at once."""
+
+    def location(self) -> JournalLocation:
+        """Where the journals are."""
+
+    def state_of(self, path: Path) -> State:
+        """How far a journal has been delivered."""
+
+    def drain(self, paths: Iterable[Path] | None = None) -> bool:
+        """Wait until the journals are delivered, within bounds. Returns whether they are."""
 
 
 @dataclass
@@ -33,24 +44,26 @@ class TrackedRun:
 
     name: str
     key: str
-    place: JournalLocation
+    location: JournalLocation
+    """Where the run's journal was begun."""
     uri: str
-    tracking: Tracking | None = field(default=None, repr=False)
-    """None in a process that only writes (a trial); the driver delivers."""
+    """The tracking address, without secrets."""
+    deliverer: Deliverer | None = field(default=None, repr=False)
+    """None in a process that only writes (a trial's); the driver delivers."""
 
     @property
     def path(self) -> Path:
-        return file_of(Path(self.place.folder), self.name)
+        """The run's journal."""
+        return journal_file(Path(self.location.folder), self.name)
 
     @property
     def state(self) -> State:
-        if self.tracking is not None:
-            return self.tracking.delivery.feed(self.path).state
-        if self.place.here:
+        """What is known of the run in MLflow."""
+        if self.deliverer is not None:
+            return self.deliverer.state_of(self.path)
+        if self.location.is_local or self.location.remote is None:
             return State.load(self.path)
-        from ftlib.track.tracker_actor import state
-
-        return state(self.place.actor, self.path.name, 5.0)
+        return self.location.remote.state(self.path.name, 5.0)
 
     @property
     def run_id(self) -> str:
@@ -67,39 +80,52 @@ class TrackedRun:
 
     @property
     def url(self) -> str:
+        """Address of the run's page; empty while the run's id is unknown."""
+        return links.absolute(self.uri, self._page())
+
+    @property
+    def charts_url(self) -> str:
+        """Address of the run's charts; empty while the run's id is unknown."""
+        return links.absolute(self.uri, self._page("model-metrics"))
+
+    def _page(self, tab: str = "") -> str:
         state = self.state
-        return run_link(self.uri, state.experiment_id, state.run_id) if state.run_id else ""
+        return links.run_page(state.experiment_id, state.run_id, tab) if state.run_id else ""
+
+    def view_link(self, view: View) -> str:
+        """The experiment's charts in that view, for notes (`#/...`, good on any host and port).
+
+        Empty while the experiment's id is unknown.
+        """
+        experiment = self.experiment_id
+        return links.experiment_page(experiment, view.key) if experiment else ""
+
+    def view_url(self, view: View) -> str:
+        """The same as a whole address, for the screen."""
+        return links.absolute(self.uri, self.view_link(view))
+
+    def artifact_link(self, path: str) -> str:
+        """An artifact, opened on its run's page, for notes. Empty while the run's id is unknown."""
+        state = self.state
+        if not state.run_id:
+            return ""
+        return links.artifact_page(state.experiment_id, state.run_id, path)
 
     def writer(self) -> Writer:
         """For training code, in any process of the job."""
-        place = self.tracking.place() if self.tracking is not None else self.place
-        return Writer(
-            place,
-            self.path.name,
-            self.tracking.delivery.wake if self.tracking is not None else None,
-        )
+        if self.deliverer is None:
+            return Writer(self.location, self.path.name)
+        return Writer(self.deliverer.location(), self.path.name, self.deliverer.wake)
 
     def save_view(self, view: View) -> None:
-        """Put a saved view into the experiment's Views menu (best effort)."""
+        """Put a saved view into the experiment's Views menu, where MLflow's version allows it."""
         self.writer().put(
             {"op": "view", "key": view.key, "name": view.name, "state": dict(view.state)}
         )
 
-    def view_link(self, view: View) -> str:
-        """Address of the experiment's page with that view; empty while the experiment's id is unknown."""
-        experiment = self.experiment_id
-        return experiment_link(self.uri, experiment, view.key) if experiment else ""
-
-    def artifact_link(self, path: str) -> str:
-        """Address of an artifact, opened beside its run's page; empty while the run's id is unknown."""
-        state = self.state
-        return (
-            artifact_link(self.uri, state.experiment_id, state.run_id, path) if state.run_id else ""
-        )
-
     def log_model(
         self,
-        model: Path | str | Callable[[Path], Any],
+        model: Path | str | Callable[[Path], object],
         *,
         name: str = "model",
         registered_name: str | None = None,
@@ -107,17 +133,18 @@ class TrackedRun:
         step: int = 0,
         tags: Mapping[str, Any] | None = None,
     ) -> None:
-        """Attach an MLflow model to the run, with the run's metrics at `step`, its `best/*` and its `test/*`.
+        """Attach an MLflow model to the run, with its metrics at `step`, its `best/*` and `test/*`.
 
         Args:
-            model: a folder that holds a complete MLflow model (its MLmodel file), which must stay until it has been delivered; or a
-                function that writes one into the folder it is given.
+            model: a folder that holds a complete MLflow model (its MLmodel file), which must stay
+                until it has been delivered; or a function that writes one into the folder it is
+                given.
             registered_name: also make it a version of this registered model.
             alias: point this alias of the registered model at the version.
         """
         try:
             if callable(model):
-                folder = Path(self.place.folder) / "models" / uuid.uuid4().hex[:8] / name
+                folder = Path(self.location.folder) / "models" / uuid.uuid4().hex[:8] / name
                 folder.parent.mkdir(parents=True)
                 model(folder)
             else:
@@ -144,38 +171,96 @@ class TrackedRun:
             )
 
     def finish(self, outcome: str = "completed", note: str | None = None) -> bool:
-        """End the run and wait until MLflow has everything, but not for a server that is down. Returns whether it has.
+        """End the run and wait until MLflow has everything, but not for a server that is down.
+
+        Returns whether it has.
 
         Args:
             outcome: completed, pruned, failed or killed.
-            note: for completed runs the description on the run's page (markdown); otherwise also its first line as tag `reason`.
+            note: for completed runs the description on the run's page (Markdown); for others also
+                the tag `reason`, by its first line.
+
+        Raises:
+            ValueError: for another outcome.
         """
-        if outcome not in ("completed", "pruned", "failed", "killed"):
-            raise ValueError(f"outcome {outcome!r}: needs completed, pruned, failed or killed")
+        if outcome not in OUTCOMES:
+            raise ValueError(f"outcome {outcome!r}: needs {', '.join(OUTCOMES)}")
         tags = {"mlflow.note.content": note} if note else {}
         if note and outcome != "completed":
-            tags["reason"] = note.strip().splitlines()[0][:250]
+            tags["reason"] = reason_of(note)
         writer = self.writer()
-        if self.tracking is not None and writer.place.actor is not None:
-            from ftlib.track.tracker_actor import wait_for
-
-            wait_for(
-                writer.place.actor, 5.0
-            )  # what workers on other machines have sent comes before the end
+        if self.deliverer is not None and writer.location.remote is not None:
+            writer.location.remote.flush(5.0)  # what workers elsewhere have sent precedes the end
         writer.put({"op": "end", "outcome": outcome, "tags": clean_tags(tags)})
-        if self.tracking is None:
+        if self.deliverer is None:
             writer.flush()
             return False
-        return self.tracking.drain([self.path])
+        return self.deliverer.drain([self.path])
+
+
+def reason_of(note: str) -> str:
+    """A note as the tag `reason` shows it: its first line, cut."""
+    return note.strip().splitlines()[0][:MAX_REASON_LENGTH]
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What a run begins with."""
+
+    name: str
+    """Shown in the UI; identifies the run within its journal folder."""
+    experiment: str
+    uri: str
+    tags: Mapping[str, Any]
+    params: Mapping[str, Any]
+    parent: str | None = None
+    """The parent's MLflow id, or its `reference`."""
+    run_id: str | None = None
+    """The MLflow run to reopen, as kept by an earlier start."""
+
+
+def begin(start: RunStart, location: JournalLocation) -> TrackedRun:
+    """Write into the journal that a run begins or goes on. The driver delivers it."""
+    path = journal_file(Path(location.folder), start.name)
+    writer = Writer(location, path.name)
+    known = opening(path) if location.is_local else None
+    if known is not None:
+        key = known["key"]
+        writer.put({"op": "open"})
+        writer.tags({**start.tags, **heartbeat_tags()})
+        writer.params(start.params)
+        return TrackedRun(start.name, key, location, redact(start.uri))
+    if location.is_local:
+        key = uuid.uuid4().hex
+    else:
+        place = f"{location.machine}{location.folder}{start.name}"
+        key = uuid.uuid5(uuid.NAMESPACE_URL, place).hex
+    writer.put(
+        {
+            "op": "run",
+            "key": key,
+            "name": start.name,
+            "experiment": start.experiment,
+            "uri": redact(start.uri),
+            "machine": location.machine,
+            "run_id": start.run_id or "",
+            "parent": start.parent or "",
+            "tags": clean_tags({**start.tags, **heartbeat_tags()}),
+            "params": clean_params(start.params),
+        }
+    )
+    if location.is_local:
+        journal_at(path).sync()
+    return TrackedRun(start.name, key, location, redact(start.uri))
 
 
 @dataclass(frozen=True)
 class TrackerHandle:
-    """Picklable: starts runs from any process of the job. The driver's `Tracking` makes and delivers them."""
+    """Starts runs from any process of the job; picklable. The driver's `Tracking` delivers them."""
 
     uri: str
     experiment: str
-    place: JournalLocation
+    location: JournalLocation
 
     def start_run(
         self,
@@ -187,56 +272,13 @@ class TrackerHandle:
         run_id: str | None = None,
         wait_seconds: float = 0.0,
     ) -> TrackedRun:
-        """As `Tracking.start_run`, but never fails, and its id may come a little later (`wait_seconds` waits for it)."""
-        tracked = begin(self.place, self.uri, self.experiment, name, tags, params, parent, run_id)
+        """As `Tracking.start_run`, but never fails.
+
+        The run's id may come a little later; `wait_seconds` waits for it.
+        """
+        start = RunStart(name, self.experiment, self.uri, tags, params, parent, run_id)
+        tracked = begin(start, self.location)
         deadline = time.monotonic() + wait_seconds
         while time.monotonic() < deadline and not tracked.run_id:
             time.sleep(0.2)
         return tracked
-
-
-def begin(
-    place: JournalLocation,
-    uri: str,
-    experiment: str,
-    name: str,
-    tags: Mapping[str, Any],
-    params: Mapping[str, Any],
-    parent: str | None,
-    run_id: str | None,
-) -> TrackedRun:
-    """Write a run's opening into its journal, or that it goes on. Delivering it is the driver's work."""
-    path = file_of(Path(place.folder), name)
-    writer = Writer(place, path.name)
-    opening = first(path) if place.here else None
-    key = (
-        opening["key"]
-        if opening
-        else (
-            uuid.uuid4().hex
-            if place.here
-            else uuid.uuid5(uuid.NAMESPACE_URL, f"{place.machine}{place.folder}{name}").hex
-        )
-    )
-    if opening is None:
-        writer.put(
-            {
-                "op": "run",
-                "key": key,
-                "name": name,
-                "experiment": experiment,
-                "uri": redact(uri),
-                "machine": place.machine,
-                "run_id": run_id or "",
-                "parent": parent or "",
-                "tags": clean_tags({**tags, **heartbeat_tags()}),
-                "params": clean_params(params),
-            }
-        )
-        if place.here:
-            journal_at(path).sync()
-    else:
-        writer.put({"op": "open"})
-        writer.tags({**tags, **heartbeat_tags()})
-        writer.params(params)
-    return TrackedRun(name, key, place, uri)

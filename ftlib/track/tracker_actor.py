@@ -1,7 +1,7 @@
-"""The tracker actor: the journal's door for processes on other machines than the driver's.
+"""The tracker actor: lets processes on other machines than the driver's append to the journals.
 
-It costs no CPU share, sits on the driver's node, belongs to the driver (so it goes with it) and only appends to files: delivering is
-the driver's thread's work. Calls to it are fire-and-forget.
+It takes no CPU share, runs on the driver's node, is owned by the driver (so it ends with it) and
+only appends to files; the driver's thread delivers them. Calls do not wait for an answer.
 """
 
 from __future__ import annotations
@@ -9,32 +9,31 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from ftlib.track.journal import State, encode
-from ftlib.track.writer import journal_at
+from ftlib.track.journal import State, encode, journal_at
 
 
 class TrackerActor:
+    """Runs on the driver's node; see `ActorJournal` for the calls."""
+
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
 
     def append(self, name: str, line: bytes) -> None:
         journal_at(self.folder / name).append(line)
 
-    def store(self, name: str, file: str, data: bytes, folder: str, t: int) -> None:
-        """An artifact's bytes, from a machine that shares no disk with this one."""
+    def store(self, name: str, file: str, data: bytes, folder: str, time_ms: int) -> None:
         kept = self.folder / "files" / uuid.uuid4().hex[:12] / file
         kept.parent.mkdir(parents=True)
         kept.write_bytes(data)
-        self.append(
-            name,
-            encode({"op": "artifact", "path": str(kept), "name": file, "folder": folder, "t": t}),
-        )
+        record = {"op": "artifact", "path": str(kept), "name": file, "folder": folder, "t": time_ms}
+        self.append(name, encode(record))
 
     def state(self, name: str) -> State:
         return State.load(self.folder / name)
@@ -43,35 +42,50 @@ class TrackerActor:
         return True
 
 
-def several_machines() -> bool:
-    """Whether processes of this job may be on other machines than this one: it joined a cluster, or its cluster has several nodes."""
-    return ray.is_initialized() and (
-        bool(os.environ.get("RAY_ADDRESS")) or sum(node["Alive"] for node in ray.nodes()) > 1
-    )
+@dataclass(frozen=True)
+class ActorJournal:
+    """A picklable `ftlib.track.writer.RemoteJournal` over the actor's handle."""
+
+    actor: Any
+    """Ray's handle, which has no type."""
+
+    def append(self, name: str, line: bytes) -> None:
+        self.actor.append.remote(name, line)
+
+    def store(self, name: str, file: str, data: bytes, folder: str, time_ms: int) -> None:
+        self.actor.store.remote(name, file, data, folder, time_ms)
+
+    def state(self, name: str, seconds: float) -> State:
+        with contextlib.suppress(ray.exceptions.RayError):
+            found: State = ray.get(self.actor.state.remote(name), timeout=seconds)
+            return found
+        return State()
+
+    def flush(self, seconds: float) -> None:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get(self.actor.ready.remote(), timeout=seconds)
+
+    def stop(self) -> None:
+        with contextlib.suppress(Exception):
+            ray.kill(self.actor)
 
 
-def start(folder: Path) -> Any:
-    """A tracker actor on this node. Returns its handle without waiting for it to be up."""
+def may_span_machines() -> bool:
+    """Whether processes of this job may run on other machines.
+
+    True if it joined a cluster, or its own cluster has several nodes.
+    """
+    if not ray.is_initialized():
+        return False
+    return bool(os.environ.get("RAY_ADDRESS")) or sum(n["Alive"] for n in ray.nodes()) > 1
+
+
+def start(folder: Path) -> ActorJournal:
+    """Start a tracker actor on this node; does not wait until it is up."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote = ray.remote(TrackerActor)
-    return remote.options(
-        num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here
-    ).remote(str(folder))
-
-
-def stop(actor: Any) -> None:
-    with contextlib.suppress(Exception):
-        ray.kill(actor)
-
-
-def wait_for(actor: Any, seconds: float) -> None:
-    """Until all calls made so far by this process have been carried out, or the time is over."""
-    with contextlib.suppress(ray.exceptions.RayError):
-        ray.get(actor.ready.remote(), timeout=seconds)
-
-
-def state(actor: Any, name: str, seconds: float) -> State:
-    """A run's state as the driver's machine knows it."""
-    with contextlib.suppress(ray.exceptions.RayError):
-        return ray.get(actor.state.remote(name), timeout=seconds)
-    return State()
+    return ActorJournal(
+        remote.options(
+            num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here
+        ).remote(str(folder))
+    )

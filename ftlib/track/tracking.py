@@ -1,13 +1,19 @@
 """Tracking as the driver sees it: open it, start runs, hand out writers, finish runs, close.
 
-    with open_tracking(run.track, experiment="imagenette", journal_dir=folder / "journal") as tracking:
+    with open_tracking(run.track, experiment="pets", journal_dir=folder / "journal") as tracking:
         tracked = tracking.start_run("phase2", tags=run_tags(run), params=params_of(run))
         ... tracked.writer() goes to rank 0 ...
         tracked.finish("completed")
 
-Everything goes to a journal first (`ftlib.track.journal`); one thread of the driver delivers it (`ftlib.track.delivery_thread`), so that one process
-writes to the store whatever the number of workers. Only two things can fail: a server that cannot be reached when a run is about to
-exist for the first time, and a store that cannot be made. Once a run exists, nothing about tracking stops it.
+Everything is written to a journal first (`ftlib.track.journal`). One thread of the driver delivers
+it (`ftlib.track.delivery_thread`), so one process writes to the store whatever the number of
+workers. Only two things can fail: a server that cannot be reached when a run is about to exist for
+the first time, and a store that cannot be made. Once a run exists, nothing about tracking stops
+it.
+
+The way of a metric: `writer` (training code) -> `journal` (a line in a file; `tracker_actor`
+carries it there from other machines) -> `delivery_thread` -> `run_delivery` (one run's lines as
+requests). `leftovers` does the last two steps for drivers that died, `orphans` ends their runs.
 """
 
 from __future__ import annotations
@@ -20,35 +26,44 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftlib.config import Track
+from ftlib.process_identity import machine_id
 from ftlib.track import journal as journals
+from ftlib.track import library_log
 from ftlib.track.delivery_thread import DeliveryThread
-from ftlib.track.journal import State, file_of, first
+from ftlib.track.journal import State, close_journal, journal_file, opening
 from ftlib.track.redact import redact
 from ftlib.track.store import (
     TrackingError,
     client,
     ensure_experiment,
     ensure_store,
+    first_line,
     import_mlflow,
-    patient,
     reach,
+    registry_uri,
+    request_timeout,
     resolve_uri,
     sqlite_path,
 )
-from ftlib.track.tracked_run import TrackedRun, TrackerHandle, begin
-from ftlib.track.writer import JournalLocation, Writer, clean_tags, forget_journal
+from ftlib.track.tracked_run import RunStart, TrackedRun, TrackerHandle, begin, reason_of
+from ftlib.track.writer import JournalLocation, Writer, clean_tags
+
+if TYPE_CHECKING:
+    from ftlib.track.tracker_actor import ActorJournal
 
 __all__ = ["TrackedRun", "TrackerHandle", "Tracking", "open_tracking"]
 
 log = logging.getLogger("ftlib.track")
 
 FINISH_SECONDS = 5.0
-"""What finishing waits for a server that fails or is slow, over all runs of a `Tracking`. What is left stays in the journal."""
+"""How long all runs of a `Tracking` together wait for a server that fails or is slow."""
 FINISH_HEALTHY_SECONDS = 600.0
-"""What finishing waits for a server that keeps taking what it gets."""
+"""How long finishing waits for a server that keeps taking what it gets."""
+START_SECONDS = 9.0
+"""How long starting waits until the server has made the run."""
 
 
 class Tracking:
@@ -57,16 +72,14 @@ class Tracking:
     def __init__(
         self, uri: str, experiment: str, folder: Path, offline: bool, leftovers: Iterable[Path] = ()
     ) -> None:
-        self.uri, self.experiment, self.folder, self.offline = (
-            uri,
-            experiment,
-            Path(folder),
-            offline,
-        )
+        self.uri, self.experiment = uri, experiment
+        self.folder, self.offline = Path(folder), offline
         self.delivery = DeliveryThread(uri, self.folder, experiment, leftovers)
-        self._actor: Any = None
+        self._remote: ActorJournal | None = None
         self._finish_left = FINISH_SECONDS
-        self._closed = False
+        self._has_warned = False
+        self._is_closed = False
+        library_log.start(self.folder)
         self.delivery.start()
         atexit.register(self.close)
 
@@ -76,22 +89,32 @@ class Tracking:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
-        killed = isinstance(error, KeyboardInterrupt | SystemExit)
-        note = None if error is None or killed else f"{type(error).__name__}: {error}"
-        self.close("killed" if error is None or killed else "failed", note)
+        if error is None or isinstance(error, KeyboardInterrupt | SystemExit):
+            self.close("killed")
+        else:
+            self.close("failed", f"{type(error).__name__}: {error}")
 
-    def place(self) -> JournalLocation:
-        """The journal's place, with a tracker actor if processes of this job may run on other machines."""
-        if self._actor is None and "ray" in sys.modules:
+    @property
+    def wake(self) -> threading.Event:
+        """Set to have the journals delivered at once."""
+        return self.delivery.wake
+
+    def state_of(self, path: Path) -> State:
+        """How far a journal has been delivered."""
+        return self.delivery.run_delivery(path).state
+
+    def location(self) -> JournalLocation:
+        """Where the journals are; with a tracker actor if processes may run on other machines."""
+        if self._remote is None and "ray" in sys.modules:
             from ftlib.track import tracker_actor
 
-            if tracker_actor.several_machines():
-                self._actor = tracker_actor.start(self.folder)
-        return JournalLocation(str(self.folder), journals.machine(), self._actor)
+            if tracker_actor.may_span_machines():
+                self._remote = tracker_actor.start(self.folder)
+        return JournalLocation(str(self.folder), machine_id(), self._remote)
 
     def handle(self) -> TrackerHandle:
-        """For processes that start and finish runs of their own under this tracking, such as trials."""
-        return TrackerHandle(self.uri, self.experiment, self.place())
+        """For processes that start and finish runs of their own under this tracking (trials)."""
+        return TrackerHandle(redact(self.uri), self.experiment, self.location())
 
     def start_run(
         self,
@@ -102,59 +125,74 @@ class Tracking:
         parent: str | None = None,
         run_id: str | None = None,
     ) -> TrackedRun:
-        """Make the run, or continue the one that this journal folder knows by this name (or that `run_id` names).
+        """Make the run, or continue the one that the journal knows by this name (or by `run_id`).
 
         Args:
             name: shown in the UI; identifies the run within the journal folder.
             parent: the parent's MLflow id, or its `reference`.
-            run_id: the MLflow run to reopen, as kept by an earlier start. If it no longer exists, it is made again.
+            run_id: the MLflow run to reopen, as kept by an earlier start. If it no longer exists,
+                it is made again.
 
         Raises:
             TrackingError: a new run could not be made within 10 s (never with `offline`).
         """
-        path = file_of(self.folder, name)
-        existed = first(path) is not None
-        tracked = begin(self.place(), self.uri, self.experiment, name, tags, params, parent, run_id)
-        tracked.tracking = self
-        feed = self.delivery.feed(path)
-        if run_id and not feed.state.run_id:
-            feed.state.run_id = run_id
-        if feed.state.run_id or self.offline:
-            self.delivery.hurry()
+        path = journal_file(self.folder, name)
+        existed = opening(path) is not None
+        start = RunStart(name, self.experiment, self.uri, tags, params, parent, run_id)
+        tracked = begin(start, self.location())
+        tracked.deliverer = self
+        delivery = self.delivery.run_delivery(path)
+        if run_id and not delivery.state.run_id:
+            delivery.state.run_id = run_id
+        if delivery.state.run_id or self.offline:
+            self.delivery.flush_now()
             return tracked
-        deadline = time.monotonic() + 9.0
-        if not self.delivery.wait(lambda: bool(feed.state.run_id), lambda: deadline):
-            error = self.delivery.last_error
+        deadline = time.monotonic() + START_SECONDS
+        if not self.delivery.wait(lambda: bool(delivery.state.run_id), lambda: deadline):
             if not existed:
                 self.delivery.forget(path)
-                forget_journal(path)
+                close_journal(path)
                 path.unlink(missing_ok=True)
-            why = (
-                redact(str(error)).splitlines()[0][:300]
-                if error is not None and str(error)
-                else "no answer within 9 s"
-            )
+            error = self.delivery.last_error
+            why = first_line(error) if error else f"no answer within {START_SECONDS:g} s"
             raise TrackingError(
-                f"MLflow at {redact(self.uri)} did not make the run {name} ({why}). Look at the server's log, or start with --track.offline "
-                "to journal everything now and deliver it later"
+                f"MLflow at {redact(self.uri)} did not make the run {name} ({why}). Look at the "
+                "server's log, or start with --track.offline to journal everything now and deliver "
+                "it later"
             )
         return tracked
 
+    def writer_of(self, name: str) -> Writer:
+        """A writer for another run of this journal folder, such as a finished trial."""
+        return Writer(self.location(), journal_file(self.folder, name).name, self.wake)
+
     def drain(self, paths: Iterable[Path] | None = None) -> bool:
-        """Wait until everything is delivered, or the server turns out to fail or to be slow and the patience for that is used up."""
-        wanted = [self.delivery.feed(p) for p in (paths or journals.journals(self.folder))]
+        """Wait until the journals (default: all of the folder) are delivered; whether they are.
+
+        A server that keeps taking records gets FINISH_HEALTHY_SECONDS; one that fails or is slow
+        gets what is left of FINISH_SECONDS.
+        """
+        wanted = [
+            self.delivery.run_delivery(path)
+            for path in (paths or journals.find_journals(self.folder))
+        ]
         started = time.monotonic()
 
         def deadline() -> float:
-            trouble = self.delivery.trouble or not any(f.state.run_id for f in wanted)
-            return started + (self._finish_left if trouble else FINISH_HEALTHY_SECONDS)
+            is_unknown = not any(d.state.run_id for d in wanted)
+            if self.delivery.in_trouble or is_unknown:
+                return started + self._finish_left
+            return started + FINISH_HEALTHY_SECONDS
 
-        done = self.delivery.wait(lambda: not any(f.pending for f in wanted), deadline)
-        if self.delivery.trouble or not done:
+        done = self.delivery.wait(lambda: not any(d.is_pending for d in wanted), deadline)
+        if self.delivery.in_trouble or not done:
             self._finish_left = max(0.5, self._finish_left - (time.monotonic() - started))
-        if not done:
+        if not done and not self._has_warned:
+            self._has_warned = True
             log.warning(
-                "tracking: %s has not taken everything yet. The rest is kept in %s; it goes out at the next start, or with: python jobs/track.py deliver",
+                "tracking: %s has not taken everything yet. The rest is kept in %s. The same "
+                "command or any other job on this home delivers it, or: python jobs/track.py "
+                "deliver",
                 redact(self.uri),
                 self.folder,
             )
@@ -162,41 +200,42 @@ class Tracking:
 
     def end_orphan(self, name: str, outcome: str, note: str | None = None) -> None:
         """End the run of a process that died (a trial's), if it is still open."""
-        path = file_of(self.folder, name)
-        opening = first(path)
-        if opening is not None and journals.is_open(path):
-            TrackedRun(name, opening["key"], self.place(), self.uri, self).finish(outcome, note)
+        path = journal_file(self.folder, name)
+        start = opening(path)
+        if start is not None and journals.is_open(path):
+            tracked = TrackedRun(name, start["key"], self.location(), redact(self.uri), self)
+            tracked.finish(outcome, note)
 
     def close(self, outcome: str = "killed", note: str | None = None) -> None:
         """End what is still open as `outcome`, deliver, and stop. May be called twice."""
-        if self._closed:
+        if self._is_closed:
             return
-        self._closed = True
+        self._is_closed = True
         atexit.unregister(self.close)
         with contextlib.suppress(Exception):
-            for path in journals.journals(self.folder):
-                opening = first(path)
-                if opening is not None and journals.is_open(path):
-                    tags = (
-                        clean_tags({"reason": note.strip().splitlines()[0][:250]}) if note else {}
-                    )
-                    Writer(JournalLocation(str(self.folder), journals.machine()), path.name).put(
-                        {"op": "end", "outcome": outcome, "tags": tags}
-                    )
+            self._end_open_runs(outcome, note)
             self.drain()
         self.delivery.stop(2.0)
-        for path in journals.journals(self.folder):
-            forget_journal(path)
-        if self._actor is not None:
-            from ftlib.track import tracker_actor
+        for path in journals.find_journals(self.folder):
+            close_journal(path)
+        if self._remote is not None:
+            self._remote.stop()
+        library_log.stop(self.folder)
+        journals.release(self.folder)
 
-            tracker_actor.stop(self._actor)
-        journals.disown(self.folder)
+    def _end_open_runs(self, outcome: str, note: str | None) -> None:
+        tags = clean_tags({"reason": reason_of(note)}) if note else {}
+        location = JournalLocation(str(self.folder), machine_id())
+        for path in journals.find_journals(self.folder):
+            if journals.is_open(path):
+                Writer(location, path.name).put({"op": "end", "outcome": outcome, "tags": tags})
 
 
-def ahead(cfg: Track) -> threading.Thread:
-    """Start to import MLflow and to make the store, which take seconds, while something else is waited for. `open_tracking` does the same
-    and reports what is wrong."""
+def warm_up(cfg: Track) -> threading.Thread:
+    """Import MLflow and make the store in the background, which takes seconds.
+
+    `open_tracking` does the same and reports what is wrong.
+    """
 
     def work() -> None:
         with contextlib.suppress(TrackingError):
@@ -205,9 +244,18 @@ def ahead(cfg: Track) -> threading.Thread:
             if not cfg.offline:
                 ensure_store(uri)
 
-    thread = threading.Thread(target=work, name="tracking-ahead", daemon=True)
+    thread = threading.Thread(target=work, name="tracking-warm-up", daemon=True)
     thread.start()
     return thread
+
+
+def check_addresses(cfg: Track) -> None:
+    """Refuse tracking and registry addresses that make no sense; asks no server.
+
+    Raises:
+        TrackingError: with what to write.
+    """
+    registry_uri(resolve_uri(cfg.uri))
 
 
 def open_tracking(
@@ -222,42 +270,53 @@ def open_tracking(
 
     Args:
         cfg: the run's tracking settings; `cfg.experiment` wins over `experiment`.
-        journal_dir: a local folder of this driver's own; what an earlier driver left in it is delivered.
-        resuming: a run that is to be continued exists already, so a server that cannot be reached is no reason to fail.
-        leftovers: journal folders of other runs to deliver on the side; by default those beside this one (RUNS/*/journal).
+        journal_dir: a local folder of this driver's own; what an earlier driver left is delivered.
+        resuming: the run exists already, so a server that cannot be reached is no reason to fail.
+        leftovers: journal folders of other runs to deliver when nothing else waits; by default
+            those beside this one (RUNS/*/journal).
 
     Raises:
-        TrackingError: the URI makes no sense, the store cannot be made, or the server does not answer within 10 s.
+        TrackingError: the address makes no sense, the store cannot be made, or the server does not
+            answer within 10 s.
     """
     folder = Path(journal_dir).absolute()
+    check_addresses(cfg)
     uri = resolve_uri(cfg.uri)
+    name = cfg.experiment or experiment
     if leftovers is None:
         leftovers = sorted(folder.parent.parent.glob(f"*/{folder.name}"))
+    _acquire(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        owned = journals.own(folder)
-    except OSError as error:
-        raise TrackingError(
-            f"the tracking journal cannot be kept in {folder} ({error}). Free space or permissions there, or set checkpoint.storage to another place"
-        ) from None
-    if not owned:
-        raise TrackingError(
-            f"another process is tracking into {folder}. Wait until it has ended, or give this run another name"
-        )
-    try:
-        known = resuming or any(State.load(p).run_id for p in journals.journals(folder))
-        name = cfg.experiment or experiment
-        if not cfg.offline and not known:
+        library_log.start(folder)
+        is_known = resuming or any(State.load(p).run_id for p in journals.find_journals(folder))
+        if not cfg.offline and not is_known:
             ensure_store(uri)
             reach(uri)
-            with patient(8):
+            with request_timeout(8):
                 ensure_experiment(client(uri), name, uri)
         elif sqlite_path(uri) is not None and not cfg.offline:
-            with contextlib.suppress(
-                TrackingError
-            ):  # the run exists: what is wrong will be reported by the delivery
+            with contextlib.suppress(TrackingError):  # the delivery will report what is wrong
                 ensure_store(uri)
+        return Tracking(uri, name, folder, cfg.offline, leftovers)
     except BaseException:
-        journals.disown(folder)
+        journals.release(folder)
         raise
-    return Tracking(uri, name, folder, cfg.offline, leftovers)
+    finally:
+        library_log.stop(folder)
+
+
+def _acquire(folder: Path) -> None:
+    """Make the journal folder this process's own."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_ours = journals.acquire(folder)
+    except OSError as error:
+        raise TrackingError(
+            f"the tracking journal cannot be kept in {folder} ({error}). Free space or permissions "
+            "there, or set checkpoint.storage to another place"
+        ) from None
+    if not is_ours:
+        raise TrackingError(
+            f"another process is tracking into {folder}. Wait until it has ended, or give this run "
+            "another name"
+        )

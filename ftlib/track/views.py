@@ -1,8 +1,9 @@
-"""Saved views: MLflow's tables and charts set up the way a comparison needs them, before anybody clicks.
+"""Saved views: MLflow's tables and charts set up for a purpose before anybody clicks.
 
-MLflow keeps a named view as an experiment tag `mlflow.sharedViewState.<key>` with the page's state, deflated. There is no API for it, so
-this is best effort: only for versions whose format is known, and never a reason for anything to fail. A view that a person has changed
-in the browser ("Override saved view") is left alone.
+MLflow keeps a named view as an experiment tag `mlflow.sharedViewState.<key>` that holds the page's
+state, deflated. There is no public interface for it, so views are written only for versions whose
+format is known, and a failure to write one never matters. A view that a person has changed in the
+browser ("Override saved view") is left alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import time
 import zlib
@@ -36,7 +38,7 @@ class View:
     state: Mapping[str, Any]
 
 
-def known(version: str) -> bool:
+def is_known_version(version: str) -> bool:
     """Whether pages of this MLflow version read the views written here."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return found is not None and OLDEST <= (int(found[1]), int(found[2])) <= NEWEST
@@ -54,7 +56,7 @@ def tag(key: str) -> str:
     return f"tags.`{key}`"
 
 
-# --- charts -----------------------------------------------------------------------------------------------------------------------
+# --- charts ---------------------------------------------------------------------------------------
 
 
 def _chart(kind: str, section: str, **settings: Any) -> dict[str, Any]:
@@ -185,7 +187,7 @@ def _state(
     }
 
 
-# --- the views --------------------------------------------------------------------------------------------------------------------
+# --- the views ------------------------------------------------------------------------------------
 
 
 def phases_view(split: str = "val") -> View:
@@ -250,7 +252,7 @@ def phases_view(split: str = "val") -> View:
 def sweep_view(
     sweep: str, params: Sequence[str], split: str = "tuning", finished_only: bool = True
 ) -> View:
-    """A sweep's trials: leaderboard, parallel coordinates, score against each swept parameter, learning curves.
+    """A sweep's trials: scores against settings, learning curves, leaderboard.
 
     Args:
         params: short names of the swept parameters.
@@ -299,7 +301,7 @@ def view_key(sweep: str) -> str:
     return "ftlib-" + re.sub(r"[^A-Za-z0-9-]+", "-", sweep)
 
 
-# --- reading and writing ----------------------------------------------------------------------------------------------------------
+# --- reading and writing --------------------------------------------------------------------------
 
 
 def encode(view: View, created: int, updated: int) -> str:
@@ -328,11 +330,14 @@ def decode(key: str, value: str) -> View:
 
 
 def server_version(uri: str) -> str:
-    """Version of the MLflow that will show the page: the server's, or this one's for a store without a server."""
+    """Version of the MLflow that shows the pages: the server's, or this one's without a server."""
     if uri.startswith(("http://", "https://")):
         import requests
 
-        return requests.get(f"{uri}/version", timeout=5).text.strip()
+        user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+        login = (user, os.environ.get("MLFLOW_TRACKING_PASSWORD", "")) if user else None
+        answer = requests.get(f"{uri}/version", timeout=5, auth=login)
+        return answer.text.strip() if answer.status_code == 200 else ""
     import mlflow
 
     return mlflow.__version__

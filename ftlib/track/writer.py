@@ -1,7 +1,8 @@
 """The writer that training code holds: small, picklable, never raises, never waits for a server.
 
-On the driver's machine it appends to the run's journal itself. Elsewhere it hands each line to the tracker actor on the driver's node
-(`ftlib.track.tracker_actor`) without waiting for an answer. Nothing here imports MLflow or torch.
+On the driver's machine it appends to the run's journal itself. Elsewhere it sends each line to the
+tracker actor on the driver's node (`ftlib.track.tracker_actor`) without waiting for an answer.
+Imports neither MLflow, Ray nor torch.
 """
 
 from __future__ import annotations
@@ -18,24 +19,27 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from ftlib.track.journal import Journal, encode, machine, now_ms
+from ftlib.clock import now_ms
+from ftlib.process_identity import machine_id
+from ftlib.track.journal import Record, State, encode, journal_at
 from ftlib.track.redact import redact, redact_value
 
 log = logging.getLogger("ftlib.track")
 
-LONGEST_TAG = 8000
-LONGEST_PARAM = 6000
-LARGEST_SHIPPED = 64 << 20
-"""Bytes of an artifact that a writer on another machine still sends to the driver's."""
-LARGEST_COPIED = 16 << 20
-"""Bytes of an artifact that is copied into the journal's folder where it cannot be linked."""
+MAX_TAG_LENGTH = 8000
+MAX_PARAM_LENGTH = 6000
+MAX_SENT_BYTES = 64 << 20
+"""Largest artifact that a writer on another machine sends to the driver's machine."""
+MAX_COPIED_BYTES = 16 << 20
+"""Largest artifact that is copied into the journal's folder where it cannot be linked."""
 
 _warned: set[str] = set()
 
 
 def warn_once(message: str, *args: object) -> None:
+    """Log a warning the first time this process gives the message."""
     if message not in _warned:
         _warned.add(message)
         log.warning(message, *args)
@@ -56,165 +60,156 @@ def _never_raises(method: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
+class RemoteJournal(Protocol):
+    """The way to the journals for processes on other machines. Calls do not wait for an answer."""
+
+    def append(self, name: str, line: bytes) -> None:
+        """Append an encoded record to the journal file `name`."""
+
+    def store(self, name: str, file: str, data: bytes, folder: str, time_ms: int) -> None:
+        """Keep the bytes of an artifact and record it."""
+
+    def state(self, name: str, seconds: float) -> State:
+        """The state of the journal `name`; a fresh one if there is no answer in time."""
+
+    def flush(self, seconds: float) -> None:
+        """Wait until earlier calls of this process have been carried out, at most `seconds`."""
+
+
 @dataclass(frozen=True)
 class JournalLocation:
-    """Where a run's journal is, and how to reach it from any process of the job."""
+    """Where a job's journals are, and how any process of the job reaches them."""
 
     folder: str
     machine: str
-    actor: Any = None
-    """Handle of the tracker actor, or None where every process is on the driver's machine."""
+    """`machine_id()` of the driver's machine."""
+    remote: RemoteJournal | None = None
+    """None where every process is on the driver's machine."""
 
     @property
-    def here(self) -> bool:
-        return self.machine == machine() and os.access(self.folder, os.W_OK)
-
-
-_journals: dict[str, Journal] = {}
-_journals_lock = threading.Lock()
-
-
-def journal_at(path: Path) -> Journal:
-    """This process's appender for a file: one for all writers, so that lines waiting in memory keep their order."""
-    with _journals_lock:
-        return _journals.setdefault(f"{os.getpid()}:{path}", Journal(path))
-
-
-def forget_journal(path: Path) -> None:
-    """Closes the appender for a file."""
-    with _journals_lock:
-        journal = _journals.pop(f"{os.getpid()}:{path}", None)
-    if journal is not None:
-        journal.close()
+    def is_local(self) -> bool:
+        """Whether this process can write the files itself."""
+        return self.machine == machine_id() and os.access(self.folder, os.W_OK)
 
 
 def clean_tags(tags: Mapping[str, Any]) -> dict[str, str]:
-    return {str(k): redact_value(str(k), v)[:LONGEST_TAG] for k, v in tags.items() if v is not None}
+    """Tags as MLflow takes them: text, without secrets, cut to its limit, None left out."""
+    given = {str(k): v for k, v in tags.items() if v is not None}
+    return {k: redact_value(k, v)[:MAX_TAG_LENGTH] for k, v in given.items()}
 
 
 def clean_params(params: Mapping[str, Any]) -> dict[str, str]:
-    return {str(k): redact_value(str(k), v)[:LONGEST_PARAM] for k, v in params.items()}
+    """Parameters as MLflow takes them: text, without secrets, cut to its limit."""
+    return {str(k): redact_value(str(k), v)[:MAX_PARAM_LENGTH] for k, v in params.items()}
 
 
 @dataclass(frozen=True)
 class Writer:
-    """Records metrics, tags, params, texts and files of one run; see the module's docstring."""
+    """Records metrics, tags, parameters, texts and files of one run."""
 
-    place: JournalLocation
+    location: JournalLocation
     name: str
     """File name of the run's journal."""
     wake: threading.Event | None = field(default=None, compare=False, repr=False)
-    """Set to have the delivering thread of this process look at once."""
+    """Set after each record, so that the delivery thread of this process looks at once."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"place": self.place, "name": self.name, "wake": None}
+        return {"location": self.location, "name": self.name, "wake": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for key, value in state.items():
             object.__setattr__(self, key, value)
 
-    def put(self, record: dict[str, Any]) -> None:
-        """Append a record, with the time if it has none."""
+    def put(self, record: Record) -> None:
+        """Append a record; it gets the present time if it has none."""
         line = encode({**record, "t": record.get("t") or now_ms()})
-        if self.place.here:
-            journal_at(Path(self.place.folder) / self.name).append(line)
-        elif self.place.actor is not None:
-            self.place.actor.append.remote(self.name, line)
+        if self.location.is_local:
+            journal_at(Path(self.location.folder) / self.name).append(line)
+        elif self.location.remote is not None:
+            self.location.remote.append(self.name, line)
         else:
             warn_once(
-                "tracking: this process is on another machine than the driver and there is no tracker actor; its metrics are lost"
+                "tracking: this process runs on another machine than the driver and there is no "
+                "tracker actor; its metrics are lost"
             )
         if self.wake is not None:
             self.wake.set()
 
     @_never_raises
     def metrics(self, values: Mapping[str, float], step: int, at: int | None = None) -> None:
-        """Numbers at a step. NaN and infinities are kept; what is no number is left out with a warning.
+        """Record numbers at a step. NaN and infinities are kept; other values warn once.
 
         Args:
-            at: the point's time in milliseconds, now if left out. MLflow keeps a point that it is sent twice once if the times are the same,
-                so whoever may repeat an epoch after a crash should remember the time with the epoch.
+            at: the points' time in milliseconds since 1970; now if left out. MLflow stores a point
+                that it is sent twice once if the times are equal, so code that may repeat an epoch
+                after a crash keeps the time with the epoch.
         """
-        numbers_ = {}
+        points: dict[str, float | str] = {}
         for key, value in values.items():
             if isinstance(value, numbers.Real) or hasattr(value, "__float__"):
-                numbers_[str(key)] = float(value)
+                number = float(value)
+                points[str(key)] = number if math.isfinite(number) else str(number)
             else:
                 warn_once(
                     f"tracking: metric {key} is no number (%s) and is left out",
                     type(value).__name__,
                 )
-        if numbers_:
-            finite = {
-                k: v if math.isfinite(v) else str(v) for k, v in numbers_.items()
-            }  # JSON has no NaN
-            self.put(
-                {
-                    "op": "metrics",
-                    "step": int(step),
-                    "values": finite,
-                    "t": int(at) if at else now_ms(),
-                }
-            )
+        if points:
+            time_ms = int(at) if at else now_ms()
+            self.put({"op": "metrics", "step": int(step), "values": points, "t": time_ms})
 
     @_never_raises
     def tags(self, values: Mapping[str, Any]) -> None:
-        """Tags; None leaves a tag as it is."""
+        """Set tags; None leaves a tag as it is."""
         self.put({"op": "tags", "values": clean_tags(values)})
 
     @_never_raises
     def params(self, values: Mapping[str, Any]) -> None:
-        """Parameters. MLflow keeps the first value of each."""
+        """Record parameters. MLflow keeps the first value of each."""
         self.put({"op": "params", "values": clean_params(values)})
 
     @_never_raises
     def text(self, text: str, file: str) -> None:
-        """`text` as an artifact at the path `file` (such as run.json or report/index.html)."""
+        """Store `text` as an artifact at the path `file`, such as run.json."""
         self.put({"op": "text", "file": file, "text": redact(text)})
 
     @_never_raises
     def json(self, value: Any, file: str) -> None:
-        """`value` as a JSON artifact."""
-        self.put(
-            {"op": "text", "file": file, "text": redact(json.dumps(value, indent=2, default=str))}
-        )
+        """Store `value` as a JSON artifact."""
+        self.text(json.dumps(value, indent=2, default=str), file)
 
     @_never_raises
     def artifact(self, local_path: str | os.PathLike[str], folder: str = "") -> None:
-        """A file, or all that is in a folder, as artifacts below `folder`.
+        """Store a file, or all files of a folder, as artifacts below `folder`.
 
-        The file is linked (or copied, up to 16 MB) into the journal's folder, so it may be deleted after the call; a larger one on another
-        file system, and a folder, must stay where they are until they have been delivered.
+        A file is linked (or copied, up to 16 MB) into the journal's folder, so it may be deleted
+        after the call. A larger file on another file system, and a folder, must stay where they are
+        until they have been delivered.
         """
         path = Path(local_path).absolute()
-        if self.place.here:
-            self.put(
-                {
-                    "op": "artifact",
-                    "path": str(_kept(path, Path(self.place.folder))),
-                    "name": path.name,
-                    "folder": folder,
-                }
+        if self.location.is_local:
+            kept = _keep(path, Path(self.location.folder))
+            self.put({"op": "artifact", "path": str(kept), "name": path.name, "folder": folder})
+        elif path.is_file():
+            self._send(path, folder)
+        else:
+            for file in sorted(p for p in path.rglob("*") if p.is_file()):
+                below = file.parent.relative_to(path).as_posix().strip(".")
+                self._send(file, "/".join(filter(None, [folder, below])))
+
+    def _send(self, file: Path, folder: str) -> None:
+        remote = self.location.remote
+        if remote is None or file.stat().st_size > MAX_SENT_BYTES:
+            warn_once(
+                f"tracking: {file.name} is on another machine than the driver and too large to "
+                "send; write it to shared storage or log it from the driver"
             )
             return
-        for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
-            below = (
-                folder
-                if file == path
-                else "/".join(
-                    filter(None, [folder, file.parent.relative_to(path).as_posix().strip(".")])
-                )
-            )
-            if file.stat().st_size > LARGEST_SHIPPED or self.place.actor is None:
-                warn_once(
-                    f"tracking: {file.name} is on another machine than the driver and too large to send; put it on shared storage or log it from the driver"
-                )
-                continue
-            self.place.actor.store.remote(self.name, file.name, file.read_bytes(), below, now_ms())
+        remote.store(self.name, file.name, file.read_bytes(), folder, now_ms())
 
     @_never_raises
     def dataset(self, name: str, digest: str, source: str, context: str = "training") -> None:
-        """The data set the run used, shown by MLflow beside its metrics. `context` is training, tuning or validation."""
+        """Record the data set of the run. `context` is training, tuning or validation."""
         self.put(
             {
                 "op": "dataset",
@@ -227,14 +222,12 @@ class Writer:
 
     @_never_raises
     def flush(self, seconds: float = 5.0) -> None:
-        """Wait until lines sent to the tracker actor are in the journal. At once on the driver's machine."""
-        if not self.place.here and self.place.actor is not None:
-            from ftlib.track.tracker_actor import wait_for
-
-            wait_for(self.place.actor, seconds)
+        """Wait until sent lines are in the journal; returns at once on the driver's machine."""
+        if not self.location.is_local and self.location.remote is not None:
+            self.location.remote.flush(seconds)
 
 
-def _kept(path: Path, folder: Path) -> Path:
+def _keep(path: Path, folder: Path) -> Path:
     """A link to (or copy of) a file that outlives it, or the path itself."""
     if not path.is_file() or folder in path.parents:
         return path
@@ -243,7 +236,7 @@ def _kept(path: Path, folder: Path) -> Path:
     try:
         os.link(path, kept)
     except OSError:
-        if path.stat().st_size > LARGEST_COPIED:
+        if path.stat().st_size > MAX_COPIED_BYTES:
             kept.parent.rmdir()
             return path
         shutil.copyfile(path, kept)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ftlib.clock import now_ms
 from ftlib.config import Plateau, Run
 from ftlib.data import rng, sampler
 from ftlib.data.loader import Batch, Batches, eval_batches, train_batches
@@ -27,7 +28,7 @@ from ftlib.training.data_parallel import GradientBuffer
 from ftlib.training.evaluate import Counts, autocast, count, normalize, percent
 from ftlib.training.memory import keep_freed_memory
 from ftlib.training.oom import MicrobatchSplitter
-from ftlib.training.run_log import RunLog, now_ms
+from ftlib.training.run_log import RunLog
 from ftlib.training.state import TrainState
 from ftlib.training.step_monitor import StepMonitor
 from ftlib.training.worker_context import (

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ftlib.clock import now_ms
 from ftlib.data import sampler
 from ftlib.settings import to_dict
 from ftlib.training.state import TrainState
@@ -178,7 +179,3 @@ class RunLog:
             f"BatchNorm then sees {half} images, so it is another run), "
             "or use --train.precision bf16 or a smaller --augment.size"
         )
-
-
-def now_ms() -> int:
-    return int(time.time() * 1000)

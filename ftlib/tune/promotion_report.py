@@ -155,9 +155,5 @@ def log(
 
 
 def _tag_winners(tracking: Tracking, titles: Sequence[str]) -> None:
-    from ftlib.track.journal import file_of
-    from ftlib.track.writer import Writer
-
-    place = tracking.place()
     for title in titles:
-        Writer(place, file_of(Path(place.folder), title).name).tags({"winner": "true"})
+        tracking.writer_of(title).tags({"winner": "true"})

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from ftlib.track.store import UI_ENVIRONMENT, client, ensure_store
+from ftlib.track.links import UI_ENVIRONMENT
+from ftlib.track.store import client, ensure_store
 
 
 def free_port() -> int:

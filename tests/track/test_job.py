@@ -56,7 +56,7 @@ def test_status_deliver_and_reap(job, store, mlflow, home, capsys, monkeypatch):
         run_name="lost",
     )
     capsys.readouterr()
-    job(["reap", "--uri", store])
+    job(["reap", "--uri", store, "--stale", "0.01"])
     assert f"lost ({dead.info.run_id})" in capsys.readouterr().out
     assert mlflow.get_run(dead.info.run_id).info.status == "KILLED"
     job(["ui", "--print", "--uri", store])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftlib.track import journal
-from ftlib.track.journal import Journal, State, encode, file_of, first, is_open, read
+from ftlib.track.journal import Journal, State, encode, is_open, journal_file, opening, read
 
 
 def records(path):
@@ -133,10 +133,10 @@ def test_a_full_disk_keeps_lines_in_memory_and_loses_none(tmp_path, monkeypatch,
     j = Journal(tmp_path / "a.jsonl")
     for i in range(20):
         j.append(encode({"op": "metrics", "i": i}))
-    assert j.waiting > 0 and "kept in memory" in caplog.text
+    assert j.buffered > 0 and "wait in memory" in caplog.text
     room[0] = 1 << 30
     j.retry()
-    assert j.waiting == 0
+    assert j.buffered == 0
     assert [r["i"] for r in records(j.path) if r] == list(range(20))
 
 
@@ -145,7 +145,7 @@ def test_appending_never_raises(tmp_path):
     blocked.write_text("")
     j = Journal(blocked / "below" / "a.jsonl")
     j.append(encode({"op": "tags"}))
-    assert j.waiting == 1
+    assert j.buffered == 1
 
 
 def test_state_survives_and_a_damaged_one_starts_over(tmp_path):
@@ -161,14 +161,14 @@ def test_state_survives_and_a_damaged_one_starts_over(tmp_path):
 @pytest.mark.parametrize(
     "name", ["phase2", "t03 do.27 mx.44", "../../etc/passwd", "", "ü/ö", "a" * 300]
 )
-def test_any_name_has_a_file_of_its_own_in_the_folder(tmp_path, name):
-    path = file_of(tmp_path, name)
+def test_any_name_has_a_journal_file_its_own_in_the_folder(tmp_path, name):
+    path = journal_file(tmp_path, name)
     assert path.parent == tmp_path and len(path.name) < 120
-    assert path != file_of(tmp_path, name + "x")
+    assert path != journal_file(tmp_path, name + "x")
 
 
 def test_folder_belongs_to_one_process_and_is_free_after_its_death(tmp_path):
-    code = f"import sys, time\nfrom pathlib import Path\nfrom ftlib.track.journal import own\nprint(own(Path({str(tmp_path)!r})), flush=True)\ntime.sleep(60)\n"
+    code = f"import sys, time\nfrom pathlib import Path\nfrom ftlib.track.journal import acquire\nprint(acquire(Path({str(tmp_path)!r})), flush=True)\ntime.sleep(60)\n"
     other = subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
@@ -176,25 +176,25 @@ def test_folder_belongs_to_one_process_and_is_free_after_its_death(tmp_path):
         cwd=Path(__file__).parents[2],
     )
     assert other.stdout.readline().strip() == "True"
-    assert not journal.own(tmp_path)
+    assert not journal.acquire(tmp_path)
     other.kill()
     other.wait()
     other.stdout.close()
-    assert journal.own(tmp_path)
-    assert not journal.own(tmp_path)
-    journal.disown(tmp_path)
-    assert journal.own(tmp_path)
-    journal.disown(tmp_path)
+    assert journal.acquire(tmp_path)
+    assert not journal.acquire(tmp_path)
+    journal.release(tmp_path)
+    assert journal.acquire(tmp_path)
+    journal.release(tmp_path)
 
 
 def test_parents_come_before_children_and_what_waits_is_known(tmp_path):
     for name, t in [("child", 2), ("parent", 1)]:
-        Journal(file_of(tmp_path, name)).append(encode({"op": "run", "key": name, "t": t}))
+        Journal(journal_file(tmp_path, name)).append(encode({"op": "run", "key": name, "t": t}))
     (tmp_path / "x.rejected.jsonl").write_bytes(encode({"op": "tags"}))
-    assert [p.stem for p in journal.journals(tmp_path)] == ["parent", "child"]
-    path = file_of(tmp_path, "parent")
-    assert first(path)["key"] == "parent" and is_open(path)
+    assert [p.stem for p in journal.find_journals(tmp_path)] == ["parent", "child"]
+    path = journal_file(tmp_path, "parent")
+    assert opening(path)["key"] == "parent" and is_open(path)
     Journal(path).append(encode({"op": "end"}))
     assert not is_open(path)
     State(path.stat().st_size, "r", "1", True).save(path)
-    assert journal.undelivered(tmp_path) == [file_of(tmp_path, "child")]
+    assert journal.undelivered(tmp_path) == [journal_file(tmp_path, "child")]

@@ -5,8 +5,9 @@ import sys
 import time
 
 from ftlib.config import AdamW, Augment, Data, Mix, Model, OneCycle, Run
+from ftlib.process_identity import machine_id
 from ftlib.track import lineage
-from ftlib.track.journal import machine, read
+from ftlib.track.journal import read
 from ftlib.track.logged_params import PARAMS, params_of, short_name, swept_params
 from ftlib.track.system_metrics import SystemSampler
 from ftlib.track.writer import JournalLocation, Writer
@@ -104,7 +105,7 @@ def test_git_state_of_a_checkout_and_of_no_checkout(tmp_path):
 
 
 def test_system_metrics_go_through_the_journal(tmp_path):
-    writer = Writer(JournalLocation(str(tmp_path), machine()), "r.jsonl")
+    writer = Writer(JournalLocation(str(tmp_path), machine_id()), "r.jsonl")
     with SystemSampler(writer, node="node_3", every_seconds=0.05, disk=str(tmp_path)):
         time.sleep(0.6)
     records = [r for r, _ in read(tmp_path / "r.jsonl")]

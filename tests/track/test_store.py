@@ -9,15 +9,13 @@ from pathlib import Path
 import pytest
 
 from ftlib.track import store
+from ftlib.track.links import absolute, experiment_page, run_page, ui_command
 from ftlib.track.store import (
     TrackingError,
     client,
     ensure_experiment,
     ensure_store,
-    experiment_link,
     resolve_uri,
-    run_link,
-    ui_command,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -119,11 +117,12 @@ def test_experiments_keep_artifacts_beside_the_database_and_deleted_ones_are_ref
 
 def test_links_open_the_pages_for_training_and_hide_passwords():
     assert (
-        experiment_link("http://u:pw@h:5000", "3", "ftlib-phases")
-        == "http://h:5000/#/experiments/3/runs?viewStateShareKey=ftlib-phases&compareRunsMode=CHART&workflowType=machine_learning"
+        absolute("http://u:pw@h:5000", experiment_page("3", "ftlib-phases"))
+        == "http://h:5000/#/experiments/3/runs?workflowType=machine_learning"
+        "&compareRunsMode=CHART&viewStateShareKey=ftlib-phases"
     )
     assert (
-        run_link("sqlite:////x.db", "3", "abc")
+        absolute("sqlite:////x.db", run_page("3", "abc"))
         == "http://127.0.0.1:5000/#/experiments/3/runs/abc?workflowType=machine_learning"
     )
     assert ui_command("https://u:pw@h") == "open https://h"
@@ -137,8 +136,8 @@ def test_links_open_the_pages_for_training_and_hide_passwords():
 
 def test_a_users_own_client_settings_stay(monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
-    store.quiet_client_settings()
+    store.set_client_defaults()
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "3"
-    with store.patient(60):
+    with store.request_timeout(60):
         assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "60"
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "3"

@@ -51,13 +51,13 @@ def test_a_worker_elsewhere_writes_through_the_actor(cluster, store, mlflow, tmp
     ) as tracking:
         run = tracking.start_run("r", tags={}, params={})
         writer = run.writer()
-        assert writer.place.actor is not None
+        assert writer.location.remote is not None
         elsewhere = dataclasses.replace(
-            writer, place=dataclasses.replace(writer.place, machine="another")
+            writer, location=dataclasses.replace(writer.location, machine="another")
         )
         costs = ray.get(train.remote(elsewhere, str(tmp_path / "figure.png")))
         assert statistics.median(costs) < 0.003  # 1 ms on a quiet machine
-        handle = dataclasses.replace(tracking.handle(), place=elsewhere.place)
+        handle = dataclasses.replace(tracking.handle(), location=elsewhere.location)
         child = handle.start_run(
             "child", tags={}, params={"lr": 1}, parent=run.reference, wait_seconds=20
         )
@@ -77,5 +77,5 @@ def test_on_one_machine_there_is_no_actor(cluster, store, tmp_path):
         Track(uri=store), experiment="e", journal_dir=tmp_path / "journal"
     ) as tracking:
         run = tracking.start_run("r", tags={}, params={})
-        assert run.writer().place.actor is None
+        assert run.writer().location.remote is None
         assert pickle.loads(pickle.dumps(run.writer())) == run.writer()

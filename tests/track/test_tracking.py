@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from ftlib.config import Track
-from ftlib.track import journal, orphans
+from ftlib.track import journal
 from ftlib.track import tracking as tracking_module
-from ftlib.track.delivery_thread import again, deliver_folder, describe, journal_folders
-from ftlib.track.journal import file_of
+from ftlib.track.journal import journal_file
+from ftlib.track.leftovers import deliver_folder, describe, journal_folders, requeue_folder
 from ftlib.track.store import TrackingError, client
 from ftlib.track.tracking import open_tracking
 from ftlib.track.views import TAG, phases_view
@@ -40,7 +40,7 @@ def by_name(mlflow, experiment, name):
     return found
 
 
-# --- one run on SQLite ------------------------------------------------------------------------------------------------------------
+# --- one run on SQLite ----------------------------------------------------------------------------
 
 
 def test_everything_of_a_run_arrives(store, mlflow, tmp_path):
@@ -91,7 +91,7 @@ def test_everything_of_a_run_arrives(store, mlflow, tmp_path):
         and "viewStateShareKey=ftlib-phases" in link
         and "workflowType=machine_learning" in link
     )
-    assert "hunter2" not in file_of(tmp_path / "journal", "phase2").read_text()
+    assert "hunter2" not in journal_file(tmp_path / "journal", "phase2").read_text()
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_delivering_twice_changes_nothing(store, mlflow, tmp_path):
             run.writer().metrics({"m": step, "n": 2 * step}, step)
         run.finish("completed")
         run_id = run.run_id
-    path = file_of(folder, "r")
+    path = journal_file(folder, "r")
     journal.state_file(path).unlink()
     assert deliver_folder(folder, store, mlflow) == ["r"]
     assert len(by_name(mlflow, "e", "r")) == 1 and len(history(mlflow, run_id, "m")) == 50
@@ -185,10 +185,10 @@ def test_a_record_that_mlflow_never_takes_is_put_aside_and_the_rest_arrives(
         and set(got.data.metrics) == {"good", "also/good"}
         and got.info.status == "FINISHED"
     )
-    path = file_of(folder, "r")
+    path = journal_file(folder, "r")
     assert describe(path).rejected == 3
     (tmp_path / "not there").write_text("late")
-    assert again(folder) == 3
+    assert requeue_folder(folder) == 3
     deliver_folder(folder, store, mlflow)
     assert [a.path for a in mlflow.list_artifacts(got.info.run_id)] == ["not there"]
 
@@ -242,7 +242,7 @@ def test_logged_model_carries_metrics_and_alias(store, mlflow, tmp_path):
         )
         run.log_model(tmp_path / "nothing", name="missing")  # warns, does not raise
         assert run.finish("completed")
-    path = file_of(tmp_path / "journal", "r")
+    path = journal_file(tmp_path / "journal", "r")
     journal.state_file(path).unlink()
     deliver_folder(tmp_path / "journal", store, mlflow)  # again
     models = mlflow.search_logged_models([run.experiment_id])
@@ -266,7 +266,7 @@ def test_logged_model_carries_metrics_and_alias(store, mlflow, tmp_path):
     )
 
 
-# --- a server, and what can happen to it ------------------------------------------------------------------------------------------
+# --- a server, and what can happen to it ----------------------------------------------------------
 
 
 @pytest.fixture
@@ -279,8 +279,8 @@ def test_a_dead_server_fails_a_first_launch_at_once_with_what_to_do(tmp_path):
     with pytest.raises(TrackingError, match=r"cannot be reached.*track\.uri.*--track\.offline"):
         opened("http://127.0.0.1:9", tmp_path / "journal")
     assert time.monotonic() - started < 10
-    assert journal.own(tmp_path / "journal")
-    journal.disown(tmp_path / "journal")
+    assert journal.acquire(tmp_path / "journal")
+    journal.release(tmp_path / "journal")
 
 
 @pytest.mark.parametrize("mode", ["hang", "error"])
@@ -324,7 +324,7 @@ def test_offline_starts_on_the_journal_and_the_run_is_made_when_delivered(
         and got.data.tags["mlflow.parentRunId"] == above.info.run_id
     )
     assert history(mlflow, got.info.run_id, "m") == [(s, s) for s in range(20)]
-    recorded = next(r["t"] for r, _ in journal.read(file_of(folder, "r")))
+    recorded = next(r["t"] for r, _ in journal.read(journal_file(folder, "r")))
     assert got.info.start_time == recorded
     assert [a.path for a in mlflow.list_artifacts(got.info.run_id)] == ["note.txt"]
     assert deliver_folder(folder, server.uri, mlflow, any_uri=True) == []
@@ -423,7 +423,7 @@ def test_a_restart_with_a_dead_server_starts_at_once(
     assert got.info.status == "FINISHED" and got.data.metrics == {"m": 1.0}
 
 
-# --- drivers that die -------------------------------------------------------------------------------------------------------------
+# --- drivers that die -----------------------------------------------------------------------------
 
 DRIVER = """
 import sys, time
@@ -475,35 +475,6 @@ def test_kill_9_of_the_driver_loses_nothing_and_leaves_no_running_run(store, mlf
     assert (got.info.status, got.data.tags["outcome"]) == ("FINISHED", "completed")
 
 
-def test_reap_ends_dead_drivers_runs_only(store, mlflow):
-    experiment = mlflow.create_experiment("e")
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-
-    def run(driver, heartbeat):
-        tags = {"ftlib.driver": driver, "ftlib.heartbeat": str(int(heartbeat))} if driver else {}
-        return mlflow.create_run(experiment, tags=tags).info.run_id
-
-    now = time.time()
-    alive = run(orphans.driver_tag(), now - 9999)
-    dead = run(f"{journal.machine()} {gone.pid} 1", now)
-    elsewhere, stale, foreign = (
-        run("other:1 1 1", now - 60),
-        run("other:1 1 1", now - 9999),
-        run("", 0),
-    )
-    assert {r.info.run_id for r in orphans.reap(mlflow)} == {dead, stale}
-    status = {i: mlflow.get_run(i).info.status for i in (alive, dead, elsewhere, stale, foreign)}
-    assert status == {
-        alive: "RUNNING",
-        dead: "KILLED",
-        elsewhere: "RUNNING",
-        stale: "KILLED",
-        foreign: "RUNNING",
-    }
-    assert mlflow.get_run(stale).info.end_time == int(now - 9999) * 1000
-
-
 def test_a_journal_folder_serves_one_driver(store, tmp_path):
     with opened(store, tmp_path / "journal"), pytest.raises(TrackingError, match="another process"):
         opened(store, tmp_path / "journal")
@@ -517,7 +488,7 @@ def test_journal_folders_are_found_below_a_home(store, tmp_path):
     assert [f.parent.name for f in journal_folders(tmp_path / "home")] == ["a", "b"]
 
 
-# --- the writer -------------------------------------------------------------------------------------------------------------------
+# --- the writer -----------------------------------------------------------------------------------
 
 
 def test_writer_is_quick_and_never_raises(store, tmp_path, caplog):
@@ -534,7 +505,7 @@ def test_writer_is_quick_and_never_raises(store, tmp_path, caplog):
         writer.metrics(None, 1)
         writer.artifact("/no/such/file")
         writer.tags({"deep": {"api_key": "x"}})
-        lost = replace(writer, place=replace(writer.place, machine="elsewhere"))
+        lost = replace(writer, location=replace(writer.location, machine="elsewhere"))
         lost.metrics({"m": 1}, 1)
         assert "training goes on" in caplog.text and "another machine" in caplog.text
         run.finish("completed")

@@ -85,4 +85,4 @@ def test_a_view_is_written_once_and_renewed_unless_a_person_changed_it(store, ml
     ],
 )
 def test_only_for_versions_whose_format_is_known(version, is_known):
-    assert views.known(version) is is_known
+    assert views.is_known_version(version) is is_known
