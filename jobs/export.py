@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     from ftlib.packaging import export, package, register
     from ftlib.paths import absolute, data_path, home
     from ftlib.report.evaluation import load, score
-    from ftlib.track.store import resolve_uri
+    from ftlib.track.redact import redact
+    from ftlib.track.store import store_of_run
 
     run_dir = absolute(
         arguments.run if "/" in arguments.run else str(home() / "runs" / arguments.run)
@@ -115,15 +116,16 @@ def main(argv: list[str] | None = None) -> None:
                 raise package.PackageError(
                     f"--register {arguments.register}: {arguments.run} was never tracked in MLflow, so there is no run to register the model of"
                 )
+            uri = store_of_run(known.get("uri", ""), known["run_id"], run_dir)
             address = register.register(
                 made,
                 arguments.register,
                 arguments.alias,
-                uri=resolve_uri(known.get("uri", "")),
+                uri=uri,
                 run_id=known["run_id"],
                 experiment_id=known["experiment_id"],
             )
-            print(f"registered: {address}")
+            print(f"registered: {address} in {redact(uri)}")
     print(f"temperature {temperature:.4g}, {fitted_on}")
 
 
