@@ -211,11 +211,12 @@ class Model(Settings):
     section: ClassVar[str] = "model"
 
     arch: str = "resnet50"
-    """A torchvision classifier by its torchvision name, such as resnet18, resnet50, convnext_tiny,
-    efficientnet_b0, vit_b_16."""
+    """A torchvision classifier by its torchvision name, such as resnet50, convnext_tiny or
+    vit_b_16; or a timm classifier as timm/NAME, such as timm/convnext_atto. timm/NAME.TAG also
+    says which of its published weights init_from = pretrained means."""
     dropout: Annotated[float, Between(0, 1, open_high=True)] = 0.0
     """Dropout probability. In ResNets it acts in the blocks (spatial: whole channels) and before
-    the classifier; in other models where torchvision has built dropout in. A model in which it
+    the classifier; in other models where the library has built dropout in. A model in which it
     cannot act is refused."""
     dropout_in: Literal["both", "blocks", "head"] = "both"
     """Where `dropout` acts in a ResNet: in the residual blocks, before the classifier, or both."""
@@ -223,13 +224,18 @@ class Model(Settings):
     """Stochastic depth (Huang et al. 2016): probability of skipping the last residual block;
     earlier ones proportionally less."""
     init_from: str = "scratch"
-    """Where the weights come from: `scratch`; `imagenet` (torchvision's, needs a network once);
-    `phase1` or another stage's name (its best finished run on the same data set, found by itself);
-    `run:NAME`; `mlflow:RUN_ID`; `models:/NAME@ALIAS`; or `file:PATH` (a checkpoint folder or a
-    .safetensors file)."""
+    """Where the weights come from. `scratch`: random. `pretrained`: the published weights of
+    `arch`, from the cache or the network (`imagenet` means the same). `hf-hub:ORG/NAME[@REVISION]`:
+    a repository of the Hugging Face Hub. `file:PATH`: a .safetensors, .pth, .pt, .bin, .pth.tar or
+    .ckpt file, or a folder that ftlib wrote. `phase1` or another stage's name: its best finished
+    run on the same data set. `run:NAME`, `mlflow:RUN_ID`, `models:/NAME@ALIAS`: that run's best
+    model."""
+    preprocessing: Literal["weights", "settings"] = "weights"
+    """`weights`: data.mean, data.std and evaluate.crop come with the starting weights where they
+    are left at their defaults. `settings`: they are as they are set."""
     reset_head: bool = False
-    """Start with a new classifier. Needed if the starting weights were trained for other classes.
-    """
+    """Start with a new classifier. Needed if the starting weights are of an ftlib run on other
+    classes; published weights and files get one by themselves where the number differs."""
     freeze_epochs: Annotated[int, Between(-1, 2**31)] = 0
     """Train only the classifier for this many epochs at first; the backbone (its BatchNorm too) is
     frozen. -1: for the whole run."""
@@ -692,6 +698,7 @@ NOT_IN_FINGERPRINT = (
     "gates",
     "data.path",
     "data.loader_workers",
+    "model.preprocessing",
     "train.log_every",
     "train.compile",
 )

@@ -42,3 +42,33 @@ def shapes_run(shapes, tmp_path_factory):
     from tests.deploy import made
 
     return made.run_folder(tmp_path_factory.mktemp("home"), shapes)
+
+
+@pytest.fixture(scope="session")
+def lite0_cache(tmp_path_factory):
+    """A cache of the Hugging Face Hub that holds EfficientNet-Lite0 with its ImageNet weights."""
+    from tests import weights
+
+    cache = tmp_path_factory.mktemp("hub")
+    config = {
+        "architecture": "tf_efficientnet_lite0",
+        "num_classes": 1000,
+        "pretrained_cfg": {
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.5, 0.5, 0.5],
+            "crop_pct": 0.875,
+            "interpolation": "bicubic",
+            "input_size": [3, 224, 224],
+        },
+    }
+    weights.hub_cache(cache, weights.LITE0_REPO, weights.lite0_state(), config)
+    return cache
+
+
+@pytest.fixture
+def offline_hub(lite0_cache, tmp_path, monkeypatch):
+    """No network: what is in `lite0_cache` is there, and nothing else."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(lite0_cache))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch-home"))
+    return lite0_cache

@@ -1,5 +1,5 @@
 """Where a model looks: Grad-CAM (Selvaraju et al. 2017) by the grad-cam library, for any
-torchvision classifier.
+classifier.
 
 All this module adds is the choice of the layer: the deepest one whose maps are still at least 4 x
 4. The last block of a ResNet, which is the usual choice, has 7 x 7 of them at 224 px, but a single
@@ -15,7 +15,8 @@ from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.image import show_cam_on_image
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer
+
+from ftlib.training import models
 
 LEAST = 4
 """Least side of the maps, in cells."""
@@ -24,9 +25,6 @@ LEAST = 4
 def target_layer(model: nn.Module, images: Tensor) -> nn.Module:
     """The layer whose activations Grad-CAM weighs, found by running `images` (float[b, 3, H, W])
     through the model."""
-    if isinstance(model, VisionTransformer):
-        # After the last attention only the class token is used (grad-cam's documentation).
-        return model.encoder.layers[-1].ln_1
     seen: list[tuple[int, nn.Module]] = []
 
     def remember(module: nn.Module, _: object, output: object) -> None:
@@ -58,6 +56,9 @@ def grad_cam(
 ) -> np.ndarray:
     """float32[b, H, W] in 0..1: how much each place speaks for the class (int[b]) of its image.
     images: normalised float[b, 3, H, W]."""
+    tokens = models.token_layer(model) if layer is None else None
+    if tokens is not None:
+        layer = tokens.layer
     layer = layer or target_layer(model, images)
     trained = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(True)  # frozen layers would pass no gradient back to the maps
@@ -65,7 +66,7 @@ def grad_cam(
         with GradCAM(
             model=model,
             target_layers=[layer],
-            reshape_transform=_grid if isinstance(model, VisionTransformer) else None,
+            reshape_transform=None if tokens is None else tokens.to_maps,
         ) as cam:
             maps = cam(
                 input_tensor=images, targets=[ClassifierOutputTarget(int(c)) for c in classes]
@@ -75,12 +76,6 @@ def grad_cam(
             parameter.requires_grad_(wanted)
             parameter.grad = None
     return np.nan_to_num(np.asarray(maps, np.float32))
-
-
-def _grid(tokens: Tensor) -> Tensor:
-    """[b, 1 + h * h, C] -> [b, C, h, h]: the class token left out."""
-    side = round((tokens.shape[1] - 1) ** 0.5)
-    return tokens[:, 1:].reshape(tokens.shape[0], side, side, -1).permute(0, 3, 1, 2)
 
 
 def overlay(image: np.ndarray, cam: np.ndarray, side: int = 0) -> np.ndarray:

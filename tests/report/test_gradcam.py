@@ -7,7 +7,9 @@ from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torchvision import models as tv
 
+from ftlib.config import Model
 from ftlib.report import gradcam
+from ftlib.training import models
 
 
 def images(size, n=2):
@@ -70,6 +72,24 @@ def test_works_for_other_families(arch, size):
         and found.max() <= 1 + 1e-6
     )
     assert found.std() > 0
+
+
+@pytest.mark.parametrize(
+    ("arch", "size"),
+    [
+        ("timm/convnext_atto", 64),
+        ("timm/vit_tiny_patch16_224", 96),
+        ("timm/swin_tiny_patch4_window7_224", 112),
+        ("timm/resnet10t", 64),
+    ],
+)
+def test_works_for_timms_families(arch, size):
+    torch.manual_seed(0)
+    model = models.build(Model(arch=arch), 4, size).eval()
+    torch.nn.init.normal_(models.head(model).weight)
+    found = gradcam.grad_cam(model, images(size), np.array([0, 3]))
+    assert found.shape == (2, size, size) and np.isfinite(found).all()
+    assert found.min() >= 0 and found.max() <= 1 + 1e-6 and found.std() > 0
 
 
 def test_a_frozen_model_is_left_as_it_was(resnet):

@@ -1,18 +1,19 @@
 """torchvision's classifiers as we build them: keys and values stay torchvision's, dropout and
 stochastic depth act or are refused."""
 
-import urllib.error
+import re
 
 import pytest
 import torch
 import torchvision
 from torch import nn
-from torchvision.models import get_model, get_model_weights
+from torchvision.models import get_model
 from torchvision.ops import StochasticDepth
 
 from ftlib.config import Model
 from ftlib.settings import ConfigError
 from ftlib.training import models
+from ftlib.training.models.torchvision import SMALLEST_SIZE, SOURCE, RegularizedBlock
 
 ONE_OF_EACH = {
     "resnet18": 32,
@@ -113,7 +114,7 @@ def test_each_family_gives_logits_has_torchvisions_keys_and_one_head(arch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", models.architectures())
+@pytest.mark.parametrize("arch", SOURCE.architectures())
 def test_every_architecture_builds_with_its_head_and_its_refusals_are_true(arch):
     """The tables of families that cannot take dropout or stochastic depth, against the modules
     that torchvision really makes."""
@@ -169,14 +170,14 @@ def test_initial_weights_depend_on_the_seed_and_not_on_dropout():
 @pytest.mark.slow
 def test_every_resnet_and_its_relatives_take_dropout_and_drop_path():
     family = [
-        a for a in models.architectures() if a.startswith(("resnet", "resnext", "wide_resnet"))
+        a for a in SOURCE.architectures() if a.startswith(("resnet", "resnext", "wide_resnet"))
     ]
     assert len(family) == 10
     for arch in family:
         with torch.device("meta"):
             model = models.build(Model(arch=arch, dropout=0.1, drop_path=0.1), 5)
         assert (
-            sum(isinstance(m, models.RegularizedBlock) for m in model.modules())
+            sum(isinstance(m, RegularizedBlock) for m in model.modules())
             == {"18": 8, "34": 16, "50": 16, "101": 33, "152": 50}[
                 "".join(
                     c
@@ -370,8 +371,8 @@ def test_a_size_the_model_cannot_take_is_refused_with_one_it_can(arch, size, say
     "arch,least",
     [
         (a, n)
-        for f, n in models.LEAST_SIZE.items()
-        for a in [next(m for m in models.architectures() if m.startswith(f))]
+        for f, n in SMALLEST_SIZE.items()
+        for a in [next(m for m in SOURCE.architectures() if m.startswith(f))]
     ],
 )
 def test_the_least_sizes_are_the_least_that_work(arch, least):
@@ -433,7 +434,8 @@ def test_thawing_a_model_in_eval_mode_leaves_it_there():
 def test_another_head_keeps_the_backbone():
     old, new = built("resnet18", 5), built("resnet18", 9, seed=1)
     fresh = new.fc.weight.clone()
-    new.load_state_dict(models.fit_state(new, old.state_dict(), new_head=True))
+    cfg = Model(arch="resnet18")
+    new.load_state_dict(models.fit_state(new, cfg, 32, old.state_dict(), new_head=True))
     assert torch.equal(new.fc.weight, fresh) and torch.equal(
         new.layer3[0].conv1.weight, old.layer3[0].conv1.weight
     )
@@ -449,7 +451,7 @@ def test_position_embeddings_are_carried_to_another_size_as_torchvision_does():
         "num_classes": 5,
     }
     old, new = (torchvision.models.VisionTransformer(image_size=s, **tiny) for s in (64, 128))
-    new.load_state_dict(models.fit_state(new, old.state_dict()))
+    new.load_state_dict(SOURCE.convert(Model(arch="vit_b_32"), 128, old.state_dict(), 5))
     expected = torchvision.models.vision_transformer.interpolate_embeddings(
         128, 32, dict(old.state_dict())
     )
@@ -458,60 +460,49 @@ def test_position_embeddings_are_carried_to_another_size_as_torchvision_does():
     ).shape == (2, 5)
 
 
-@pytest.fixture
-def imagenet(monkeypatch):
-    """A stand-in for torchvision's download of resnet18: `imagenet(fetch)`."""
-    real = get_model_weights("resnet18").DEFAULT
-
-    def install(fetch):
-        monkeypatch.setattr(type(real), "get_state_dict", lambda self, *a, **k: fetch())
-        return real
-
-    return install
-
-
-@pytest.mark.parametrize(
-    "classes,reset,kept", [(1000, False, True), (1000, True, False), (10, False, False)]
-)
-def test_imagenet_weights_load_and_the_head_stays_only_where_it_can(imagenet, classes, reset, kept):
-    torch.manual_seed(7)
-    donor = torchvision.models.resnet18()
-    imagenet(donor.state_dict)
-    torch.manual_seed(0)
-    model = models.build(
-        Model(arch="resnet18", dropout=0.1, init_from="imagenet", reset_head=reset),
-        classes,
-        imagenet_weights=True,
-    )
-    assert torch.equal(model.layer4[1].conv2.weight, donor.layer4[1].conv2.weight) and torch.equal(
-        model.bn1.running_var, donor.bn1.running_var
-    )
-    assert (classes == 1000 and torch.equal(model.fc.weight, donor.fc.weight)) == kept
+def test_densenets_older_keys_are_renamed():
+    model = built("densenet121", 5, 32)
+    old = {
+        re.sub(r"(denselayer\d+\.(?:norm|relu|conv))([12]\.)", r"\1.\2", k): v
+        for k, v in model.state_dict().items()
+    }
+    assert set(old) != set(model.state_dict())
+    new = built("densenet121", 5, 32, seed=1)
+    models.load_state(new, models.fit_state(new, Model(arch="densenet121"), 32, old))
+    for key, value in new.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
 
 
-def test_without_a_network_the_error_says_what_to_do(imagenet):
-    def fetch():
-        raise urllib.error.URLError("Name or service not known")
-
-    real = imagenet(fetch)
-    with pytest.raises(ConfigError) as error:
-        models.build(Model(arch="resnet18"), 10, imagenet_weights=True)
-    assert all(
-        s in str(error.value)
-        for s in (
-            "model.init_from = imagenet",
-            real.url,
-            "Name or service not known",
-            "checkpoints/resnet18-",
-            "file:PATH",
-        )
-    )
+def test_auxiliary_classifiers_of_published_weights_are_left_out():
+    theirs = torchvision.models.googlenet(init_weights=False, aux_logits=True)
+    cfg = Model(arch="googlenet")
+    model = models.build_on_meta(cfg, 1000, 32)
+    found = models.fit_state(model, cfg, 32, theirs.state_dict())
+    assert set(found) == set(model.state_dict())
 
 
-def test_a_damaged_file_of_weights_is_named(imagenet):
-    def fetch():
-        raise RuntimeError('invalid hash value (expected "f37072fd", got "00")')
+def test_a_model_that_asks_for_the_version_of_a_state_dict_loads_a_plain_one():
+    model = built("mnasnet0_5")
+    models.load_state(built("mnasnet0_5", seed=1), dict(model.state_dict()))
 
-    imagenet(fetch)
-    with pytest.raises(ConfigError, match=r"checkpoints/resnet18-\S+ is damaged.*Delete it"):
-        models.build(Model(arch="resnet18"), 10, imagenet_weights=True)
+
+@pytest.mark.parametrize("arch", each(ONE_OF_EACH))
+def test_depths_rise_from_the_stem_to_the_classifier(arch):
+    model = models.build_on_meta(Model(arch=arch), 5, ONE_OF_EACH[arch])
+    head = models.head_name(model) + "."
+    for coarse in (False, True):
+        depths = models.depths(model, coarse)
+        assert list(depths) == [n for n, _ in model.named_parameters()]
+        last = max(depths.values())
+        assert set(depths.values()) == set(range(last + 1)) and last >= 3
+        assert {depths[n] for n in depths if n.startswith(head)} == {last}
+        assert next(iter(depths.values())) == 0
+    assert max(models.depths(model).values()) >= last
+
+
+def test_a_resnets_depths_are_its_stem_blocks_and_classifier():
+    model = models.build_on_meta(Model(arch="resnet18"), 5)
+    fine, coarse = models.depths(model), models.depths(model, coarse=True)
+    assert (fine["conv1.weight"], fine["bn1.bias"]) == (0, 0)
+    assert (fine["layer1.0.conv1.weight"], fine["layer4.1.bn2.weight"]) == (1, 8)
+    assert (fine["fc.weight"], coarse["layer4.0.conv1.weight"], coarse["fc.bias"]) == (9, 4, 5)
