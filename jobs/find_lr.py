@@ -66,10 +66,11 @@ def main(argv: list[str] | None = None) -> None:
     from ftlib.paths import data_path, runs_root
     from ftlib.report.lr_figure import lr_figure
     from ftlib.training import lr_finder
-    from ftlib.training.initial_weights import resolve_init
+    from ftlib.training.initial_weights import resolve_init, with_preprocessing
 
     dataset = Dataset.open(data_path(run.data.path))
     source = resolve_init(run, dataset.name, dataset.digest, dataset.classes, runs_root(run))
+    run = with_preprocessing(run, source)
     workers = (
         run.data.loader_workers
         if run.data.loader_workers >= 0

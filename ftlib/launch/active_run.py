@@ -31,6 +31,7 @@ from ftlib.track.lineage import run_tags
 from ftlib.track.logged_params import params_of
 from ftlib.track.tracking import TrackedRun, open_tracking, warm_up
 from ftlib.track.writer import Writer
+from ftlib.training.initial_weights import materialize
 
 
 class RunTracker(Protocol):
@@ -217,6 +218,7 @@ def open_run(prepared: PreparedRun, options: LaunchOptions) -> Iterator[ActiveRu
     with Lease(run_dir, run.name) as lease, contextlib.ExitStack() as stack:
         if not options.local:
             options.say(f"{run.name}: {prepared.plan}")
+        prepared = _with_copied_weights(prepared, options)
         if options.local:
             placement, can_grow = _local_placement(prepared), False
         else:
@@ -242,6 +244,14 @@ def open_run(prepared: PreparedRun, options: LaunchOptions) -> Iterator[ActiveRu
         except BaseException as error:
             active.end_after(error)
             raise
+
+
+def _with_copied_weights(prepared: PreparedRun, options: LaunchOptions) -> PreparedRun:
+    """Published weights and bare files are copied into the run's folder, where all workers read."""
+    source = prepared.source
+    for note in source.notes if source is not None else ():
+        options.say(f"{prepared.run.name}: starting weights {prepared.source_name}: {note}")
+    return dataclasses.replace(prepared, source=materialize(source, prepared.run_dir))
 
 
 def _local_placement(prepared: PreparedRun) -> cluster.Placement:

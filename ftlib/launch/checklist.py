@@ -103,6 +103,8 @@ def _start(run: Run, found: list[PreparedRun]) -> tuple[State, str]:
     text = prepared.source_name or run.model.init_from
     if prepared.source is not None and prepared.source.top1 is not None:
         text += f", {prepared.source.top1:.2f} % top-1"
+    if prepared.source is not None and prepared.source.new_head:
+        text += ", with a new classifier"
     if prepared.forced_gate:
         return "warn", prepared.forced_gate
     if prepared.finished:

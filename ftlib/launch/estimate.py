@@ -30,6 +30,7 @@ from ftlib.launch.worker import loader_workers, training_threads
 from ftlib.settings import ConfigError, nearest, override
 from ftlib.training import checkpoint
 from ftlib.training.evaluate import count
+from ftlib.training.initial_weights import keeps_classifier
 from ftlib.training.loop import OutOfMemoryError, Training, WorkerContext
 
 WARM_UP = 2
@@ -221,7 +222,7 @@ def _evaluations(run: Run, prepared: PreparedRun) -> int:
     """How often the whole run scores its model, the starting weights included."""
     every, epochs = run.evaluate.every_epochs, run.train.epochs
     count = sum(epoch % every == 0 or epoch == epochs for epoch in range(1, epochs + 1))
-    return count + (prepared.source is not None and not run.model.reset_head)
+    return count + keeps_classifier(run, prepared.source)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ from ftlib.launch import finalize, gates, preflight, run_record
 from ftlib.launch.outcome import Outcome
 from ftlib.paths import data_path, runs_root
 from ftlib.storage import join
-from ftlib.training.initial_weights import InitialWeights, resolve_init
+from ftlib.training import checkpoint
+from ftlib.training.initial_weights import InitialWeights, resolve_init, with_preprocessing
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class PreparedRun:
 
     @property
     def source_name(self) -> str:
-        """The run or address that the first weights come from; empty for none."""
-        return self.source.run_name or self.source.uri if self.source else ""
+        """What the first weights are called; empty for none."""
+        return self.source.label if self.source else ""
 
     @property
     def source_dict(self) -> dict[str, Any] | None:
@@ -79,8 +80,14 @@ def prepare_run(run: Run) -> PreparedRun:
     dataset = Dataset.open(data_path(run.data.path))
     plan = preflight.plan(run, dataset)
     root = runs_root(run)
-    record = run_record.RunRecord.read(join(root, run.name)) if run.name else None
+    if run.name:
+        record = run_record.RunRecord.read(join(root, run.name))
+    else:
+        record = _unnamed_imagenet_run(run, dataset, root)
     source, known = _initial_weights(run, dataset, root, record)
+    if record is None or "preprocessing" in record.run.get("model", {}):
+        # Runs from before that setting keep the mean, std and crop that they were given.
+        run = with_preprocessing(run, source)
     init_sha256 = source.sha256 if source else None
     ops = run_record.recorded_ops(run, record)
     fingerprint = run_record.fingerprint(run, dataset.digest, init_sha256, ops)
@@ -94,8 +101,7 @@ def prepare_run(run: Run) -> PreparedRun:
         run = run_record.with_ops(run, ops)
     forced_gate = ""
     if source is not None and not known:
-        name = source.run_name or source.uri
-        forced_gate = gates.refuse_failed(run, name, source.result)
+        forced_gate = gates.refuse_failed(run, source.label, source.result)
     return PreparedRun(
         run=run,
         dataset=dataset,
@@ -116,12 +122,30 @@ def _initial_weights(
 
     A run that has begun keeps the weights it began with, even if better ones exist by now.
     """
-    if (
-        record is not None
-        and record.init is not None
-        and record.run.get("model", {}).get("init_from") == run.model.init_from
-    ):
-        return InitialWeights.from_dict(record.init), True
+    if record is not None and record.run.get("model", {}).get("init_from") == run.model.init_from:
+        if record.init is not None:
+            return InitialWeights.from_dict(record.init), True
+        if _only_resumes(record, root):
+            return None, True
     find = finalize.model_finder(run, root)
     source = resolve_init(run, dataset.name, dataset.digest, dataset.classes, root, fetch=find)
     return source, False
+
+
+def _unnamed_imagenet_run(run: Run, dataset: Dataset, root: str) -> run_record.RunRecord | None:
+    """The record of an unnamed run from before published weights entered the fingerprint."""
+    if run.model.init_from != "imagenet":
+        return None
+    name = run_record.default_name(
+        run, dataset.name, run_record.fingerprint(run, dataset.digest, None)
+    )
+    record = run_record.RunRecord.read(join(root, name))
+    return record if record is not None and _only_resumes(record, root) else None
+
+
+def _only_resumes(record: run_record.RunRecord, root: str) -> bool:
+    """Whether the run began with published weights that were not recorded, and has a checkpoint
+    that makes them unnecessary."""
+    if record.init is not None or record.run.get("model", {}).get("init_from") != "imagenet":
+        return False
+    return bool(checkpoint.steps(join(root, str(record.run.get("name")), "checkpoints")))

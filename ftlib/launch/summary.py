@@ -89,7 +89,7 @@ def note(outcome: Outcome, source: InitialWeights | None, report_link: str) -> s
     lines = [f"**{scores(outcome)}**", ""]
     lines += [f"- {gate}" for gate in outcome.gates]
     if source is not None:
-        lines.append(f"- started from {source.run_name or source.uri}")
+        lines.append(f"- started from {source.label}")
     if report_link:
         lines.append(f"- [Report of its errors and its calibration]({report_link})")
     lines += [

@@ -370,6 +370,12 @@ def _other_library(arch: str, state: Mapping[str, Tensor]) -> str:
     return f" Its keys are {theirs}'s: set model.arch to {example}"
 
 
+def keeps_classifier(run: Run, source: InitialWeights | None) -> bool:
+    """Whether the starting weights can classify these classes already, so that their score is
+    worth knowing."""
+    return source is not None and not run.model.reset_head and not source.new_head
+
+
 # --- preprocessing --------------------------------------------------------------------------------
 
 
@@ -397,18 +403,25 @@ def with_preprocessing(run: Run, source: InitialWeights | None) -> Run:
 # --- the copy that workers read -------------------------------------------------------------------
 
 
+def copied(source: InitialWeights, run_dir: str) -> InitialWeights:
+    """`source` as it will be after `materialize`."""
+    if not source.uri.endswith(weight_files.SUFFIXES):
+        return source
+    return dataclasses.replace(source, uri=join(run_dir, "init"))
+
+
 def materialize(source: InitialWeights | None, run_dir: str) -> InitialWeights | None:
     """Copy published weights and bare files into `<run_dir>/init` as safetensors, once.
 
-    Models of ftlib runs lie where every worker reads already, and stay there. Raises StorageError
-    where the copy cannot be written.
+    Folders that ftlib wrote lie where every worker reads already, and stay there. Raises
+    StorageError where the copy cannot be written.
     """
-    if source is None or source.kind == "run":
+    if source is None:
+        return None
+    copy = copied(source, run_dir)
+    uri = copy.uri
+    if uri == source.uri:
         return source
-    uri = join(run_dir, "init")
-    if source.uri == uri:
-        return source
-    copy = dataclasses.replace(source, uri=uri)
     try:
         files, _ = storage.read_folder(uri)
         if json.loads(files["model.json"])["initial"]["sha256"] == source.sha256:

@@ -102,7 +102,8 @@ class Training:
                 )
                 stack.callback(self.writer.close)
             self.restore()
-            if state.step == 0 and self.starts_with_a_known_score():
+            if state.step == 0 and initial_weights.keeps_classifier(run, context.source):
+                # The score to gain over.
                 scores = self.score().metrics(self.split)
                 self.log.point({f"start/{k}": v for k, v in scores.items()}, step=0)
             batches = stack.enter_context(contextlib.closing(self.batches()))
@@ -127,11 +128,6 @@ class Training:
             "split": self.split,
             "step": state.step,
         }
-
-    def starts_with_a_known_score(self) -> bool:
-        """Whether the starting weights can classify these classes already, so that the gain over
-        them can be told."""
-        return self.context.source is not None and not self.run.model.reset_head
 
     def batches(self) -> Batches:
         """This worker's microbatches from the present step to the end."""

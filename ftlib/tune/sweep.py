@@ -183,6 +183,7 @@ def sweep(
     spaces.check(plan.space, base)
     inputs = check(base)
     store = TrialStore(runs_root(plan.recipe), plan.name)
+    inputs = inputs.at(store.uri)
     with store.lock():
         resumed = store.open(plan.identity(inputs), plan.about(inputs))
         if plan.retry_failed:
@@ -190,6 +191,7 @@ def sweep(
                 if trial.outcome == "failed":
                     store.reopen(trial)
         inputs = replace(inputs, init_uri=store.about["init"]["uri"] or inputs.init_uri)
+        inputs.copy_weights(store.uri)
         group = TrialGroup(
             store=store,
             base=base,

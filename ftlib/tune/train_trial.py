@@ -18,6 +18,7 @@ from ftlib.storage import join, read_json
 
 if TYPE_CHECKING:
     from ftlib.track.tracked_run import TrackedRun, TrackerHandle
+    from ftlib.training.initial_weights import InitialWeights
 
 ABBREVIATIONS = {
     "dropout": "do",
@@ -101,8 +102,25 @@ class SweepInputs:
     data_name: str
     data_digest: str
     init_uri: str
-    """Where the starting weights lie; empty for scratch and imagenet."""
+    """Where the starting weights lie; empty for scratch."""
     init_sha256: str
+    source: InitialWeights | None = None
+    """The starting weights as they were found; None for scratch."""
+
+    def at(self, folder: str) -> SweepInputs:
+        """The same, with the starting weights where `copy_weights` puts them."""
+        if self.source is None:
+            return self
+        from ftlib.training.initial_weights import copied
+
+        return replace(self, init_uri=copied(self.source, folder).uri)
+
+    def copy_weights(self, folder: str) -> None:
+        """Copy published weights and bare files to where all trials read them."""
+        if self.source is not None:
+            from ftlib.training.initial_weights import materialize
+
+            materialize(self.source, folder)
 
 
 def check(run: Run) -> SweepInputs:
@@ -119,6 +137,7 @@ def check(run: Run) -> SweepInputs:
         ready.dataset.digest,
         source.uri if source else "",
         source.sha256 if source else "",
+        source,
     )
 
 

@@ -303,7 +303,7 @@ def test_a_resumed_run_keeps_its_starting_weights_although_phase_1_has_better_on
         ),
         ({"model.init_from": "run:never"}, ConfigError, "never"),
         ({"model.init_from": "file:/nowhere"}, ConfigError, "/nowhere"),
-        ({"model.init_from": "what:ever"}, ConfigError, "use scratch, imagenet"),
+        ({"model.init_from": "what:ever"}, ConfigError, "use scratch, pretrained"),
         ({"model.arch": "resnet5"}, ConfigError, "resnet50"),
         ({"model.arch": "vgg11_bn", "model.drop_path": 0.1}, ConfigError, "drop_path"),
         ({"augment.randaugment_n": 1, "augment.randaugment_ops": ["Rotat"]}, ConfigError, "Rotat"),
