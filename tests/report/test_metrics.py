@@ -162,7 +162,7 @@ def test_the_interval_of_a_perfectly_calibrated_models_ece_contains_its_value():
     [
         (np.zeros((3, 2)), np.zeros(2, int), "one row of logits per label"),
         (np.zeros((0, 2)), np.zeros(0, int), "the split is empty"),
-        (np.zeros((3, 2)), np.array([0, 1, 2]), "the model knows 2 classes"),
+        (np.zeros((3, 2)), np.array([0, 1, 2]), "the model has 2 classes"),
         (np.array([[np.nan, 0], [0, 0]]), np.array([0, 1]), "1 of 2 predictions are NaN"),
     ],
 )
