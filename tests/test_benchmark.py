@@ -30,7 +30,7 @@ def quiet(_):
     pass
 
 
-# --- measuring ----------------------------------------------------------------------------------------------------------------------
+# --- measuring ---
 
 
 def test_cases_take_turns_forwards_and_backwards():
@@ -39,7 +39,7 @@ def test_cases_take_turns_forwards_and_backwards():
     def case(name):
         return Case(name, lambda: order.append(name) or Cost(1.0, 1.0))
 
-    by_turns("x", "step", [case("a"), case("b")], [], 3, quiet)
+    by_turns("x", "step", [case("a"), case("b")], goals=[], rounds=3, say=quiet)
     assert order == ["a", "b", "b", "a", "a", "b"]
 
 
@@ -84,7 +84,7 @@ def test_stream_counts_what_was_made_not_what_was_there():
     assert cost.wall >= 0 and cost.cpu >= 0
 
 
-# --- the loader ---------------------------------------------------------------------------------------------------------------------
+# --- the loader ---
 
 
 def test_generated_photos_are_like_photos(tmp_path):
@@ -227,7 +227,7 @@ def test_two_workers_and_startup(tmp_path):
     assert "ftlib --help" in started.costs and "goal" in started.notes[-1]
 
 
-# --- what is shown, what is refused -------------------------------------------------------------------------------------------------
+# --- what is shown, what is refused ---
 
 
 def test_a_missed_goal_is_said(tmp_path):

@@ -26,7 +26,7 @@ AHEAD = 2
 Opened = Callable[[], AbstractContextManager[Iterator[int]]]
 
 
-# --- torch's DataLoader over files ------------------------------------------------------------------------------------------------------
+# --- torch's DataLoader over files ---
 
 
 class Files(torch.utils.data.Dataset[Any]):
@@ -214,7 +214,7 @@ def full_size_albumentations(size: int) -> Callable[[Path], torch.Tensor]:
     return lambda path: chain(image=cv2.cvtColor(_cv2(path), cv2.COLOR_BGR2RGB))["image"]
 
 
-# --- FFCV and DALI: crop, flip, normalise -----------------------------------------------------------------------------------------------
+# --- FFCV and DALI: crop, flip, normalise ---
 
 
 def ffcv(
@@ -243,7 +243,9 @@ def ffcv(
     def opened() -> Iterator[Iterator[int]]:
         image = [
             RandomResizedCropRGBImageDecoder((size, size)),
-            RandomHorizontalFlip(),  # without a GPU normalisation must come before tensors: behind them FFCV's compiler never ends
+            RandomHorizontalFlip(),
+            # Without a GPU, normalization must come before tensors: after them FFCV's compiler
+            # does not finish.
             NormalizeImage(np.array(IMAGENET_MEAN) * 255, np.array(IMAGENET_STD) * 255, np.float32),
             ToTensor(),
             ToTorchImage(),

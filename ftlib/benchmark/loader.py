@@ -101,9 +101,8 @@ def benchmark(
         max_side: longer side, in pixels, of the re-encoded pictures.
         only: measure only cases whose name contains one of these; all where there are none.
     """
-    cv2.setNumThreads(
-        1
-    )  # peers fork their processes, which must not inherit a thread pool whose threads are not there
+    # Peers fork their processes; a thread pool does not survive a fork.
+    cv2.setNumThreads(1)
     folder = pictures_of(source, scratch, max(8, min(images, 128)))
     say(f"preparing {folder}")
     kept = prepared(folder, scratch / "originals", PrepareOptions())
@@ -134,8 +133,10 @@ def benchmark(
         ),
     }
     notes = [
-        f"{len(files)} pictures, {_kilobytes(files):.0f} kB each; re-encoded with longer side {max_side} at quality {QUALITY} {_kilobytes(small):.0f} kB",
-        f"{size} px, {workers} loader processes, batches of {batch}, {images} images per case and round",
+        f"{len(files)} pictures, {_kilobytes(files):.0f} kB each; re-encoded with longer side "
+        f"{max_side} at quality {QUALITY} {_kilobytes(small):.0f} kB",
+        f"{size} px, {workers} loader processes, batches of {batch}, {images} images per case and "
+        "round",
     ]
     absent = []
     for name, make in (
@@ -161,7 +162,9 @@ def benchmark(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what peers warn of is not the user's concern
         cases = [making[name]() for name in wanted]
-        return by_turns("Input pipeline", "image", cases, GOALS, rounds, say, notes)
+        return by_turns(
+            "Input pipeline", "image", cases, goals=GOALS, rounds=rounds, say=say, notes=notes
+        )
 
 
 def pictures_of(source: Path | None, scratch: Path, count: int) -> Path:

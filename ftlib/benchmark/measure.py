@@ -124,14 +124,22 @@ def by_turns(
     title: str,
     unit: str,
     cases: Sequence[Case],
+    *,
     goals: Sequence[Goal],
     rounds: int,
     say: Callable[[str], None],
     notes: Sequence[str] = (),
     turns: int = 1,
 ) -> Part:
-    """Run every case `turns` times per round, forwards and backwards in turn, and form the
-    ratios of all goals whose cases are there. A round counts with the medians of its turns."""
+    """Run every case `turns` times per round, alternating the order, and form the ratios.
+
+    A round counts with the medians of its turns. Goals whose cases are missing are left out.
+
+    Args:
+        goals: the ratios to form.
+        say: is told each cost as it is measured.
+        notes: lines below the table.
+    """
     costs: dict[str, list[Cost]] = {case.name: [] for case in cases}
     for n in range(rounds):
         taken: dict[str, list[Cost]] = {case.name: [] for case in cases}
@@ -146,7 +154,8 @@ def by_turns(
                 )
                 costs[case.name].append(cost)
                 say(
-                    f"{title}, round {n + 1}/{rounds}: {case.name}  {1000 * cost.cpu:.3g} ms CPU, {1000 * cost.wall:.3g} ms per {unit}"
+                    f"{title}, round {n + 1}/{rounds}: {case.name}  {1000 * cost.cpu:.3g} ms CPU, "
+                    f"{1000 * cost.wall:.3g} ms per {unit}"
                 )
     return Part(title, unit, costs, ratios(costs, goals), list(notes))
 
@@ -169,7 +178,7 @@ def ratios(costs: dict[str, list[Cost]], goals: Sequence[Goal]) -> list[Ratio]:
     ]
 
 
-# --- CPU time of several processes -----------------------------------------------------------------------------------------------------
+# --- CPU time of several processes ---
 
 
 class ProcessTree:
@@ -239,7 +248,7 @@ def timed(work: Callable[[], int]) -> Cost:
     return Cost((time.process_time() - cpu) / units, (time.perf_counter() - began) / units)
 
 
-# --- the machine ------------------------------------------------------------------------------------------------------------------------
+# --- the machine ---
 
 
 def machine() -> dict[str, Any]:
@@ -292,7 +301,10 @@ def sentence(about: dict[str, Any]) -> str:
     """The machine in words."""
     gpu = ", ".join(about["gpus"]) or "no GPU"
     vector = f" with {about['vector']}" if about["vector"] else ""
-    return f"{about['cores']} cores ({about['cpu']}{vector}), {about['memory_gb']:g} GB, {gpu}; load {about['load']:g} at the start"
+    return (
+        f"{about['cores']} cores ({about['cpu']}{vector}), {about['memory_gb']:g} GB, {gpu}; "
+        f"load {about['load']:g} at the start"
+    )
 
 
 def _cpuinfo(field_: str) -> str:

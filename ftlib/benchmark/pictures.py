@@ -72,10 +72,21 @@ def sides(
         say(f"preparing: {name}")
         made = prepared(folder, scratch / f"way-{i}", rules)
         cases.append(ours(name, made, augment, batch, workers, images))
+        kilobytes = _kilobytes(made.split("train"))
+        psnr = crop_psnr(kept.split("train"), made.split("train"), size)
         notes.append(
-            f"{name}: {_kilobytes(made.split('train')):.0f} kB a picture; its crops at {size} px are {crop_psnr(kept.split('train'), made.split('train'), size):.1f} dB from the originals'"
+            f"{name}: {kilobytes:.0f} kB a picture; its crops at {size} px are {psnr:.1f} dB from "
+            "the originals'"
         )
-    return by_turns("Sizes of prepared pictures", "image", cases, [], rounds, say, notes)
+    return by_turns(
+        "Sizes of prepared pictures",
+        "image",
+        cases,
+        goals=[],
+        rounds=rounds,
+        say=say,
+        notes=notes,
+    )
 
 
 def crop_psnr(whole: Split, reduced: Split, size: int) -> float:
@@ -148,19 +159,22 @@ def accuracy(
                 Case(FAST, partial(trained, FAST, _fast)),
                 Case(PLAIN, partial(trained, PLAIN, _plain)),
             ],
-            [],
-            seeds,
-            say,
+            goals=[],
+            rounds=seeds,
+            say=say,
         )
     gains = [a - b for a, b in zip(scores[FAST], scores[PLAIN], strict=True)]
     noise = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
     notes = [
-        f"{arch}, {size} px, {epochs} epochs of {len(dataset.split('train'))} images from scratch, {len(dataset.split('val'))} scored, {seeds} seeds",
+        f"{arch}, {size} px, {epochs} epochs of {len(dataset.split('train'))} images from scratch, "
+        f"{len(dataset.split('val'))} scored, {seeds} seeds",
         *(
-            f"{name}: top-1 {', '.join(f'{v:.1f}' for v in values)}; mean {statistics.mean(values):.2f} %"
+            f"{name}: top-1 {', '.join(f'{v:.1f}' for v in values)}; "
+            f"mean {statistics.mean(values):.2f} %"
             for name, values in scores.items()
         ),
-        f"difference of the means {statistics.mean(gains):+.2f} points, standard error over seeds {noise:.2f}",
+        f"difference of the means {statistics.mean(gains):+.2f} points, standard error over seeds "
+        f"{noise:.2f}",
     ]
     return Part(part.title, part.unit, part.costs, [], notes)
 
@@ -168,7 +182,9 @@ def accuracy(
 @contextlib.contextmanager
 def _fast(training: Training) -> Iterator[Iterator[Batch]]:
     with contextlib.closing(
-        train_batches(training.context.dataset, training.rows, training.run, 0, 1, 0, training.total, 0)
+        train_batches(
+            training.context.dataset, training.rows, training.run, 0, 1, 0, training.total, 0
+        )
     ) as batches:
         yield batches
 

@@ -114,7 +114,8 @@ def figure(parts: list[Part], about: dict[str, Any]) -> bytes:
         ax.set_yticks(range(len(names)), names, fontsize=8)
         ax.set_xlim(0, 1.15 * max(max(v) for v in values))
         ax.set_xlabel(
-            f"{'CPU' if of == 'cpu' else 'wall'} milliseconds per {part.unit} (median; line: min to max)",
+            f"{'CPU' if of == 'cpu' else 'wall'} milliseconds per {part.unit} "
+            "(median; line: min to max)",
             fontsize=8,
         )
         ax.set_title(part.title, fontsize=10)

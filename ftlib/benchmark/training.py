@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,8 @@ IMAGES = 12_800
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
+    """The work that both sides do."""
+
     arch: str = "resnet18"
     size: int = 64
     batch: int = 32
@@ -59,7 +61,8 @@ class BenchmarkSettings:
 class Pictures:
     """As much of a data set as training on made-up pixels needs: labels."""
 
-    name, digest, classes = "made-up", "0" * 64, tuple(f"class{i}" for i in range(CLASSES))
+    name, digest, rules = "made-up", "0" * 64, None
+    classes = tuple(f"class{i}" for i in range(CLASSES))
 
     def __init__(self) -> None:
         self.labels = np.arange(IMAGES, dtype=np.int64) % CLASSES
@@ -72,11 +75,10 @@ class Pictures:
 
 
 def device() -> torch.device:
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    """This process's GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
 
 
 def training(s: BenchmarkSettings, run_dir: str = "", rank: int = 0, world: int = 1) -> Training:
@@ -152,14 +154,22 @@ def loops(
     return run_ours, run_plain
 
 
-def words(s: BenchmarkSettings, dtype: torch.dtype) -> str:
-    return f"{s.arch}, {s.size} px, batches of {s.batch}, {str(dtype).removeprefix('torch.')}, {s.steps} steps per case and round, on {'the GPU' if device().type == 'cuda' else 'the CPU'}"
+def describe(s: BenchmarkSettings, dtype: torch.dtype) -> str:
+    """The work in words, for the note below a table."""
+    where = "the GPU" if device().type == "cuda" else "the CPU"
+    return (
+        f"{s.arch}, {s.size} px, batches of {s.batch}, {str(dtype).removeprefix('torch.')}, "
+        f"{s.steps} steps per case and round, on {where}"
+    )
 
 
 def step(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
-    """A training step beside a plain PyTorch loop's. On a CPU they take turns step by step, and
-    a round counts with the medians of its steps: the machine's speed changes faster than a round
-    is long. On a GPU a turn is a round's steps: to wait after each would empty its queue."""
+    """A training step beside a plain PyTorch loop's.
+
+    On a CPU they take turns step by step, and a round counts with the medians of its steps: the
+    machine's speed changes faster than a round is long. On a GPU a turn is all steps of a round,
+    since waiting after each step would empty the GPU's queue.
+    """
     ours = training(s)
     run_ours, run_plain = loops(s, ours)
     run_ours(2), run_plain(2)
@@ -172,11 +182,11 @@ def step(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
         "Training step",
         "step",
         cases,
-        [Goal("ftlib step", "plain PyTorch step", "wall", 1.01)],
-        s.rounds,
-        say,
-        [words(s, ours.dtype)],
-        turns,
+        goals=[Goal("ftlib step", "plain PyTorch step", "wall", 1.01)],
+        rounds=s.rounds,
+        say=say,
+        notes=[describe(s, ours.dtype)],
+        turns=turns,
     )
 
 
@@ -184,40 +194,23 @@ def scaling(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
     """Two workers beside torchrun's DistributedDataParallel, in the very same processes."""
     out = scratch / "scaling.json"
     say("Two workers: torchrun starts them")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = ["-m", "ftlib.benchmark.two_workers", str(out), json.dumps(asdict(s))]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "-m",
-            "ftlib.benchmark.two_workers",
-            str(out),
-            json.dumps(asdict(s)),
-        ],
+        [*torchrun, "--nproc-per-node", "2", *script],
         env={**os.environ, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     if done.returncode or not out.exists():
-        raise BenchmarkError(
-            f"torchrun could not run two workers: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
-        )
+        raise BenchmarkError(f"torchrun could not run two workers: {_last_line(done.stderr)}")
     found = json.loads(out.read_text("utf-8"))
     costs = {name: [Cost(*pair) for pair in pairs] for name, pairs in found["costs"].items()}
-    # Two workers that wait for each other run at the same pace: the ratio of images/s is the inverse of that of the seconds.
-    ratio = Ratio(
-        "ftlib, two workers",
-        "torchrun DDP, two workers",
-        "wall",
-        tuple(
-            a.wall / b.wall
-            for a, b in zip(costs["ftlib, two workers"], costs["torchrun DDP, two workers"])
-        ),
-        1 / 0.98,
-    )
+    ours, peer = "ftlib, two workers", "torchrun DDP, two workers"
+    # The workers wait for each other in every step, so the ratio of images/s is the inverse of the
+    # ratio of seconds.
+    seconds = tuple(a.wall / b.wall for a, b in zip(costs[ours], costs[peer]))
+    ratio = Ratio(ours, peer, "wall", seconds, 1 / 0.98)
     rates = ", ".join(
         f"{name} {2 * s.batch / statistics.median(c.wall for c in cost):.1f} images/s"
         for name, cost in costs.items()
@@ -227,7 +220,7 @@ def scaling(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
         "step",
         costs,
         [ratio],
-        [f"{found['words']}; {found['backend']}; per worker", rates],
+        [f"{found['work']}; {found['backend']}; per worker", rates],
     )
 
 
@@ -242,7 +235,7 @@ def checkpoints(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
         def with_checkpoint() -> int:
             ours.save(wait=False)
             run_ours(s.steps)
-            writer.wait()  # on a machine whose cores are all busy, what the writing took from the steps must count too
+            writer.wait()  # where all cores are busy, what writing took from the steps counts too
             return s.steps
 
         with_checkpoint()
@@ -250,7 +243,7 @@ def checkpoints(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
             Case("ftlib with a checkpoint", lambda: timed(with_checkpoint)),
             Case("ftlib without", lambda: timed(lambda: run_ours(s.steps))),
         ]
-        part = by_turns("Checkpoints", "step", cases, [], s.rounds, say)
+        part = by_turns("Checkpoints", "step", cases, goals=[], rounds=s.rounds, say=say)
     extra = [
         s.steps * (a.wall - b.wall)
         for a, b in zip(part.costs["ftlib with a checkpoint"], part.costs["ftlib without"])
@@ -263,8 +256,11 @@ def checkpoints(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
         1.01,
     )
     size = sum(f.stat().st_size for f in (scratch / "run").rglob("*") if f.is_file()) / 1e6
-    note = f"a checkpoint (of {size / 2:.0f} MB) takes {statistics.median(extra):.2f} s [{min(extra):.2f}..{max(extra):.2f}] in all; by default there is one a minute and one at each epoch's end"
-    return Part(part.title, part.unit, part.costs, [usual], [words(s, ours.dtype), note])
+    note = (
+        f"a checkpoint (of {size / 2:.0f} MB) takes {_spread(extra)} s in all; by default there is "
+        "one a minute and one at each epoch's end"
+    )
+    return Part(part.title, part.unit, part.costs, [usual], [describe(s, ours.dtype), note])
 
 
 def startup(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
@@ -289,18 +285,19 @@ def startup(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
         Case(name, partial(_process, arguments, expect=2 if "wrong" in name else 0))
         for name, arguments in commands.items()
     ]
-    part = by_turns("Start-up", "start", cases, [], s.rounds, say)
+    part = by_turns("Start-up", "start", cases, goals=[], rounds=s.rounds, say=say)
     more = [
         a.wall - b.wall
         for a, b in zip(part.costs["ftlib one-worker trial"], part.costs["plain Tune function"])
     ]
-    notes = [
-        f"{name}: goal < 1 s, {'met' if statistics.median(c.wall for c in part.costs[name]) < 1 else 'MISSED'}"
-        for name in ("ftlib --help", "ftlib wrong flag")
-    ]
+    notes = []
+    for name in ("ftlib --help", "ftlib wrong flag"):
+        seconds = statistics.median(c.wall for c in part.costs[name])
+        notes.append(f"{name}: goal < 1 s, {_met(seconds < 1)}")
     notes.append(
-        f"the trial takes {statistics.median(more):+.2f} s [{min(more):+.2f}..{max(more):+.2f}] against the plain function (resnet18, {EPOCHS} epochs of {PHOTOS} pictures, whole processes): "
-        f"goal <= +3 s, {'met' if statistics.median(more) <= 3 else 'MISSED'}"
+        f"the trial takes {_spread(more)} s more than the plain function (resnet18, {EPOCHS} "
+        f"epochs of {PHOTOS} pictures, whole processes): goal <= 3 s, "
+        f"{_met(statistics.median(more) <= 3)}"
     )
     return Part(part.title, part.unit, part.costs, [], notes)
 
@@ -317,9 +314,21 @@ def _process(arguments: list[str], expect: int) -> Cost:
     wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode != expect:
         raise BenchmarkError(
-            f"{' '.join(arguments)} ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+            f"{' '.join(arguments)} ended with {done.returncode}: {_last_line(done.stderr)}"
         )
     return Cost(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall)
+
+
+def _last_line(stderr: str) -> str:
+    return (stderr.strip().splitlines() or ["no message"])[-1]
+
+
+def _met(reached: bool) -> str:
+    return "met" if reached else "MISSED"
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} [{min(values):.2f}..{max(values):.2f}]"
 
 
 MEASURES: dict[str, Callable[[BenchmarkSettings, Path, Say], Part]] = {

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ftlib.benchmark.training import BenchmarkSettings, loops, training, words
+from ftlib.benchmark.training import BenchmarkSettings, describe, loops, training
 
 
 def main(out: str, settings: BenchmarkSettings) -> None:
@@ -42,15 +42,13 @@ def main(out: str, settings: BenchmarkSettings) -> None:
             cpu, began = time.process_time(), time.perf_counter()
             cases[name](settings.steps)
             dist.barrier()
-            costs[name].append(
-                (
-                    (time.process_time() - cpu) / settings.steps,
-                    (time.perf_counter() - began) / settings.steps,
-                )
-            )
+            taken = time.process_time() - cpu, time.perf_counter() - began
+            costs[name].append((taken[0] / settings.steps, taken[1] / settings.steps))
     if rank == 0:
         Path(out).write_text(
-            json.dumps({"costs": costs, "words": words(settings, ours.dtype), "backend": backend}),
+            json.dumps(
+                {"costs": costs, "work": describe(settings, ours.dtype), "backend": backend}
+            ),
             "utf-8",
         )
     dist.destroy_process_group()

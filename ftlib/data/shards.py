@@ -250,6 +250,12 @@ class Dataset:
         """Names of the splits that this set has: `train`, `val` and, in some sets, `test`."""
         return tuple(name for name in SPLITS if name in self.manifest["splits"])
 
+    @property
+    def rules(self) -> dict[str, Any] | None:
+        """The options that the set was prepared with; None where its manifest does not say."""
+        rules = self.manifest["made"].get("rules")
+        return dict(rules) if rules else None
+
     def split(self, name: str) -> Split:
         """One split by its name. Raises DataError where the set does not have it."""
         if name not in self.splits:

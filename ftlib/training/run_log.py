@@ -138,7 +138,7 @@ class RunLog:
             "data": {
                 "name": data.name,
                 "digest": data.digest,
-                "rules": data.manifest["made"].get("rules"),
+                "rules": data.rules,
             },
             "run": self.context.run_dir.rstrip("/").rsplit("/", 1)[-1],
             "stage": run.stage,

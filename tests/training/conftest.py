@@ -24,7 +24,7 @@ class MemoryDataset:
     """The part of ftlib.data.shards.Dataset that training uses, over scikit-learn's digits as
     JPEGs."""
 
-    name, digest = "digits", "0" * 64
+    name, digest, rules = "digits", "0" * 64, None
 
     def __init__(self, train, val, classes=10, side=16):
         x, y = load_digits(return_X_y=True)
