@@ -520,7 +520,8 @@ def _with_slots(
         yield microbatch, ring.take(len(microbatch.rows) * bytes_per_image)
 
 
-def _unchanged(item: Pixels | Failure) -> Pixels | Failure:
+def _unchanged(item: Any) -> Any:
+    """Called by DataLoader, which would copy the pixels into tensors of its own."""
     return item
 
 

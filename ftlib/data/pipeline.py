@@ -71,7 +71,7 @@ class Pipeline:
                     results.append(self(image.copy(), randomness))
                 except Exception as error:
                     raise ConfigError(f"augment.pipeline does not work: {_short(error)}") from None
-            if not np.array_equal(*results):
+            if not np.array_equal(results[0], results[1]):
                 raise ConfigError(
                     "augment.pipeline gives different pictures from the same random numbers, so a "
                     "resumed run would be another run. Leave out the transform that draws random "

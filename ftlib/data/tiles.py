@@ -1,12 +1,15 @@
-"""JPEGs whose restart markers make them a grid of tiles that decode alone, and cutting the tiles of a crop out of one.
+"""JPEGs that restart markers divide into a grid of tiles, and cutting a crop's tiles out of them.
 
-A baseline JPEG stores minimum coded units (MCUs, 8 or 16 pixels a side) row by row. Each restart marker resets the decoder, so what
-lies between two markers decodes by itself; where a whole number of such intervals makes a row of MCUs, they are tiles. `Tiles.cut` copies
-the tiles that cover a box behind a header with the new size, and renumbers their markers: a shorter, ordinary JPEG, for any
-decoder. Decoding it gives, within the box, the very pixels of the whole picture.
+A baseline JPEG stores minimum coded units (MCUs, 8 or 16 pixels a side) row by row. Each
+restart marker resets the decoder, so the data between two markers decode by themselves. Where a
+whole number of such intervals makes a row of MCUs, the intervals are tiles. `Tiles.cut` copies
+the tiles that cover a box behind a header with the new size, and renumbers their markers: the
+result is a shorter, ordinary JPEG for any decoder. Within the box it decodes to exactly the
+pixels of the whole picture.
 
-`encode` writes such files, with a table of where the tiles lie in an application segment, so that nobody need search for markers.
-Any viewer opens them; markers make them a few percent longer, and Huffman codes made for each picture as much shorter.
+`encode` writes such files, with a table of the tiles' places in an application segment, so that
+nobody has to search for markers. Any viewer opens them. Markers make them a few percent longer,
+Huffman codes made for each picture about as much shorter.
 """
 
 from __future__ import annotations
@@ -19,12 +22,17 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from ftlib.data.decode import Jpeg, as_memoryview
+
 TILE = 32
-"""Pixels that tiles are made to be wide, where the width allows. Smaller ones cut closer and cost more bytes."""
+"""Width of a tile in pixels, as near as the picture's width allows. Smaller tiles fit a crop
+closer and cost more bytes."""
 CONTEXT = 1
-"""Pixels around a box that decoding its edge looks at, to interpolate the colour of pictures with halved chroma; others need none."""
+"""Pixels around a box that decoding its edge looks at, to interpolate halved chroma; pictures with
+full chroma need none."""
 TABLE = b"ftlib-tiles\0"
-"""Begins the APP11 segment with the layout (`_Layout`) and with where each tile ends: uint16 (little-endian) up to 64 KiB, uint32 beyond."""
+"""Begins the APP11 segment, before the layout (`_Layout`) and the end of each tile: uint16
+(little-endian) up to 64 KiB, uint32 beyond."""
 _FIELDS, _SIZE = struct.Struct("<IIHHBBH"), struct.Struct(">HH")
 _U2, _U4 = np.dtype("<u2"), np.dtype("<u4")
 _NUMBERS = np.resize(np.arange(0xD0, 0xD8, dtype=np.uint8), 1 << 15)
@@ -35,11 +43,11 @@ class Cut(NamedTuple):
     """The tiles as a JPEG."""
     top: int
     left: int
-    """Where its first pixel lies in the whole picture."""
+    """Place of its first pixel in the whole picture."""
 
 
 class _Layout(NamedTuple):
-    """What a header says of the tiles."""
+    """What a header says about the tiles."""
 
     size_at: int
     """Offset of height and width in the frame header."""
@@ -55,20 +63,25 @@ class _Layout(NamedTuple):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of tiles."""
-        return -(-self.height // self.mcu_height), -(
-            -self.width // (self.interval * self.mcu_width)
-        )
+        tile_width = self.interval * self.mcu_width
+        return -(-self.height // self.mcu_height), -(-self.width // tile_width)
 
 
 def interval(width: int, mcu: int) -> int:
-    """MCUs per tile for a picture of this width: of the divisors of a row's MCUs the one that comes closest to `TILE` pixels."""
+    """MCUs per tile for a picture of this width.
+
+    Of the divisors of the MCUs in a row, the one that comes closest to `TILE` pixels.
+    """
     across, wanted = ceil(width / mcu), TILE // mcu
     divisors = [d for d in range(1, min(across, 2 * wanted) + 1) if across % d == 0]
     return min(divisors, key=lambda d: abs(np.log2(d / wanted)))
 
 
 def encode(pixels: np.ndarray, quality: int, subsampling: str = "420") -> bytes:
-    """uint8[H, W, 3] as a baseline JPEG of tiles. `subsampling` of the chroma is 444, 422 or 420; for any other it is left out (444)."""
+    """uint8[H, W, 3] as a baseline JPEG of tiles.
+
+    `subsampling` of the chroma is 444, 422 or 420; any other value means 444.
+    """
     halved = {"422": 1, "420": 2}.get(subsampling, 0)
     out = io.BytesIO()
     Image.fromarray(pixels).save(
@@ -83,8 +96,10 @@ def encode(pixels: np.ndarray, quality: int, subsampling: str = "420") -> bytes:
 
 
 def with_table(jpeg: bytes) -> bytes:
-    """The JPEG with a table of its tiles, behind the segments that applications begin it with; as it is where it has no tiles, has a table
-    already, or has too many tiles for one."""
+    """The JPEG with a table of its tiles, after the application segments at its beginning.
+
+    Unchanged where it has no tiles, has a table already, or has too many tiles for one.
+    """
     data = memoryview(jpeg)
     layout = _layout(data)
     if layout is None or _table_at(data)[1] or (ends := _found(data, layout)) is None:
@@ -111,73 +126,82 @@ def with_table(jpeg: bytes) -> bytes:
 
 
 class Tiles(NamedTuple):
-    """What is known of a JPEG's tiles before any of them is looked at."""
+    """What the header and the table of a JPEG say about its tiles."""
 
     data: memoryview
     table_at: int
     table_end: int
-    """Where the table's segment begins and ends; its end is 0 where there is none."""
+    """Begin and end of the table's segment; the end is 0 where there is none."""
     layout: _Layout
     ends: np.ndarray | None
-    """uint16 or uint32[tiles]: where each ends, counted from `layout.data_at`; None where no table says it."""
+    """uint16 or uint32[tiles]: end of each, counted from `layout.data_at`; None without a table."""
 
     def cut(self, top: int, left: int, height: int, width: int, shrink: int = 1) -> Cut | None:
-        """The tiles that cover a box (in pixels, within the picture), or None where nearly all would be needed.
-        `shrink`: the result will be decoded to 1/shrink of each side (up to 1/8; the cut begins at a multiple of 8 pixels)."""
-        data, table_at, table_end, layout, ends = self
-        size_at, data_at, full_height, full_width, tile_height, mcu_width, interval = layout
-        tile_width, context = (
-            interval * mcu_width,
-            0 if mcu_width == tile_height == 8 else CONTEXT * shrink,
-        )
+        """The tiles that cover a box (in pixels, within the picture).
+
+        None where nearly all would be needed, or where the file is damaged. `shrink`: the
+        result will be decoded to 1/shrink of each side (up to 1/8; the cut begins at a multiple
+        of 8 pixels).
+        """
+        data, layout, ends = self.data, self.layout, self.ends
+        tile_height, tile_width = layout.mcu_height, layout.interval * layout.mcu_width
+        full_chroma = layout.mcu_width == tile_height == 8
+        context = 0 if full_chroma else CONTEXT * shrink
         rows, columns = layout.grid
-        x0, x1 = (
-            max(left - context, 0) // tile_width,
-            min(-(-(left + width + context) // tile_width), columns),
-        )
-        y0, y1 = (
-            max(top - context, 0) // tile_height,
-            min(-(-(top + height + context) // tile_height), rows),
-        )
+        x0, x1 = _covering(left - context, left + width + context, tile_width, columns)
+        y0, y1 = _covering(top - context, top + height + context, tile_height, rows)
         if (x1 - x0) * (y1 - y0) > 0.9 * columns * rows:
             return None
         if ends is None and (ends := _found(data, layout)) is None:
-            return None  # damaged, or more than one scan: for the decoder to judge, whole
-        # Where each row's tiles begin and end, in plain numbers: for so few, numpy's calls would cost more than its arithmetic.
+            return None  # damaged, or more than one scan: the decoder judges the whole file
+        # Begin and end of each row of tiles, as plain numbers: numpy's calls cost more for so few.
         first = y0 * columns + x0
-        begins = (
-            ends[first - 1 : y1 * columns - 1 : columns].tolist()
-            if first
-            else [0, *ends[columns - 1 : (y1 - 1) * columns : columns].tolist()]
-        )
+        if first:
+            begins = ends[first - 1 : y1 * columns - 1 : columns].tolist()
+        else:
+            begins = [0, *ends[columns - 1 : (y1 - 1) * columns : columns].tolist()]
         stops = ends[y0 * columns + x1 - 1 : (y1 - 1) * columns + x1 : columns].tolist()
-        header = bytearray(data[: table_at if table_end else data_at])
-        if table_end:  # a tile's table is of no use to a decoder
-            header += data[table_end:data_at]
-            size_at -= table_end - table_at
-        _SIZE.pack_into(
-            header,
-            size_at,
-            min(y1 * tile_height, full_height) - y0 * tile_height,
-            min(x1 * tile_width, full_width) - x0 * tile_width,
+        header = self._header(
+            min(y1 * tile_height, layout.height) - y0 * tile_height,
+            min(x1 * tile_width, layout.width) - x0 * tile_width,
         )
-        pieces, moved, length = [header], [], len(header)
+        pieces: list[bytearray | memoryview] = [header]
+        moved, length = [], len(header)
         for begin, stop in zip(begins, stops):
-            pieces.append(data[data_at + begin : data_at + stop])
+            pieces.append(data[layout.data_at + begin : layout.data_at + stop])
             moved.append(length - begin - 1)  # to the second byte of the marker that ends a tile
             length += stop - begin
         spliced = bytearray().join(pieces)
         at = (ends.reshape(rows, columns)[y0:y1, x0:x1] + np.array(moved)[:, None]).ravel()
+        few = len(at) <= len(_NUMBERS)
         np.frombuffer(spliced, np.uint8)[at] = (
-            _NUMBERS[: len(at)] if len(at) <= len(_NUMBERS) else np.resize(_NUMBERS, len(at))
+            _NUMBERS[: len(at)] if few else np.resize(_NUMBERS, len(at))
         )
         spliced[-1] = 0xD9
         return Cut(spliced, y0 * tile_height, x0 * tile_width)
 
+    def _header(self, height: int, width: int) -> bytearray:
+        """The file's header for another size, without the table, which a decoder has no use for."""
+        size_at, data_at = self.layout.size_at, self.layout.data_at
+        header = bytearray(self.data[: self.table_at if self.table_end else data_at])
+        if self.table_end:
+            header += self.data[self.table_end : data_at]
+            size_at -= self.table_end - self.table_at
+        _SIZE.pack_into(header, size_at, height, width)
+        return header
 
-def tiles_of(jpeg: bytes | bytearray | memoryview | np.ndarray) -> Tiles | None:
-    """The JPEG's tiles, by its header alone; None where it has none."""
-    data = memoryview(jpeg)  # type: ignore[arg-type]  # an array is one, too
+
+def _covering(begin: int, end: int, tile: int, count: int) -> tuple[int, int]:
+    """The tiles that cover the pixels begin to end - 1: the first, and the last plus 1.
+
+    There are `count` tiles of `tile` pixels.
+    """
+    return max(begin, 0) // tile, min(-(-end // tile), count)
+
+
+def tiles_of(jpeg: Jpeg) -> Tiles | None:
+    """The JPEG's tiles, from its header alone; None where it has none."""
+    data = as_memoryview(jpeg)
     table_at, table_end = _table_at(data)
     layout, ends = _listed(data, table_at, table_end) if table_end else (None, None)
     if layout is None and (layout := _layout(data)) is None:
@@ -186,7 +210,7 @@ def tiles_of(jpeg: bytes | bytearray | memoryview | np.ndarray) -> Tiles | None:
 
 
 def _table_at(data: memoryview) -> tuple[int, int]:
-    """Where the table's segment begins and ends; its end is 0 where there is none, and its beginning where it would be."""
+    """Begin and end of the table's segment. Without one the end is 0, and the begin its place."""
     at, size = 2, len(data)
     while at + 4 <= size and data[at] == 0xFF and 0xE0 <= data[at + 1] <= 0xEF:
         end = at + 2 + (data[at + 2] << 8 | data[at + 3])
@@ -199,7 +223,10 @@ def _table_at(data: memoryview) -> tuple[int, int]:
 def _listed(
     data: memoryview, table_at: int, table_end: int
 ) -> tuple[_Layout, np.ndarray] | tuple[None, None]:
-    """The layout and the tiles' ends as the file's table says; None where the table is not this file's."""
+    """The layout and the ends of the tiles from the file's table.
+
+    (None, None) where the table does not belong to this file.
+    """
     numbers_at = table_at + 4 + len(TABLE) + _FIELDS.size
     if not numbers_at <= table_end <= len(data):
         return None, None
@@ -223,8 +250,10 @@ def _listed(
 
 
 def _found(data: memoryview, layout: _Layout) -> np.ndarray | None:
-    """int64[tiles]: where each tile ends (after its marker), counted from `layout.data_at`, by searching for the markers; None where their
-    number does not fit."""
+    """int64[tiles]: end of each tile (after its marker), counted from `layout.data_at`.
+
+    By searching for the markers; None where their number does not fit.
+    """
     rows, columns = layout.grid
     body = np.frombuffer(data, np.uint8)[layout.data_at :]
     escapes = np.flatnonzero(body[:-1] == 0xFF)
@@ -235,7 +264,8 @@ def _found(data: memoryview, layout: _Layout) -> np.ndarray | None:
 
 
 def _layout(data: memoryview) -> _Layout | None:
-    """From the header of a baseline JPEG with one scan whose restart interval divides a row of MCUs; None for all others."""
+    """The layout from the header of a baseline JPEG with one scan and a restart interval that
+    divides a row of MCUs; None for all others."""
     at, spacing, frame, size = 2, 0, 0, len(data)
     while at + 4 <= size and data[at] == 0xFF:
         marker, length = data[at + 1], data[at + 2] << 8 | data[at + 3]
@@ -254,10 +284,12 @@ def _layout(data: memoryview) -> _Layout | None:
         return None
     height, width = data[frame] << 8 | data[frame + 1], data[frame + 2] << 8 | data[frame + 3]
     count = data[frame + 4]
+    if count == 0:
+        return None
     factors = [data[frame + 6 + 3 * i] for i in range(count)]
-    across, down = (
-        (1, 1) if count == 1 else (max(f >> 4 for f in factors), max(f & 15 for f in factors))
-    )
+    across, down = max(f >> 4 for f in factors), max(f & 15 for f in factors)
+    if count == 1:  # the MCU of a single component is one block, whatever its factors
+        across, down = 1, 1
     if height == 0 or -(-width // (8 * across)) % spacing:
         return None
     return _Layout(frame, at + 2 + length, height, width, 8 * down, 8 * across, spacing)
