@@ -66,7 +66,7 @@ def off(a, b):
     [RICH, config.Augment(size=64, trivialaugment=True)],
     ids=["randaugment", "trivialaugment"],
 )
-def test_seed_epoch_and_image_decide_and_nothing_else(jpeg, cfg):
+def test_the_result_depends_only_on_seed_epoch_and_image(jpeg, cfg):
     images = [(epoch, image) for epoch in range(3) for image in range(8)]
     transform = TrainTransform(cfg, seed=5)
     first = {at: transform(jpeg, *at).tobytes() for at in images}
@@ -95,7 +95,7 @@ def test_out_is_filled_in_place(jpeg):
     assert np.array_equal(batch[0], EvalTransform(64, 0.875)(jpeg))
 
 
-def test_damaged_bytes_raise(jpeg):
+def test_damaged_bytes_raise_decode_error(jpeg):
     for transform in (lambda b: TrainTransform(PLAIN, 1)(b, 0, 0), EvalTransform(64, 0.875)):
         with pytest.raises(DecodeError):
             transform(jpeg[:-500])
@@ -113,7 +113,7 @@ def test_damaged_bytes_raise(jpeg):
         (32, 32, (0.5, 0.9), (0.5, 2)),
     ],
 )
-def test_boxes_are_distributed_as_torchvisions(height, width, scale, ratio):
+def test_crop_boxes_have_the_distribution_of_torchvisions(height, width, scale, ratio):
     n = 4000
     torch.manual_seed(0)
     picture = torch.empty(3, height, width)
@@ -140,7 +140,7 @@ def test_boxes_are_distributed_as_torchvisions(height, width, scale, ratio):
 
 
 @pytest.mark.parametrize(("height", "width"), [(20, 400), (400, 20), (30, 41)])
-def test_where_no_box_fits_the_centre_is_taken_as_torchvision_takes_it(height, width):
+def test_where_no_box_fits_the_center_box_equals_torchvisions(height, width):
     whole = ((1.0, 1.0), (0.9, 1.1))
     theirs = T.RandomResizedCrop.get_params(
         torch.empty(3, height, width), list(whole[0]), list(whole[1])
@@ -157,7 +157,7 @@ def test_where_no_box_fits_the_centre_is_taken_as_torchvision_takes_it(height, w
         ((50, 60, 33, 40), 64),
     ],
 )
-def test_resize_is_torchvisions_up_to_its_low_pass(photo, jpeg, box, size):
+def test_resizing_is_close_to_torchvisions_antialiased_resize(photo, jpeg, box, size):
     decoded = Image.open(io.BytesIO(jpeg)).convert("RGB")
     expected = np.asarray(TF.resized_crop(decoded, *box, [size, size]))
     assert off(crop_and_resize(jpeg, tiles_of(jpeg), box, size), expected).mean() < 6
@@ -187,7 +187,7 @@ def test_shrinking_in_the_decoder_is_antialiased(photo, jpeg, box, size):
     assert off(ours, expected).mean() < 0.7 * off(plain, expected).mean()
 
 
-def test_flip_and_its_probability(jpeg):
+def test_a_flip_mirrors_the_picture_as_often_as_its_probability_says(jpeg):
     still, always = TrainTransform(PLAIN, 1), TrainTransform(override(PLAIN, {"flip": 1.0}), 1)
     upright = still(jpeg, 0, 0)
     assert np.array_equal(always(jpeg, 0, 0), upright[:, ::-1])
@@ -204,7 +204,7 @@ def test_flip_and_its_probability(jpeg):
     [(427, 640), (640, 427), (300, 301), (256, 256), (100, 130), (33, 500), (224, 224), (500, 375)],
 )
 @pytest.mark.parametrize(("size", "crop"), [(224, 0.875), (224, 1.0), (176, 0.95)])
-def test_evaluation_is_torchvisions(photo, height, width, size, crop):
+def test_evaluation_equals_torchvisions_resize_and_center_crop(photo, height, width, size, crop):
     data = jpeg_of(np.asarray(Image.fromarray(photo).resize((width, height))))
     picture = Image.open(io.BytesIO(data)).convert("RGB")
     resized = TF.resize(picture, [round(size / crop)])
@@ -213,16 +213,16 @@ def test_evaluation_is_torchvisions(photo, height, width, size, crop):
     assert difference.max() <= 2 and difference.mean() < 0.2
 
 
-def test_evaluation_of_large_pictures(photo):
+def test_evaluation_of_large_pictures_stays_close_to_torchvisions(photo):
     data = jpeg_of(cv2.resize(photo, (2560, 1708), interpolation=cv2.INTER_CUBIC))
     expected = np.asarray(TF.center_crop(TF.resize(Image.open(io.BytesIO(data)), [73]), [64, 64]))
     assert off(EvalTransform(64, 0.875)(data), expected).mean() < 1.5
 
 
-# --- colour jitter --------------------------------------------------------------------------------
+# --- color jitter --------------------------------------------------------------------------------
 
 
-def test_jitter_is_torchvisions_given_the_same_factors(photo):
+def test_color_jitter_equals_torchvisions_for_the_same_factors(photo):
     """The same order and factors through torchvision's functions on PIL."""
     image = cv2.resize(photo, (128, 128), interpolation=cv2.INTER_AREA)
     functions = {
@@ -243,7 +243,7 @@ def test_jitter_is_torchvisions_given_the_same_factors(photo):
         assert difference.mean() < 2 and np.percentile(difference, 99) <= 6
 
 
-def test_jitter_draws_as_torchvision_does(monkeypatch):
+def test_color_jitter_draws_order_and_factors_as_torchvision_does(monkeypatch):
     """Order and factors, over 2000 draws; ranges of a strength above 1 are cut at 0."""
     drawn = []
 
@@ -268,7 +268,7 @@ def test_jitter_draws_as_torchvision_does(monkeypatch):
     assert tuple(T.ColorJitter(saturation=1.5).saturation) == (0.0, 2.5)
 
 
-def test_no_jitter_of_no_strength(photo):
+def test_color_jitter_without_strength_returns_the_picture_itself(photo):
     assert ColorJitter(0, 0, 0, 0, p=1.0)(photo, Randomness(1)) is photo
 
 
@@ -296,7 +296,7 @@ def names_of(groups, calls):
 
 
 @pytest.mark.parametrize(("n", "p"), [(1, 1.0), (2, 0.3), (3, 0.5), (2, 1.0)])
-def test_frequencies_of_groups_and_ops(applied, n, p):
+def test_randaugment_chooses_groups_and_ops_uniformly(applied, n, p):
     policy, randomness, images = RandAugment(ops.OPS, n, 9, p, 32), Randomness(3), 6000
     per_image = []
     for _ in range(images):
@@ -322,7 +322,7 @@ def test_frequencies_of_groups_and_ops(applied, n, p):
     assert chisquare([firsts[g] for g in ops.GROUPS]).pvalue > 0.001  # groups come in random order
 
 
-def test_magnitude_0_and_probability_0_are_no_randaugment(jpeg):
+def test_magnitude_0_or_probability_0_leaves_the_picture_as_it_is(jpeg):
     off_, zero_m, zero_p = (
         TrainTransform(override(PLAIN, {"crop_scale": (0.3, 0.9), **extra}), 1)
         for extra in (
@@ -338,7 +338,7 @@ def test_magnitude_0_and_probability_0_are_no_randaugment(jpeg):
         )
 
 
-def test_n_and_m_and_p_act(jpeg):
+def test_the_change_grows_with_n_m_and_p(jpeg):
     """The mean change from the picture without RandAugment grows with each of the three, fractions
     of a magnitude included."""
     plain = TrainTransform(PLAIN, 1)(jpeg, 0, 0)
@@ -356,7 +356,7 @@ def test_n_and_m_and_p_act(jpeg):
         assert changes == sorted(changes) and changes[0] > 0 and changes[-1] > 1.25 * changes[0]
 
 
-def test_chosen_ops_alone(applied):
+def test_only_the_chosen_ops_are_applied(applied):
     cfg = config.Augment(
         randaugment_n=2,
         randaugment_m=5,
@@ -369,7 +369,7 @@ def test_chosen_ops_alone(applied):
     assert len(applied) == 100 and len(set(map(id, applied))) == 3
 
 
-def test_unknown_ops_and_groups_that_cannot_be_filled():
+def test_unknown_ops_and_too_few_groups_are_refused():
     with pytest.raises(ConfigError, match=r"no op rotation\. Did you mean rotate\?"):
         check(config.Augment(randaugment_n=1, randaugment_ops=("rotation",)))
     with pytest.raises(ConfigError, match="only 1 group"):
@@ -399,7 +399,7 @@ def test_trivialaugment_is_uniform_over_ops_and_levels(monkeypatch):
 # --- erasing --------------------------------------------------------------------------------------
 
 
-def test_erased_boxes_are_distributed_as_torchvisions():
+def test_erased_boxes_have_the_distribution_of_torchvisions():
     scale, n = (0.02, 0.33), 1500
     torch.manual_seed(0)
     theirs = []
@@ -424,7 +424,7 @@ def test_erased_boxes_are_distributed_as_torchvisions():
     assert chisquare(np.bincount(np.concatenate(values), minlength=256)).pvalue > 0.001
 
 
-def test_share_of_erased_images(jpeg):
+def test_images_are_erased_as_often_as_the_probability_says(jpeg):
     plain = TrainTransform(PLAIN, 1)(jpeg, 0, 0)
     erasing = TrainTransform(override(PLAIN, {"erasing_p": 0.25}), 1)
     share = np.mean([not np.array_equal(erasing(jpeg, 0, i), plain) for i in range(400)])

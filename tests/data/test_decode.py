@@ -27,7 +27,7 @@ def flower():
     [bytes, bytearray, memoryview, lambda b: np.frombuffer(b, np.uint8)],
     ids=["bytes", "bytearray", "memoryview", "array"],
 )
-def test_pixels_are_pils(flower, options, kind):
+def test_pixels_equal_those_of_pil(flower, options, kind):
     data = jpeg(flower, **options)
     pixels = decode(kind(data))
     assert pixels.shape == (427, 640, 3) and pixels.dtype == np.uint8
@@ -35,13 +35,13 @@ def test_pixels_are_pils(flower, options, kind):
     assert dimensions(kind(data)) == (427, 640)
 
 
-def test_grey_becomes_three_channels(flower):
+def test_gray_pictures_become_three_channels(flower):
     pixels = decode(jpeg(flower[..., 0]))
     assert pixels.shape == (427, 640, 3) and (pixels[..., 0] == pixels[..., 2]).all()
 
 
 @pytest.mark.parametrize("shrink", [2, 4, 8])
-def test_shrinking_is_pils_draft(flower, shrink):
+def test_shrinking_equals_pils_draft_mode(flower, shrink):
     data = jpeg(flower)
     theirs = Image.open(io.BytesIO(data))
     theirs.draft("RGB", (640 // shrink, 427 // shrink))
@@ -62,7 +62,7 @@ def test_shrinking_is_pils_draft(flower, shrink):
         (lambda b: b[: len(b) // 2] + bytes(len(b) // 2), "damaged"),
     ],
 )
-def test_damage_is_refused(flower, damage, why):
+def test_damaged_pictures_are_refused(flower, damage, why):
     data = damage(jpeg(flower))
     with pytest.raises(DecodeError, match=why):
         decode(data)

@@ -42,7 +42,7 @@ USE = """
 """
 
 
-def test_a_long_tmpdir_does_not_matter(tmp_path):
+def test_loader_processes_start_below_a_long_tmpdir(tmp_path):
     folder = tmp_path / ("x" * 80) / ("y" * 80)
     folder.mkdir(parents=True)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder)}
@@ -54,7 +54,7 @@ def test_a_long_tmpdir_does_not_matter(tmp_path):
     assert not Path(used).exists() and not list(folder.iterdir())  # removed at the end
 
 
-def test_no_short_folder_is_an_error_that_says_what_to_set(monkeypatch):
+def test_without_a_short_folder_the_error_says_what_to_set(monkeypatch):
     monkeypatch.setattr(fork_server, "LONGEST_SOCKET_FOLDER", 3)
     monkeypatch.setattr(fork_server, "_process_settings", dict)
     with pytest.raises(OSError, match=r"too long a name .* Set TMPDIR .* or data\.loader_workers"):
@@ -66,7 +66,7 @@ def ours():
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="named semaphores lie elsewhere")
-def test_what_a_killed_process_left_is_removed_by_the_next_loader(tmp_path):
+def test_the_next_loader_removes_what_a_killed_process_left(tmp_path):
     """Killed together with Python's resource tracker, which would remove it otherwise."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
@@ -99,7 +99,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_loader(tmp_path):
                     path.unlink()
 
 
-def test_only_what_names_a_dead_process_of_this_machine_is_removed(tmp_path, monkeypatch):
+def test_only_leftovers_of_dead_processes_of_this_machine_are_removed(tmp_path, monkeypatch):
     monkeypatch.setattr(fork_server, "SEMAPHORES", str(tmp_path))
     here, ticks = fork_server._machine(), start_ticks(os.getpid())
     pid = os.getpid()

@@ -92,7 +92,7 @@ def loader_threads():
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_batches_are_those_of_the_plan_whoever_loads_them(dataset, expected, workers):
+def test_batches_follow_the_plan_for_any_number_of_processes(dataset, expected, workers):
     assert steps_per_epoch(len(ROWS), 8) == 3
     with train_batches(dataset, ROWS, RUN, 0, 1, 0, STEPS, workers) as batches:
         found = list(batches)
@@ -100,7 +100,7 @@ def test_batches_are_those_of_the_plan_whoever_loads_them(dataset, expected, wor
     assert all(same(b, expected[b.step, b.index]) for b in found)
 
 
-def test_memory_is_used_again_but_not_while_a_batch_is_held(dataset, expected):
+def test_memory_is_reused_but_not_while_a_batch_is_held(dataset, expected):
     """Forty steps in a handful of places; and what is held, however much, keeps its pixels."""
     places = set()
     with train_batches(dataset, ROWS, RUN, 0, 1, 0, 40, 1) as batches:
@@ -113,7 +113,7 @@ def test_memory_is_used_again_but_not_while_a_batch_is_held(dataset, expected):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_ranks_part_the_plan_and_a_start_in_the_middle_is_the_rest(dataset, expected, workers):
+def test_ranks_divide_the_plan_and_a_later_start_gives_the_rest(dataset, expected, workers):
     for rank in range(2):
         with train_batches(dataset, ROWS, RUN, rank, 2, 4, STEPS, workers) as batches:
             found = list(batches)
@@ -124,7 +124,7 @@ def test_ranks_part_the_plan_and_a_start_in_the_middle_is_the_rest(dataset, expe
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_in_order_without_padding(dataset, workers):
+def test_evaluation_keeps_the_order_and_adds_no_padding(dataset, workers):
     split, transform = dataset.split("val"), EvalTransform(24, 0.875)
     rows = np.array([5, 0, 3, 1, 4])
     with eval_batches(split, rows, 24, 0.875, 2, workers) as batches:
@@ -138,7 +138,7 @@ def test_evaluation_in_order_without_padding(dataset, workers):
     )
 
 
-def test_an_empty_share_is_no_batches(dataset):
+def test_an_empty_plan_gives_no_batches(dataset):
     for workers in (0, 1):
         assert list(train_batches(dataset, ROWS, RUN, 0, 1, 5, 5, workers)) == []
         assert (
@@ -147,7 +147,7 @@ def test_an_empty_share_is_no_batches(dataset):
         )
 
 
-def test_the_global_random_state_is_left_alone(dataset):
+def test_loading_leaves_torchs_random_state_alone(dataset):
     torch.manual_seed(3)
     expected_draw = torch.rand(1)
     for workers in (0, 1):
@@ -176,7 +176,7 @@ def damaged(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_picture_stops_with_its_place(damaged, workers):
+def test_a_damaged_picture_is_an_error_that_names_shard_row_and_file(damaged, workers):
     dataset, row, name = damaged
     with (
         pytest.raises(LoadError) as error,
@@ -190,7 +190,7 @@ def test_a_damaged_picture_stops_with_its_place(damaged, workers):
     assert list(batches) == []  # closed
 
 
-def test_an_undecodable_picture_says_what_is_wrong(dataset):
+def test_an_undecodable_picture_is_an_error_that_says_why(dataset):
     class Broken:
         labels = np.zeros(3, np.int64)
 
@@ -204,7 +204,7 @@ def test_an_undecodable_picture_says_what_is_wrong(dataset):
         next(eval_batches(Broken(), np.array([2]), 24, 1.0, 2, 0))
 
 
-def test_a_bad_plan_reaches_the_caller(dataset):
+def test_an_error_in_the_plan_reaches_the_caller(dataset):
     with pytest.raises(LoadError, match="needs at least 2"):
         next(train_batches(dataset, ROWS[:1], RUN, 0, 1, 0, 1, 0))
 
@@ -270,7 +270,7 @@ def test_the_thread_ends_with_the_iterator(dataset, drop):
 
 
 @pytest.mark.parametrize("whom", ["one", "all"])
-def test_after_a_killed_process_the_same_batches_follow(dataset, expected, whom, caplog):
+def test_the_same_batches_follow_after_a_process_was_killed(dataset, expected, whom, caplog):
     """And a batch that is held keeps its pixels."""
     with train_batches(dataset, ROWS, RUN, 0, 1, 0, STEPS, 2) as batches:
         found = [next(batches)]
@@ -282,7 +282,7 @@ def test_after_a_killed_process_the_same_batches_follow(dataset, expected, whom,
     assert re.search(r"died \(killed by SIGKILL\); started again.*loader_workers", caplog.text)
 
 
-def test_a_killed_process_at_evaluation_changes_nothing(dataset):
+def test_killing_a_process_during_evaluation_changes_nothing(dataset):
     rows, split = np.array([5, 0, 3, 1, 4]), dataset.split("val")
     undisturbed = list(eval_batches(split, rows, 24, 0.875, 1, 0))
     with eval_batches(split, rows, 24, 0.875, 1, 1) as batches:
@@ -293,9 +293,7 @@ def test_a_killed_process_at_evaluation_changes_nothing(dataset):
         assert torch.equal(ours.images, theirs.images) and torch.equal(ours.rows, theirs.rows)
 
 
-def test_processes_that_die_again_and_again_are_an_error_that_a_restart_may_cure(
-    dataset, monkeypatch
-):
+def test_repeated_deaths_are_an_error_that_max_failures_retries(dataset, monkeypatch):
     monkeypatch.setattr(loader, "RESTARTS", 1)
     with (
         pytest.raises(LoaderProcessError, match=r"as 1 times before .*data\.loader_workers") as e,
@@ -307,7 +305,7 @@ def test_processes_that_die_again_and_again_are_an_error_that_a_restart_may_cure
     assert is_final(LoadError("damaged"))
 
 
-def test_a_shard_cut_while_it_is_mapped_is_named(dataset, tmp_path, capfd):
+def test_a_shard_truncated_while_it_is_mapped_is_named(dataset, tmp_path, capfd):
     """Reading it ends the process by SIGBUS."""
     for file in Path(dataset.path).iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -376,12 +374,12 @@ def test_a_killed_training_process_leaves_no_loader_process(dataset, tmp_path):
     )  # loader processes did not run the main module again
 
 
-def test_dropping_a_batches_that_never_started():
+def test_batches_that_never_started_can_be_dropped():
     with pytest.raises(ValueError):
         Batches(None, [], 1, -1)
 
 
-def test_settings_that_cannot_be_are_refused_before_anything_starts(dataset):
+def test_wrong_settings_are_refused_before_processes_start(dataset):
     with pytest.raises(ValueError, match="no op sheer_x"):
         train_batches(
             dataset, ROWS, override(RUN, {"augment.randaugment_ops": ("sheer_x",)}), 0, 1, 0, 1, 2

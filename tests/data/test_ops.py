@@ -47,7 +47,7 @@ def off(a, b):
 # --- every row of the table -----------------------------------------------------------------------
 
 
-def test_the_table():
+def test_the_table_is_complete_and_its_names_are_unique():
     assert len(BY_NAME) == len(OPS)
     assert {op.group for op in OPS} == set(GROUPS)
     assert all(op.at_most for op in OPS)
@@ -74,7 +74,7 @@ def test_more_strength_changes_more(op, photos):
 
 
 @each_op
-def test_result_is_a_picture_of_the_same_kind_and_the_source_is_untouched(op, photos):
+def test_results_keep_shape_and_type_and_the_source_is_untouched(op, photos):
     for image in (
         photos[0],
         np.ascontiguousarray(photos[1][:32, :32]),
@@ -88,7 +88,7 @@ def test_result_is_a_picture_of_the_same_kind_and_the_source_is_untouched(op, ph
 
 
 @each_op
-def test_the_key_alone_decides(op, photos):
+def test_the_result_depends_only_on_the_key(op, photos):
     transform = op.at(0.7, 224)
     results = [apply(transform, photos[0], Randomness(key)) for key in (1, 2, 1)]
     assert np.array_equal(results[0], results[2])
@@ -98,14 +98,14 @@ def test_the_key_alone_decides(op, photos):
 
 
 @each_op
-def test_strength_beyond_the_scale_is_refused(op):
+def test_a_strength_outside_0_to_1_is_refused(op):
     for strength in (-0.01, 1.01):
         with pytest.raises(ValueError, match=op.name):
             op.at(strength, 224)
 
 
-def test_signed_ops_go_either_way_equally_often():
-    """A warp, a colour and a hue: the sign of each from its effect, over 400 keys."""
+def test_signed_ops_draw_both_signs_equally_often():
+    """A warp, a color and a hue: the sign of each from its effect, over 400 keys."""
     gray = np.full((32, 32, 3), 100, np.uint8)
     ramp = np.tile(np.arange(0, 224, 7, dtype=np.uint8)[None, :, None], (32, 1, 3))
     ups = {
@@ -138,7 +138,7 @@ def test_signed_ops_go_either_way_equally_often():
     ],
     ids=["brightness", "contrast", "saturation", "sharpness"],
 )
-def test_enhancements_are_pils(photos, ours, theirs, factor):
+def test_enhancements_equal_pils(photos, ours, theirs, factor):
     for image in photos:
         expected = np.asarray(theirs(Image.fromarray(image)).enhance(factor))
         assert off(ours(image, factor), expected).max() <= (
@@ -149,7 +149,7 @@ def test_enhancements_are_pils(photos, ours, theirs, factor):
 
 
 @pytest.mark.parametrize("turns", [-0.5, -0.1, 0.03, 0.25])
-def test_hue_is_torchvisions(photos, turns):
+def test_hue_equals_torchvisions(photos, turns):
     for image in photos:
         expected = np.asarray(TF.adjust_hue(Image.fromarray(image), turns))
         difference = off(color.hue(image, turns), expected)
@@ -158,7 +158,7 @@ def test_hue_is_torchvisions(photos, turns):
         )  # both through 8-bit HSV, rounded differently
 
 
-def test_tables_are_pils(photos):
+def test_autocontrast_and_equalize_equal_pils(photos):
     for image in photos:
         muted = (image * 0.6 + 30).astype(np.uint8)
         for picture in (image, muted, np.full_like(image, 7)):
@@ -179,7 +179,7 @@ def test_tables_are_pils(photos):
 
 
 @pytest.mark.parametrize("strength", [0.2, 0.5, 1.0])
-def test_posterize_and_solarize_are_pils(photos, strength):
+def test_posterize_and_solarize_equal_pils(photos, strength):
     for image in photos:
         pil = Image.fromarray(image)
         bits = 8 - int(np.ceil(4 * strength))
@@ -192,7 +192,7 @@ def test_posterize_and_solarize_are_pils(photos, strength):
         )
 
 
-def test_gamma_is_torchvisions(photos):
+def test_gamma_equals_torchvisions(photos):
     for octaves in (-1, -0.3, 0.5, 1):
         assert (
             off(
@@ -242,7 +242,7 @@ def test_gamma_is_torchvisions(photos):
     ids=lambda v: v if isinstance(v, str) else "",
 )
 @pytest.mark.parametrize("strength", [0.25, 1.0])
-def test_warps_are_torchvisions_affine(photos, name, amount, affine, strength):
+def test_warps_equal_torchvisions_affine(photos, name, amount, affine, strength):
     """To within interpolation, at one of the two signs."""
     for image in photos[:2]:
         ours = run(BY_NAME[name], strength, image)
@@ -262,7 +262,7 @@ def test_warps_are_torchvisions_affine(photos, name, amount, affine, strength):
 
 
 @pytest.mark.parametrize("strength", [0.2, 1.0])
-def test_perspective_is_torchvisions_and_shows_the_whole_quadrilateral(photos, strength):
+def test_perspective_equals_torchvisions_and_shows_the_whole_quadrilateral(photos, strength):
     size, moved = 224, []
     corners = [[0, 0], [size - 1, 0], [size - 1, size - 1], [0, size - 1]]
     for key in range(12):
@@ -284,7 +284,7 @@ def test_perspective_is_torchvisions_and_shows_the_whole_quadrilateral(photos, s
     )  # the mean of |N(0, s)|
 
 
-def test_motion_blur_has_albumentations_kernels():
+def test_motion_blur_uses_albumentations_kernels():
     draw = np.random.default_rng(0)
     for length in (3, 5, 11, 17):
         for angle, direction in [
@@ -302,7 +302,7 @@ def test_motion_blur_has_albumentations_kernels():
 
 
 def test_dropout_covers_what_albumentations_covers():
-    """The same share of the picture, centre and corner: six holes of a given side, anywhere within
+    """The same share of the picture, center and corner: six holes of a given side, anywhere within
     the picture."""
     white, side, n = np.full((64, 64, 3), 255, np.uint8), 12, 600
     stock = A.CoarseDropout(
@@ -322,7 +322,7 @@ def test_dropout_covers_what_albumentations_covers():
         assert abs(ours[part].mean() - theirs[part].mean()) < 0.04
 
 
-def test_a_fourth_channel_changes_no_pixel(photos):
+def test_warping_through_a_fourth_channel_changes_no_pixel(photos):
     y, x = np.indices((224, 224), np.float32)
     places = np.dstack([0.9 * x - 0.2 * y + 3.3, 0.2 * x + 0.8 * y + 1.7])
     for image in photos:
@@ -345,7 +345,7 @@ def test_a_fourth_channel_changes_no_pixel(photos):
     [op for op in OPS if isinstance(op.at(0.5, 64), ops.PixelTransform)],
     ids=lambda op: op.name,
 )
-def test_albumentations_way_in_does_the_same(op, photos):
+def test_own_transforms_work_in_an_albumentations_compose(op, photos):
     """As within a user's own Compose."""
     transform, randomness = op.at(0.7, 224), Randomness(5)
     transform.set_random_state(randomness.generator, randomness.python)
@@ -357,7 +357,7 @@ def test_albumentations_way_in_does_the_same(op, photos):
 
 
 @pytest.mark.parametrize("strength", [0.1, 0.5, 1.0])
-def test_noise_is_gaussian_of_the_promised_size_and_independent(strength):
+def test_noise_is_gaussian_independent_and_of_the_documented_size(strength):
     image = np.full((224, 224, 3), 128, np.uint8)
     for name, sigma in (("gauss_noise", 50 * strength), ("multiplicative_noise", 64 * strength)):
         noise = (
@@ -382,7 +382,7 @@ def test_noise_is_gaussian_of_the_promised_size_and_independent(strength):
             assert abs((a * b).mean()) < 0.02
 
 
-def test_gauss_noise_is_albumentations_own(photos):
+def test_gauss_noise_has_the_statistics_of_albumentations(photos):
     """The same mean, spread and quantiles of the change as A.GaussNoise."""
     ours = (
         np.stack([run(BY_NAME["gauss_noise"], 0.4, photos[0], k) for k in range(10)]).astype(float)
@@ -397,7 +397,7 @@ def test_gauss_noise_is_albumentations_own(photos):
         assert abs(np.percentile(ours, share) - np.percentile(theirs, share)) <= 1.5
 
 
-def test_elastic_has_the_field_of_the_op_it_replaces():
+def test_elastic_has_the_statistics_of_albumentations_field():
     """Standard deviation and autocorrelation of the displacement, against blurring white noise at
     full size as A.ElasticTransform does."""
     side, sigma, amount = 224, 11.2, 4.0
@@ -434,7 +434,7 @@ def test_elastic_has_the_field_of_the_op_it_replaces():
     assert abs((fields[..., 0] * fields[..., 1]).mean()) < 0.1 * amount**2  # x and y apart
 
 
-def test_lengths_are_shares_of_the_side():
+def test_lengths_scale_with_the_side():
     """At half the side the same strength draws the same picture, at half the scale."""
     large = np.zeros((224, 224, 3), np.uint8)
     large[80:120, 60:140] = 255
@@ -471,7 +471,7 @@ def golden_lines():
         yield f"{op.name} {digest.hexdigest()[:16]}"
 
 
-def test_golden_hashes():
+def test_pixels_have_not_changed_since_they_were_recorded():
     """The same bits as when they were recorded; `python tests/data/test_ops.py` records them anew.
     OpenCV rounds differently from release to release and on processors without AVX2, so the
     hashes hold for the versions named in the file's first line."""
@@ -505,7 +505,7 @@ def test_albumentations_own_seeding_is_never_used():
     assert not found
 
 
-def test_why_it_is_never_used():
+def test_albumentations_seeding_makes_two_flips_fire_together():
     """Two flips under one seed fire together or not at all; under one shared generator they are
     independent."""
     image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)

@@ -36,7 +36,7 @@ def jpeg():
 
 
 @pytest.mark.parametrize("form", ["yaml", "json"])
-def test_a_file_is_read_once_and_its_contents_kept(tmp_path, form, jpeg):
+def test_the_setting_keeps_the_contents_of_the_file(tmp_path, form, jpeg):
     file = tmp_path / f"aerial.{form}"
     A.save(AERIAL, str(file), data_format=form)
     cfg = override(PLAIN, {"pipeline": str(file)})
@@ -48,7 +48,7 @@ def test_a_file_is_read_once_and_its_contents_kept(tmp_path, form, jpeg):
     assert TrainTransform(cfg, 1)(jpeg, 0, 3).shape == (32, 32, 3)
 
 
-def test_yaml_and_json_of_one_pipeline_are_the_same_setting(tmp_path):
+def test_yaml_and_json_give_the_same_setting(tmp_path):
     for form in ("yaml", "json"):
         A.save(AERIAL, str(tmp_path / form), data_format=form)
     text = text_of(A.GaussNoise(std_range=(1e-5, 2e-5), p=1))
@@ -57,7 +57,7 @@ def test_yaml_and_json_of_one_pipeline_are_the_same_setting(tmp_path):
     assert len(texts) == 1
 
 
-def test_seed_epoch_and_image_decide_and_nothing_else(jpeg):
+def test_the_result_depends_only_on_seed_epoch_and_image(jpeg):
     cfg = override(PLAIN, {"pipeline": text_of(AERIAL), "vflip": 0.5, "rotate90": 0.5})
     images = [(epoch, image) for epoch in range(3) for image in range(12)]
     first = {at: TrainTransform(cfg, 5)(jpeg, *at).tobytes() for at in images}
@@ -74,7 +74,7 @@ def test_a_seed_in_the_file_is_ignored(jpeg):
     assert len({transform(jpeg, 0, i).tobytes() for i in range(40)}) == 4
 
 
-def test_the_pipeline_gives_what_albumentations_gives(jpeg):
+def test_the_result_equals_albumentations(jpeg):
     """Given the same generators, called directly."""
     picture = np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)
     theirs = A.Compose(AERIAL.transforms)
@@ -96,7 +96,7 @@ def test_the_pipeline_gives_what_albumentations_gives(jpeg):
         ('{"transform": {"x": "' + "y" * 70_000 + '"}}', "is longer than 65,536 bytes"),
     ],
 )
-def test_what_is_not_a_pipeline_is_refused_when_the_settings_are_built(text, message):
+def test_values_that_are_no_pipeline_are_refused(text, message):
     with pytest.raises(ConfigError, match=rf"augment\.pipeline: .*({message})"):
         config.Augment(pipeline=text)
 
@@ -145,7 +145,7 @@ def test_a_pipeline_with_randomness_of_its_own_is_refused(monkeypatch):
 # --- flips and turns ------------------------------------------------------------------------------
 
 
-def test_turns_are_the_eight_symmetries_of_the_square(jpeg):
+def test_flips_and_turns_give_all_eight_symmetries_equally_often(jpeg):
     """All are reached, as often as their probabilities say, and no pixel changes."""
     upright = TrainTransform(PLAIN, 1)(jpeg, 0, 0)
     symmetries = {

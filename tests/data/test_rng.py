@@ -22,7 +22,7 @@ from ftlib.data.rng import (
 numbers = st.integers(0, 2**63 - 1)
 
 
-def test_the_mixing_is_splitmix64():
+def test_the_mixing_function_is_splitmix64():
     """The published generator from seed 0: its state grows by the golden ratio, and its output is
     the mixed state."""
     state, outputs = 0, []
@@ -32,14 +32,14 @@ def test_the_mixing_is_splitmix64():
     assert outputs == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
 
 
-def test_keys_do_not_change():
+def test_keys_have_not_changed_since_they_were_recorded():
     assert key(ORDER, 42, 0) == 0x95806DB43FD771D7
     assert key(AUGMENT, 42, 3, 1_281_166) == 0x59A1885A6A9812B
     assert raw(7, 2).tolist() == [16086915834549238692, 5448529601018347655]
 
 
 @given(numbers, numbers, numbers)
-def test_a_key_is_a_uint64_of_all_its_parts_in_order(a, b, c):
+def test_a_key_depends_on_all_its_parts_and_their_order(a, b, c):
     k = key(AUGMENT, a, b, c)
     assert 0 <= k < 2**64
     assert k == key(AUGMENT, a, b, c)
@@ -56,11 +56,11 @@ def test_a_key_is_a_uint64_of_all_its_parts_in_order(a, b, c):
         assert k != key(AUGMENT, a, c, b)
 
 
-def test_domains_are_apart():
+def test_domains_give_different_keys():
     assert len({key(d, 1, 2) for d in (ORDER, AUGMENT, MIX, DROPOUT, INIT, SUBSET, TUNING)}) == 7
 
 
-def test_a_million_keys_without_a_collision_and_with_even_bits():
+def test_a_million_keys_do_not_collide_and_have_balanced_bits():
     keys = np.array(
         [key(AUGMENT, 42, epoch, image) for epoch in range(20) for image in range(10_000)],
         np.uint64,
@@ -71,7 +71,7 @@ def test_a_million_keys_without_a_collision_and_with_even_bits():
 
 
 @given(numbers, st.integers(0, 300))
-def test_rewinding_forgets_all_that_was_drawn(k, before):
+def test_rewinding_forgets_all_earlier_draws(k, before):
     randomness, fresh = Randomness(), Randomness()
     randomness.generator.integers(0, 255, before, dtype=np.uint8)  # leaves a half-used 32-bit word
     randomness.python.gauss(0, 1)  # keeps the second of a pair
@@ -104,7 +104,7 @@ def test_python_numbers_are_uniform():
     assert ((counts - 1000) ** 2 / 1000).sum() < 22.5  # chi-square, 6 degrees: 1 in 1000
 
 
-def test_choices_are_those_of_the_base_class():
+def test_choices_equal_those_of_the_base_class():
     """Drawn in fewer layers, from the same bits to the same end."""
 
     class Plain(random.Random):
@@ -123,7 +123,7 @@ def test_choices_are_those_of_the_base_class():
     ) == plain.choice("abcde")
 
 
-def test_pickling_gives_a_working_one():
+def test_a_pickled_generator_works():
     again = pickle.loads(pickle.dumps(Randomness(3)))
     again.rewind(3)
     assert again.python.random() == Randomness(3).python.random()

@@ -19,7 +19,7 @@ def epoch_plans(n, b, m, epoch=0, seed=42, rows=None):
     ]
 
 
-def test_the_order_does_not_change():
+def test_the_order_has_not_changed_since_it_was_recorded():
     assert epoch_order(42, 0, 10).tolist() == [8, 5, 3, 9, 1, 0, 2, 4, 7, 6]
     assert epoch_order(42, 1, 10).tolist() != epoch_order(42, 0, 10).tolist()
 
@@ -29,7 +29,7 @@ def test_the_order_is_a_permutation(seed, epoch, n):
     assert sorted(epoch_order(seed, epoch, n)) == list(range(n))
 
 
-def test_every_place_is_equally_likely():
+def test_every_position_is_equally_likely():
     n, epochs = 10, 5000
     places = np.array([epoch_order(0, e, n) for e in range(epochs)])
     counts = np.array([np.bincount(places[:, i], minlength=n) for i in range(n)])
@@ -40,7 +40,7 @@ def test_every_place_is_equally_likely():
 
 @given(shapes)
 @settings(max_examples=200, deadline=None)
-def test_an_epoch_takes_every_image_once(shape):
+def test_an_epoch_has_every_image_once(shape):
     n, b, m = shape
     plans = epoch_plans(n, b, m)
     seen = np.concatenate([mb.rows for plan in plans for mb in plan])
@@ -51,7 +51,7 @@ def test_an_epoch_takes_every_image_once(shape):
 
 @given(shapes)
 @settings(max_examples=200, deadline=None)
-def test_the_shape_of_steps(shape):
+def test_steps_and_microbatches_have_the_documented_sizes(shape):
     n, b, m = shape
     plans = epoch_plans(n, b, m)
     for i, plan in enumerate(plans):
@@ -70,7 +70,7 @@ def test_the_shape_of_steps(shape):
 
 
 @given(shapes, st.integers(1, 7))
-def test_workers_share_a_step_between_them(shape, world):
+def test_every_microbatch_belongs_to_exactly_one_worker(shape, world):
     n, b, m = shape
     for plan in epoch_plans(n, b, m):
         parts = [owned(plan, rank, world) for rank in range(world)]
@@ -78,7 +78,7 @@ def test_workers_share_a_step_between_them(shape, world):
         assert all(mb.index % world == rank for rank, part in enumerate(parts) for mb in part)
 
 
-def test_steps_run_on_over_the_epochs():
+def test_steps_continue_across_epochs():
     rows = np.arange(100, 110)
     first, second = epoch_plans(10, 2, 2, 0, rows=rows), epoch_plans(10, 2, 2, 1, rows=rows)
     assert [p[0].step for p in first + second] == [0, 1, 2, 3, 4, 5]
@@ -88,7 +88,7 @@ def test_steps_run_on_over_the_epochs():
     assert first[0][0].rows.tolist() != second[0][0].rows.tolist()
 
 
-def test_the_plan_of_a_step_needs_no_step_before():
+def test_the_plan_of_a_step_does_not_depend_on_earlier_calls():
     rows = np.arange(50)
     late = step_plan(1, 17, rows, 8, 4)
     for step in range(20):
@@ -98,7 +98,7 @@ def test_the_plan_of_a_step_needs_no_step_before():
     ]
 
 
-def test_examples_of_remainders():
+def test_remainders_are_split_as_documented():
     assert [len(mb.rows) for mb in step_plan(1, 0, np.arange(33), 128, 32)] == [17, 16]
     assert [len(mb.rows) for mb in step_plan(1, 1, np.arange(131), 128, 32)] == [3]
     assert steps_per_epoch(129, 128) == 1
@@ -123,14 +123,14 @@ def test_subsets_are_stratified_and_nested(labels, a, b, seed):
         assert taken == max(1, int(size * min(a, b) + 1e-9))
 
 
-def test_the_whole_and_the_seed():
+def test_the_whole_set_and_the_seed_of_a_subset():
     labels = np.repeat(np.arange(10), 100)
     assert subset(labels, 1.0, 1).tolist() == list(range(1000))
     assert subset(labels, 0.2, 1).tolist() != subset(labels, 0.2, 2).tolist()
     assert len(subset(labels, 0.2, 1)) == 200
 
 
-def test_a_fifth_of_imagenet():
+def test_a_fifth_of_imagenet_has_the_known_number_of_images():
     """The predecessor's stratified fifth has 256,190 of 1,281,167 images: of each class the whole
     part of a fifth."""
     sizes = np.full(1000, 1300)
@@ -141,7 +141,7 @@ def test_a_fifth_of_imagenet():
     )
 
 
-def test_class_shares_are_as_sklearn_splits_them():
+def test_class_sizes_of_a_tuning_split_match_sklearns():
     labels = np.random.default_rng(0).choice(4, 2000, p=[0.5, 0.3, 0.15, 0.05])
     ours = np.bincount(labels[subset(labels, 0.2, 3)])
     theirs = np.bincount(
@@ -154,7 +154,7 @@ def test_class_shares_are_as_sklearn_splits_them():
 
 @given(labels_of, st.floats(0, 0.5), st.integers(0, 2**31))
 @settings(max_examples=200, deadline=None)
-def test_the_tuning_split_parts_the_rows(labels, fraction, seed):
+def test_the_tuning_split_divides_the_rows(labels, fraction, seed):
     rows = subset(labels, 0.7, seed)
     train, tuning = tuning_split(labels, rows, fraction, seed)
     assert sorted([*train, *tuning]) == rows.tolist()

@@ -1,5 +1,5 @@
 """Shards: any bytes come back from memory-mapping, other Parquet readers agree, and damage is
-recognised."""
+recognized."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def sign(folder: Path, **changes: object) -> None:
         max_size=600,
     )
 )
-def test_any_bytes_are_found_at_their_offset(
+def test_any_bytes_are_found_at_their_offset_in_the_file(
     tmp_path_factory: pytest.TempPathFactory, values: list[bytes]
 ) -> None:
     path = tmp_path_factory.mktemp("any") / "x.parquet"
@@ -96,7 +96,7 @@ def test_any_bytes_are_found_at_their_offset(
     assert pq.read_table(path, page_checksum_verification=True)["image"].to_pylist() == values
 
 
-def test_the_map_and_other_readers_agree(made: Path) -> None:
+def test_memory_mapped_pictures_equal_those_of_other_readers(made: Path) -> None:
     dataset = Dataset.open(str(made))
     assert dataset.classes == ("ant", "bee", "wasp") and dataset.name == "set"
     for name, rows in (("train", 60), ("val", 15)):
@@ -151,7 +151,7 @@ def test_open_sets_hold_no_file_handle_per_shard(made: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before and len(views) == 60
 
 
-def test_pickled_and_opened_again(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickled_set_reads_the_same_pictures(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(made.parent)
     dataset = Dataset.open("set")
     monkeypatch.chdir("/")
@@ -161,7 +161,7 @@ def test_pickled_and_opened_again(made: Path, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
-def test_rows_outside_are_index_errors(made: Path) -> None:
+def test_rows_outside_the_split_are_index_errors(made: Path) -> None:
     split = Dataset.open(str(made)).split("val")
     for row in (-1, 15):
         with pytest.raises(IndexError, match=r"of val, which has 15"):
@@ -173,7 +173,7 @@ def test_rows_outside_are_index_errors(made: Path) -> None:
 # --- what is not a set, or no longer --------------------------------------------------------------
 
 
-def test_not_there_says_how_to_make_it(tmp_path: Path) -> None:
+def test_a_missing_set_is_an_error_that_says_how_to_make_it(tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
         match=r"no such data set. Prepare one: python jobs/prepare.py --source FOLDER_OF_PICTURES "
@@ -190,7 +190,7 @@ def test_not_there_says_how_to_make_it(tmp_path: Path) -> None:
         Dataset.open(str(tmp_path))
 
 
-def test_a_damaged_manifest_is_recognised(copy: Path) -> None:
+def test_a_damaged_manifest_is_refused(copy: Path) -> None:
     manifest = copy / "manifest.json"
     good = manifest.read_text()
     manifest.write_text(good[:500])
@@ -211,7 +211,7 @@ def test_a_damaged_manifest_is_recognised(copy: Path) -> None:
         Dataset.open(str(copy))
 
 
-def test_a_missing_or_cut_shard_is_recognised_when_opening(copy: Path) -> None:
+def test_a_missing_or_truncated_shard_is_refused_on_opening(copy: Path) -> None:
     shard = copy / "train-00001.parquet"
     with open(shard, "r+b") as f:
         f.truncate(shard.stat().st_size - 1)
@@ -224,7 +224,7 @@ def test_a_missing_or_cut_shard_is_recognised_when_opening(copy: Path) -> None:
         Dataset.open(str(copy))
 
 
-def test_a_damaged_index_is_recognised_when_opening(copy: Path) -> None:
+def test_a_damaged_index_is_refused_on_opening(copy: Path) -> None:
     damage(copy / "val.index.npy", 200)
     with pytest.raises(DataError, match=r"val.index.npy is damaged"):
         Dataset.open(str(copy))
@@ -234,7 +234,7 @@ def test_a_damaged_index_is_recognised_when_opening(copy: Path) -> None:
     ("field", "value", "message"),
     [("label", 3, "class"), ("label", -1, "class"), ("shard", 9, "shard"), ("shard", -1, "shard")],
 )
-def test_an_index_that_names_what_is_not_there_is_refused(
+def test_an_index_with_unknown_classes_or_shards_is_refused(
     copy: Path, field: str, value: int, message: str
 ) -> None:
     """Also when its sha256 in the manifest is right."""
@@ -284,7 +284,7 @@ def copy_of(manifest: dict) -> dict:
 
 
 @pytest.mark.parametrize("place", ["local", "s3://bucket/"])
-def test_no_name_digest_or_count_of_a_manifest_is_taken_unchecked(
+def test_hostile_names_digests_and_counts_in_a_manifest_are_refused(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     """Refused in words before anything is read or written by it, wherever the set lies."""
@@ -311,7 +311,7 @@ def test_no_name_digest_or_count_of_a_manifest_is_taken_unchecked(
         assert sorted(p.name for p in tmp_path.iterdir()) == before, what
 
 
-def test_altered_pictures_are_recognised_when_read_and_by_verify(copy: Path) -> None:
+def test_altered_pictures_are_refused_when_read_and_by_verify(copy: Path) -> None:
     split = Dataset.open(str(copy)).split("train")
     _, _, _, _, offset, length, _ = split._index[20].item()
     damage(copy / "train-00001.parquet", offset + length // 2)

@@ -28,7 +28,7 @@ def filler(ring):
     return MappedRing(SameProcess(ring), ring.size, ring.number)
 
 
-def test_what_is_written_to_a_slot_is_read_from_it_without_a_copy():
+def test_a_slot_is_shared_without_a_copy():
     ring = SharedMemoryRing(3, 100)
     writing, slots = filler(ring), [ring.take(100) for _ in range(3)]
     assert sorted(slots) == [0, 1, 2] and ring.size == mmap.PAGESIZE
@@ -63,7 +63,7 @@ def test_a_slot_comes_back_when_the_last_view_of_it_is_gone(part):
     assert ring.take(60) == slot
 
 
-def test_none_is_taken_where_none_is_left_or_it_is_too_small():
+def test_take_returns_none_without_a_free_slot_of_that_size():
     ring = SharedMemoryRing(2, mmap.PAGESIZE)
     assert ring.take(mmap.PAGESIZE + 1) is None
     assert {ring.take(1), ring.take(mmap.PAGESIZE)} == {0, 1}

@@ -37,7 +37,9 @@ def pictures_and_boxes(draw):
     st.sampled_from([1, 2, 4, 8]),
 )
 @settings(max_examples=150, deadline=None)
-def test_within_the_box_the_pixels_are_those_of_the_whole(shape, subsampling, quality, shrink):
+def test_pixels_within_the_box_equal_those_of_the_whole_picture(
+    shape, subsampling, quality, shrink
+):
     height, width, box = shape
     jpeg = encode(np.ascontiguousarray(PHOTO[:height, :width]), quality, subsampling)
     part = cut(jpeg, *box, shrink)
@@ -58,7 +60,7 @@ def test_within_the_box_the_pixels_are_those_of_the_whole(shape, subsampling, qu
 
 
 @pytest.mark.parametrize("subsampling", ["444", "422", "420"])
-def test_the_pixels_are_those_of_an_ordinary_jpeg(subsampling):
+def test_pixels_equal_those_of_an_ordinary_jpeg(subsampling):
     out = io.BytesIO()
     Image.fromarray(PHOTO).save(
         out, "JPEG", quality=90, subsampling=("444", "422", "420").index(subsampling)
@@ -68,7 +70,7 @@ def test_the_pixels_are_those_of_an_ordinary_jpeg(subsampling):
     assert len(tiled) < 1.15 * len(out.getvalue())
 
 
-def test_grey_pictures():
+def test_gray_pictures_have_tiles_too():
     out = io.BytesIO()
     Image.fromarray(PHOTO[..., 1]).save(out, "JPEG", quality=90, restart_marker_blocks=8)
     part = cut(out.getvalue(), 100, 200, 90, 110)
@@ -79,7 +81,7 @@ def test_grey_pictures():
     )
 
 
-def test_every_decoder_opens_them():
+def test_every_decoder_opens_a_cut():
     jpeg = encode(PHOTO, 90)
     for data in (jpeg, bytes(cut(jpeg, 50, 60, 200, 220).jpeg)):
         ours = decode(data)
@@ -89,7 +91,7 @@ def test_every_decoder_opens_them():
         )
 
 
-def test_a_small_box_takes_few_bytes():
+def test_a_small_box_needs_few_bytes():
     jpeg = encode(PHOTO, 90)
     assert len(cut(jpeg, 200, 300, 60, 60).jpeg) < 0.15 * len(jpeg)
 
@@ -100,7 +102,7 @@ def without_table(jpeg):
 
 
 @pytest.mark.parametrize("subsampling", ["444", "420"])
-def test_the_table_only_saves_the_search(monkeypatch, subsampling):
+def test_the_table_changes_nothing_but_the_search(monkeypatch, subsampling):
     jpeg = encode(PHOTO, 90, subsampling)
     plain = without_table(jpeg)
     assert tiles.with_table(plain) == jpeg == tiles.with_table(jpeg)
@@ -115,7 +117,7 @@ def test_the_table_only_saves_the_search(monkeypatch, subsampling):
 
 
 @pytest.mark.parametrize("aim", [0xFF80, 0x10080])
-def test_tables_of_files_about_64_kib_long(aim):
+def test_tables_work_around_64_kib(aim):
     noise = np.random.default_rng(0).integers(0, 256, (256, 400, 3), np.uint8)
     jpeg = min(
         (encode(noise[:, :width].copy(), 90) for width in range(160, 400, 2)),
@@ -129,7 +131,7 @@ def test_tables_of_files_about_64_kib_long(aim):
     )
 
 
-def test_a_table_of_another_picture_is_not_believed():
+def test_a_table_of_another_picture_is_ignored():
     jpeg, other = encode(PHOTO, 90), encode(PHOTO[:, ::-1].copy(), 90)
 
     def table(data):
@@ -141,7 +143,7 @@ def test_a_table_of_another_picture_is_not_believed():
     assert cut(forged, 100, 120, 150, 200) == cut(jpeg, 100, 120, 150, 200)
 
 
-def test_files_that_a_table_cannot_hold_have_none():
+def test_files_with_too_many_tiles_get_no_table():
     assert tiles.with_table(jpeg_with()) == jpeg_with()
     huge = io.BytesIO()
     Image.new("RGB", (8 * 200, 8 * 200)).save(
@@ -168,18 +170,18 @@ def jpeg_with(**options):
         ("only a header", jpeg_with()[:200]),
     ],
 )
-def test_others_are_left_whole(name, jpeg):
+def test_other_jpegs_are_not_cut(name, jpeg):
     assert cut(jpeg, 10, 10, 50, 50) is None
 
 
-def test_a_box_of_nearly_all_is_left_whole():
+def test_a_box_of_nearly_the_whole_picture_is_not_cut():
     assert cut(encode(PHOTO, 90), 0, 0, 427, 640) is None
 
 
 @pytest.mark.parametrize(
     "damage", [lambda b: b[:-3000], lambda b: b[:-2], lambda b: b[: len(b) // 2] + b"\xff\xd9"]
 )
-def test_damaged_files_are_left_to_the_decoder(damage):
+def test_damaged_files_are_judged_by_the_decoder(damage):
     data = damage(encode(PHOTO, 90))
     assert cut(data, 10, 10, 50, 50) is None
     with pytest.raises(DecodeError):
@@ -195,7 +197,7 @@ def test_damaged_files_are_left_to_the_decoder(damage):
         ((400, 600, 27, 40), 64),
     ],
 )
-def test_training_gets_the_same_from_tiles(box, size):
+def test_training_gets_the_same_pixels_from_tiles(box, size):
     jpeg = encode(PHOTO, 90)
     found = tiles_of(jpeg)
     assert found is not None
