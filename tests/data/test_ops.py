@@ -124,6 +124,16 @@ def test_signed_ops_draw_both_signs_equally_often():
         assert abs(share - 0.5) < 3.3 * 0.5 / 20, name
 
 
+def test_docs_list_every_op_with_what_it_does():
+    page = (Path(__file__).parents[2] / "docs" / "augmentation.md").read_text()
+    for op in OPS:
+        row = f"| {op.name} | {op.group} | {op.at_most} |"
+        assert row in page, f"docs/augmentation.md lacks the row of an op in its table: {row}"
+    assert page.count("| geometric |") + page.count("| noise |") + page.count("| color |") == len(
+        OPS
+    )
+
+
 # --- against PIL and torchvision ------------------------------------------------------------------
 
 
@@ -481,7 +491,7 @@ def test_pixels_have_not_changed_since_they_were_recorded():
         or not cv2.checkHardwareSupport(AVX2)
     ):
         pytest.skip(f"recorded for {first} with AVX2")
-    assert list(golden_lines()) == lines
+    assert list(golden_lines()) == lines, "record it: PYTHONPATH=. python tests/data/test_ops.py"
 
 
 # --- lint -----------------------------------------------------------------------------------------
