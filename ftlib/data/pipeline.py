@@ -40,6 +40,14 @@ class Pipeline:
                 f"{unknown[0]}. Correct its name, or leave it out"
             )
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Class names of its transforms, in their order."""
+        return tuple(
+            type(transform).__name__
+            for transform in getattr(self._transform, "transforms", [self._transform])
+        )
+
     def __call__(self, image: np.ndarray, randomness: Randomness) -> np.ndarray:
         """uint8[S, S, 3] -> uint8[S, S, 3]. Raises ValueError for another shape or type."""
         self._transform.set_random_state(randomness.generator, randomness.python)

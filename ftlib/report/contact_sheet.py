@@ -21,6 +21,7 @@ from ftlib.config import Run
 from ftlib.data import ops
 from ftlib.data.augment import EvalTransform, TrainTransform, apply, chosen
 from ftlib.data.loader import Batch, train_batches
+from ftlib.data.pipeline import Pipeline
 from ftlib.data.rng import AUGMENT, MIX, Randomness, key
 from ftlib.data.sampler import subset, tuning_split
 from ftlib.data.shards import Dataset
@@ -63,19 +64,16 @@ def contact_sheet(dataset: Dataset, run: Run, path: str | Path, step: int = 0) -
     """Draw the sheet of a run on a data set at `path` (.png, or .jpg for a tenth of the bytes).
 
     It shows what the network sees at step `step`, some images over many epochs, Mixup and CutMix,
-    and the table of ops.
+    the run's own pipeline where it has one, and the table of ops.
     """
-    head = f"{run.stage} on {dataset.name}"
-    sheet = draw_sheet(
-        head,
-        _summary(run),
-        [
-            network_section(dataset, run, step),
-            epochs_section(dataset, run),
-            mixing_section(dataset, run),
-            ops_section(dataset, run),
-        ],
-    )
+    sections = [
+        network_section(dataset, run, step),
+        epochs_section(dataset, run),
+        mixing_section(dataset, run),
+        *([pipeline_section(dataset, run)] if run.augment.pipeline else []),
+        ops_section(dataset, run),
+    ]
+    sheet = draw_sheet(f"{run.stage} on {dataset.name}", _summary(run), sections)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, quality=88)
@@ -242,6 +240,21 @@ def ops_section(dataset: Dataset, run: Run) -> Section:
     )
 
 
+def pipeline_section(dataset: Dataset, run: Run, images: int = 2) -> Section:
+    """What the run's own pipeline does by itself: a few images, each with several random keys."""
+    cfg = run.augment
+    split, whole = dataset.split("train"), EvalTransform(cfg.size, run.evaluate.crop)
+    pipeline, randomness, rows = Pipeline(cfg.pipeline), Randomness(), []
+    for row in _examples(dataset, run, images):
+        image = whole(split.image(row))
+        tiles = [Tile(image, "without it")]
+        for draw in range(COLUMNS - 1):
+            randomness.rewind(key(AUGMENT, run.seed, draw, row))
+            tiles.append(Tile(pipeline(image, randomness), f"draw {draw + 1}"))
+        rows.append(Row(dataset.classes[int(split.labels[row])], "augment.pipeline", tiles))
+    return Section("Your own pipeline, by itself", " → ".join(pipeline.names), rows)
+
+
 def _examples(dataset: Dataset, run: Run, n: int) -> list[int]:
     """Rows of the run's training images, spread over the classes."""
     rows = training_rows(dataset, run)
@@ -278,8 +291,12 @@ def _policy(run: Run) -> str:
     parts = [
         f"crop {a.crop_scale[0]:g}-{a.crop_scale[1]:g} of the area",
         f"flip {a.flip:g}",
-        f"color jitter {a.color_jitter_p:g}",
     ]
+    if a.vflip:
+        parts.append(f"vertical flip {a.vflip:g}")
+    if a.rotate90:
+        parts.append(f"quarter turns {a.rotate90:g}")
+    parts.append(f"color jitter {a.color_jitter_p:g}")
     if a.randaugment_n:
         parts.append(
             f"RandAugment N {a.randaugment_n}, M {a.randaugment_m:g}, "
@@ -287,6 +304,8 @@ def _policy(run: Run) -> str:
         )
     if a.trivialaugment:
         parts.append("TrivialAugment")
+    if a.pipeline:
+        parts.append("your own pipeline")
     if a.erasing_p:
         parts.append(f"erasing {a.erasing_p:g}")
     return ", ".join(parts)

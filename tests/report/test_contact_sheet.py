@@ -2,6 +2,7 @@ import importlib.util
 import io
 from pathlib import Path
 
+import albumentations as A
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from ftlib.report.contact_sheet import (
     mixing_section,
     network_section,
     ops_section,
+    pipeline_section,
     training_rows,
 )
 from ftlib.settings import ConfigError
@@ -136,6 +138,17 @@ def test_ops_outside_the_recipe_are_named_as_such(dataset):
         == {"rotate", "blur"}
         == {row.title for row in rows if any(t.marked for t in row.tiles)}
     )
+
+
+def test_a_pipeline_of_the_users_own_is_shown_by_itself(dataset, tmp_path):
+    A.save(A.Compose([A.RandomFog(p=1), A.CLAHE(p=1)]), str(tmp_path / "p.json"))
+    cfg = config.Augment(size=32, pipeline=str(tmp_path / "p.json"), vflip=0.5, rotate90=0.5)
+    section = pipeline_section(dataset, config.Run(augment=cfg))
+    assert section.note == "RandomFog → CLAHE"
+    for row in section.rows:
+        assert len({tile.image.tobytes() for tile in row.tiles}) == len(row.tiles) == 11
+    note = epochs_section(dataset, config.Run(augment=cfg)).note
+    assert "vertical flip 0.5, quarter turns 0.5" in note and "your own pipeline" in note
 
 
 def test_epochs_differ(dataset):
