@@ -146,10 +146,11 @@ class TrainedRun:
     def predict(self, pictures: Picture | Sequence[Picture], top_k: int = 5) -> Any:
         """Classes and calibrated probabilities: a dict for one picture, a list for several.
 
-        The model is the packaged one that `jobs/export.py` writes and `jobs/serve.py` serves, so the
-        probabilities are theirs. The first call packages it, which takes some seconds.
+        The model is the packaged one that `jobs/export.py` writes and `jobs/serve.py` serves, so
+        the probabilities are theirs. The first call packages it, which takes some seconds.
 
-        Returns {"class": name, "probability": p, "top": [{"class", "probability"}, ...]} per picture.
+        Returns {"class": name, "probability": p, "top": [{"class", "probability"}, ...]} per
+        picture.
 
         Raises:
             PictureError: a picture that cannot be read.

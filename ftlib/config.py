@@ -78,7 +78,8 @@ class Augment(Settings):
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
     vflip: Fraction = 0.0
-    """Probability of a vertical flip, for pictures without an up and a down (aerial, microscope)."""
+    """Probability of a vertical flip, for pictures without an up and a down (aerial, microscope).
+    """
     rotate90: Fraction = 0.0
     """Probability of a turn by 90, 180 or 270 degrees, all equally likely."""
     color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.4, 0.1)

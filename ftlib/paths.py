@@ -1,4 +1,7 @@
-"""Where things are kept: `$FTLIB_HOME` (default ~/ftlib) holds data/, runs/, mlflow.db and mlflow-artifacts/. And other environment variables."""
+"""Where things are: `$FTLIB_HOME` (default ~/ftlib) holds data/, runs/, mlflow.db and more.
+
+Also the folders of jobs and spaces, and environment variables for a while.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import ftlib
 from ftlib.config import Run
 from ftlib.settings import ConfigError, nearest
 from ftlib.storage import folders, is_remote, join, read_file
+from ftlib.text import hide_password
 
 
 def home() -> Path:
@@ -35,31 +39,33 @@ def _beside_or_inside(name: str) -> Path:
 
 
 def absolute(path: str) -> str:
-    """An address as it is; a folder as an absolute path. Ray's workers have another working folder than the user's shell."""
+    """An address as it is; a folder as an absolute path.
+
+    Ray's workers have another working folder than the user's shell.
+    """
     if is_remote(path):
         return path.rstrip("/")
     return os.path.abspath(Path(path.removeprefix("file://")).expanduser())
 
 
 def data_path(name_or_path: str) -> str:
-    """A prepared data set's place from what the user wrote: a bare name lies below $FTLIB_HOME/data, anything else is a path or address.
+    """The place of a prepared data set from what the user wrote.
 
-    Raises ConfigError for an empty name.
+    A bare name lies below $FTLIB_HOME/data; all else is a path or an address. Raises ConfigError
+    for an empty name.
     """
     if not name_or_path:
         raise ConfigError(
-            "data.path is empty: name a prepared data set with --data.path. `python jobs/prepare.py --source FOLDER --out NAME` makes one"
+            "data.path is empty: name a prepared data set with --data.path. "
+            "`python jobs/prepare.py --source FOLDER --out NAME` makes one"
         )
-    bare = (
-        not is_remote(name_or_path)
-        and os.sep not in name_or_path
-        and not name_or_path.startswith((".", "~"))
-    )
-    return str(home() / "data" / name_or_path) if bare else absolute(name_or_path)
+    if is_remote(name_or_path) or os.sep in name_or_path or name_or_path.startswith((".", "~")):
+        return absolute(name_or_path)
+    return str(home() / "data" / name_or_path)
 
 
 def runs_root(run: Run) -> str:
-    """The folder or address that holds this run's folder: checkpoint.storage, or $FTLIB_HOME/runs."""
+    """The folder or address that holds the run's folder: checkpoint.storage or $FTLIB_HOME/runs."""
     return absolute(run.checkpoint.storage) if run.checkpoint.storage else str(home() / "runs")
 
 
@@ -73,15 +79,18 @@ def local_run_folder(run_dir: str) -> Path:
 
 
 def run_folder(name_or_folder: str, storage: str = "") -> str:
-    """A run's folder or address from its name (below `storage`, or $FTLIB_HOME/runs) or from the folder itself.
+    """A run's folder or address from its name below `storage`, or from the folder itself.
 
-    Raises ConfigError with the nearest name when there is no such run.
+    `storage` is $FTLIB_HOME/runs by default. Raises ConfigError, with the nearest name, when there
+    is no such run.
     """
     root = absolute(storage) if storage else str(home() / "runs")
     place = absolute(name_or_folder) if "/" in name_or_folder else join(root, name_or_folder)
     if read_file(join(place, "run.json")) is None:
+        known = sorted(folders(root))
         raise ConfigError(
-            f"there is no run {name_or_folder}: {place} has no run.json.{nearest(name_or_folder, sorted(folders(root)))}"
+            f"there is no run {hide_password(name_or_folder)}: {hide_password(place)} has no "
+            f"run.json.{nearest(name_or_folder.rstrip('/').rsplit('/', 1)[-1], known)}"
         )
     return place
 

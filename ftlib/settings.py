@@ -1,6 +1,7 @@
-"""The machinery under `ftlib.config`: checked frozen dataclasses, JSON both ways, overrides by dotted path, fingerprints.
+"""Checked frozen dataclasses, as JSON and back, with overrides by dotted path and fingerprints.
 
-Knows nothing of what the settings mean. Imports nothing outside the standard library.
+The machinery under `ftlib.config`, which knows nothing of what the settings mean. It imports
+no library outside the standard one.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import difflib
 import hashlib
 import json
 import math
+import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
 from typing import (
     Annotated,
     Any,
@@ -27,9 +28,17 @@ from typing import (
     get_type_hints,
 )
 
+from ftlib.text import hide_password, printable, shorten
+
 
 class ConfigError(ValueError):
     """A setting that cannot be: the message names the field, the value and what to do."""
+
+
+LONGEST = 100_000
+"""Characters of the longest text and entries of the longest list that a setting may be."""
+DEEPEST = 20
+"""Levels of the deepest nesting of a recipe in JSON."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,8 @@ class Between:
 class Settings:
     """Base of every node of the tree: types and bounds are checked when it is built.
 
-    Whole numbers are taken where a float is asked for and lists where a tuple is, since JSON and samplers give those.
+    Whole numbers are taken where a float is asked for, and lists where a tuple is, since JSON and
+    samplers give those.
     """
 
     section: ClassVar[str] = ""
@@ -76,24 +86,42 @@ class Settings:
         return f"{self.section}.{name}" if self.section else name
 
 
-@cache
+_HINTS: dict[type, dict[str, Any]] = {}
+
+
 def hints(cls: type) -> dict[str, Any]:
     """Field name -> type, Annotated bounds included."""
-    found = get_type_hints(cls, include_extras=True)
-    return {f.name: found[f.name] for f in fields(cls)}
+    if cls not in _HINTS:
+        found = get_type_hints(cls, include_extras=True)
+        _HINTS[cls] = {f.name: found[f.name] for f in fields(cls)}
+    return _HINTS[cls]
 
 
-def nearest(word: str, known: Iterator[str] | list[str]) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
     """' Did you mean X?', or '' when nothing is near."""
     known = list(known)
+    if len(word) > 200:
+        return ""
     match = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if not match:  # a right leaf below a wrong branch: mixup_alpha for mix.mixup_alpha
-        match = [k for k in known if k.split(".")[-1] == word.split(".")[-1]][:1]
+    if not match:  # the right leaf below a wrong branch: mixup_alpha for mix.mixup_alpha
+        leaf = word.split(".")[-1].lstrip("-")
+        match = [k for k in known if k.split(".")[-1].lstrip("-") == leaf][:1]
     return f" Did you mean {match[0]}?" if match else ""
 
 
 def _shown(value: Any) -> str:
-    return json.dumps(value, default=str) if not is_dataclass(value) else type(value).__name__
+    """A value in a message: in JSON's spelling, short and without passwords."""
+    if is_dataclass(value):
+        return type(value).__name__
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**30:
+        return "a number of more than 30 digits"
+    if isinstance(value, str) and len(value) > 10_000:
+        value = value[:10_000]
+    try:
+        text = json.dumps(value, default=lambda v: type(v).__name__)
+    except (ValueError, RecursionError):
+        text = type(value).__name__
+    return shorten(hide_password(text))
 
 
 def checked(path: str, value: Any, hint: Any) -> Any:
@@ -102,58 +130,90 @@ def checked(path: str, value: Any, hint: Any) -> Any:
     if get_origin(hint) is Annotated:
         hint, *extras = get_args(hint)
         bounds = next((e for e in extras if isinstance(e, Between)), None)
-    if (
-        hasattr(value, "item")
-        and not isinstance(value, (str, bytes))
-        and getattr(value, "shape", None) == ()
-    ):
-        value = value.item()  # a numpy scalar from a sampler
+    value = _plain(value)
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
-        kinds = get_args(hint)
-        if not isinstance(value, kinds):
-            raise ConfigError(
-                f"{path} = {_shown(value)}: needs one of {', '.join(k.__name__ for k in kinds)}"
-            )
-        return value
+        return _checked_union(path, value, get_args(hint))
     if origin is Literal:
-        if value not in get_args(hint):
-            raise ConfigError(
-                f"{path} = {_shown(value)}: needs one of {', '.join(map(str, get_args(hint)))}.{nearest(str(value), list(get_args(hint)))}"
-            )
-        return value
+        return _checked_choice(path, value, get_args(hint))
     if origin is tuple:
-        if not isinstance(value, (tuple, list)):
-            raise ConfigError(f"{path} = {_shown(value)}: needs a list of values")
-        kinds = get_args(hint)
-        if len(kinds) == 2 and kinds[1] is Ellipsis:
-            kinds = (kinds[0],) * len(value)
-        if len(value) != len(kinds):
-            raise ConfigError(
-                f"{path} = {_shown(value)}: needs {len(kinds)} values, not {len(value)}"
-            )
-        return tuple(checked(f"{path}[{i}]", v, k) for i, (v, k) in enumerate(zip(value, kinds)))
+        return _checked_tuple(path, value, get_args(hint))
+    value = _checked_leaf(path, value, hint)
+    if bounds is not None and not bounds.holds(value):
+        raise ConfigError(f"{path} = {_shown(value)}: must be {bounds}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """A numpy scalar, as samplers give them, as a plain number."""
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():
+        return value.item()
+    return value
+
+
+def _checked_union(path: str, value: Any, kinds: tuple[Any, ...]) -> Any:
+    """A member of a union of settings, or a value that may be None."""
+    if type(None) in kinds:
+        others = [kind for kind in kinds if kind is not type(None)]
+        return None if value is None else checked(path, value, others[0])
+    if not isinstance(value, kinds):
+        names = ", ".join(kind.__name__ for kind in kinds)
+        raise ConfigError(f"{path} = {_shown(value)}: needs one of {names}")
+    return value
+
+
+def _checked_choice(path: str, value: Any, choices: tuple[Any, ...]) -> Any:
+    if isinstance(value, (list, dict)) or value not in choices:
+        names = list(map(str, choices))
+        near = nearest(value, names) if isinstance(value, str) else ""
+        raise ConfigError(f"{path} = {_shown(value)}: needs one of {', '.join(names)}.{near}")
+    return value
+
+
+def _checked_tuple(path: str, value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not isinstance(value, (tuple, list)):
+        raise ConfigError(f"{path} = {_shown(value)}: needs a list of values")
+    if len(value) > LONGEST:
+        raise ConfigError(f"{path}: {len(value):,} values are too many; at most {LONGEST:,}")
+    if len(kinds) == 2 and kinds[1] is Ellipsis:
+        kinds = (kinds[0],) * len(value)
+    if len(value) != len(kinds):
+        raise ConfigError(f"{path} = {_shown(value)}: needs {len(kinds)} values, not {len(value)}")
+    return tuple(checked(f"{path}[{i}]", v, k) for i, (v, k) in enumerate(zip(value, kinds)))
+
+
+def _checked_leaf(path: str, value: Any, hint: Any) -> Any:
     if hint is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(f"{path} = {_shown(value)}: needs a number")
-        value = float(value)
-        if not math.isfinite(value):
-            raise ConfigError(f"{path} = {value}: needs a finite number")
-    elif hint is int:
+        if abs(value) > sys.float_info.max or value != value:
+            raise ConfigError(f"{path} = {_shown(value)}: needs a finite number")
+        return float(value)
+    if hint is int:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(f"{path} = {_shown(value)}: needs a whole number")
+        if abs(value) >= 2**64:
+            raise ConfigError(f"{path} = {_shown(value)}: needs a number of at most 64 bits")
     elif not isinstance(value, hint):
-        raise ConfigError(
-            f"{path} = {_shown(value)}: needs {'true or false' if hint is bool else 'text' if hint is str else hint.__name__}"
-        )
-    if bounds is not None and not bounds.holds(value):
-        raise ConfigError(f"{path} = {value}: must be {bounds}")
+        needed = {bool: "true or false", str: "text"}.get(hint, hint.__name__)
+        raise ConfigError(f"{path} = {_shown(value)}: needs {needed}")
+    elif isinstance(value, str):
+        _check_text(path, value)
     return value
 
 
-# --- JSON -------------------------------------------------------------------------------------------------------------------------
+def _check_text(path: str, value: str) -> None:
+    if len(value) > LONGEST:
+        raise ConfigError(
+            f"{path}: a text of {len(value):,} characters is too long; at most {LONGEST:,}"
+        )
+    if "\0" in value or value != value.encode("utf-8", "ignore").decode():
+        raise ConfigError(f"{path} = {_shown(value)}: it has characters that are not text")
+
+
+# --- JSON -----------------------------------------------------------------------------------------
 
 
 def to_dict(node: Any) -> Any:
@@ -177,7 +237,11 @@ S = TypeVar("S", bound=Settings)
 
 
 def from_dict(cls: type[S], values: Mapping[str, Any], where: str = "") -> S:
-    """The tree from `to_dict`'s form. Unknown keys are refused with the nearest name; missing ones take their defaults."""
+    """The tree from `to_dict`'s form; what is missing takes its default.
+
+    `where` is the dotted path of `values` within the whole tree. Raises ConfigError, for an
+    unknown key with the nearest name.
+    """
     if not isinstance(values, Mapping):
         raise ConfigError(
             f"{where or 'the settings'}: needs an object with named values, not {_shown(values)}"
@@ -185,57 +249,80 @@ def from_dict(cls: type[S], values: Mapping[str, Any], where: str = "") -> S:
     known = hints(cls)
     for key in values:
         if key not in known:
-            raise ConfigError(
-                f"unknown setting {where + '.' if where else ''}{key}.{nearest(str(key), list(known))}"
-            )
+            path = f"{where}.{key}" if where else str(key)
+            near = nearest(path, [f"{where}.{name}" if where else name for name in known])
+            raise ConfigError(f"unknown setting {shorten(printable(path))}.{near}")
     built: dict[str, Any] = {}
     for name, value in values.items():
         path = f"{where}.{name}" if where else name
-        hint = known[name]
-        if get_origin(hint) in (Union, types.UnionType):
-            built[name] = _member(path, value, get_args(hint))
-        elif isinstance(hint, type) and issubclass(hint, Settings):
-            built[name] = from_dict(hint, value, path)
-        else:
-            built[name] = value
+        built[name] = _node(path, value, known[name])
     return cls(**built)
 
 
+def _node(path: str, value: Any, hint: Any) -> Any:
+    """A section or a union's member from its JSON form; a leaf as it is."""
+    if isinstance(value, Settings):
+        return value
+    if get_origin(hint) in (Union, types.UnionType) and type(None) not in get_args(hint):
+        return _member(path, value, get_args(hint))
+    if isinstance(hint, type) and issubclass(hint, Settings):
+        return from_dict(hint, value, path)
+    return value
+
+
 def from_json(cls: type[S], text: str) -> S:
+    """The tree from JSON. Raises ConfigError for text that is no JSON, or not of this tree."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(
             f"not a recipe: line {error.lineno}, column {error.colno}: {error.msg}"
         ) from None
+    except RecursionError:
+        raise ConfigError("not a recipe: it is nested too deeply") from None
+    except ValueError:
+        raise ConfigError("not a recipe: it has a number of too many digits") from None
+    if _depth(values) > DEEPEST:
+        raise ConfigError(f"not a recipe: it is nested more than {DEEPEST} levels deep")
     return from_dict(cls, values)
 
 
-def _member(path: str, value: Any, kinds: tuple[type, ...]) -> Settings:
+def _depth(values: Any) -> int:
+    """Levels of nesting, counted without recursion; counting ends beyond DEEPEST."""
+    level, depth = [values], 0
+    while level and depth <= DEEPEST:
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, (dict, list)):
+                inner.extend(value.values() if isinstance(value, dict) else value)
+        level = [v for v in inner if isinstance(v, (dict, list))]
+        depth += 1
+    return depth
+
+
+def _member(path: str, value: Any, kinds: tuple[type[Settings], ...]) -> Settings:
     """A union's member from its name, or from an object whose `type` names it."""
-    if isinstance(value, kinds):
-        return value
-    name, rest = (
-        (value, {})
-        if isinstance(value, str)
-        else (value.get("type"), {k: v for k, v in value.items() if k != "type"})
-        if isinstance(value, Mapping)
-        else (None, {})
-    )
-    plain = {k.__name__.lower(): k for k in kinds}
-    kind = plain.get(str(name).replace("_", "").lower())
+    name: Any = None
+    rest: dict[str, Any] = {}
+    if isinstance(value, str):
+        name = value
+    elif isinstance(value, Mapping):
+        name = value.get("type")
+        rest = {k: v for k, v in value.items() if k != "type"}
+    known = {kind.__name__.lower(): kind for kind in kinds}
+    kind = known.get(name.replace("_", "").lower()) if isinstance(name, str) else None
     if kind is None:
-        raise ConfigError(
-            f"{path} = {_shown(value)}: needs one of {', '.join(k.__name__ for k in kinds)}.{nearest(str(name), [k.__name__ for k in kinds])}"
-        )
+        names = [kind.__name__ for kind in kinds]
+        near = nearest(name, names) if isinstance(name, str) else ""
+        raise ConfigError(f"{path} = {_shown(value)}: needs one of {', '.join(names)}.{near}")
     return from_dict(kind, rest, path)
 
 
-# --- paths ------------------------------------------------------------------------------------------------------------------------
+# --- paths ----------------------------------------------------------------------------------------
 
 
 def leaves(node: Settings, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of every leaf; a union's member also under its own path, as its class name."""
+    """(dotted path, value) of every leaf; of a union's member also (path, its class name)."""
     for name, hint in hints(type(node)).items():
         value, path = getattr(node, name), f"{prefix}{name}"
         if isinstance(value, Settings):
@@ -252,8 +339,11 @@ def flat(node: Settings) -> dict[str, Any]:
 
 
 def override(node: S, changes: Mapping[str, Any]) -> S:
-    """A copy with the leaves at dotted paths replaced. A union is replaced whole, by a member, its name or its object;
-    parents go first, so {"optimizer": "SGD", "optimizer.lr": 0.1} means what it says."""
+    """A copy with the leaves at dotted paths replaced.
+
+    A union is replaced as a whole, by a member, its name or its object. Parents go first, so
+    {"optimizer": "SGD", "optimizer.lr": 0.1} means what it says. Raises ConfigError.
+    """
     if not changes:
         return node
     known = hints(type(node))
@@ -262,27 +352,19 @@ def override(node: S, changes: Mapping[str, Any]) -> S:
     for path, value in changes.items():
         head, _, rest = path.partition(".")
         if head not in known:
-            raise ConfigError(
-                f"unknown setting {node._path(path)}.{nearest(node._path(path), [node._path(p) for p, _ in leaves(node)])}"
-            )
+            near = nearest(node._path(path), [node._path(p) for p, _ in leaves(node)])
+            raise ConfigError(f"unknown setting {shorten(printable(node._path(path)))}.{near}")
         if rest:
             below.setdefault(head, {})[rest] = value
         else:
             direct[head] = value
-    built: dict[str, Any] = {}
-    for name, value in direct.items():
-        hint = known[name]
-        if get_origin(hint) in (Union, types.UnionType):
-            value = _member(node._path(name), value, get_args(hint))
-        elif isinstance(hint, type) and issubclass(hint, Settings) and not isinstance(value, hint):
-            value = from_dict(hint, value, node._path(name))
-        built[name] = value
+    built = {name: _node(node._path(name), value, known[name]) for name, value in direct.items()}
     for name, inner in below.items():
         child = built.get(name, getattr(node, name))
         if not isinstance(child, Settings):
-            raise ConfigError(
-                f"unknown setting {node._path(name)}.{next(iter(inner))}: {node._path(name)} is a single value"
-            )
+            path = node._path(name)
+            leaf = shorten(printable(next(iter(inner))))
+            raise ConfigError(f"unknown setting {path}.{leaf}: {path} is a single value")
         built[name] = override(child, inner)
     return dataclasses.replace(node, **built)
 
@@ -295,8 +377,8 @@ def fingerprint(
 ) -> str:
     """sha256 (hex) of the leaves and `extra`.
 
-    Leaves at or below the paths in `leave_out` do not count, and those in `leave_out_at_default` only
-    where they differ from what the tree has without any value given.
+    Leaves at or below the paths in `leave_out` do not count, and those in `leave_out_at_default`
+    only where they differ from what the tree has without any value given.
     """
     defaults = flat(type(node)()) if leave_out_at_default else {}
     kept = {
@@ -311,7 +393,7 @@ def fingerprint(
 
 
 def differences(a: Settings, b: Settings) -> dict[str, tuple[Any, Any]]:
-    """Dotted path -> (value in a, value in b) where they differ; None where one has no such leaf."""
+    """Dotted path -> (value in a, value in b) where they differ; None where there is no leaf."""
     left, right = flat(a), flat(b)
     return {
         p: (left.get(p), right.get(p)) for p in {**left, **right} if left.get(p) != right.get(p)

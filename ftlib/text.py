@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 
-_USER = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*://)[^\s'\"@/]+@")
-_PASSWORD = re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*://)[^\s'\"]*:[^\s'\"]*@")
+# Bounded, so that no text makes the search quadratic.
+_SCHEME = r"(?P<scheme>[A-Za-z][\w+.-]{0,30}://)"
+_USER = re.compile(_SCHEME + r"[^\s'\"@/]{1,2000}@")
+_PASSWORD = re.compile(_SCHEME + r"[^\s'\":]{0,500}:[^\s'\"]{0,2000}@")
 _QUERY = re.compile(
-    r"(?P<name>[?&][\w-]*(?:secret|password|passwd|token|access_key|signature|sig)[\w-]*=)[^&\s'\"]+",
+    r"(?P<name>[?&][\w-]{0,30}(?:secret|password|passwd|token|access_key|signature|sig)"
+    r"[\w-]{0,30}=)[^&\s'\"]+",
     re.IGNORECASE,
 )
 

@@ -1,66 +1,63 @@
-"""Compare finished runs: the settings that differ, their curves, and the paired difference on the same validation images with its interval.
+"""Compare finished runs on the same validation pictures, with intervals and p-values.
 
     python jobs/compare.py phase1-imagenet-1a2b3c phase2-imagenet-4d5e6f
     python jobs/compare.py RUN RUN RUN --out comparison/
 
-A run is a name below $FTLIB_HOME/runs or the path of its folder; the first one is what the others are compared with. Runs that differ by their seed only are taken together, and the
-interval then covers seeds as well as images. Takes seconds; the first comparison of a run evaluates its best model once on the validation set.
+The others are compared with the first run: the settings that differ, the curves, and the paired
+difference. Runs that differ in their seed only form one group, whose interval covers seeds as well
+as pictures. It takes seconds; the first comparison of a run evaluates its best model once.
 """
 
-import argparse
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+from ftlib.cli import ResultOptions, job, options, reporting
+from ftlib.flags import Metavar, Position
+from ftlib.paths import home, run_folder
+from ftlib.settings import ConfigError
 
 
-def main() -> None:
-    from ftlib.paths import absolute, home
+@dataclass(frozen=True, kw_only=True)
+class Options(ResultOptions):
+    runs: Annotated[tuple[str, ...], Position, Metavar("RUN")]
+    """Finished runs, two at least: their names or folders."""
+    out: Annotated[str, Metavar("FOLDER")] = ""
+    """Where the page and its figures go. By default comparisons/FIRST-LAST below $FTLIB_HOME."""
+    storage: Annotated[str, Metavar("FOLDER")] = ""
+    """Where the runs are. By default $FTLIB_HOME/runs."""
 
-    parser = argparse.ArgumentParser(
-        prog="python jobs/compare.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="names or folders of finished runs, two at least"
-    )
-    parser.add_argument(
-        "--out",
-        default="",
-        metavar="FOLDER",
-        help="folder for the page and its figures (default $FTLIB_HOME/comparisons/FIRST-LAST)",
-    )
-    parser.add_argument(
-        "--storage", default="", help="where runs are kept (default $FTLIB_HOME/runs)"
-    )
-    asked = parser.parse_args()
+    def check(self) -> None:
+        if len(self.runs) < 2:
+            raise ConfigError(f"{' '.join(self.runs)}: a comparison needs two runs at least")
 
-    from ftlib.settings import nearest
-    from ftlib.storage import folders, is_remote, join, read_file
+
+def main(argv: Sequence[str] | None = None) -> None:
+    asked = options(Options, __doc__, argv)
+    folders = [run_folder(run, asked.storage) for run in asked.runs]
     from ftlib.tune import compare
 
-    root = absolute(asked.storage) if asked.storage else str(home() / "runs")
-
-    def folder(run: str) -> str:
-        for place in (join(root, run), run if is_remote(run) else absolute(run)):
-            if read_file(join(place, "run.json")) is not None:
-                return place
-        raise compare.ComparisonError(
-            f"there is no run {run} below {root}.{nearest(run, list(folders(root)))}"
+    with reporting(asked) as result:
+        runs = compare.distinct_names([compare.FinishedRun.read(folder) for folder in folders])
+        found = compare.compare(runs)
+        name = f"{runs[0].name}-{runs[-1].name}".replace("/", "-")
+        out = Path(asked.out).expanduser() if asked.out else home() / "comparisons" / name
+        compare.write(found, out, " and ".join(run.name for run in runs[:4]))
+        print(compare.text(found))
+        print(f"page: {out}/index.html")
+        result.update(
+            page=f"{out}/index.html",
+            sentences=found.sentences(),
+            settings=found.settings,
+            cautions=found.cautions,
+            groups=[{"name": g.name, "top1": g.mean_top1} for g in found.groups],
+            differences=[
+                {"name": group, **asdict(difference), "p": p}
+                for (group, difference, _), p in zip(found.rows(), found.adjusted)
+            ],
         )
-
-    runs = compare.distinct_names([compare.FinishedRun.read(folder(run)) for run in asked.runs])
-    found = compare.compare(runs)
-    out = (
-        Path(asked.out).expanduser()
-        if asked.out
-        else home() / "comparisons" / f"{runs[0].name}-{runs[-1].name}".replace("/", "-")
-    )
-    compare.write(found, out, " and ".join(r.name for r in runs[:4]))
-    print(compare.text(found))
-    print(f"page: {out}/index.html")
 
 
 if __name__ == "__main__":
-    from ftlib.cli import job
-
     job(main)

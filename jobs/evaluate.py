@@ -1,161 +1,140 @@
 """Score a run's model with 95 % intervals, and write a report of its mistakes.
 
     python jobs/evaluate.py RUN                          # the best model on the validation pictures
-    python jobs/evaluate.py RUN --sizes 224,256 --flip   # larger inputs, and the average with the mirrored picture
-    python jobs/evaluate.py RUN --data other             # other prepared pictures of the same classes
-    python jobs/evaluate.py RUN --weights raw            # the newest checkpoint, without weight averaging
+    python jobs/evaluate.py RUN --sizes 224,256 --flip   # larger inputs, averaged with the mirrored
+    python jobs/evaluate.py RUN --data other             # other pictures of the same classes
+    python jobs/evaluate.py RUN --weights raw            # the newest checkpoint, without averaging
 
-RUN is a name below $FTLIB_HOME/runs, or a run's folder or address. What comes out: a table on the screen, and a report (HTML, PNG, CSV)
-in the run's report folder, which also goes to the run's page in MLflow. What it costs: one pass over the pictures per size, twice with
---flip, and about 5 s for the report.
+It prints a table, and writes a report (HTML, PNG, CSV) to the run's report folder and to the run's
+page in MLflow. It takes one pass over the pictures per size, two with --flip, and about 5 s for the
+report.
 """
 
-from __future__ import annotations
-
-import argparse
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from ftlib.cli import job
+from ftlib import storage
+from ftlib.checks import check_data
+from ftlib.cli import ResultOptions, job, options, reporting
+from ftlib.flags import Commas, Metavar, Position
+from ftlib.paths import data_path, local_run_folder, run_folder
+from ftlib.settings import Between
 
-
-def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="jobs/evaluate.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("run", metavar="RUN", help="a run's name, folder or address")
-    parser.add_argument(
-        "--split",
-        choices=("val", "test", "tuning", "train"),
-        default="val",
-        help="which pictures (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--data",
-        metavar="PATH",
-        default="",
-        help="another prepared data set with the same classes (default: the run's own)",
-    )
-    parser.add_argument(
-        "--sizes",
-        default="",
-        metavar="PX,PX",
-        help="sides of the input to try (default: the run's evaluation size)",
-    )
-    parser.add_argument(
-        "--flip", action="store_true", help="average with the mirrored picture; doubles the cost"
-    )
-    parser.add_argument(
-        "--weights",
-        choices=("best", "last", "raw"),
-        default="best",
-        help="best: the best-scoring; last: the newest checkpoint; raw: the same without weight averaging (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--limit",
-        type=int,
-        default=0,
-        metavar="N",
-        help="score at most N pictures, evenly spread (default: all)",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=-1,
-        metavar="N",
-        help="loader processes; 0 loads in a thread (default: one per CPU but one)",
-    )
-    parser.add_argument(
-        "--out", metavar="DIR", help="where the report goes (default: report/ in the run's folder)"
-    )
-    parser.add_argument("--no-report", action="store_true", help="only the table")
-    parser.add_argument("--no-track", action="store_true", help="leave MLflow alone")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = options()
-    arguments = parser.parse_args(argv)
-    try:
-        sizes = [int(s) for s in arguments.sizes.split(",") if s] or [0]
-    except ValueError:
-        parser.error(f"--sizes {arguments.sizes}: needs whole numbers of pixels, such as 224,256")
-    if min(sizes) < 0 or arguments.limit < 0:
-        parser.error("--sizes and --limit must not be negative")
-
-    from ftlib import storage
+if TYPE_CHECKING:
     from ftlib.data.shards import Dataset
-    from ftlib.paths import absolute, data_path, home
-    from ftlib.report.evaluation import load, score
-    from ftlib.report.evaluation_report import write
+    from ftlib.report.evaluation import LoadedModel, Scored
 
-    run_dir = arguments.run if "/" in arguments.run else str(home() / "runs" / arguments.run)
-    run_dir = absolute(run_dir)
-    loaded = load(run_dir, arguments.weights)
-    own = (
-        Dataset.open(data_path(loaded.run.data.path))
-        if not arguments.data or loaded.run.data.tuning_fraction
-        else None
-    )
-    dataset = Dataset.open(data_path(arguments.data)) if arguments.data else own
-    assert dataset is not None
-    workers = arguments.workers if arguments.workers >= 0 else max((os.cpu_count() or 1) - 1, 0)
-    scored = [
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ResultOptions):
+    run: Annotated[str, Position]
+    """A run's name below $FTLIB_HOME/runs, its folder or its address."""
+    split: Literal["val", "test", "tuning", "train"] = "val"
+    """Which pictures to score."""
+    data: Annotated[str, Metavar("DATA")] = ""
+    """Another prepared data set with the same classes. By default the run's own."""
+    sizes: Annotated[tuple[Annotated[int, Between(8, 4096)], ...], Commas, Metavar("PX,PX")] = ()
+    """Sides of the input to try, in pixels. By default the run's evaluation size."""
+    flip: bool = False
+    """Average with the mirrored picture; this doubles the cost."""
+    weights: Literal["best", "last", "raw"] = "best"
+    """best: of the best score; last: the newest checkpoint; raw: that without weight averaging."""
+    limit: Annotated[int, Between(0, 2**31)] = 0
+    """Score at most this many pictures, evenly spread. 0: all."""
+    workers: Annotated[int, Between(-1, 256)] = -1
+    """Loader processes. 0: a thread loads. -1: one for each CPU but one."""
+    out: Annotated[str, Metavar("FOLDER")] = ""
+    """Where the report goes. By default report/ in the run's folder."""
+    no_report: bool = False
+    """Print the table only."""
+    no_track: bool = False
+    """Do not copy the report to MLflow."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    asked = options(Options, __doc__, argv)
+    run_dir = run_folder(asked.run)
+    if asked.data:
+        check_data(asked.data)
+    from ftlib.data.shards import Dataset
+    from ftlib.report.evaluation import load
+
+    with reporting(asked) as result:
+        loaded = load(run_dir, asked.weights)
+        own = None
+        if not asked.data or loaded.run.data.tuning_fraction:
+            own = Dataset.open(data_path(loaded.run.data.path))
+        dataset = Dataset.open(data_path(asked.data)) if asked.data else own
+        assert dataset is not None
+        scored = score_sizes(asked, loaded, dataset, own)
+        print(table(loaded, dataset, asked.split, scored))
+        result.update(run=run_dir, data=dataset.name, split=asked.split, weights=asked.weights)
+        result["scores"] = [{"size": s.size, "flip": s.flip, **s.plain} for s in scored]
+        if not asked.no_report:
+            result["report"] = write_report(asked, run_dir, loaded, dataset, scored)
+
+
+def score_sizes(
+    asked: Options, loaded: "LoadedModel", dataset: "Dataset", own: "Dataset | None"
+) -> list["Scored"]:
+    """The scores, one for each size."""
+    from ftlib.report.evaluation import score
+
+    workers = asked.workers if asked.workers >= 0 else max((os.cpu_count() or 1) - 1, 0)
+    return [
         score(
             loaded,
             dataset,
-            arguments.split,
+            asked.split,
             size=size,
-            flip=arguments.flip,
-            limit=arguments.limit,
+            flip=asked.flip,
+            limit=asked.limit,
             workers=workers,
             calibration_data=own,
         )
-        for size in sizes
+        for size in asked.sizes or (0,)
     ]
-    print(table(loaded, dataset, arguments.split, scored))
-    if arguments.no_report:
-        return
-    place = (
-        Path(arguments.out)
-        if arguments.out
-        else (
-            home() / "runs" / run_dir.rsplit("/", 1)[-1]
-            if storage.is_remote(run_dir)
-            else Path(run_dir)
-        )
-        / "report"
-    )
-    report = write(loaded, scored, dataset, place, arguments.split)
+
+
+def write_report(
+    asked: Options,
+    run_dir: str,
+    loaded: "LoadedModel",
+    dataset: "Dataset",
+    scored: Sequence["Scored"],
+) -> str:
+    """Write the report, copy it to MLflow, and return the path of its page."""
+    from ftlib.report.evaluation_report import write
+
+    place = Path(asked.out) if asked.out else local_run_folder(run_dir) / "report"
+    report = write(loaded, list(scored), dataset, place, asked.split)
     print(f"\nreport: {report.page}")
-    if not arguments.no_track:
-        attach(
-            run_dir,
-            storage.read_json(storage.join(run_dir, "run.json")) or {},
-            report.files,
-            f"report/{dataset.name}-{arguments.split}",
-        )
+    if not asked.no_track:
+        record = storage.read_json(storage.join(run_dir, "run.json")) or {}
+        attach(run_dir, record, report.files, f"report/{dataset.name}-{asked.split}")
+    return str(report.page)
 
 
-def table(loaded: Any, dataset: Any, split: str, scored: list[Any]) -> str:
-    """The scores as text: one line per input size."""
+def table(loaded: "LoadedModel", dataset: "Dataset", split: str, scored: Sequence["Scored"]) -> str:
+    """The scores as text, a line for each input size."""
     about = loaded.about
     averaged = "an average over steps" if about.get("ema") else "not averaged"
-    lines = [
-        f"{about.get('run', loaded.run.name)}: {loaded.run.model.arch}, weights of step {about.get('step', '?')} ({averaged}), on {len(scored[0].rows):,} pictures of {dataset.name} ({split})",
-        "",
-    ]
+    head = (
+        f"{about.get('run', loaded.run.name)}: {loaded.run.model.arch}, "
+        f"weights of step {about.get('step', '?')} ({averaged}), "
+        f"on {len(scored[0].rows):,} pictures of {dataset.name} ({split})"
+    )
     rows = [("input", "top-1 %", "top-5 %", "NLL", "ECE", "NLL calibrated", "ECE calibrated", "T")]
     for s in scored:
+        mirrored = " + mirror" if s.flip else ""
         rows.append(
             (
-                f"{s.size} px{' + mirror' if s.flip else ''}",
+                f"{s.size} px{mirrored}",
                 s.before["top1"].show(),
                 s.before["top5"].show(),
                 s.before["nll"].show(3),
@@ -165,20 +144,16 @@ def table(loaded: Any, dataset: Any, split: str, scored: list[Any]) -> str:
                 f"{s.calibration.temperature:.3f}",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines += [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-    ]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"In brackets: 95 % bootstrap intervals. Temperature fitted on {scored[0].calibration.fitted_on}.",
-        ]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    foot = (
+        "In brackets: 95 % bootstrap intervals. "
+        f"Temperature fitted on {scored[0].calibration.fitted_on}."
     )
+    return "\n".join([head, "", *lines, "", foot])
 
 
-def attach(run_dir: str, record: dict[str, Any], files: tuple[Path, ...], folder: str) -> None:
+def attach(run_dir: str, record: Mapping[str, Any], files: Sequence[Path], folder: str) -> None:
     """Copy the report to the run's page in MLflow; a server that is away costs a warning."""
     known = record.get("mlflow") or {}
     if not known.get("run_id"):
@@ -195,8 +170,9 @@ def attach(run_dir: str, record: dict[str, Any], files: tuple[Path, ...], folder
         page = absolute(uri, run_page(known.get("experiment_id", ""), known["run_id"]))
         print(f"in MLflow: {page} (artifacts, {folder})")
     except Exception as error:
+        reason = json.dumps(str(error).splitlines()[0])
         print(
-            f"warning: MLflow did not take the report ({json.dumps(str(error).splitlines()[0])}); the files above are complete",
+            f"warning: MLflow did not take the report ({reason}); the files above are complete",
             file=sys.stderr,
         )
 

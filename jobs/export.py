@@ -1,138 +1,158 @@
-"""Export a run's best model for other programs: torch.export, ONNX, or an MLflow package; each is checked against the model.
+"""Export a run's best model for other programs: torch.export, ONNX, or an MLflow package.
 
-    python jobs/export.py RUN --out exported                     # model.pt2, model.onnx and meta.json
-    python jobs/export.py RUN --out folder --formats mlflow      # a package: bytes in, probabilities out, no ftlib needed
-    python jobs/export.py RUN --out folder --formats mlflow --register NAME --alias champion      # and models:/NAME@champion in MLflow
+    python jobs/export.py RUN --out exported                  # model.pt2, model.onnx and meta.json
+    python jobs/export.py RUN --out folder --formats mlflow   # a package: bytes in, scores out
+    python jobs/export.py RUN --out folder --formats mlflow --register NAME --alias champion
 
-RUN is a name below $FTLIB_HOME/runs, or a run's folder. ONNX needs `pip install onnx onnxscript onnxruntime`. What it costs: some seconds
-per format, and one pass over at most 2,000 pictures to fit the temperature (none with --temperature).
+Each export is checked against the model. A package needs no ftlib where it is used; --register
+makes it models:/NAME@champion in MLflow. ONNX needs `pip install "ftlib[onnx]"`. It takes some
+seconds per format, and one pass over at most 2,000 pictures to fit the temperature (none with
+--temperature).
 """
 
-from __future__ import annotations
-
-import argparse
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from ftlib.cli import job
+from ftlib import storage
+from ftlib.cli import ResultOptions, job, options, reporting
+from ftlib.config import Positive
+from ftlib.flags import Commas, Metavar, Position
+from ftlib.paths import data_path, run_folder
+from ftlib.settings import ConfigError
 
+if TYPE_CHECKING:
+    from ftlib.training.initial_weights import LoadedModel
 
-def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="jobs/export.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("run", metavar="RUN", help="a run's name or folder")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where to")
-    parser.add_argument(
-        "--formats",
-        default="torch,onnx",
-        metavar="A,B",
-        help="torch, onnx, mlflow (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        metavar="T",
-        help="what logits are divided by (default: fitted on validation pictures)",
-    )
-    parser.add_argument(
-        "--register",
-        metavar="NAME",
-        default="",
-        help="make the package a version of this registered model in MLflow",
-    )
-    parser.add_argument(
-        "--alias",
-        default="candidate",
-        help="alias that then points at it, such as candidate or champion (default: %(default)s)",
-    )
-    return parser
+Format = Literal["torch", "onnx", "mlflow"]
+FILES = {"torch": "model.pt2", "onnx": "model.onnx"}
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = options()
-    arguments = parser.parse_args(argv)
-    formats = [f for f in arguments.formats.split(",") if f]
-    if not formats or set(formats) - {"torch", "onnx", "mlflow"}:
-        parser.error(f"--formats {arguments.formats}: needs one or more of torch, onnx, mlflow")
-    if arguments.temperature is not None and not arguments.temperature > 0:
-        parser.error(f"--temperature {arguments.temperature:g}: must be above 0")
-    if arguments.register and "mlflow" not in formats:
-        parser.error("--register needs the package: add --formats mlflow")
-    missing = [
-        name
-        for name in ("onnx", "onnxscript", "onnxruntime")
-        if "onnx" in formats and not _there(name)
-    ]
-    if missing:
-        parser.error(
-            f"--formats onnx needs {', '.join(missing)}: pip install onnx onnxscript onnxruntime"
-        )
+@dataclass(frozen=True, kw_only=True)
+class Options(ResultOptions):
+    run: Annotated[str, Position]
+    """A run's name or its folder."""
+    out: Annotated[str, Metavar("FOLDER")]
+    """Where the files go."""
+    formats: Annotated[tuple[Format, ...], Commas, Metavar("A,B")] = ("torch", "onnx")
+    """One or more of torch, onnx and mlflow."""
+    temperature: Annotated[Positive, Metavar("T")] | None = None
+    """Divide the logits by this. By default it is fitted on validation pictures."""
+    register: Annotated[str, Metavar("NAME")] = ""
+    """Make the package a version of this registered model in MLflow."""
+    alias: Annotated[str, Metavar("NAME")] = "candidate"
+    """The alias that then points at it, such as candidate or champion."""
 
-    from ftlib import storage
+    def check(self) -> None:
+        if not self.formats:
+            raise ConfigError("--formats: needs one or more of torch, onnx, mlflow")
+        if self.register and "mlflow" not in self.formats:
+            raise ConfigError("--register needs the package: add --formats mlflow")
+        needed = ("onnx", "onnxscript", "onnxruntime") if "onnx" in self.formats else ()
+        missing = [name for name in needed if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ConfigError(
+                f'--formats onnx needs {", ".join(missing)}: pip install "ftlib[onnx]"'
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    asked = options(Options, __doc__, argv)
+    run_dir = run_folder(asked.run)
+    from ftlib.report.evaluation import load
+
+    with reporting(asked) as result:
+        loaded = load(run_dir)
+        temperature, fitted_on = asked.temperature or 1.0, "given by hand"
+        if asked.temperature is None:
+            temperature, fitted_on = fit_temperature(loaded)
+        result.update(run=run_dir, temperature=temperature, files=[])
+        plain = [name for name in asked.formats if name != "mlflow"]
+        out = Path(asked.out)
+        if plain:
+            result["files"] += write_files(loaded, plain, temperature, out)
+        if "mlflow" in asked.formats:
+            place = out / "package" if plain else out
+            made = write_package(loaded, temperature, fitted_on, place)
+            result["files"].append(str(made))
+            if asked.register:
+                result["registered"] = register(asked, run_dir, made)
+        print(f"temperature {temperature:.4g}, {fitted_on}")
+
+
+def fit_temperature(loaded: "LoadedModel") -> tuple[float, str]:
+    """(temperature, the pictures it was fitted on). Leaves the model on the CPU."""
     from ftlib.data.shards import Dataset
-    from ftlib.packaging import export, package, register
-    from ftlib.paths import absolute, data_path, home
-    from ftlib.report.evaluation import load, score
+    from ftlib.report.evaluation import score
+
+    dataset = Dataset.open(data_path(loaded.run.data.path))
+    calibration = score(loaded, dataset, limit=2000).calibration
+    loaded.model.cpu()
+    return calibration.temperature, calibration.fitted_on
+
+
+def write_files(
+    loaded: "LoadedModel", formats: Sequence[str], temperature: float, out: Path
+) -> list[str]:
+    """Write model.pt2 and model.onnx; return their paths."""
+    from ftlib.packaging import export
+
+    differences = export.write(
+        loaded.model,
+        loaded.run,
+        loaded.classes,
+        temperature=temperature,
+        out=out,
+        formats=list(formats),
+    )
+    for name, largest in differences.items():
+        print(f"{out / FILES[name]}: logits differ from the model's by at most {largest:.1e}")
+    return [str(out / FILES[name]) for name in differences]
+
+
+def write_package(loaded: "LoadedModel", temperature: float, fitted_on: str, place: Path) -> Path:
+    """Write the MLflow package; return its folder."""
+    from ftlib.packaging import package
+
+    made = package.package(
+        loaded.model,
+        loaded.run,
+        loaded.classes,
+        loaded.about.get("scores", {}),
+        temperature,
+        place,
+        loaded.about.get("data"),
+        fitted_on,
+    )
+    print(f'{made}: mlflow.pyfunc.load_model("{made}").predict([jpeg_bytes])')
+    return Path(made)
+
+
+def register(asked: Options, run_dir: str, package: Path) -> str:
+    """Register the package in the MLflow store of its run; return its address."""
+    from ftlib.packaging.register import register as register_package
     from ftlib.track.redact import redact
     from ftlib.track.store import store_of_run
 
-    run_dir = absolute(
-        arguments.run if "/" in arguments.run else str(home() / "runs" / arguments.run)
-    )
-    loaded = load(run_dir)
-    temperature, fitted_on = arguments.temperature or 1.0, "given by hand"
-    if arguments.temperature is None:
-        scored = score(loaded, Dataset.open(data_path(loaded.run.data.path)), limit=2000)
-        temperature, fitted_on = scored.calibration.temperature, scored.calibration.fitted_on
-        loaded.model.cpu()
-    out = Path(arguments.out)
-    plain = [f for f in formats if f != "mlflow"]
-    if plain:
-        for kind, away in export.write(
-            loaded.model, loaded.run, loaded.classes, temperature, out, plain
-        ).items():
-            print(
-                f"{out / {'torch': 'model.pt2', 'onnx': 'model.onnx'}[kind]}: logits differ from the model's by at most {away:.1e}"
-            )
-    if "mlflow" in formats:
-        place = out / "package" if plain else out
-        made = package.package(
-            loaded.model,
-            loaded.run,
-            loaded.classes,
-            loaded.about.get("scores", {}),
-            temperature,
-            place,
-            loaded.about.get("data"),
-            fitted_on,
+    known = (storage.read_json(storage.join(run_dir, "run.json")) or {}).get("mlflow") or {}
+    if not known.get("run_id"):
+        raise ConfigError(
+            f"--register {asked.register}: {asked.run} was never tracked in MLflow, "
+            "so there is no run to register the model of"
         )
-        print(f'{made}: mlflow.pyfunc.load_model("{made}").predict([jpeg_bytes])')
-        if arguments.register:
-            known = (storage.read_json(storage.join(run_dir, "run.json")) or {}).get("mlflow") or {}
-            if not known.get("run_id"):
-                raise package.PackageError(
-                    f"--register {arguments.register}: {arguments.run} was never tracked in MLflow, so there is no run to register the model of"
-                )
-            uri = store_of_run(known.get("uri", ""), known["run_id"], run_dir)
-            address = register.register(
-                made,
-                arguments.register,
-                arguments.alias,
-                uri=uri,
-                run_id=known["run_id"],
-                experiment_id=known["experiment_id"],
-            )
-            print(f"registered: {address} in {redact(uri)}")
-    print(f"temperature {temperature:.4g}, {fitted_on}")
-
-
-def _there(name: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(name) is not None
+    uri = store_of_run(known.get("uri", ""), known["run_id"], run_dir)
+    address = register_package(
+        package,
+        asked.register,
+        asked.alias,
+        uri=uri,
+        run_id=known["run_id"],
+        experiment_id=known["experiment_id"],
+    )
+    print(f"registered: {address} in {redact(uri)}")
+    return address
 
 
 if __name__ == "__main__":

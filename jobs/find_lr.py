@@ -1,65 +1,59 @@
-"""Find a learning rate: raise it over a hundred steps of a recipe and see where the loss falls fastest and where it breaks.
+"""Find a learning rate: raise it over a hundred steps, and see where the loss falls and breaks.
 
-    python jobs/find_lr.py phase1 --data.path digits               # a figure and a suggestion
-    python jobs/find_lr.py phase2 --apply my_recipe.json           # and the recipe with that rate, for --recipe
+    python jobs/find_lr.py phase1 --data.path digits      # a figure and a suggestion
+    python jobs/find_lr.py phase2 --apply my_recipe.json  # and the recipe with that rate
     python jobs/find_lr.py my_recipe.json --steps 200 --high 1
 
-The first word is a recipe: the name of a job, or a .json file. Its flags all work here (`python jobs/phase1.py --help`). What it costs:
---steps optimizer steps on this machine, in one process. Runs and checkpoints are neither read (but the weights to start from) nor written.
+RECIPE is the name of a job, or a .json file; all of a recipe's settings are flags. It takes --steps
+optimizer steps on this machine, in one process. It reads the starting weights; runs and checkpoints
+are not touched.
 """
 
-from __future__ import annotations
-
-import argparse
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from ftlib import recipes
-from ftlib.cli import job, parse
-from ftlib.settings import to_json
+from ftlib.checks import check_recipe
+from ftlib.cli import ResultOptions, job, options_and_recipe, reporting
+from ftlib.config import AtLeastOne, Positive, Run
+from ftlib.flags import Metavar, Position
+from ftlib.settings import ConfigError, to_json
 
 
-def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="jobs/find_lr.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "recipe", metavar="RECIPE", help="a job such as phase1, or a recipe in a .json file"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=100, metavar="N", help="optimizer steps (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--low", type=float, default=1e-7, metavar="RATE", help="first rate (default: %(default)g)"
-    )
-    parser.add_argument(
-        "--high",
-        type=float,
-        default=10.0,
-        metavar="RATE",
-        help="last rate, if the loss lasts that long (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--apply",
-        metavar="FILE",
-        help="write the recipe with the suggested rate to this .json file",
-    )
-    parser.add_argument(
-        "--figure",
-        metavar="FILE",
-        default="lr.png",
-        help="where the figure goes (default: %(default)s)",
-    )
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class Options(ResultOptions):
+    recipe: Annotated[str, Position]
+    """A job such as phase1, or a recipe in a .json file."""
+    steps: AtLeastOne = 100
+    """Optimizer steps."""
+    low: Annotated[Positive, Metavar("RATE")] = 1e-7
+    """The first rate."""
+    high: Annotated[Positive, Metavar("RATE")] = 10.0
+    """The last rate, if the loss lasts that long."""
+    apply: Annotated[str, Metavar("FILE")] = ""
+    """Write the recipe with the suggested rate to this .json file."""
+    figure: Annotated[str, Metavar("FILE")] = "lr.png"
+    """Where the figure goes."""
+
+    def check(self) -> None:
+        if self.low >= self.high:
+            raise ConfigError(f"--low {self.low:g}: must be below --high {self.high:g}")
 
 
-def main(argv: list[str] | None = None) -> None:
-    arguments, rest = options().parse_known_args(argv)
-    run = parse(recipes.load(arguments.recipe), rest, about=__doc__)
+def main(argv: Sequence[str] | None = None) -> None:
+    asked, run = options_and_recipe(
+        Options, __doc__, lambda asked: recipes.load(asked.recipe), argv
+    )
+    check_recipe(run)
+    with reporting(asked) as result:
+        result.update(find(asked, run))
 
+
+def find(asked: Options, run: Run) -> dict[str, object]:
+    """Run the range test, print what it says and write the files."""
     import torch
 
     from ftlib.data.shards import Dataset
@@ -71,39 +65,38 @@ def main(argv: list[str] | None = None) -> None:
     dataset = Dataset.open(data_path(run.data.path))
     source = resolve_init(run, dataset.name, dataset.digest, dataset.classes, runs_root(run))
     run = with_preprocessing(run, source)
-    workers = (
-        run.data.loader_workers
-        if run.data.loader_workers >= 0
-        else max((os.cpu_count() or 1) - 1, 0)
-    )
-    print(
-        f"{arguments.steps} steps of {run.model.arch} on {dataset.name}, on {'the GPU' if torch.cuda.is_available() else 'the CPU'}",
-        flush=True,
-    )
-    with lr_finder.recipe_step(run, dataset, source, arguments.steps, workers=workers) as step:
-        curve = lr_finder.range_test(step, arguments.low, arguments.high, arguments.steps)
+    workers = run.data.loader_workers
+    if workers < 0:
+        workers = max((os.cpu_count() or 1) - 1, 0)
+    title = f"{run.model.arch} on {dataset.name}"
+    device = "the GPU" if torch.cuda.is_available() else "the CPU"
+    print(f"{asked.steps} steps of {title}, on {device}", flush=True)
+    with lr_finder.recipe_step(run, dataset, source, asked.steps, workers=workers) as step:
+        curve = lr_finder.range_test(step, asked.low, asked.high, asked.steps)
     reading = lr_finder.read(curve)
     better = lr_finder.applied(run, reading)
-    Path(arguments.figure).write_bytes(
-        lr_figure(
-            curve,
-            reading.steepest,
-            reading.minimum,
-            reading.suggestion,
-            f"{run.model.arch} on {dataset.name}",
-        )
-    )
-    kind = type(run.schedule).__name__
+    figure = lr_figure(curve, reading.steepest, reading.minimum, reading.suggestion, title)
+    Path(asked.figure).write_bytes(figure)
     print(
-        f"steepest at {reading.steepest:.2e}, minimum at {reading.minimum:.2e}: the highest rate should be about {reading.suggestion:.1e}"
+        f"steepest at {reading.steepest:.2e}, minimum at {reading.minimum:.2e}: "
+        f"the highest rate should be about {reading.suggestion:.1e}"
     )
     print(
-        f"with {kind} that is --optimizer.lr {better.optimizer.lr:g} (the recipe says {run.optimizer.lr:g})"
+        f"with {type(run.schedule).__name__} that is --optimizer.lr {better.optimizer.lr:g} "
+        f"(the recipe says {run.optimizer.lr:g})"
     )
-    print(f"figure: {arguments.figure}")
-    if arguments.apply:
-        Path(arguments.apply).write_text(to_json(better), "utf-8")
-        print(f"recipe: {arguments.apply} (use it with --recipe {arguments.apply})")
+    print(f"figure: {asked.figure}")
+    if asked.apply:
+        Path(asked.apply).write_text(to_json(better), "utf-8")
+        print(f"recipe: {asked.apply} (use it with --recipe {asked.apply})")
+    return {
+        "steepest": reading.steepest,
+        "minimum": reading.minimum,
+        "highest": reading.suggestion,
+        "optimizer.lr": better.optimizer.lr,
+        "figure": asked.figure,
+        "recipe": asked.apply,
+    }
 
 
 if __name__ == "__main__":

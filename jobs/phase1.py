@@ -1,15 +1,19 @@
 """Phase 1: a ResNet-50 from scratch on a fifth of ImageNet at 128 px, to learn features cheaply.
 
     python jobs/prepare.py --source /data/imagenet --out imagenet
-    python jobs/phase1.py                                   # this machine
-    ray job submit --working-dir . -- python jobs/phase1.py # a cluster
+    python jobs/phase1.py                                   # on this machine
+    ray job submit --working-dir . -- python jobs/phase1.py # on a cluster
 
-Your own pictures: `--data.path NAME --data.subset 1`, and `--gates.val-top1` for what you expect of them.
-Expected: 50-60 % top-1, 75-85 % top-5. Cost: 30 epochs of 256,190 images, at most 9 hours of one T4 (280 images/s, what its 4 CPU cores feed at 224 px).
+For your own pictures: `--data.path NAME --data.subset 1`, and `--gates.val-top1` for the accuracy
+that you expect of them.
+Expected: 50-60 % top-1, 75-85 % top-5.
+Cost: 30 epochs of 256,190 images, at most 9 hours of one T4 (at the 280 images/s that its 4 CPU
+cores feed at 224 px).
 """
 
-from ftlib.cli import job, parse
+from ftlib.cli import job
 from ftlib.config import Adam, Augment, CrossEntropy, Data, Gates, Mix, Model, OneCycle, Run, Train
+from ftlib.launch.train_job import train_job
 
 PHASE1 = Run(
     stage="phase1",
@@ -34,10 +38,7 @@ PHASE1 = Run(
 
 
 def main() -> None:
-    run = parse(PHASE1, about=__doc__)
-    from ftlib.launch.launch import launch  # imports torch and ray, which --help does not need
-
-    launch(run)
+    train_job(PHASE1, __doc__)
 
 
 if __name__ == "__main__":

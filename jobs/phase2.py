@@ -1,16 +1,20 @@
 """Phase 2: fine-tune the best model of Phase 1 at 224 px, with Mixup, CutMix and RandAugment.
 
-    python jobs/phase2.py                                   # this machine; the Phase 1 model is found by itself
-    ray job submit --working-dir . -- python jobs/phase2.py # a cluster
-    python jobs/phase2.py --mix.mixup-alpha 0.4             # another value, another run
+    python jobs/phase2.py                                   # on this machine
+    ray job submit --working-dir . -- python jobs/phase2.py # on a cluster
+    python jobs/phase2.py --mix.mixup-alpha 0.4             # another value makes another run
 
-The same command resumes a run that was interrupted. Expected: 65-70 % top-1, 85-90 % top-5, train and validation less than 5 points apart.
-Epoch: train/validation top-1 = 10: 35/30, 20: 52/48, 30: 61/57, 40: 66/63, 50: 68/67.
-Cost: 50 epochs of 256,190 images at 224 px, 15 hours of one T4 at the 280 images/s that its 4 CPU cores feed.
+It finds the Phase 1 model on the same data set by itself. The same command resumes an interrupted
+run.
+Expected: 65-70 % top-1, 85-90 % top-5, train and validation less than 5 points apart. Training and
+validation top-1 by epoch: 10: 35/30, 20: 52/48, 30: 61/57, 40: 66/63, 50: 68/67.
+Cost: 50 epochs of 256,190 images at 224 px, 15 hours of one T4 at the 280 images/s that its 4 CPU
+cores feed.
 """
 
-from ftlib.cli import job, parse
+from ftlib.cli import job
 from ftlib.config import AdamW, Augment, Cosine, CrossEntropy, Data, Gates, Mix, Model, Run, Train
+from ftlib.launch.train_job import train_job
 
 PHASE2 = Run(
     stage="phase2",
@@ -37,10 +41,7 @@ PHASE2 = Run(
 
 
 def main() -> None:
-    run = parse(PHASE2, about=__doc__)
-    from ftlib.launch.launch import launch  # imports torch and ray, which --help does not need
-
-    launch(run)
+    train_job(PHASE2, __doc__)
 
 
 if __name__ == "__main__":

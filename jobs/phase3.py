@@ -1,15 +1,18 @@
-"""Phase 3: the best model of Phase 2 on all of ImageNet at 224 px, with an average of the weights (EMA).
+"""Phase 3: the best model of Phase 2 on all of ImageNet at 224 px, with averaged weights (EMA).
 
-    python jobs/phase3.py --recipe promoted.json            # the recipe that a sweep's winner became (jobs/promote.py)
+    python jobs/phase3.py --recipe promoted.json            # a sweep's winner (jobs/promote.py)
     ray job submit --working-dir . -- python jobs/phase3.py # with Phase 2's own values
 
-Dropout, mixing, RandAugment and the optimizer's values are Phase 2's until a sweep has found better ones.
-Expected: 78-80 % top-1, 92-94 % top-5. Cost: 75 epochs (60-90 is the useful range) of 1,281,167 images at 224 px, about 100 hours of one T4,
-so this one is for a cluster: `--cluster.workers 4`, or `1:4` where nodes come and go.
+Dropout, mixing, RandAugment and the optimizer's values are Phase 2's until a sweep has found better
+ones.
+Expected: 78-80 % top-1, 92-94 % top-5.
+Cost: 75 epochs (60-90 is the useful range) of 1,281,167 images at 224 px, about 100 hours of one
+T4. This one is for a cluster: `--cluster.workers 4`, or `1:4` where nodes come and go.
 """
 
-from ftlib.cli import job, parse
+from ftlib.cli import job
 from ftlib.config import AdamW, Augment, Cosine, CrossEntropy, Data, Gates, Mix, Model, Run, Train
+from ftlib.launch.train_job import train_job
 
 PHASE3 = Run(
     stage="phase3",
@@ -43,10 +46,7 @@ PHASE3 = Run(
 
 
 def main() -> None:
-    run = parse(PHASE3, about=__doc__)
-    from ftlib.launch.launch import launch  # imports torch and ray, which --help does not need
-
-    launch(run)
+    train_job(PHASE3, __doc__)
 
 
 if __name__ == "__main__":

@@ -3,69 +3,64 @@
     python jobs/predict.py --model models:/NAME@champion --source FOLDER --out answers.parquet
     python jobs/predict.py --model PACKAGE_FOLDER --source FOLDER --out answers.parquet --workers 4
 
-What comes out: a Parquet file with a row per picture: path, class, probability, the top classes with theirs, and why, where a picture
-could not be read. Killed, it goes on where it stopped when the same command is given again. From 2,000 pictures on it is a Ray Data job,
-on the cluster at RAY_ADDRESS (whose nodes must see FOLDER), else on this machine.
+It writes a Parquet file with a row per picture: path, class, probability, the top classes with
+theirs, and why, where a picture could not be read. The same command goes on after an interruption.
+From 2,000 pictures on it is a Ray Data job, on the cluster at RAY_ADDRESS (whose nodes must see
+FOLDER), else on this machine.
 """
 
-from __future__ import annotations
-
-import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from ftlib.cli import job
+from ftlib.checks import check_model_folder
+from ftlib.cli import ResultOptions, job, options, reporting
+from ftlib.config import AtLeastOne
+from ftlib.flags import FormerValue, Metavar
+from ftlib.settings import ConfigError
 
-
-def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="jobs/predict.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="URI",
-        help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model, or a package's folder",
-    )
-    parser.add_argument("--source", required=True, metavar="FOLDER", help="pictures, at any depth")
-    parser.add_argument("--out", required=True, metavar="FILE", help="a .parquet file")
-    parser.add_argument(
-        "--top-k",
-        type=int,
-        default=5,
-        metavar="K",
-        help="classes named per picture (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--engine",
-        choices=("auto", "here", "ray"),
-        default="auto",
-        help="auto takes Ray from 2,000 pictures on (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=1,
-        metavar="N",
-        help="copies of the model under Ray (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--tracking-uri",
-        default="",
-        metavar="URI",
-        help="MLflow, for models:/ and runs:/ (default: $MLFLOW_TRACKING_URI, or the database below $FTLIB_HOME)",
-    )
-    return parser
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = options()
-    arguments = parser.parse_args(argv)
-    if arguments.top_k < 1 or arguments.workers < 1:
-        parser.error("--top-k and --workers need to be 1 or more")
+@dataclass(frozen=True, kw_only=True)
+class Options(ResultOptions):
+    model: Annotated[str, Metavar("URI")]
+    """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model, or a package's folder."""
+    source: Annotated[str, Metavar("FOLDER")]
+    """Pictures, at any depth."""
+    out: Annotated[str, Metavar("FILE")]
+    """A .parquet file for the answers."""
+    top_k: AtLeastOne = 5
+    """Classes that are named per picture."""
+    engine: Annotated[Literal["auto", "local", "ray"], FormerValue("here", "local")] = "auto"
+    """This process (local) or Ray Data; auto takes Ray from 2,000 pictures on."""
+    workers: AtLeastOne = 1
+    """Copies of the model under Ray."""
+    tracking_uri: Annotated[str, Metavar("URI")] = ""
+    """MLflow, for models:/ and runs:/. By default $MLFLOW_TRACKING_URI, or the database below
+    $FTLIB_HOME."""
 
+
+def main(argv: Sequence[str] | None = None) -> None:
+    asked = options(Options, __doc__, argv)
+    check_model_folder(asked.model)
+    if not Path(asked.source).expanduser().exists():
+        raise ConfigError(f"--source {asked.source}: there is no such folder")
+    with reporting(asked) as result:
+        answers = predict(asked)
+        unreadable = answers.num_rows - answers["error"].null_count
+        print(
+            f"{asked.out}: {answers.num_rows:,} pictures, {unreadable:,} of which could not be "
+            "read (their error says why)"
+        )
+        result.update(file=asked.out, pictures=answers.num_rows, unreadable=unreadable)
+
+
+def predict(asked: Options) -> "pa.Table":
+    """The answers: a row per picture."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -77,34 +72,25 @@ def main(argv: list[str] | None = None) -> None:
     from ftlib.deploy.batch_predict import predict_folder
 
     tracking = ""
-    if arguments.model.startswith(("models:/", "runs:/")):
+    if asked.model.startswith(("models:/", "runs:/")):
         from ftlib.track.store import reach, resolve_uri
 
-        tracking = resolve_uri(arguments.tracking_uri)
+        tracking = resolve_uri(asked.tracking_uri)
         reach(tracking)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    ) as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    hidden = asked.quiet or not sys.stderr.isatty()
+    with Progress(*columns, TimeRemainingColumn(), transient=True, disable=hidden) as progress:
         task = progress.add_task("classifying", total=None)
-        table = predict_folder(
-            arguments.model,
-            arguments.source,
-            arguments.out,
+        return predict_folder(
+            asked.model,
+            asked.source,
+            asked.out,
             tracking=tracking,
-            top_k=arguments.top_k,
-            engine=arguments.engine,
-            workers=arguments.workers,
+            top_k=asked.top_k,
+            engine="here" if asked.engine == "local" else asked.engine,
+            workers=asked.workers,
             tick=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    bad = table["error"].null_count
-    print(
-        f"{arguments.out}: {table.num_rows:,} pictures, {table.num_rows - bad:,} of which could not be read (their error says why)"
-    )
 
 
 if __name__ == "__main__":

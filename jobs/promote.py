@@ -1,91 +1,102 @@
-"""Confirm the best trials of a sweep against its recipe, over several seeds and on the validation set, and write the winner as a recipe.
+"""Confirm a sweep's best trials on the validation set, and write the winner as a recipe.
 
     python jobs/promote.py regularisation-phase2 --top 3 --seeds 5
-    python jobs/phase2.py --recipe recipes/regularisation-phase2.json          # what was promoted
-    python jobs/promote.py regularisation-phase2 --onto phase3                 # also: the winner's values on the recipe of phase 3
+    python jobs/phase2.py --recipe recipes/regularisation-phase2.json   # what was promoted
+    python jobs/promote.py regularisation-phase2 --onto phase3          # also onto phase 3
 
-Costs (top + 1) x seeds runs of the recipe's full length. A candidate is promoted when a paired bootstrap over images and seeds, Holm-corrected for the number of candidates,
-finds it better at the 5 % level; otherwise the answer is to keep the recipe. The same command goes on after a stop or a kill; --top and --seeds may be raised later.
+Each candidate and the unchanged recipe are trained at full length with several seeds: (top + 1) x
+seeds runs. A candidate is promoted if a paired bootstrap over pictures and seeds, Holm-corrected
+for the number of candidates, finds it better at the 5 % level. Otherwise the recipe stays. The same
+command goes on after an interruption; --top and --seeds may be raised later.
 """
 
-import argparse
 import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+from ftlib import recipes
+from ftlib.cli import ResultOptions, job, options, reporting
+from ftlib.config import AtLeastOne, Count
+from ftlib.flags import Metavar, Position
+from ftlib.paths import absolute, home
+from ftlib.settings import Between, ConfigError, nearest
+from ftlib.storage import folders, join, read_file
 
 
-def main() -> None:
-    from ftlib import recipes
-    from ftlib.paths import absolute, home
+@dataclass(frozen=True, kw_only=True)
+class Options(ResultOptions):
+    sweep: Annotated[str, Position]
+    """Name of the sweep."""
+    top: AtLeastOne = 3
+    """How many of its best trials to confirm."""
+    seeds: Annotated[int, Between(2, 2**31)] = 5
+    """Seeds per configuration: the recipe's own and the next ones."""
+    name: str = ""
+    """Name of the recipe file. By default the sweep's."""
+    onto: Annotated[str, Metavar("RECIPE")] = ""
+    """Write the winner's values onto this recipe too, such as phase3, as NAME-RECIPE.json."""
+    out: Annotated[str, Metavar("FOLDER")] = "recipes"
+    """Folder for the recipe."""
+    storage: Annotated[str, Metavar("FOLDER")] = ""
+    """Where the sweep is. By default $FTLIB_HOME/runs."""
+    parallel: Count = 0
+    """Runs at once. 0: as many as the cluster holds, four on CPUs."""
 
-    parser = argparse.ArgumentParser(
-        prog="python jobs/promote.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("sweep", help="name of the sweep")
-    parser.add_argument(
-        "--top",
-        type=int,
-        default=3,
-        metavar="K",
-        help="how many of its best trials to confirm (default 3)",
-    )
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        default=5,
-        metavar="N",
-        help="seeds per configuration, the recipe's own and the next ones (default 5)",
-    )
-    parser.add_argument("--name", default="", help="name of the recipe file (default: the sweep's)")
-    parser.add_argument(
-        "--onto",
-        default="",
-        metavar="RECIPE",
-        help="also write the winner's values onto this recipe, such as phase3, as NAME-RECIPE.json",
-    )
-    parser.add_argument(
-        "--out",
-        default="recipes",
-        metavar="FOLDER",
-        help="folder for the recipe (default recipes/)",
-    )
-    parser.add_argument(
-        "--storage", default="", help="where the sweep is kept (default $FTLIB_HOME/runs)"
-    )
-    parser.add_argument(
-        "--parallel",
-        type=int,
-        default=0,
-        metavar="N",
-        help="runs at once (default: as many as the cluster holds; four on CPUs)",
-    )
-    asked = parser.parse_args()
-    os.environ.setdefault(
-        "RAY_LOG_TO_DRIVER", "0"
-    )  # what trials print goes to Ray's log files, not through the table; must be set before ray is imported
 
-    from ftlib.storage import folders, join, read_file
+def main(argv: Sequence[str] | None = None) -> None:
+    asked = options(Options, __doc__, argv)
+    root = absolute(asked.storage) if asked.storage else str(home() / "runs")
+    known = known_sweeps(root, asked.sweep)
+    onto = (Path(asked.onto).stem, recipes.load(asked.onto)) if asked.onto else None
+    # What trials print goes to Ray's log files. Ray reads this when it is imported.
+    os.environ.setdefault("RAY_LOG_TO_DRIVER", "0")
     from ftlib.tune.promote import RecipeFiles, open_sweep, promote
 
-    root = absolute(asked.storage) if asked.storage else str(home() / "runs")
-    known = sorted(
-        name for name in folders(root) if read_file(join(root, name, "sweep.json")) is not None
-    )
-    onto = (Path(asked.onto).stem, recipes.load(asked.onto)) if asked.onto else None
-    result = promote(
-        open_sweep(root, asked.sweep, known),
-        top=asked.top,
-        seeds=asked.seeds,
-        parallel=asked.parallel,
-        files=RecipeFiles(name=asked.name, folder=Path(asked.out), onto=onto),
-    )
-    if not result.finished:
+    with reporting(asked) as result:
+        found = promote(
+            open_sweep(root, asked.sweep, known),
+            top=asked.top,
+            seeds=asked.seeds,
+            parallel=asked.parallel,
+            files=RecipeFiles(name=asked.name, folder=Path(asked.out), onto=onto),
+        )
+        judged = found.judgement
+        result.update(
+            finished=found.finished,
+            sentence=judged.sentence if judged else "",
+            recipe=found.recipe_file,
+            report=found.report,
+            mlflow=found.mlflow_url,
+            candidates=[
+                {
+                    "trial": verdict.candidate.name,
+                    "values": verdict.candidate.values,
+                    "top1": verdict.top1,
+                    "p": verdict.adjusted,
+                    "promoted": verdict.promoted,
+                    **asdict(verdict.difference),
+                }
+                for verdict in (judged.verdicts if judged else ())
+            ],
+        )
+    if not found.finished:
         raise SystemExit(130)
 
 
-if __name__ == "__main__":
-    from ftlib.cli import job
+def known_sweeps(root: str, wanted: str) -> list[str]:
+    """Names of the sweeps below `root`. Raises ConfigError if `wanted` is none of them."""
+    known = sorted(
+        name for name in folders(root) if read_file(join(root, name, "sweep.json")) is not None
+    )
+    if wanted not in known:
+        raise ConfigError(
+            f"there is no sweep {wanted} below {root}.{nearest(wanted, known)} "
+            f"Known: {', '.join(known) or 'none'}"
+        )
+    return known
 
+
+if __name__ == "__main__":
     job(main)

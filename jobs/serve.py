@@ -3,83 +3,65 @@
     python jobs/serve.py --model models:/NAME@champion          # then open http://127.0.0.1:8000
     curl --data-binary @cat.jpg http://127.0.0.1:8000/predict
 
-A Ray Serve application, on the cluster at RAY_ADDRESS or on this machine; it ends with Ctrl-C. Requests that come together are answered
-as one batch. It listens on this machine only: --host 0.0.0.0 opens it to the network, and it asks nobody who they are.
+It is a Ray Serve application, on the cluster at RAY_ADDRESS or on this machine; Ctrl-C ends it.
+Requests that arrive together are answered as one batch. It listens on this machine only: --host
+0.0.0.0 opens it to the network, where it does not ask who they are.
 """
 
-from __future__ import annotations
-
-import argparse
 import signal
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from ftlib.cli import job
-
-
-def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="jobs/serve.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="URI",
-        help="models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model, or a package's folder",
-    )
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--port", type=int, default=8000, help="port to listen on (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--replicas",
-        type=int,
-        default=1,
-        metavar="N",
-        help="copies of the model (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-megabytes",
-        type=float,
-        default=20.0,
-        metavar="MB",
-        help="larger pictures are refused (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--tracking-uri",
-        default="",
-        metavar="URI",
-        help="MLflow, for models:/ and runs:/ (default: $MLFLOW_TRACKING_URI, or the database below $FTLIB_HOME)",
-    )
-    return parser
+from ftlib.checks import check_model_folder
+from ftlib.cli import JobOptions, job, options
+from ftlib.config import AtLeastOne, Positive
+from ftlib.flags import Metavar
+from ftlib.settings import Between
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = options()
-    arguments = parser.parse_args(argv)
-    if arguments.replicas < 1 or not 0 < arguments.port < 65536 or arguments.max_megabytes <= 0:
-        parser.error("--replicas needs to be 1 or more, --port 1 to 65535, --max-megabytes above 0")
+@dataclass(frozen=True, kw_only=True)
+class Options(JobOptions):
+    model: Annotated[str, Metavar("URI")]
+    """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model, or a package's folder."""
+    host: Annotated[str, Metavar("ADDRESS")] = "127.0.0.1"
+    """Address to listen on."""
+    port: Annotated[int, Between(1, 65535)] = 8000
+    """Port to listen on."""
+    replicas: AtLeastOne = 1
+    """Copies of the model."""
+    max_megabytes: Annotated[Positive, Metavar("MB")] = 20.0
+    """Larger pictures are refused."""
+    tracking_uri: Annotated[str, Metavar("URI")] = ""
+    """MLflow, for models:/ and runs:/. By default $MLFLOW_TRACKING_URI, or the database below
+    $FTLIB_HOME."""
 
-    from ftlib.deploy.serving import deployment
-    from ftlib.launch.cluster import connect
+
+def main(argv: Sequence[str] | None = None) -> None:
+    asked = options(Options, __doc__, argv)
+    check_model_folder(asked.model)
     from ftlib.packaging.package import check
 
-    model, tracking = arguments.model, ""
+    model, tracking = asked.model, ""
     if model.startswith(("models:/", "runs:/")):
         from ftlib.track.store import reach, resolve_uri
 
-        tracking = resolve_uri(arguments.tracking_uri)
+        tracking = resolve_uri(asked.tracking_uri)
         reach(tracking)
     else:
         model = str(Path(model).absolute())
     check(model, tracking)  # a missing model is said here, not in a replica's log
+    serve_model(asked, model, tracking)
 
-    mine = connect()
+
+def serve_model(asked: Options, model: str, tracking: str) -> None:
+    """Serve until Ctrl-C or SIGTERM."""
+    from ftlib.deploy.serving import deployment
+    from ftlib.launch.cluster import connect
+
+    started_here = connect()
     import ray
     from ray import serve
 
@@ -87,23 +69,22 @@ def main(argv: list[str] | None = None) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     try:
-        serve.start(http_options={"host": arguments.host, "port": arguments.port})
-        serve.run(
-            deployment(
-                model, tracking, replicas=arguments.replicas, max_megabytes=arguments.max_megabytes
-            ),
-            name="ftlib",
-            route_prefix="/",
+        serve.start(http_options={"host": asked.host, "port": asked.port})
+        application = deployment(
+            model, tracking, replicas=asked.replicas, max_megabytes=asked.max_megabytes
         )
+        serve.run(application, name="ftlib", route_prefix="/")
         print(
-            f"serving {arguments.model} at http://{arguments.host}:{arguments.port} (Ctrl-C ends it)",
+            f"serving {asked.model} at http://{asked.host}:{asked.port} (Ctrl-C ends it)",
             flush=True,
         )
         ended.wait()
     finally:
-        serve.delete("ftlib") if not mine else serve.shutdown()
-        if mine:
+        if started_here:
+            serve.shutdown()
             ray.shutdown()
+        else:
+            serve.delete("ftlib")
 
 
 if __name__ == "__main__":

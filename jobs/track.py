@@ -1,93 +1,91 @@
-"""Look after tracking: open the MLflow UI, deliver what could not be delivered, end runs whose driver died.
+"""Look after tracking: open the MLflow UI, deliver what is waiting, end runs of dead drivers.
 
-    python jobs/track.py ui                  # start the MLflow UI on the runs below $FTLIB_HOME, and print its address
+    python jobs/track.py ui                  # start the MLflow UI, and print its address
     python jobs/track.py status              # what the journals hold that MLflow has not got
-    python jobs/track.py deliver             # deliver it: after offline runs, dead servers and killed drivers
+    python jobs/track.py deliver             # deliver it: after offline runs and dead servers
     eval "$(python jobs/track.py env)"       # let mlflow's own commands find this store
-    python jobs/track.py reap                # end runs that are RUNNING in MLflow although their driver is gone
+    python jobs/track.py reap                # end runs that are RUNNING without a driver
 
-The store is --uri, else $MLFLOW_TRACKING_URI, else the SQLite database below $FTLIB_HOME. `deliver` and `reap` also happen by themselves
-whenever a run starts; both may be repeated without harm. They take seconds.
+The store is --uri, else $MLFLOW_TRACKING_URI, else the SQLite database below $FTLIB_HOME. A run
+that starts delivers and reaps too; both may be repeated without harm. They take seconds.
 """
 
-from __future__ import annotations
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
-import argparse
-
-from ftlib.cli import job
-
-
-def options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="jobs/track.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    where = argparse.ArgumentParser(add_help=False)
-    where.add_argument(
-        "--uri",
-        default="",
-        help="MLflow tracking URI (default: $MLFLOW_TRACKING_URI, else SQLite below $FTLIB_HOME)",
-    )
-    ui = commands.add_parser("ui", parents=[where], help="start the MLflow UI")
-    ui.add_argument(
-        "--port", type=int, default=5000, help="port on this machine (default: %(default)s)"
-    )
-    ui.add_argument(
-        "--print", action="store_true", dest="only_print", help="only print the command"
-    )
-    commands.add_parser(
-        "env",
-        parents=[where],
-        help='print the lines with which mlflow finds this store: eval "$(... env)"',
-    )
-    folders = argparse.ArgumentParser(add_help=False)
-    folders.add_argument(
-        "folders",
-        nargs="*",
-        metavar="FOLDER",
-        help="where to look for journals (default: $FTLIB_HOME)",
-    )
-    commands.add_parser(
-        "status", parents=[folders], help="list the journals that hold something MLflow has not got"
-    )
-    deliver = commands.add_parser("deliver", parents=[where, folders], help="deliver journals")
-    deliver.add_argument(
-        "--again",
-        action="store_true",
-        help="also try once more what MLflow did not take (missing files, say)",
-    )
-    reap = commands.add_parser("reap", parents=[where], help="end the runs of dead drivers")
-    reap.add_argument(
-        "--stale",
-        type=float,
-        default=5.0,
-        metavar="MINUTES",
-        help="how long to watch for a heartbeat of runs on other machines (default: %(default)g)",
-    )
-    return parser
+from ftlib.cli import JobOptions, command, job
+from ftlib.config import NotNegative
+from ftlib.flags import Metavar, Position
+from ftlib.settings import Between
 
 
-def main(argv: list[str] | None = None) -> None:
-    arguments = options().parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class StoreOptions(JobOptions):
+    uri: Annotated[str, Metavar("URI")] = ""
+    """MLflow tracking URI. By default $MLFLOW_TRACKING_URI, else SQLite below $FTLIB_HOME."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderOptions(JobOptions):
+    folders: Annotated[tuple[str, ...], Position, Metavar("FOLDER")] = ()
+    """Where to look for journals. By default $FTLIB_HOME."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ui(StoreOptions):
+    """Start the MLflow UI."""
+
+    port: Annotated[int, Between(1, 65535)] = 5000
+    """Port on this machine."""
+    print: bool = False
+    """Only print the command."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Env(StoreOptions):
+    """Print the lines with which mlflow's own commands find this store: eval "$(... env)"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status(FolderOptions):
+    """List the journals that hold something MLflow has not got."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deliver(StoreOptions, FolderOptions):
+    """Deliver the journals."""
+
+    again: bool = False
+    """Try once more what MLflow did not take, such as missing files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reap(StoreOptions):
+    """End the runs of dead drivers."""
+
+    stale: Annotated[NotNegative, Metavar("MINUTES")] = 5.0
+    """How long to watch for a heartbeat of runs on other machines."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    names = {"ui": Ui, "env": Env, "status": Status, "deliver": Deliver, "reap": Reap}
+    _, asked = command(names, __doc__, argv)
     from ftlib.track import commands
     from ftlib.track.store import resolve_uri
 
-    if arguments.command == "status":
-        commands.status(arguments.folders)
+    if isinstance(asked, Status):
+        commands.status(asked.folders)
         return
-    uri = resolve_uri(arguments.uri)
-    if arguments.command == "ui":
-        commands.ui(uri, arguments.port, arguments.only_print)
-    elif arguments.command == "env":
+    uri = resolve_uri(asked.uri)
+    if isinstance(asked, Ui):
+        commands.ui(uri, asked.port, asked.print)
+    elif isinstance(asked, Env):
         commands.environment(uri)
-    elif arguments.command == "deliver":
-        any_uri = bool(arguments.uri)
-        commands.deliver(uri, arguments.folders, requeue=arguments.again, any_uri=any_uri)
+    elif isinstance(asked, Deliver):
+        commands.deliver(uri, asked.folders, requeue=asked.again, any_uri=bool(asked.uri))
     else:
-        commands.reap(uri, arguments.stale)
+        commands.reap(uri, asked.stale)
 
 
 if __name__ == "__main__":

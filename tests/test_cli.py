@@ -1,9 +1,11 @@
-"""The command line: what flags do, what a mistake is answered with, how fast --help is."""
+"""The command line of a recipe, its help, and how a job ends.
 
-import os
+The jobs themselves: tests/test_jobs.py.
+"""
+
+import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -76,14 +78,18 @@ def test_two_kinds_in_any_order():
         (["--optimizer.betas", ".9", ".99"], "Add --optimizer adamw"),
         (["--loss.gamma", "1"], "Focal has it. Add --loss focal"),
         (["--model.dropout", "1.5"], "model.dropout = 1.5: must be at least 0 and below 1"),
-        (["--train.epochs", "x"], "--train.epochs"),
+        (["--train.epochs", "x"], "--train.epochs x: needs a whole number"),
         (["--cluster.workers", "9"], "more workers than microbatches"),
         (
             ["--train.batch-size", "100"],
             "it is not a multiple of train.microbatch_size (32). Set it to 96",
         ),
         (["--name", "../x"], "use letters, digits"),
-        (["stray"], "Unrecognized options: stray"),
+        (["stray"], "unexpected word 'stray'"),
+        (["--train.compile", "yes"], "--train.no-compile is its opposite"),
+        (["--augment.crop-scale", "1"], "--augment.crop-scale needs 2 values"),
+        (["--model.dropout-in", "haed"], "needs one of both, blocks, head. Did you mean head?"),
+        (["--name", "x" * 300], "at most 128"),
         (["--recipe", "/nowhere/x.json"], "cannot be read"),
     ],
 )
@@ -125,31 +131,47 @@ def test_show_prints_a_recipe_that_reads_back(capsys, tmp_path):
     assert parse(Run(), ["--recipe", str(file)]) == parse(BASE, ["--optimizer", "adam"])
 
 
+def run_job(name, *words, heavy=(), **kwargs):
+    """A job in a process of its own. stdout ends with the imported modules that are in `heavy`."""
+    code = (
+        f"import sys, runpy; sys.argv = [{str(ROOT / 'jobs' / name)!r} + '.py', *{list(words)!r}]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        f"finally: print('HEAVY', sorted(set({list(heavy)!r}) & set(sys.modules)))"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **kwargs)
+
+
 @pytest.mark.parametrize("phase", ["phase1", "phase2", "phase3"])
 def test_help_is_complete_and_needs_neither_torch_nor_ray(phase):
-    """In a second of processor time, from another folder, without importing anything heavy."""
-    code = (
-        f"import sys; sys.argv = ['{phase}.py', '--help']; import runpy\ntry: runpy.run_path(r'{ROOT}/jobs/{phase}.py', run_name='__main__')\n"
-        "finally: print('HEAVY', sorted({'torch', 'ray', 'mlflow', 'numpy', 'pyarrow'} & set(sys.modules)))"
-    )
-    before, started = os.times(), time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
-    used = sum(os.times()[2:4]) - sum(before[2:4])
-    assert done.returncode == 0, done.stderr
-    assert "HEAVY []" in done.stdout
-    assert used < 1.0, f"{used:.2f} s of processor time, {time.monotonic() - started:.2f} s in all"
-    for flag in [
-        p
-        for p in flat(Run())
-        if p not in ("loss", "optimizer", "schedule")
-        and not p.startswith(("loss.", "optimizer.", "schedule."))
-    ]:
-        assert f"--{flag.replace('_', '-')}" in done.stdout
-    assert (
-        f"python jobs/{phase}.py" in done.stdout
-        and "--optimizer  " in done.stdout
-        and "(default: 42)" in done.stdout
-    )
+    """From another folder, and without importing anything heavy."""
+    heavy = ("torch", "ray", "mlflow", "numpy", "pyarrow")
+    short = run_job(phase, "--help", heavy=heavy, cwd="/")
+    full = run_job(phase, "--help-all", heavy=heavy, cwd="/")
+    for done in (short, full):
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"usage: python jobs/{phase}.py [OPTIONS]\n")
+        assert done.stdout.endswith("HEAVY []\n")
+        assert f"    python jobs/{phase}.py" in done.stdout and "--optimizer KIND" in done.stdout
+        assert max(map(len, done.stdout.splitlines())) <= 100
+        assert not re.search(r"[│╭╰\x1b]", done.stdout)
+    assert len(short.stdout.splitlines()) < 100
+    run = flat(recipes.load(phase))
+    for path in run:
+        name = path.replace("_", "-")
+        switch = name
+        if run[path] is True:
+            section, _, leaf = name.rpartition(".")
+            switch = f"{section}.no-{leaf}"
+        if path not in ("loss", "optimizer", "schedule"):
+            assert f"--{switch} " in full.stdout or f"--{switch}\n" in full.stdout, path
+    assert "(default: 42)" in full.stdout
+
+
+def test_help_of_one_section(capsys):
+    code, text = answer(capsys, "--help-all", "mix")
+    assert code == 0 and "--mix.mixup-alpha" in text and "--train.epochs" not in text
+    code, text = answer(capsys, "--help-all", "mixx")
+    assert code == 2 and "Did you mean mix?" in text
 
 
 class ExplainedError(ValueError):

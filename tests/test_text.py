@@ -45,3 +45,22 @@ def test_a_csv_cell_starts_no_formula_and_reads_back(cell):
 def test_a_name_in_a_figure_is_short_and_has_no_mathematics():
     assert text.figure_text("$x$") == r"\$x\$"
     assert len(text.figure_text("n" * 90, 20)) == 20
+
+
+@pytest.mark.parametrize("value", ["https://host:5000/a", "s3://bucket/a", "me@host", "a: b@c", ""])
+def test_text_without_a_password_stays(value):
+    assert text.hide_password(value) == value
+
+
+@given(st.text(st.characters(exclude_categories=[])))
+def test_printable_text_can_be_encoded_and_has_no_control_characters(value):
+    shown = text.printable(value)
+    shown.encode()
+    assert all(c.isprintable() for c in shown)
+
+
+@pytest.mark.parametrize("piece", ["x", "a://", "a:", "http://u:p", "?token", "@", "\x1b"])
+def test_long_text_is_handled_in_linear_time(piece):
+    """A quadratic search would run for hours on these."""
+    value = piece * (200_000 // len(piece))
+    assert len(text.shorten(text.hide_password(value))) < 300

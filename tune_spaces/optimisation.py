@@ -1,7 +1,8 @@
 """How the weights are found: learning rate, weight decay, batch size and schedule.
 
-Warm-up is only searched under the cosine schedule (one cycle has its own). The learning rate's best value moves with the batch size, which is why
-the two are searched together. Batch sizes are multiples of 32: set train.microbatch_size to 32, 16 or 8.
+Warm-up is only searched under the cosine schedule (one cycle has its own). The learning rate's best
+value moves with the batch size, which is why the two are searched together. Batch sizes are
+multiples of 32: set train.microbatch_size to 32, 16 or 8.
 """
 
 from ray import tune

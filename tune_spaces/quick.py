@@ -1,6 +1,7 @@
 """A first sweep: learning rate and Mixup, the two settings that show the most on a small data set.
 
-With the sample recipe a few minutes on two cores: python jobs/sweep.py --recipe sample-phase2 --space quick --trials 8
+With the sample recipe a few minutes on two cores: python jobs/sweep.py --recipe sample-phase2
+--space quick --trials 8
 """
 
 from ray import tune

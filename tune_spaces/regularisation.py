@@ -1,7 +1,8 @@
 """How strongly to regularise: dropout, Mixup, CutMix and RandAugment's magnitude.
 
-0 switches a part off, so the search can also find that a part does not help. For recipes with RandAugment (N of 1 or more), such as
-phase2. 24 to 48 trials are worth running; the four settings trade off against each other, so look at the contour in MLflow too.
+0 switches a part off, so the search can also find that a part does not help. For recipes with
+RandAugment (N of 1 or more), such as phase2. 24 to 48 trials are worth running; the four settings
+trade off against each other, so look at the contour in MLflow too.
 """
 
 from ray import tune

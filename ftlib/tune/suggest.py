@@ -11,16 +11,16 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from ftlib.config import Run
 from ftlib.tune import spaces
+from ftlib.tune.options import Search
 from ftlib.tune.spaces import Axis, Space
 from ftlib.tune.trial_store import Trial
 
-Search = Literal["tpe", "random", "grid"]
 STARTUP = 10
 """Random draws before TPE's model takes over (Optuna's own default)."""
 

@@ -19,6 +19,7 @@ from ftlib.settings import ConfigError, flat, override, to_dict, to_json
 from ftlib.storage import is_remote, join, write_file
 from ftlib.tune import spaces, suggest, train_trial
 from ftlib.tune.live_table import TrialTable, duration
+from ftlib.tune.options import SweepOptions
 from ftlib.tune.resources import NOTHING_TO_RUN
 from ftlib.tune.spaces import Space
 from ftlib.tune.train_trial import SweepInputs
@@ -41,12 +42,10 @@ if TYPE_CHECKING:
     from ftlib.track.views import View
     from ftlib.tune.asha import AsynchronousHalving
 
-TUNING_FRACTION = 0.1
-
 
 @dataclass(frozen=True)
-class Sweep:
-    """The settings of a sweep.
+class Sweep(SweepOptions):
+    """A sweep: its recipe, its space and its options.
 
     All but `trials`, `parallel` and `retry_failed` are its identity: a sweep of the same name and
     another identity is refused.
@@ -55,39 +54,9 @@ class Sweep:
     recipe: Run
     recipe_name: str
     space: Space
-    name: str = ""
-    """Empty: SPACE-RECIPE."""
-    trials: int = 32
-    """All trials, the recipe's own and those of earlier starts included. May be raised later."""
-    search: suggest.Search = "tpe"
-    seed: int = 0
-    """Seed of the search. The trials keep the recipe's."""
-    epochs: int = 0
-    """Epochs of a trial; 0: the recipe's."""
-    tuning_fraction: float = TUNING_FRACTION
-    """Part of the training images that scores the trials. A recipe that has its own keeps it."""
-    early_stopping: bool = True
-    grace: int = 0
-    """Epochs before a trial may be stopped; 0: a ninth of a trial's length, at least 1."""
-    reduction: float = 3
-    """At each rung 1/reduction of the trials go on."""
-    grid_points: int = 3
-    """Values per continuous setting in a grid."""
-    parallel: int = 0
-    """Trials at once; 0: as many as the cluster holds, four on CPUs."""
-    retry_failed: bool = False
-    """Run trials that failed in an earlier start again."""
 
     def __post_init__(self) -> None:
-        if self.trials < 1:
-            raise ConfigError(f"--trials {self.trials}: at least 1, the recipe itself")
-        if self.epochs < 0 or self.grace < 0 or self.parallel < 0:
-            raise ConfigError("--epochs, --grace and --parallel must not be negative")
-        if self.reduction <= 1:
-            raise ConfigError(
-                f"--reduction {self.reduction:g}: must be above 1; 3 lets a third of the trials "
-                "go on"
-            )
+        super().__post_init__()
         if not self.name:
             object.__setattr__(self, "name", f"{self.space.name}-{Path(self.recipe_name).stem}")
 

@@ -552,7 +552,7 @@ def test_the_command(pictures: Path, tmp_path: Path) -> None:
     )
     wrong = job("--source", "pictures/train", cwd=tmp_path)
     assert (
-        wrong.returncode == 1
+        wrong.returncode == 2
         and wrong.stderr.startswith("error: ")
         and "Traceback" not in wrong.stderr
     )

@@ -24,7 +24,6 @@ from ftlib.report.contact_sheet import (
     pipeline_section,
     training_rows,
 )
-from ftlib.settings import ConfigError
 from ftlib.training import losses, mixing
 
 RUN = config.Run(
@@ -178,11 +177,10 @@ def test_the_job_explains_mistakes(tmp_path, capsys):
     )
     preview = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(preview)
-    with pytest.raises(ConfigError, match="unknown recipe phase9.*phase3"):
-        preview.main(["phase9"])
     for arguments, part in (
+        (["phase9"], "unknown recipe phase9. Did you mean"),
         (["phase2", "--augment.randaugment-k", "3"], "randaugment"),
-        (["phase2", "--step", "-1"], "negative"),
+        (["phase2", "--step", "-1"], "must be at least 0"),
     ):
         with pytest.raises(SystemExit) as end:
             preview.main(arguments)

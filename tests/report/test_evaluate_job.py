@@ -59,7 +59,7 @@ def test_other_pictures_of_the_same_classes(job, here, capsys, tmp_path):
 
 
 def test_mistakes(job, here, tmp_path, capsys):
-    with pytest.raises(ValueError, match="is not a run"):
+    with pytest.raises(ValueError, match="there is no run no-such-run"):
         job.main(["no-such-run", "--workers", "0"])
     with pytest.raises(ValueError, match="kept no tuning split"):
         job.main(["shapes-run", "--split", "tuning", "--workers", "0"])
