@@ -240,6 +240,9 @@ class Model(Settings):
     freeze_epochs: Annotated[int, Between(-1, 2**31)] = 0
     """Train only the classifier for this many epochs at first; the backbone (its BatchNorm too) is
     frozen. -1: for the whole run."""
+    unfreeze_every: Count = 0
+    """After freeze_epochs, thaw the backbone from its end: one stage more every this many epochs
+    (Howard and Ruder 2018). 0: all of it at once."""
 
     def check(self) -> None:
         if self.reset_head and self.init_from == "scratch":
@@ -247,6 +250,12 @@ class Model(Settings):
                 "reset_head",
                 "it would do nothing because model.init_from is scratch. "
                 "Leave it out, or name the weights to start from",
+            )
+        if self.unfreeze_every and self.freeze_epochs == -1:
+            self.refuse(
+                "unfreeze_every",
+                "it would do nothing because model.freeze_epochs is -1, which freezes the backbone "
+                "for the whole run. Set model.freeze_epochs to 0 or more",
             )
         if self.dropout_in != "both" and self.dropout == 0:
             self.refuse(
@@ -314,6 +323,11 @@ class OptimizerSettings(Settings):
     """L2 penalty, added to the gradient."""
     decay_norm_and_bias: bool = False
     """Decay biases and the weights of normalization layers too."""
+    layer_decay: Annotated[float, Between(0, 1, open_low=True)] = 1.0
+    """Factor of the learning rate from each block to the one before it, so that early layers of
+    pretrained weights change less (Bao et al. 2022). 1: the same rate everywhere."""
+    head_lr: Positive = 1.0
+    """Factor of the classifier's learning rate."""
 
 
 @dataclass(frozen=True)
@@ -706,6 +720,13 @@ NOT_IN_FINGERPRINT = (
 """Settings that change how a run is carried out but not what it computes; a resumed run may change
 them. The data set enters the fingerprint by its digest; `cluster.strict_elastic` is recorded apart.
 """
-NOT_IN_FINGERPRINT_AT_DEFAULT = ("augment.vflip", "augment.rotate90", "augment.pipeline")
+NOT_IN_FINGERPRINT_AT_DEFAULT = (
+    "augment.vflip",
+    "augment.rotate90",
+    "augment.pipeline",
+    "model.unfreeze_every",
+    "optimizer.layer_decay",
+    "optimizer.head_lr",
+)
 """Settings added after runs had been made: at their default they stay out of the fingerprint, so
 that those runs keep theirs."""

@@ -213,6 +213,7 @@ def _as_one_worker(run: Run, workers: int) -> Run:
             "checkpoint.every_seconds": 0.0,
             "checkpoint.every_steps": 0,
             "model.freeze_epochs": min(run.model.freeze_epochs, 0),
+            "model.unfreeze_every": 0,
             "cluster.workers": "1",
         },
     )

@@ -65,7 +65,7 @@ class Training:
         self.forward = torch.compile(self.model) if run.train.compile else self.model
         self.state = TrainState.create(run, self.model, device, fp16=self.dtype == torch.float16)
         self.criterion = self._criterion()
-        self.frozen: bool | None = None
+        self.trained: frozenset[str] | None = None
         self.buffer: GradientBuffer | None = None
         self.splitter = MicrobatchSplitter(self.model, run.augment.size)
         every = 1 if device.type == "cpu" else run.train.log_every
@@ -370,23 +370,22 @@ class Training:
             self.state.points.clear()
 
     def update_frozen(self, epoch: int) -> None:
-        """Freeze or thaw the backbone as model.freeze_epochs says.
+        """Freeze or thaw as model.freeze_epochs and model.unfreeze_every say.
 
         The gradient buffer holds trainable parameters only, so it is made anew at each change.
         """
-        limit = self.run.model.freeze_epochs
-        frozen = limit == -1 or epoch < limit
-        if frozen == self.frozen and self.buffer is not None:
+        trained = models.trained_parameters(self.model, self.run.model, epoch)
+        if trained == self.trained and self.buffer is not None:
             return
         if self.buffer is not None:
             self.buffer.release()
         self.model.train()
-        models.freeze_backbone(self.model, frozen)
+        models.freeze(self.model, trained)
         context = self.context
         self.buffer = GradientBuffer(
             self.model, context.rank, context.world, self.run.cluster.strict_elastic
         )
-        self.frozen = frozen
+        self.trained = trained
 
     # --- small answers ----------------------------------------------------------------------------
 
@@ -431,9 +430,9 @@ class Training:
                 dtype=self.dtype,
                 world=context.world,
             )
-        if self.frozen is not None:
+        if self.trained is not None:
             # Evaluating switched the frozen BatchNorm back to training.
-            models.freeze_backbone(self.model, self.frozen)
+            models.freeze(self.model, self.trained)
         return counts
 
     def checkpoint_uri(self) -> str:

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from typing_extensions import assert_never
 
 from ftlib import config
+from ftlib.training import models
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 """Layers whose parameters are not decayed: batch, instance, layer, group and RMS norm, and their
@@ -19,25 +20,56 @@ FUSED_DEVICES = ("cuda", "cpu")
 
 
 def parameter_groups(model: nn.Module, cfg: config.Optimizer) -> list[dict[str, Any]]:
-    """Every parameter exactly once, frozen ones too (they get no gradient, and may thaw later):
-    first those that are decayed, then biases (any parameter with `bias` in its own name) and the
-    parameters of norm layers, with weight_decay 0 unless cfg.decay_norm_and_bias. Empty groups
-    are left out."""
+    """Every parameter exactly once, frozen ones too: they get no gradient, and may thaw later.
+
+    Not decayed are biases (any parameter with `bias` in its own name), the parameters of norm
+    layers, and what the model itself asks for, unless cfg.decay_norm_and_bias.
+
+    Without cfg.layer_decay and cfg.head_lr there are two groups, decayed first. With them there are
+    two for each learning rate, from the stem on, and `lr_scale` is the factor of its rate: 1 at the
+    classifier (times head_lr), layer_decay more for each block before it. Empty groups are left
+    out.
+    """
+    spared = set() if cfg.decay_norm_and_bias else _undecayed(model)
+    scales = _lr_scales(model, cfg)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for scale in sorted(set(scales.values())):
+        groups |= {(scale, True): [], (scale, False): []}
+    for name, p in model.named_parameters():
+        groups[scales[name], name not in spared].append(p)
+    out: list[dict[str, Any]] = []
+    for (scale, decayed), params in groups.items():
+        if not params:
+            continue
+        group = {"params": params, "weight_decay": cfg.weight_decay if decayed else 0.0}
+        out.append(group if len(set(scales.values())) == 1 else {**group, "lr_scale": scale})
+    return out
+
+
+def _undecayed(model: nn.Module) -> set[str]:
+    own = models.undecayed(model)
+    if own is not None:
+        return set(own)
     norms = {
         id(p) for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)
     }
-    decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
-    for name, p in model.named_parameters():
-        spare = not cfg.decay_norm_and_bias and (
-            id(p) in norms or "bias" in name.rpartition(".")[2]
-        )
-        (spared if spare else decayed).append(p)
-    groups = [
-        {"params": decayed, "weight_decay": cfg.weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
-    return [g for g in groups if g["params"]]
+    return {
+        name
+        for name, p in model.named_parameters()
+        if id(p) in norms or "bias" in name.rpartition(".")[2]
+    }
+
+
+def _lr_scales(model: nn.Module, cfg: config.Optimizer) -> dict[str, float]:
+    """Parameter name -> factor of the learning rate."""
+    if cfg.layer_decay == 1 and cfg.head_lr == 1:
+        return dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
+    depths, backbone = models.depths(model), models.backbone_parameters(model)
+    last = max(depths.values())
+    return {
+        name: cfg.layer_decay ** (last - depth) * (1.0 if name in backbone else cfg.head_lr)
+        for name, depth in depths.items()
+    }
 
 
 def build(
@@ -108,9 +140,9 @@ def _laid_out_like(p: Tensor, x: Tensor) -> Tensor:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The same learning rate in every group."""
+    """The schedule's rate in every group, times the group's own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:

@@ -2,16 +2,18 @@
 exact restore."""
 
 import copy
+import dataclasses
 import io
 
 import pytest
+import timm.optim
 import torch
 import torchvision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ftlib import config
-from ftlib.training import optim
+from ftlib.training import models, optim
 
 ALL = [
     config.AdamW(lr=0.01, weight_decay=0.1),
@@ -321,3 +323,76 @@ def test_stopped_anywhere_it_goes_on_bit_for_bit_from_a_weights_only_file(cfg, s
     assert equal(weights(model), weights(resumed)) and equal(
         flat_state(optimizer), flat_state(again)
     )
+
+
+# --- learning rates by depth ----------------------------------------------------------------------
+
+TIMM = {
+    "convnext_atto": 64,
+    "vit_tiny_patch16_224": 64,
+    "resnet10t": 64,
+    "tf_efficientnet_lite0": 64,
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_layer_decay_is_timms(name):
+    """The same learning-rate factor and weight decay for every parameter as timm's own groups."""
+    model = models.build(config.Model(arch=f"timm/{name}"), 5, TIMM[name])
+    theirs = timm.optim.param_groups_layer_decay(
+        model,
+        weight_decay=0.05,
+        layer_decay=0.7,
+        no_weight_decay_list=model.no_weight_decay() if hasattr(model, "no_weight_decay") else (),
+    )
+    cfg = config.AdamW(weight_decay=0.05, layer_decay=0.7)
+    ours = optim.parameter_groups(model, cfg)
+
+    def of(groups):
+        return {
+            id(p): (pytest.approx(g["lr_scale"]), g["weight_decay"])
+            for g in groups
+            for p in g["params"]
+        }
+
+    assert of(ours) == of(theirs) and len(of(ours)) == len(list(model.parameters()))
+    keys = [(g["lr_scale"], g["weight_decay"]) for g in ours]
+    assert len(set(keys)) == len(keys)
+
+
+def test_layer_decay_and_head_lr_of_a_resnet():
+    model = models.build_on_meta(config.Model(arch="resnet18"), 5)
+    cfg = config.SGD(lr=0.1, weight_decay=0.01, layer_decay=0.5, head_lr=10.0)
+    scale = {id(p): g["lr_scale"] for g in optim.parameter_groups(model, cfg) for p in g["params"]}
+    assert scale[id(model.conv1.weight)] == 0.5**9
+    assert scale[id(model.layer4[1].bn2.bias)] == 0.5
+    assert scale[id(model.fc.weight)] == scale[id(model.fc.bias)] == 10.0
+
+
+def test_head_lr_alone_leaves_the_backbone_as_it_is():
+    model = models.build_on_meta(config.Model(arch="resnet18"), 5)
+    groups = optim.parameter_groups(model, config.SGD(head_lr=3.0))
+    assert [g["lr_scale"] for g in groups] == [1.0, 1.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize("cfg", ALL, ids=ids)
+def test_the_schedules_rate_is_scaled_in_every_group(cfg):
+    model = models.build(config.Model(arch="shufflenet_v2_x0_5"), 3, 32)
+    scaled = dataclasses.replace(cfg, layer_decay=0.5, head_lr=2.0)
+    optimizer = optim.build(scaled, model, "cpu")
+    optim.set_lr(optimizer, 0.3)
+    for group in optimizer.param_groups:
+        assert group["lr"] == pytest.approx(0.3 * group["lr_scale"])
+    again = optim.build(scaled, model, "cpu")
+    again.load_state_dict(optimizer.state_dict())
+    optim.set_lr(again, 0.1)
+    assert max(g["lr"] for g in again.param_groups) == pytest.approx(0.2)
+
+
+def test_checkpoints_without_factors_keep_one_rate():
+    """The groups of a run from before these settings."""
+    model = net()
+    optimizer = optim.build(config.AdamW(lr=0.1), model, "cpu")
+    assert all("lr_scale" not in g for g in optimizer.param_groups)
+    optim.set_lr(optimizer, 0.2)
+    assert {g["lr"] for g in optimizer.param_groups} == {0.2}

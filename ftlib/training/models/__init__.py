@@ -52,6 +52,7 @@ __all__ = [
     "published_classes",
     "source_of_arch",
     "token_layer",
+    "trained_parameters",
     "undecayed",
     "usual_preprocessing",
 ]
@@ -224,8 +225,29 @@ def freeze(model: nn.Module, trained: Collection[str] | None) -> None:
 
 def freeze_backbone(model: nn.Module, frozen: bool) -> None:
     """`freeze` all but the classifier, or nothing."""
-    names = {name for name, _ in model.named_parameters()}
-    freeze(model, names - backbone_parameters(model) if frozen else None)
+    freeze(model, _classifier_parameters(model) if frozen else None)
+
+
+def trained_parameters(model: nn.Module, cfg: config.Model, epoch: int) -> frozenset[str] | None:
+    """Names of the parameters that train in `epoch` (from 0); None: all of them.
+
+    First the classifier alone, for cfg.freeze_epochs; then the backbone too, at once or a stage
+    more every cfg.unfreeze_every epochs.
+    """
+    if cfg.freeze_epochs == -1 or epoch < cfg.freeze_epochs:
+        return frozenset(_classifier_parameters(model))
+    if not cfg.unfreeze_every:
+        return None
+    stages = 1 + (epoch - cfg.freeze_epochs) // cfg.unfreeze_every
+    found = depths(model, coarse=True)
+    first = max(found.values()) - stages
+    if first <= 0:
+        return None
+    return frozenset(name for name, depth in found.items() if depth >= first)
+
+
+def _classifier_parameters(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_parameters()} - backbone_parameters(model)
 
 
 # --- weights --------------------------------------------------------------------------------------

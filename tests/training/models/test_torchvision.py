@@ -506,3 +506,31 @@ def test_a_resnets_depths_are_its_stem_blocks_and_classifier():
     assert (fine["conv1.weight"], fine["bn1.bias"]) == (0, 0)
     assert (fine["layer1.0.conv1.weight"], fine["layer4.1.bn2.weight"]) == (1, 8)
     assert (fine["fc.weight"], coarse["layer4.0.conv1.weight"], coarse["fc.bias"]) == (9, 4, 5)
+
+
+def test_the_backbone_thaws_a_stage_at_a_time_from_its_end():
+    cfg = Model(arch="resnet18", freeze_epochs=1, unfreeze_every=2)
+    model = models.build_on_meta(cfg, 5)
+    names = {n for n, _ in model.named_parameters()}
+    seen = []
+    for epoch in range(11):
+        trained = models.trained_parameters(model, cfg, epoch)
+        parts = {n.split(".")[0] for n in (names if trained is None else trained)}
+        seen.append(len(parts))
+    # fc; then layer4, layer3, layer2, layer1 for two epochs each; then the stem (conv1, bn1) too
+    assert seen == [1, 2, 2, 3, 3, 4, 4, 5, 5, 7, 7]
+    assert models.trained_parameters(model, Model(arch="resnet18", freeze_epochs=2), 2) is None
+
+
+def test_batchnorm_of_thawed_stages_trains_and_of_frozen_ones_does_not():
+    cfg = Model(arch="resnet18", unfreeze_every=1)
+    model = models.build(cfg, 5).train()
+    models.freeze(model, models.trained_parameters(model, cfg, 0))
+    assert model.layer4[0].bn1.training and not model.layer3[0].bn1.training
+    assert model.layer4[0].conv1.weight.requires_grad
+    assert not model.layer3[0].conv1.weight.requires_grad and not model.bn1.training
+
+
+def test_unfreezing_what_stays_frozen_is_refused():
+    with pytest.raises(ConfigError, match=r"model.unfreeze_every = 1: it would do nothing"):
+        Model(freeze_epochs=-1, unfreeze_every=1)
