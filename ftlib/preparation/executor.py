@@ -1,6 +1,7 @@
-"""Where shards are made: in threads of this process, or as Ray tasks. Either way each one decodes in a process of its own.
+"""Where shards are made: in threads of this process, or as Ray tasks.
 
-Ray takes seconds to start and pays off over many shards or many machines; for `SMALL` sets it is not started.
+Either way each one decodes in a process of its own. Threads serve one machine, however large the
+set; Ray is for a cluster.
 """
 
 from __future__ import annotations
@@ -9,40 +10,56 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import lru_cache
-from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from ftlib import storage
 from ftlib.data.shards import DataError
 from ftlib.preparation.options import PrepareOptions
 from ftlib.preparation.sandbox import DecoderSandbox
-from ftlib.preparation.shard_task import ShardTask, build
+from ftlib.preparation.shard_task import ShardRecord, ShardTask, build
 
-SMALL_FILES = 10_000
-SMALL_BYTES = 1_000_000_000
-"""Up to both, a set is done here (at about 1,000 small files or 25 MB a second and core) before Ray, which takes about 9 s to start,
-run and stop, would have caught up."""
+ENGINES = ("auto", "local", "ray")
+SECONDS_BETWEEN_COUNTS = 0.5
 
 Tick = Callable[[int], None]
+Connect = Callable[[], object]
+"""Joins the cluster of RAY_ADDRESS or starts Ray; `ftlib.launch.cluster.connect`."""
 
 
-def choose(tasks: list[ShardTask], engine: str) -> str:
-    """`here` or `ray`, from `auto`."""
-    if engine != "auto":
-        return engine
-    files, size = sum(len(t.entries) for t in tasks), sum(e.bytes for t in tasks for e in t.entries)
-    return "here" if files <= SMALL_FILES and size <= SMALL_BYTES else "ray"
+def choose(engine: str) -> str:
+    """`local` or `ray`; `auto` takes Ray where RAY_ADDRESS names a cluster. Raises DataError."""
+    if engine == "here":  # the name before
+        engine = "local"
+    if engine not in ENGINES:
+        raise DataError(f"--engine {engine}: needs to be one of {', '.join(ENGINES)}")
+    if engine == "auto":
+        return "ray" if os.environ.get("RAY_ADDRESS") else "local"
+    return engine
 
 
-def run(tasks: list[ShardTask], engine: str, workers: int, tick: Tick) -> list[dict[str, Any]]:
-    """The records of all tasks, in order. `workers` 0 takes all CPUs. The first error stops the rest and is raised."""
-    return (_here if engine == "here" else _on_ray)(tasks, workers, tick)
+def run(
+    tasks: Sequence[ShardTask],
+    engine: str,
+    workers: int,
+    tick: Tick,
+    connect_ray: Connect | None = None,
+) -> list[ShardRecord]:
+    """The records of all tasks, in order. `workers` 0 takes all CPUs.
+
+    The first error stops the rest and is raised.
+    """
+    if not tasks:
+        return []
+    if choose(engine) == "local":
+        return _run_threads(tasks, workers, tick)
+    return _run_on_ray(tasks, workers, tick, connect_ray)
 
 
-def _here(tasks: list[ShardTask], workers: int, tick: Tick) -> list[dict[str, Any]]:
+def _run_threads(tasks: Sequence[ShardTask], workers: int, tick: Tick) -> list[ShardRecord]:
     stop, lock = threading.Event(), threading.Lock()
 
     def counted(n: int) -> None:
@@ -51,16 +68,16 @@ def _here(tasks: list[ShardTask], workers: int, tick: Tick) -> list[dict[str, An
 
     at_once = max(1, min(len(tasks), workers or os.cpu_count() or 1))
     with contextlib.ExitStack() as stack:
-        examiners: SimpleQueue[DecoderSandbox] = SimpleQueue()
+        sandboxes: SimpleQueue[DecoderSandbox] = SimpleQueue()
         for _ in range(at_once):
-            examiners.put(stack.enter_context(contextlib.closing(DecoderSandbox(tasks[0].rules))))
+            sandboxes.put(stack.enter_context(contextlib.closing(DecoderSandbox(tasks[0].rules))))
 
-        def make(task: ShardTask) -> dict[str, Any]:
-            examiner = examiners.get()
+        def make(task: ShardTask) -> ShardRecord:
+            sandbox = sandboxes.get()
             try:
-                return build(task, examiner, counted, stop.is_set)
+                return build(task, sandbox, counted, stop.is_set)
             finally:
-                examiners.put(examiner)
+                sandboxes.put(sandbox)
 
         pool = stack.enter_context(ThreadPoolExecutor(at_once))
         futures = [pool.submit(make, task) for task in tasks]
@@ -78,94 +95,78 @@ def _here(tasks: list[ShardTask], workers: int, tick: Tick) -> list[dict[str, An
         return [future.result() for future in futures]
 
 
-def _on_ray(tasks: list[ShardTask], workers: int, tick: Tick) -> list[dict[str, Any]]:
+# --- Ray ---
+
+
+def _run_on_ray(
+    tasks: Sequence[ShardTask], workers: int, tick: Tick, connect_ray: Connect | None
+) -> list[ShardRecord]:
     import ray
 
     ours = not ray.is_initialized()
     if ours:
-        _connect(ray)
+        if connect_ray is None:
+            raise DataError(
+                "--engine ray: this process has not connected to Ray. Call "
+                "ftlib.launch.cluster.connect() first, or take --engine local"
+            )
+        connect_ray()
     try:
-        counter: Any = ray.remote(num_cpus=0)(_Counter).remote()
-        make = ray.remote(num_cpus=1, max_retries=3)(
-            _task
-        )  # a node may go; making a shard twice does no harm
-        at_once = workers or len(tasks)
-        todo, told = list(enumerate(tasks)), 0
-        running: dict[Any, int] = {}
-        records: dict[int, dict[str, Any]] = {}
-        while todo or running:
-            while todo and len(running) < at_once:
-                number, task = todo.pop(0)
-                running[make.remote(task, counter)] = number
-            done, _ = ray.wait(list(running), num_returns=1, timeout=0.5)
-            for reference in done:
-                records[running.pop(reference)] = _result(ray, reference)
-            count: int = ray.get(counter.value.remote())
-            tick(count - told)
-            told = count
-        tick(sum(len(t.entries) for t in tasks) - told)
-        return [records[number] for number in range(len(tasks))]
+        return _submit_all(tasks, workers or len(tasks), tick)
     finally:
         if ours:
             ray.shutdown()
 
 
-def _connect(ray: Any) -> None:
-    """Join the cluster of RAY_ADDRESS, or start a Ray of our own; never one that merely happens to run on this machine."""
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level="error",
-            runtime_env=None if inside_job else _environment(),
-        )
-    else:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-            runtime_env=_environment(),
-        )
+def _submit_all(tasks: Sequence[ShardTask], at_once: int, tick: Tick) -> list[ShardRecord]:
+    import ray
+
+    counter: Any = ray.remote(num_cpus=0)(_Counter).remote()
+    # A node may go; making a shard twice does no harm.
+    make = ray.remote(num_cpus=1, max_retries=3)(_task)
+    todo, told = list(enumerate(tasks))[::-1], 0
+    running: dict[Any, int] = {}
+    records: dict[int, ShardRecord] = {}
+    while todo or running:
+        while todo and len(running) < at_once:
+            number, task = todo.pop()
+            running[make.remote(task, counter)] = number
+        done, _ = ray.wait(list(running), num_returns=1, timeout=SECONDS_BETWEEN_COUNTS)
+        for reference in done:
+            records[running.pop(reference)] = _result(reference)
+        count: int = ray.get(counter.value.remote())
+        tick(count - told)
+        told = count
+    tick(sum(len(task.entries) for task in tasks) - told)
+    return [records[number] for number in range(len(tasks))]
 
 
-def _environment() -> dict[str, Any]:
-    return {
-        "env_vars": {
-            "PYTHONPATH": os.pathsep.join(
-                [
-                    str(Path(__file__).resolve().parents[2]),
-                    *filter(None, [os.environ.get("PYTHONPATH")]),
-                ]
-            )
-        }
-    }
+def _result(reference: Any) -> ShardRecord:
+    import ray
 
-
-def _result(ray: Any, reference: Any) -> dict[str, Any]:
     try:
-        return ray.get(reference)
+        record: ShardRecord = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, DataError):
             raise error.cause from None
         raise
+    return record
 
 
-def _task(task: ShardTask, counter: Any) -> dict[str, Any]:
-    if not os.path.isdir(task.root):
+def _task(task: ShardTask, counter: Any) -> ShardRecord:
+    if not storage.is_remote(task.root) and not os.path.exists(task.root):
         raise DataError(
-            f"{task.root} is not there on node {os.uname().nodename}. On several machines the pictures must lie on storage that all of them share"
+            f"{task.root} is not there on node {os.uname().nodename}. On several machines the "
+            "pictures must lie on storage that all of them share"
         )
     tell = _Batched(lambda n: counter.add.remote(n))
-    record = build(task, _examiner(task.rules), tell)
+    record = build(task, _sandbox(task.rules), tell)
     tell.flush()
     return record
 
 
 @lru_cache(maxsize=1)
-def _examiner(rules: PrepareOptions) -> DecoderSandbox:
+def _sandbox(rules: PrepareOptions) -> DecoderSandbox:
     """One per Ray worker; its child ends with the worker."""
     return DecoderSandbox(rules)
 
@@ -184,14 +185,14 @@ class _Counter:
 
 
 class _Batched:
-    """Passes counts on at most twice a second."""
+    """Passes counts on at most once per `SECONDS_BETWEEN_COUNTS`."""
 
     def __init__(self, tell: Tick) -> None:
         self._tell, self._waiting, self._last = tell, 0, time.monotonic()
 
     def __call__(self, n: int) -> None:
         self._waiting += n
-        if time.monotonic() - self._last > 0.5:
+        if time.monotonic() - self._last > SECONDS_BETWEEN_COUNTS:
             self.flush()
 
     def flush(self) -> None:

@@ -1,4 +1,4 @@
-"""What preparation tells: progress while it runs, what was refused and repaired and why, and whether the result can be used."""
+"""What preparation reports: progress, what was refused and repaired and why, and the verdict."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import shlex
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from ftlib import storage
+from ftlib import paths, storage
 from ftlib.data.shards import DataError, Dataset
-from ftlib.preparation.sources import Found
+from ftlib.preparation.shard_task import ShardRecord
+from ftlib.preparation.sources.listing import Listing
+from ftlib.preparation.sources.naming import counted, listed, text_of
+from ftlib.text import csv_cell, printable
 
 ON_PURPOSE = ("reduced", "reencoded", "tiled")
 """Changes that were asked for, and are counted but not listed as repairs."""
@@ -24,9 +28,9 @@ EXAMPLES = 20
 MEANING = {
     "wrong_extension": "the name says another kind than the bytes; the bytes are believed",
     "orientation": "EXIF orientation applied to the pixels",
-    "grey": "grey, stored with three channels",
+    "grey": "gray, stored with three channels",
     "cmyk": "CMYK converted to RGB",
-    "alpha": "transparent pixels laid over the background colour",
+    "alpha": "transparent pixels laid over the background color",
     "palette": "palette converted to RGB",
     "16_bit": "more than 8 bits scaled to 8",
     "color_profile": "wide-gamut color profile converted to sRGB",
@@ -47,30 +51,29 @@ class PreparationReport:
     """report.json and report.csv of a set, and the verdict on it."""
 
     def __init__(
-        self, out: str, found: Found, records: list[dict[str, Any]], max_bad_fraction: float
+        self,
+        out: str,
+        listing: Listing,
+        records: Sequence[ShardRecord],
+        max_bad_fraction: float,
     ) -> None:
         self.out = out
-        self._classes = found.classes
         self._limit = max_bad_fraction
-        self._found = found
+        self._listing = listing
         self.refused = [
-            [file, split, name, "link", why] for file, split, name, why in found.refused_links
-        ] + [row for r in records for row in r["refused"]]
-        self.repaired = [
-            [file, split, name, kept]
-            for r in records
-            for file, split, name, all_ in r["repaired"]
-            if (kept := " ".join(word for word in all_.split() if word not in ON_PURPOSE))
-        ]
-        self._on_purpose = Counter(
-            word
-            for r in records
-            for *_, all_ in r["repaired"]
-            for word in all_.split()
-            if word in ON_PURPOSE
-        )
-        self.files = len(found.entries) + len(found.refused_links)
-        self.warnings = list(found.warnings)
+            [text_of(r.file), r.split, text_of(r.label), "link", text_of(r.why)]
+            for r in listing.rejected
+        ] + [row for record in records for row in record["refused"]]
+        self.repaired: list[list[str]] = []
+        self._on_purpose: Counter[str] = Counter()
+        for record in records:
+            for file, split, name, words in record["repaired"]:
+                repairs = words.split()
+                self._on_purpose.update(word for word in repairs if word in ON_PURPOSE)
+                if kept := [word for word in repairs if word not in ON_PURPOSE]:
+                    self.repaired.append([file, split, name, " ".join(kept)])
+        self.files = len(listing.entries) + len(listing.rejected)
+        self.warnings = list(listing.warnings)
         self.duplicates: dict[str, Any] = {}
 
     @property
@@ -84,25 +87,25 @@ class PreparationReport:
             "repaired": len(self.repaired),
             "repaired_by_kind": dict(changed.most_common()),
             "on_purpose": dict(self._on_purpose),
-            "left_aside_by_extension": self._found.ignored,
-            "warnings": self.warnings,
+            "left_aside": {text_of(why): n for why, n in self._listing.aside.items()},
+            "warnings": [printable(warning) for warning in self.warnings],
         }
 
     @property
     def summary(self) -> dict[str, Any]:
+        """The contents of report.json."""
+        refused, repaired = ("file", "split", "class", "reason", "detail"), ("file", "split")
         return {
             **self.counts,
             "identical": self.duplicates,
-            "refused_files": [
-                dict(zip(("file", "split", "class", "reason", "detail"), row))
-                for row in self.refused
-            ],
+            "refused_files": [dict(zip(refused, row)) for row in self.refused],
             "repaired_files": [
-                dict(zip(("file", "split", "class", "repairs"), row)) for row in self.repaired
+                dict(zip((*repaired, "class", "repairs"), row)) for row in self.repaired
             ],
         }
 
     def write(self) -> None:
+        """Write report.json and report.csv."""
         storage.write_file(
             storage.join(self.out, "report.json"),
             json.dumps(self.summary, indent=1, ensure_ascii=False).encode(),
@@ -110,104 +113,124 @@ class PreparationReport:
         table = io.StringIO()
         rows = csv.writer(table)
         rows.writerow(("action", "file", "split", "class", "why", "detail"))
-        rows.writerows(("refused", *row) for row in self.refused)
-        rows.writerows(
-            ("repaired", *row, "; ".join(map(meaning, row[3].split()))) for row in self.repaired
+        rows.writerows(("refused", *map(csv_cell, row)) for row in self.refused)
+        for row in self.repaired:
+            detail = "; ".join(map(meaning, row[3].split()))
+            rows.writerow(("repaired", *map(csv_cell, row), detail))
+        storage.write_file(
+            storage.join(self.out, "report.csv"), table.getvalue().encode("utf-8", "replace")
         )
-        storage.write_file(storage.join(self.out, "report.csv"), table.getvalue().encode())
 
-    def check(self, train: list[int], val: list[int]) -> None:
-        """Raise DataError when too much was refused or a class has nothing left; warn when val has lost a class."""
-        first = "; ".join(f"{file}: {detail}" for file, _, _, _, detail in self.refused[:3])
+    def check(self, per_class: Mapping[str, Sequence[int]]) -> None:
+        """Raise DataError when too much was refused or a class has nothing left to train on; warn
+        when another split has lost a class. `per_class` counts pictures by split and class."""
+        classes = self._listing.classes
+        first = "; ".join(
+            f"{printable(file)}: {printable(why)}" for file, _, _, _, why in self.refused[:3]
+        )
         where = f"All of them, with reasons: {storage.join(self.out, 'report.csv')}"
-        if lost := [name for name, n in zip(self._classes, train) if n == 0]:
+        lost = [name for name, n in zip(classes, per_class["train"]) if n == 0]
+        if lost:
             raise DataError(
-                f"no usable training picture is left of {len(lost)} of {len(train)} classes ({', '.join(lost[:5])}). First refused: {first}. {where}"
+                f"no usable training picture is left of {len(lost)} of {len(classes)} classes "
+                f"({listed(lost, 5)}). First refused: {first}. {where}"
             )
-        share = len(self.refused) / self.files
+        share = len(self.refused) / max(1, self.files)
         if share > self._limit:
             raise DataError(
-                f"{len(self.refused):,} of {self.files:,} files were refused ({100 * share:.3g} %), more than --max-bad-fraction {self._limit:g} allows. First: {first}. {where}. "
-                "Repair or delete them, or raise --max-bad-fraction; the same command goes on where it stopped"
+                f"{len(self.refused):,} of {self.files:,} files were refused "
+                f"({100 * share:.3g} %), "
+                f"more than --max-bad-fraction {self._limit:g} allows. First: {first}. {where}. "
+                "Repair or delete them, or raise --max-bad-fraction; the same command goes on "
+                "where it stopped"
             )
-        had = {e.label for e in self._found.entries if e.split == "val"}
-        if gone := [self._classes[label] for label in sorted(had) if val[label] == 0]:
-            self.warnings.append(
-                f"no usable validation picture is left of {', '.join(gone[:5])}{' ...' if len(gone) > 5 else ''}"
-            )
+        for split, words in (("val", "validation"), ("test", "test")):
+            had = {e.label for e in self._listing.entries if e.split == split}
+            gone = [classes[label] for label in sorted(had) if per_class[split][label] == 0]
+            if gone:
+                self.warnings.append(f"no usable {words} picture is left of {listed(gone, 5)}")
 
-    def identical(self, indexes: dict[str, np.ndarray], dataset: Dataset | None) -> None:
-        """Find pictures stored with the same bytes: between the splits (scores would flatter), and under two labels (one is wrong)."""
-        ids = np.concatenate([indexes[s]["id"] for s in ("train", "val")])
-        labels = np.concatenate([indexes[s]["label"] for s in ("train", "val")])
-        held_out = np.arange(len(ids)) >= len(indexes["train"])
-        order = np.lexsort((held_out, ids))
+    def identical(self, indexes: Mapping[str, np.ndarray], dataset: Dataset | None) -> None:
+        """Find pictures stored with the same bytes.
+
+        Between splits they make scores flatter; under two labels, one of the labels is wrong.
+        `indexes` holds the `PART` records of each split; names come from `dataset`.
+        """
+        splits = list(indexes)
+        ids = np.concatenate([indexes[split]["id"] for split in splits])
+        labels = np.concatenate([indexes[split]["label"] for split in splits])
+        of_split = np.repeat(np.arange(len(splits)), [len(indexes[split]) for split in splits])
+        starts = np.cumsum([0, *(len(indexes[split]) for split in splits)])
+        order = np.lexsort((of_split, ids))
         same = np.flatnonzero(ids[order][1:] == ids[order][:-1])
         pairs = np.stack([order[same], order[same + 1]], axis=1)
-        across = pairs[held_out[pairs[:, 0]] != held_out[pairs[:, 1]]]
-        contradictory = pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]]
-        self.duplicates = {
-            "pictures": len(pairs),
-            "in_train_and_val": len(across),
-            "under_two_labels": len(contradictory),
-        }
-        for found, text in (
-            (across, "in val is also in train, byte for byte: scores will flatter"),
-            (contradictory, "lies in two classes: one of the labels is wrong"),
-        ):
-            if len(found):
-                names = [
-                    [self._name(dataset, indexes, int(i)) for i in pair]
-                    for pair in found[:EXAMPLES]
-                ]
-                self.duplicates[f"examples_{'across' if found is across else 'labels'}"] = names
-                self.warnings.append(
-                    f"{names[0][0]} = {names[0][1]}: a picture {text}"
-                    + (f" ({len(found):,} such pairs, see report.json)" if len(found) > 1 else "")
-                )
+        self.duplicates = {"pictures": len(pairs)}
 
-    @staticmethod
-    def _name(dataset: Dataset | None, indexes: dict[str, np.ndarray], position: int) -> str:
-        split = "train" if position < len(indexes["train"]) else "val"
-        row = position - (len(indexes["train"]) if split == "val" else 0)
-        return dataset.split(split).path(row) if dataset is not None else f"{split} row {row}"
+        def named(found: np.ndarray) -> list[list[str]]:
+            return [[name(int(i)) for i in pair] for pair in found[:EXAMPLES]]
+
+        def name(position: int) -> str:
+            split = splits[of_split[position]]
+            row = position - int(starts[of_split[position]])
+            return dataset.split(split).path(row) if dataset is not None else f"{split} row {row}"
+
+        for one in range(len(splits)):
+            for other in range(one + 1, len(splits)):
+                first, second = splits[one], splits[other]
+                between = (of_split[pairs[:, 0]] == one) & (of_split[pairs[:, 1]] == other)
+                found = named(pairs[between])
+                self.duplicates[f"in_{first}_and_{second}"] = int(between.sum())
+                if found:
+                    self.duplicates[f"examples_{first}_{second}"] = found
+                    self.warnings.append(_leak(first, second, int(between.sum()), found))
+        contradictory = pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]]
+        self.duplicates["under_two_labels"] = len(contradictory)
+        if len(contradictory):
+            found = named(contradictory)
+            self.duplicates["examples_labels"] = found
+            self.warnings.append(
+                f"{counted(len(contradictory), 'picture')} in two classes, byte for byte (first: "
+                f"{_pairs(found)}): one of the labels is wrong. report.json lists them"
+            )
+
+
+def _leak(first: str, second: str, n: int, found: list[list[str]]) -> str:
+    return (
+        f"{counted(n, 'picture')} of {second} also in {first}, byte for byte (first: "
+        f"{_pairs(found)}): scores will flatter. report.json lists them"
+    )
+
+
+def _pairs(found: list[list[str]]) -> str:
+    return ", ".join(f"{one} = {other}" for one, other in found[:3])
+
+
+# --- the last words ---
+
+LARGE = 50_000
+"""Training pictures from which a model is trained from scratch in phases."""
 
 
 def text(
     path: str, dataset: Dataset, report: dict[str, Any], seconds: float, already_done: bool
 ) -> str:
-    """The last words of jobs/prepare.py: counts, what was refused and repaired, where the report is, what to do next."""
-    train, val = len(dataset.split("train")), len(dataset.split("val"))
-    size = sum(
-        shard["bytes"] for split in dataset.manifest["splits"].values() for shard in split["shards"]
-    )
-    counts, spread = (
-        dataset.manifest["splits"]["train"]["per_class"],
-        dataset.manifest["statistics"],
-    )
-    each = (
-        f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
-    )
+    """The last words of jobs/prepare.py: counts, refusals, repairs, where the report is, what is
+    next."""
+    done = "Already prepared, nothing to do" if already_done else "Prepared"
+    took = "" if already_done else f" in {seconds:.1f} s"
     lines = [
-        f"{'Already prepared, nothing to do' if already_done else 'Prepared'}: {dataset.name} ({dataset.digest[:12]}) at {path}"
-        + ("" if already_done else f" in {seconds:.1f} s"),
-        f"  {train:,} training and {val:,} validation pictures of {len(dataset.classes)} classes ({each} each in train), {_size(size)}",
-        f"  median picture {spread['width']['median']} x {spread['height']['median']} pixels, {_size(spread['bytes']['median'])}; mean {_floats(spread['mean'])}, std {_floats(spread['std'])}",
+        f"{done}: {printable(dataset.name)} ({dataset.digest[:12]}) at {printable(path)}{took}",
+        *_counts(dataset),
     ]
     for title, total, kinds in (
         ("refused", report["refused"], report["refused_by_reason"]),
         ("repaired", report["repaired"], report["repaired_by_kind"]),
     ):
-        lines.append(
-            f"  {title} {total:,} of {report['files']:,} files"
-            + (
-                ": " + ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in kinds.items())
-                if total
-                else ""
-            )
-        )
+        reasons = ", ".join(f"{n:,} {kind.replace('_', ' ')}" for kind, n in kinds.items())
+        line = f"  {title} {total:,} of {report['files']:,} files"
+        lines.append(f"{line}: {reasons}" if total else line)
     for row in report["refused_files"][:5]:
-        lines.append(f"    {row['file']}: {row['detail']}")
+        lines.append(f"    {printable(row['file'])}: {printable(row['detail'])}")
     if report["refused"] > 5:
         lines.append(f"    ... and {report['refused'] - 5:,} more")
     if bits := dataset.manifest["made"].get("rules", {}).get("depth_bits"):
@@ -215,10 +238,37 @@ def text(
             f"  pictures of more than 8 bits: {bits} bits are used, so 0 to {(1 << bits) - 1:,} "
             "become black to white (--depth-range chooses other values)"
         )
-    lines += [f"  warning: {warning}" for warning in report["warnings"]]
+    lines += [f"  warning: {printable(warning)}" for warning in report["warnings"]]
     lines.append(f"  report: {storage.join(path, 'report.csv')} (and report.json)")
-    lines.append(f"Next: python jobs/phase1.py --data.path {shlex.quote(path)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *next_steps(path, dataset)])
+
+
+def _counts(dataset: Dataset) -> list[str]:
+    about = dataset.manifest
+    size = sum(shard["bytes"] for split in about["splits"].values() for shard in split["shards"])
+    per_class, spread = about["splits"]["train"]["per_class"], about["statistics"]
+    low, high = min(per_class), max(per_class)
+    each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    test = f", {len(dataset.split('test')):,} test" if "test" in dataset.splits else ""
+    train, val = len(dataset.split("train")), len(dataset.split("val"))
+    return [
+        f"  {train:,} training and {val:,} validation{test} pictures of {len(dataset.classes)} "
+        f"classes ({each} each in train), {_size(size)}",
+        f"  median picture {spread['width']['median']} x {spread['height']['median']} pixels, "
+        f"{_size(spread['bytes']['median'])}; mean {_floats(spread['mean'])}, std "
+        f"{_floats(spread['std'])}",
+    ]
+
+
+def next_steps(path: str, dataset: Dataset) -> list[str]:
+    """The commands that come after preparation, for a set of this size."""
+    name = path.rpartition("/")[2]
+    named = shlex.quote(name if paths.data_path(name) == path else path)
+    small = [f"python jobs/probe.py {named}", f"python jobs/finetune.py --data.path {named}"]
+    large = [f"python jobs/phase1.py --data.path {named}"]
+    commands = small if len(dataset.split("train")) < LARGE else large
+    there = [c for c in commands if (paths.jobs_folder() / c.split()[1][5:]).exists()] or large
+    return [f"{'Next: ' if i == 0 else '      '}{command}" for i, command in enumerate(there)]
 
 
 def _floats(values: list[float]) -> str:

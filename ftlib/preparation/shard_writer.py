@@ -1,4 +1,5 @@
-"""Writing one shard: Parquet whose pictures lie contiguous and uncompressed, and the record of where each one begins."""
+"""Writing one shard: Parquet whose pictures lie contiguous and uncompressed, with the record of
+where each one begins."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ COLUMNS = pa.schema(
 
 @dataclass(frozen=True)
 class Written:
-    """A finished shard: its rows, size, sha256, the sha256 of its contents in order, and its index (`shard` still 0)."""
+    """A finished shard: its rows, size, sha256, the sha256 of its contents in order, and its index
+    (`shard` still 0)."""
 
     rows: int
     bytes: int
@@ -73,7 +75,8 @@ class _Hashing(io.RawIOBase):
 
 
 class ShardWriter:
-    """Add rows, then `finish`. Nothing but the path it was given is touched; the caller renames the file when it is whole."""
+    """Add rows, then `finish`. Only the path it was given is touched; the caller renames the file
+    when it is whole."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -91,17 +94,16 @@ class ShardWriter:
             compression={name: "NONE" if name == "image" else "SNAPPY" for name in COLUMNS.names},
             use_dictionary=["class"],
             column_encoding={"image": "PLAIN"},
-            write_statistics=[
-                "label",
-                "height",
-                "width",
-            ],  # of the pictures they would be whole pictures in the footer
+            # Statistics of the pictures would be whole pictures in the footer.
+            write_statistics=["label", "height", "width"],
             write_page_checksum=True,
         )
 
     def add(
-        self, jpeg: bytes, label: int, class_name: str, path: str, height: int, width: int
+        self, jpeg: bytes, *, label: int, class_name: str, path: str, size: tuple[int, int]
     ) -> None:
+        """Append one picture; `size` is (height, width) in pixels."""
+        height, width = size
         sha256 = hashlib.sha256(jpeg).hexdigest()
         self.ids.append(int(sha256[:16], 16))
         self._content.update(canonical([label, path, sha256]))
@@ -113,7 +115,7 @@ class ShardWriter:
             self._write_group()
 
     def finish(self) -> Written:
-        """Write what is left, put the file on disk (fsync), and find every picture's offset in it."""
+        """Write what is left, flush it to disk (fsync), and find every picture's offset in it."""
         self._write_group()
         self._writer.close()
         self._sink.flush()
@@ -130,9 +132,8 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Close without finishing, after an error."""
-        self._writer.is_open = (
-            False  # or it would write a footer into the closed file when it is collected
-        )
+        # Otherwise it would write a footer into the closed file when it is collected.
+        self._writer.is_open = False
         self._sink.close()
 
     def _write_group(self) -> None:
@@ -150,9 +151,10 @@ class ShardWriter:
 def locate(path: Path, index: np.ndarray) -> np.ndarray:
     """`index` with `offset` filled in, by walking through the file.
 
-    A PLAIN value is its length (4 bytes, little-endian) and its bytes; values of a page follow one another, and between pages lie
-    headers and other columns. Each value is looked for where the last one ended and recognised by its length and CRC-32, so the
-    offsets are right whatever pyarrow puts in between. Raises ValueError when a picture is not in the file.
+    A PLAIN value is its length (4 bytes, little-endian) and its bytes. Values of a page follow one
+    another; between pages lie headers and other columns. Each value is looked for where the last
+    one ended and recognized by its length and CRC-32, so the offsets are right whatever pyarrow
+    puts in between. Raises ValueError when a picture is not in the file.
     """
     index = index.copy()
     with pa.memory_map(str(path)) as file:
@@ -167,7 +169,8 @@ def locate(path: Path, index: np.ndarray) -> np.ndarray:
             at = _next(data, prefix, at + 1)
             if at < 0:
                 raise ValueError(
-                    f"row {row} is not in {path}: pyarrow {pa.__version__} did not write it PLAIN and uncompressed"
+                    f"row {row} is not in {path}: pyarrow {pa.__version__} did not write it PLAIN "
+                    "and uncompressed"
                 )
         index[row]["offset"] = at + 4
         at += 4 + length
@@ -175,7 +178,8 @@ def locate(path: Path, index: np.ndarray) -> np.ndarray:
 
 
 def _next(data: memoryview, prefix: bytes, start: int) -> int:
-    """Where `prefix` comes next at or after `start`; -1 if nowhere. Copies 64 KiB at a time: memoryview has no find."""
+    """Where `prefix` comes next at or after `start`; -1 if nowhere. Copies 64 KiB at a time, as
+    memoryview has no find."""
     while start < len(data):
         found = bytes(data[start : start + (64 << 10) + 3]).find(prefix)
         if found >= 0:

@@ -87,7 +87,7 @@ def test_any_bytes_are_found_at_their_offset_in_the_file(
     path = tmp_path_factory.mktemp("any") / "x.parquet"
     writer = ShardWriter(path)
     for i, value in enumerate(values):
-        writer.add(value, i % 3, "abc"[i % 3], f"{i}.jpg", 1, 1)
+        writer.add(value, label=i % 3, class_name="abc"[i % 3], path=f"{i}.jpg", size=(1, 1))
     written = writer.finish()
     data = path.read_bytes()
     assert [

@@ -1,4 +1,7 @@
-"""The whole way from folders to a set: what comes out, what is refused, and that it survives kills, full disks and bad storage."""
+"""From folders to a set, whole: results, refusals, kills, full disks and bad storage.
+
+Holds the tests of `prepare`, `executor`, `shard_task` and `report`; sources have their own.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -173,7 +175,7 @@ def test_overwrite_repairs_a_damaged_set_and_removes_old_shards(
     assert set(files(out)) == {"train-00000.parquet", "val-00000.parquet"}
 
 
-# --- refusals and repairs ---------------------------------------------------------------------------------------------------------
+# --- refusals and repairs ---
 
 
 def spoil(pictures: Path) -> None:
@@ -217,7 +219,7 @@ def test_the_report_names_every_refused_and_repaired_file(pictures: Path, tmp_pa
     ]
     rows = list(csv.DictReader((tmp_path / "set" / "report.csv").read_text().splitlines()))
     assert [row["action"] for row in rows] == ["refused"] * 3 + ["repaired"]
-    assert "transparent pixels laid over the background colour" in rows[-1]["detail"]
+    assert "transparent pixels laid over the background color" in rows[-1]["detail"]
     train = done.dataset.split("train")
     assert len(train) == 58 and done.dataset.manifest["splits"]["train"]["per_class"] == [29, 29]
     row = [train.path(i) for i in range(58)].index("train/bee/03.jpg")
@@ -230,7 +232,8 @@ def test_too_many_bad_files_stop_it_and_the_work_is_kept(pictures: Path, tmp_pat
     spoil(pictures)
     with pytest.raises(
         DataError,
-        match=r"3 of 73 files were refused \(4.11 %\), more than --max-bad-fraction 0.01.*val/bee/host.jpg.*report.csv.*raise --max-bad-fraction",
+        match=r"3 of 73 files were refused \(4.11 %\), more than --max-bad-fraction 0.01.*"
+        r"val/bee/host.jpg.*report.csv.*raise --max-bad-fraction",
     ):
         prepare(pictures, tmp_path / "set", progress=False)
     assert "not_a_picture" in (tmp_path / "set" / "report.csv").read_text()
@@ -259,14 +262,11 @@ def test_val_pictures_that_are_also_in_train_are_noticed(pictures: Path, tmp_pat
         done.report["identical"]["in_train_and_val"] == 1
         and done.report["identical"]["under_two_labels"] == 1
     )
-    assert any(
-        "train/ant/05.jpg = val/ant/leak.jpg: a picture in val is also in train" in w
-        for w in done.report["warnings"]
+    leak, wrong = done.report["warnings"]
+    assert leak.startswith(
+        "1 picture of val also in train, byte for byte (first: train/ant/05.jpg = val/ant/leak.jpg)"
     )
-    assert any(
-        "train/ant/06.jpg = train/bee/wrong.jpg: a picture lies in two classes" in w
-        for w in done.report["warnings"]
-    )
+    assert "in two classes" in wrong and "train/ant/06.jpg = train/bee/wrong.jpg" in wrong
 
 
 def test_a_set_without_val(pictures: Path, tmp_path: Path) -> None:
@@ -295,26 +295,26 @@ def test_names_of_all_kinds(tmp_path: Path) -> None:
     assert "a b/\ufffd\ufffd.jpg" in [done.dataset.split("train").path(i) for i in range(7)]
 
 
-# --- kills, full disks, bad storage -----------------------------------------------------------------------------------------------
+# --- kills, full disks, bad storage ---
 
-SUICIDE = """
+KILLED_AFTER = """
 import os, sys
 sys.path.insert(0, {root!r})
 from ftlib.preparation import executor, shard_task
 shard_task.ROWS_PER_SHARD = 10
 seen = 0
 original = executor.build
-def build(task, examiner, tick, stopped):
+def build(task, sandbox, tick, stopped):
     def counted(n):
         global seen
         seen += n
         if seen >= {after}:
             os.kill(os.getpid(), 9)
         tick(n)
-    return original(task, examiner, counted, stopped)
+    return original(task, sandbox, counted, stopped)
 executor.build = build
 from ftlib.preparation.prepare import prepare
-prepare({source!r}, {out!r}, workers=1, engine="here", progress=False)
+prepare({source!r}, {out!r}, workers=1, engine="local", progress=False)
 """
 
 
@@ -325,7 +325,7 @@ def test_killed_it_goes_on_where_it_stopped(
     out = tmp_path / "set"
     kept: dict[str, tuple[int, int]] = {}
     for after in (25, 48):
-        code = SUICIDE.format(root=str(ROOT), after=after, source=str(pictures), out=str(out))
+        code = KILLED_AFTER.format(root=str(ROOT), after=after, source=str(pictures), out=str(out))
         assert (
             subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
         )
@@ -365,7 +365,8 @@ def test_a_full_disk_is_a_clear_error_and_nothing_is_lost(
     try:
         with pytest.raises(
             DataError,
-            match=r"cannot write .*set: files may not grow that large.*choose another --out. What is finished is kept",
+            match=r"cannot write .*set: files may not grow that large.*choose another --out. "
+            r"What is finished is kept",
         ):
             prepare(pictures, tmp_path / "set", workers=1, progress=False)
     finally:
@@ -458,12 +459,12 @@ def test_remote_storage(
     )
 
 
-# --- the built-in sample, Ray, the command ----------------------------------------------------------------------------------------
+# --- the built-in sample, Ray, the command ---
 
 
 def test_digits(home: Path) -> None:
     done = prepare("digits", progress=False)
-    assert done.path == str(home / "data" / "digits") and done.seconds < 60
+    assert done.path == str(home / "data" / "digits")
     assert len(done.dataset.split("train")) == 1438 and len(done.dataset.split("val")) == 359
     assert done.report["refused"] == done.report["repaired"] == 0
     assert prepare("digits", progress=False).already_done
@@ -484,7 +485,7 @@ def test_ray_tasks_make_the_same_set(
         logging_level="error",
         object_store_memory=80 << 20,
         _temp_dir=folder,
-        runtime_env=executor._environment(),
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
     )
     try:
         there = prepare(
@@ -503,25 +504,17 @@ def test_ray_tasks_make_the_same_set(
     assert there.digest == here.digest and there.manifest["splits"] == here.manifest["splits"]
 
 
-def test_small_sets_do_not_start_ray() -> None:
-    from ftlib.preparation.sources import Entry
-
-    def tasks(files: int, size: int) -> list[shard_task.ShardTask]:
-        return [
-            shard_task.ShardTask(
-                "train-00000",
-                "",
-                "",
-                ("a",),
-                tuple(Entry("x", "train", 0, size, 0) for _ in range(files)),
-                PrepareOptions(),
-            )
-        ]
-
-    assert executor.choose(tasks(1797, 1000), "auto") == "here"
-    assert executor.choose(tasks(20_000, 1000), "auto") == "ray"
-    assert executor.choose(tasks(500, 10_000_000), "auto") == "ray"
-    assert executor.choose(tasks(20_000, 1000), "here") == "here"
+def test_ray_is_taken_only_on_request_or_where_a_cluster_is_named(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert executor.choose("auto") == "local" and executor.choose("ray") == "ray"
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert executor.choose("auto") == "ray" and executor.choose("local") == "local"
+    with pytest.raises(DataError, match=r"--engine spark: needs to be one of auto, local, ray"):
+        prepare(pictures, tmp_path / "set", engine="spark")
+    with pytest.raises(DataError, match=r"has not connected to Ray.*--engine local"):
+        prepare(pictures, tmp_path / "set", engine="ray", progress=False)
 
 
 def job(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -557,14 +550,3 @@ def test_the_command(pictures: Path, tmp_path: Path) -> None:
         and "Traceback" not in wrong.stderr
     )
     assert "background" in job("--source", "digits", "--background", "1,2,900", cwd=tmp_path).stderr
-
-
-def test_help_is_quick(tmp_path: Path) -> None:
-    best = min(_timed(lambda: job("--help", cwd=tmp_path)) for _ in range(3))
-    assert best < 1.0
-
-
-def _timed(call: object) -> float:
-    started = time.monotonic()
-    assert call().returncode == 0  # type: ignore[operator]
-    return time.monotonic() - started

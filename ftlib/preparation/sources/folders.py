@@ -1,0 +1,258 @@
+"""Folders of classes, alone or within folders called train, val and test."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+
+from ftlib.data.shards import SPLITS, DataError
+from ftlib.preparation.sources.layout import Labelled, LabelledFiles, Rejected
+from ftlib.preparation.sources.naming import counted, is_like_a_split, listed, split_of
+from ftlib.preparation.sources.options import SourceOptions
+from ftlib.preparation.sources.tree import NOT_PICTURES, File, Link, Tree, is_picture_name
+from ftlib.text import printable
+
+IMAGE_FOLDERS = frozenset({"images", "image", "imgs", "img", "pictures", "photos", "jpegimages"})
+"""Names of folders between a class and its pictures."""
+DEEPEST_WRAPPER = 4
+
+
+class Folders:
+    """`<class>/*`, or `train/<class>/*` with val/ and test/ beside it."""
+
+    name = "folders"
+
+    def detect(self, tree: Tree, options: SourceOptions) -> bool:
+        return self.problem(tree, options) == ""
+
+    def problem(self, tree: Tree, options: SourceOptions) -> str:
+        """Why these are no folders of classes; empty where they are."""
+        try:
+            self.read(tree, options)
+        except DataError as error:
+            return str(error)
+        return ""
+
+    def read(self, tree: Tree, options: SourceOptions) -> LabelledFiles:
+        tree, wrapper = unwrapped(tree)
+        split_folders = _split_folders(tree)
+        found = LabelledFiles("folders of classes", tree, [])
+        if wrapper:
+            found.notes.append(f"classes are looked for in {printable(wrapper)}/")
+        if split_folders:
+            found.layout = "folders of splits and classes"
+            _read_splits(tree, split_folders, found, options)
+        else:
+            _read_classes(tree, found, options)
+        return found
+
+
+def unwrapped(tree: Tree) -> tuple[Tree, str]:
+    """(the tree, the folder it was found in), past folders that hold nothing but one folder."""
+    wrapper = ""
+    for _ in range(DEEPEST_WRAPPER):
+        tops = {name.partition("/")[0] for name in tree.folders}
+        loose = any("/" not in f.path and is_picture(f) for f in tree.files)
+        linked = any("/" not in link.path for link in tree.links)
+        if len(tops) != 1 or loose or linked:
+            break
+        top = next(iter(tops))
+        below = [n for n in tree.folders if n.count("/") == 1]
+        pictures_in_it = any(f.path.count("/") == 1 and is_picture(f) for f in tree.files)
+        if split_of(top) or pictures_in_it or not below:
+            break
+        if len(below) == 1 and not split_of(below[0].partition("/")[2]):
+            inner = [n for n in tree.folders if n.count("/") == 2]
+            if not inner:
+                break
+        tree = tree.within(top)
+        wrapper = f"{wrapper}/{top}" if wrapper else top
+    return tree, wrapper
+
+
+def is_picture(file: File) -> bool:
+    """Whether a file is a picture by its name."""
+    return is_picture_name(file.path)
+
+
+def _split_folders(tree: Tree) -> dict[str, str]:
+    """Split -> the folder at the top that is called like it."""
+    found: dict[str, list[str]] = defaultdict(list)
+    tops = {n.partition("/")[0] for n in tree.folders}
+    for name in sorted(tops):
+        if split := split_of(name):
+            found[split].append(name)
+    for split, folders in found.items():
+        if len(folders) > 1:
+            raise DataError(
+                f"{tree.root} has {' and '.join(folders)}: keep one of them as {split}/"
+            )
+    if found and "train" not in found:
+        others = tops - {folders[0] for folders in found.values()}
+        if others:
+            _refuse_split_names(tree, sorted(tops))
+        first = next(iter(found.values()))[0]
+        raise DataError(f"{tree.root} has {first}/ but no train/. Name the folder that holds both")
+    return {split: found[split][0] for split in SPLITS if split in found}
+
+
+def _refuse_split_names(tree: Tree, names: list[str]) -> None:
+    if called := [name for name in names if is_like_a_split(name)]:
+        raise DataError(
+            f"{tree.root}: {listed(called)} {'is' if len(called) == 1 else 'are'} called like "
+            "splits of a data set, not like classes. Put class folders into train/ and val/, name "
+            "the file that has the labels (--labels FILE), or rename what is a class"
+        )
+
+
+@dataclass
+class _Branch:
+    """What lies in one folder of class folders."""
+
+    classes: dict[str, list[File]] = field(default_factory=dict)
+    loose: list[File] = field(default_factory=list)
+    below: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """Class -> folders within it that hold pictures."""
+    aside: Counter[str] = field(default_factory=Counter)
+
+
+def _branch(tree: Tree, folder: str, nested: bool) -> _Branch:
+    prefix = f"{folder}/" if folder else ""
+    found = _Branch()
+    for name in tree.folders:
+        if name.startswith(prefix) and name.count("/") == prefix.count("/"):
+            found.classes[name[len(prefix) :]] = []
+    if nested:
+        found.classes = {}
+    for file in tree.files:
+        if not file.path.startswith(prefix):
+            continue
+        *folders, _ = file.path[len(prefix) :].split("/")
+        if file.extension in NOT_PICTURES:
+            found.aside[f".{file.extension} files"] += 1
+        elif not folders:
+            if is_picture(file):
+                found.loose.append(file)
+            else:
+                found.aside["files outside class folders"] += 1
+        else:
+            name = _nested_name(folders) if nested else folders[0]
+            found.classes.setdefault(name, []).append(file)
+            if len(folders) > 1 and folders[1].lower() not in IMAGE_FOLDERS:
+                found.below[folders[0]].add(folders[1])
+    return found
+
+
+def _nested_name(folders: list[str]) -> str:
+    if len(folders) > 1 and folders[-1].lower() in IMAGE_FOLDERS:
+        folders = folders[:-1]
+    return ".".join(folders)
+
+
+def _add(found: LabelledFiles, branch: _Branch, split: str) -> None:
+    for name, files in branch.classes.items():
+        found.rows += [Labelled(file, split, name) for file in files]
+    found.empty[split] = tuple(sorted(n for n, files in branch.classes.items() if not files))
+    found.aside += branch.aside
+
+
+def _take_links(found: LabelledFiles, folder: str, split: str) -> None:
+    """Links within a folder of classes: to files, reported; to whole folders, refused."""
+    prefix = f"{folder}/" if folder else ""
+    for link in found.tree.links:
+        if not link.path.startswith(prefix):
+            continue
+        if link.is_folder:
+            raise DataError(
+                f"{found.tree.root}/{link.path}: {link.why}. Point --source at the real folder, "
+                "copy the pictures into it, or add --follow-links"
+            )
+        label = link.path[len(prefix) :].partition("/")[0]
+        if "/" in link.path[len(prefix) :]:
+            found.rejected.append(Rejected(link.path, split or "train", label, link.why))
+
+
+def _refuse_loose(where: str, branch: _Branch, remedy: str) -> None:
+    raise DataError(
+        f"{where} holds {counted(len(branch.loose), 'picture')} outside class folders (first: "
+        f"{listed([file.name for file in branch.loose], 3)}). {remedy}"
+    )
+
+
+def _read_classes(tree: Tree, found: LabelledFiles, options: SourceOptions) -> None:
+    branch = _branch(tree, "", options.nested)
+    _take_links(found, "", "")
+    with_pictures = [name for name, files in branch.classes.items() if files]
+    if len(with_pictures) > 0 and branch.classes:
+        _refuse_split_names(tree, sorted(n.partition(".")[0] for n in branch.classes))
+    if branch.loose and with_pictures:
+        remedy = "Move them into class folders or out of the source; if a file has their labels, "
+        _refuse_loose(tree.root, branch, remedy + "name it with --labels")
+    _add(found, branch, "")
+    _note_nested(found, branch, options)
+    _refuse_none(found)
+
+
+def _read_splits(
+    tree: Tree, split_folders: dict[str, str], found: LabelledFiles, options: SourceOptions
+) -> None:
+    for split, folder in split_folders.items():
+        branch = _branch(tree, folder, options.nested)
+        with_pictures = [name for name, files in branch.classes.items() if files]
+        where = f"{tree.root}/{folder}"
+        if split == "test" and not with_pictures:
+            found.aside[f"pictures without labels in {folder}/"] += len(branch.loose)
+            continue
+        if branch.loose:
+            remedy = f"Sort them into {folder}/<class>/, or name the file that has their labels: "
+            _refuse_loose(where, branch, remedy + "--labels FILE")
+        _take_links(found, folder, split)
+        _add(found, branch, split)
+        _note_nested(found, branch, options)
+        found.split_origins[split] = f"{folder}/"
+    _note_unused(tree, split_folders, found)
+    _refuse_none(found)
+
+
+def _note_unused(tree: Tree, split_folders: dict[str, str], found: LabelledFiles) -> None:
+    used = set(split_folders.values())
+    others = sorted({n.partition("/")[0] for n in tree.folders} - used)
+    others += sorted(link.path for link in tree.links if link.is_folder and "/" not in link.path)
+    if others:
+        train = split_folders["train"]
+        more = " ..." if len(others) > 5 else ""
+        found.warnings.append(f"not used: {', '.join(others[:5])}{more} beside {train}/")
+    for file in tree.files:
+        top = file.path.partition("/")[0]
+        if top not in used and is_picture(file):
+            where = f"{top}/" if "/" in file.path else "the folder itself"
+            found.aside[f"pictures in {where}"] += 1
+
+
+def _note_nested(found: LabelledFiles, branch: _Branch, options: SourceOptions) -> None:
+    deep = sorted(branch.below)
+    if deep and not options.nested:
+        inner = ", ".join(sorted(branch.below[deep[0]])[:3])
+        found.notes.append(
+            f"{counted(len(deep), 'class', 'classes')} with folders below "
+            f"({printable(deep[0])}: {printable(inner)}); their pictures count for the class. "
+            "--nested makes every folder a class"
+        )
+
+
+def _refuse_none(found: LabelledFiles) -> None:
+    """Raise DataError where no picture is left, naming links if they are the reason."""
+    if any(row.split in ("", "train") for row in found.rows):
+        return
+    links: list[Link] = found.tree.links
+    if links:
+        first = links[0]
+        raise DataError(
+            f"{found.tree.root} holds no pictures but {counted(len(links), 'link')} that cannot "
+            f"be followed (first: {printable(first.path)}: {first.why}). Add --follow-links to "
+            "take what they lead to, or copy the pictures into the source"
+        )
+    raise DataError(
+        f"{found.tree.root} holds no pictures in class folders. It needs train/<class>/* and "
+        "val/<class>/*, or <class>/* with --val-fraction, or a file with labels (--labels FILE)"
+    )

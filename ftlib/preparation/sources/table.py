@@ -1,0 +1,481 @@
+"""Tables of labels: a column of file names and a column of labels, in CSV, TSV, JSON or Parquet.
+
+Names match with or without extension, below any folder of the source. Columns are guessed where
+there is one choice; otherwise the message lists them and the option that names one.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftlib.data.shards import DataError
+from ftlib.preparation.sources.folders import is_picture, unwrapped
+from ftlib.preparation.sources.layout import Labelled, LabelledFiles, Rejected
+from ftlib.preparation.sources.naming import (
+    counted,
+    listed,
+    natural,
+    plain,
+    split_in,
+    split_of,
+)
+from ftlib.preparation.sources.options import SourceOptions
+from ftlib.preparation.sources.tree import File, Tree
+from ftlib.text import printable
+
+ENDINGS = ("csv", "tsv", "json", "jsonl", "ndjson", "parquet")
+FILE_COLUMNS = ("file", "filename", "filepath", "path", "image", "imagepath", "imageid", "id")
+LABEL_COLUMNS = tuple(
+    [
+        "label",
+        "labels",
+        "class",
+        "classname",
+        "labelname",
+        "category",
+        "categoryname",
+        "target",
+        "species",
+        "breed",
+        "diagnosis",
+        "y",
+        "dx",
+    ]
+)
+SPLIT_COLUMNS = ("split", "set", "subset", "partition", "dataset", "fold")
+SAMPLE = 200
+"""Rows looked at to guess a column."""
+ENOUGH = 0.5
+"""Share of a column's values that must name files for it to be the column of file names."""
+LARGEST_TABLE = 1 << 30
+LARGEST_FIELD = 1 << 20
+
+
+@dataclass
+class LabelTable:
+    """A table as text: column names and rows of the same length."""
+
+    name: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    folder: str = ""
+    """Where the table lies below the source's root, for names given from there."""
+
+    def column(self, name: str) -> list[str]:
+        at = self.columns.index(name)
+        return [row[at] for row in self.rows]
+
+
+class Table:
+    """A file of labels beside the pictures, or named with --labels."""
+
+    name = "table"
+
+    def detect(self, tree: Tree, options: SourceOptions) -> bool:
+        return bool(options.labels) or bool(usable_tables(unwrapped(tree)[0], options))
+
+    def read(self, tree: Tree, options: SourceOptions) -> LabelledFiles:
+        if not options.labels:
+            tree = unwrapped(tree)[0]
+        names = FileNames(tree)
+        if options.labels:
+            tables = [load_table(options.labels)]
+        else:
+            tables = usable_tables(tree, options)
+        if not tables:
+            raise DataError(
+                f"{tree.root} has no table that names its pictures and their labels. Name it: "
+                "--labels FILE, with --file-column and --label-column where they are not clear"
+            )
+        if len(tables) > 1 and len({split_in(Path(t.name).stem) for t in tables}) < len(tables):
+            found = [table.name for table in tables]
+            raise DataError(
+                f"{tree.root} has {counted(len(found), 'table')} that name pictures "
+                f"({listed(found)}). Choose one with --labels FILE"
+            )
+        found = LabelledFiles(f"table of labels ({listed([t.name for t in tables])})", tree, [])
+        for table in tables:
+            split = split_in(Path(table.name).stem) if len(tables) > 1 else ""
+            _read_table(table, names, options, found, split)
+        _finish(found)
+        return found
+
+
+def usable_tables(tree: Tree, options: SourceOptions) -> list[LabelTable]:
+    """The tables of a source whose names fit its pictures and that have labels."""
+    names = FileNames(tree)
+    found: list[LabelTable] = []
+    if not names.count:
+        return found
+    for file in tree.files:
+        stem = file.name.rpartition(".")[0].lower()
+        if file.extension not in ENDINGS or file.path.count("/") > 1 or "submission" in stem:
+            continue
+        try:
+            table = parse_table(tree.read(file, LARGEST_TABLE), file.path)
+            columns = Columns.of(table, names, options)
+        except (DataError, OSError):
+            continue
+        if columns.label or columns.one_hot:
+            found.append(table)
+    return found
+
+
+class FileNames:
+    """The pictures of a tree, found by what a table calls them."""
+
+    def __init__(self, tree: Tree) -> None:
+        self.count = 0
+        self._by_name: dict[str, list[File]] = defaultdict(list)
+        self._by_stem: dict[str, list[File]] = defaultdict(list)
+        for file in tree.files:
+            if is_picture(file) or "." not in file.name:
+                self.count += 1
+                self._by_name[file.name].append(file)
+                if "." in file.name:
+                    self._by_stem[file.name.rpartition(".")[0]].append(file)
+
+    def find(self, value: str, folder: str = "", split: str = "") -> list[File]:
+        """The files that a value names: one, none, or several that it cannot tell apart."""
+        value = value.strip().replace("\\", "/").removeprefix("./").strip("/")
+        name = value.rpartition("/")[2]
+        found = self._by_name.get(name) or self._by_stem.get(name) or []
+        if "/" in value:
+            found = [f for f in found if _ends_with(f.path, value)]
+        if len(found) > 1:
+            exact = f"{folder}/{value}" if folder else value
+            same = [f for f in found if f.path in (value, exact)]
+            found = same or found
+        if len(found) > 1 and split:
+            of_split = [f for f in found if split_in(f.path.partition("/")[0]) == split]
+            found = of_split or found
+        return found
+
+
+def _ends_with(path: str, value: str) -> bool:
+    whole = f"/{path}"
+    return whole.endswith(f"/{value}") or whole.rpartition(".")[0].endswith(f"/{value}")
+
+
+# --- reading tables ---
+
+
+def load_table(path: str) -> LabelTable:
+    """The table in a file on disk. Raises DataError."""
+    where = Path(path).expanduser()
+    try:
+        if where.stat().st_size > LARGEST_TABLE:
+            raise DataError(f"--labels {path}: a file of over {LARGEST_TABLE:,} bytes")
+        return parse_table(where.read_bytes(), where.name)
+    except OSError as error:
+        raise DataError(f"--labels {path} cannot be read ({error.strerror or error})") from None
+
+
+def parse_table(data: bytes, path: str) -> LabelTable:
+    """A table's columns and rows as text. Raises DataError where it is none."""
+    ending = path.rpartition(".")[2].lower()
+    folder = path.rpartition("/")[0]
+    try:
+        if ending == "parquet":
+            columns, rows = _parquet(data)
+        elif ending in ("json", "jsonl", "ndjson"):
+            columns, rows = _records(_json(data, ending))
+        else:
+            columns, rows = _separated(data, ending)
+    except (ValueError, csv.Error, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} cannot be read as a table ({error})") from None
+    if not rows or not columns:
+        raise DataError(f"{path} holds no rows")
+    return LabelTable(path, columns, rows, folder)
+
+
+def _separated(data: bytes, ending: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    text = _decoded(data)
+    first = text.partition("\n")[0]
+    if ending == "tsv":
+        separator = "\t"
+    else:
+        counts = {mark: first.count(mark) for mark in ",;\t|"}
+        separator = max(counts, key=lambda mark: counts[mark]) if any(counts.values()) else " "
+    csv.field_size_limit(LARGEST_FIELD)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    rows = [tuple(cell.strip() for cell in row) for row in reader if any(row)]
+    if not rows:
+        return (), []
+    width = len(rows[0])
+    if uneven := [i for i, row in enumerate(rows) if len(row) != width]:
+        raise ValueError(
+            f"row {uneven[0] + 1} has {len(rows[uneven[0]])} columns, the first row {width}"
+        )
+    if _has_no_header(rows[0]):
+        return tuple(f"column {i + 1}" for i in range(width)), rows
+    return _distinct(rows[0]), rows[1:]
+
+
+def _decoded(data: bytes) -> str:
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start:,}") from None
+
+
+def _has_no_header(first: Sequence[str]) -> bool:
+    return any(re.search(r"\.(jpe?g|png|webp|bmp|tiff?|gif)$", cell.lower()) for cell in first)
+
+
+def _distinct(names: Sequence[str]) -> tuple[str, ...]:
+    seen: Counter[str] = Counter()
+    found = []
+    for name in names:
+        seen[name] += 1
+        found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return tuple(found)
+
+
+def _json(data: bytes, ending: str) -> Any:
+    text = _decoded(data)
+    if ending != "json":
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    return json.loads(text)
+
+
+def _records(value: Any) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Rows of a list of objects, of an object of lists, or of an object of file -> label."""
+    if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
+        if len({len(v) for v in value.values()}) != 1:
+            raise ValueError("its columns have different lengths")
+        value = [dict(zip(value, row)) for row in zip(*value.values())]
+    elif isinstance(value, dict) and all(isinstance(v, str | int) for v in value.values()):
+        value = [{"file": name, "label": label} for name, label in value.items()]
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        raise ValueError("it needs a list of objects, or an object of file names and labels")
+    columns = tuple(dict.fromkeys(str(key) for row in value for key in row))
+    return columns, [tuple(_cell(row.get(name)) for name in columns) for row in value]
+
+
+def _parquet(data: bytes) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(io.BytesIO(data))
+    except pa.ArrowException as error:
+        raise ValueError(str(error)) from None
+    flat = [f.name for f in table.schema if not pa.types.is_nested(f.type)]
+    values = [table[name].to_pylist() for name in flat]
+    return tuple(flat), [tuple(_cell(value) for value in row) for row in zip(*values)]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    if isinstance(value, list | dict):
+        raise ValueError("a cell holds several values; a picture needs one label")
+    return str(value).strip()
+
+
+# --- columns ---
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column says what. `label` is empty where labels are `one_hot` columns."""
+
+    file: str
+    label: str
+    split: str
+    one_hot: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(table: LabelTable, names: FileNames, options: SourceOptions) -> Columns:
+        file = _named(table, options.file_column, "--file-column") or _file_column(table, names)
+        split = _named(table, options.split_column, "--split-column") or _split_column(table, file)
+        _named(table, options.group_column, "--group-column")
+        label = _named(table, options.label_column, "--label-column")
+        rest = [n for n in table.columns if n not in (file, split, options.group_column)]
+        one_hot: tuple[str, ...] = ()
+        if not label:
+            label, one_hot = _label_column(table, rest)
+        return Columns(file, label, split, one_hot)
+
+
+def _named(table: LabelTable, name: str, option: str) -> str:
+    if name and name not in table.columns:
+        raise DataError(f"{option} {name}: {table.name} has the columns {listed(table.columns)}")
+    return name
+
+
+def _file_column(table: LabelTable, names: FileNames) -> str:
+    shares = {}
+    for at, column in enumerate(table.columns):
+        values = [row[at] for row in table.rows[:SAMPLE]]
+        shares[column] = sum(bool(names.find(v, table.folder)) for v in values) / len(values)
+    best = max(shares.values())
+    if best < ENOUGH:
+        raise DataError(
+            f"{table.name}: no column names pictures of the source (columns: "
+            f"{listed(table.columns)}). Give the one that does: --file-column NAME"
+        )
+    likely = [column for column in table.columns if shares[column] == best]
+    called = [column for column in likely if plain(column) in FILE_COLUMNS]
+    return (called or likely)[0]
+
+
+def _split_column(table: LabelTable, file: str) -> str:
+    for column in table.columns:
+        if column != file and plain(column) in SPLIT_COLUMNS:
+            values = set(table.column(column))
+            if values and all(split_of(value) for value in values):
+                return column
+    return ""
+
+
+def _label_column(table: LabelTable, rest: list[str]) -> tuple[str, tuple[str, ...]]:
+    """(column of labels, or columns that hold 1 for the label and 0 for all others)."""
+    called = [column for column in rest if plain(column) in LABEL_COLUMNS]
+    if len(called) > 1:
+        called = _texts_of_one_label(table, called)
+    if len(called) == 1:
+        return called[0], ()
+    if not called and len(rest) == 1:
+        return rest[0], ()
+    if not called and len(rest) > 1 and _is_one_hot(table, rest):
+        return "", tuple(rest)
+    if not rest:
+        raise DataError(f"{table.name} has no column of labels")
+    raise DataError(
+        f"{table.name}: the column of labels is not clear (columns: {listed(rest)}). Give it: "
+        "--label-column NAME"
+    )
+
+
+def _texts_of_one_label(table: LabelTable, columns: list[str]) -> list[str]:
+    """Of columns that say the same in numbers and in words, the one in words."""
+    distinct = {column: len(set(table.column(column))) for column in columns}
+    together = len(set(zip(*(table.column(column) for column in columns))))
+    if set(distinct.values()) != {together}:
+        return columns
+    words = [c for c in columns if not all(v.isdigit() for v in table.column(c)[:SAMPLE])]
+    return words if len(words) == 1 else columns
+
+
+def _is_one_hot(table: LabelTable, columns: list[str]) -> bool:
+    at = [table.columns.index(column) for column in columns]
+    for row in table.rows:
+        values = [row[i] for i in at]
+        if any(v not in ("0", "1", "0.0", "1.0") for v in values):
+            return False
+        if sum(v in ("1", "1.0") for v in values) != 1:
+            return False
+    return True
+
+
+# --- rows ---
+
+
+def _labels(table: LabelTable, columns: Columns) -> Iterator[str]:
+    if columns.label:
+        whole = [re.sub(r"^(-?[0-9]+)\.0+$", r"\1", v) for v in table.column(columns.label)]
+        yield from whole
+        return
+    at = [table.columns.index(column) for column in columns.one_hot]
+    for row in table.rows:
+        yield next(table.columns[i] for i in at if row[i] in ("1", "1.0"))
+
+
+def _read_table(
+    table: LabelTable, names: FileNames, options: SourceOptions, found: LabelledFiles, split: str
+) -> None:
+    columns = Columns.of(table, names, options)
+    said = columns.label or f"the column that holds 1, of {len(columns.one_hot)}"
+    found.notes.append(
+        f"{table.name}: files from {columns.file!r}, labels from {said!r}"
+        + (f", splits from {columns.split!r}" if columns.split else "")
+    )
+    links = {link.path.rpartition("/")[2]: link for link in found.tree.links}
+    groups = table.column(options.group_column) if options.group_column else [""] * len(table.rows)
+    splits = table.column(columns.split) if columns.split else [split] * len(table.rows)
+    missing: list[str] = []
+    unclear: list[tuple[str, list[File]]] = []
+    rows = zip(table.column(columns.file), _labels(table, columns), splits, groups)
+    for value, label, of_split, group in rows:
+        files = names.find(value, table.folder, split_in(Path(table.name).stem))
+        meant = split_of(of_split)
+        if of_split and not meant:
+            raise DataError(
+                f"{table.name}: {of_split!r} in column {columns.split!r} is no split. It needs "
+                "train, val or test"
+            )
+        if not label:
+            found.aside["rows without a label"] += 1
+        elif len(files) > 1:
+            unclear.append((value, files))
+        elif files:
+            found.rows.append(Labelled(files[0], meant, label, group))
+        elif (link := links.get(value.rpartition("/")[2])) is not None:
+            found.rejected.append(Rejected(link.path, meant or "train", label, link.why))
+        else:
+            missing.append(value)
+    _refuse_unclear(table, unclear)
+    _refuse_missing(table, missing, found)
+    if columns.split or split:
+        for name in {row.split for row in found.rows}:
+            found.split_origins.setdefault(name, table.name)
+
+
+def _refuse_unclear(table: LabelTable, unclear: list[tuple[str, list[File]]]) -> None:
+    if unclear:
+        value, files = unclear[0]
+        raise DataError(
+            f"{table.name}: {counted(len(unclear), 'name')} fit several files (first: "
+            f"{printable(value)} fits {listed([f.path for f in files], 3)}). Write the folders "
+            "into the column, or point --source at the folder that is meant"
+        )
+
+
+def _refuse_missing(table: LabelTable, missing: list[str], found: LabelledFiles) -> None:
+    if not missing:
+        return
+    text = (
+        f"{table.name} names {counted(len(missing), 'file')} that the source does not have "
+        f"(first: {listed(missing, 3)})"
+    )
+    if len(missing) > len(found.rows) * ENOUGH:
+        raise DataError(f"{text}. Point --source at the folder that holds the pictures")
+    found.warnings.append(text)
+
+
+def _finish(found: LabelledFiles) -> None:
+    """Merge rows that name one file, and count the pictures that no row names."""
+    seen: dict[str, Labelled] = {}
+    for row in found.rows:
+        before = seen.setdefault(row.file.path, row)
+        if (before.label, before.split) != (row.label, row.split):
+            raise DataError(
+                f"{found.layout} gives {printable(row.file.path)} two labels or splits: "
+                f"{before.label} {before.split} and {row.label} {row.split}. Keep one row of each "
+                "file"
+            )
+    if repeated := len(found.rows) - len(seen):
+        found.aside["rows that repeat another one"] += repeated
+    found.rows = list(seen.values())
+    if not found.rows:
+        raise DataError(f"{found.layout} labels no picture of {found.tree.root}")
+    unnamed = sum(1 for f in found.tree.files if is_picture(f) and f.path not in seen)
+    if unnamed:
+        found.aside["pictures that the table does not name"] += unnamed
+    found.classes = natural(row.label for row in found.rows)
