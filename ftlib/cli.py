@@ -35,7 +35,7 @@ from ftlib import flags as flags_
 from ftlib.config import Run
 from ftlib.flags import Commas, Flag, FormerValue, OptionalFile, Repeatable, flags_of
 from ftlib.settings import ConfigError, Settings, from_json, hints, nearest, override, to_json
-from ftlib.text import printable, shorten
+from ftlib.text import hide_password, printable, shorten
 
 UNIONS = ("loss", "optimizer", "schedule")
 MOST_USED = (
@@ -57,6 +57,7 @@ MOST_USED = (
     "seed",
 )
 """The settings of a recipe that `--help` lists."""
+HELP = {"-h", "--help", "--help-all"}
 LAST = ("quiet", "json")
 """Options that every help text lists at its end."""
 
@@ -136,7 +137,7 @@ def _complain(error: BaseException) -> None:
     text = str(error)
     if isinstance(error, OSError) and not explained(error):
         text = f"{error.filename}: {error.strerror}"
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {hide_password(text)}", file=sys.stderr)
 
 
 def _end_on_sigterm() -> None:
@@ -232,12 +233,14 @@ def options_and_recipe(
 ) -> tuple[O, Run]:
     """The options of a job that takes a recipe, and the recipe with its own flags applied.
 
-    `load` gives the recipe that the options name; `--help` shows the values of `shown`. A flag of
-    both is the job's. Ends the process like `parse`.
+    `load` gives the recipe that the options name. `--help` shows the values of `shown`, or of the
+    recipe that is named beside it. A flag of both is the job's. Ends the process like `parse`.
     """
     with _ending():
         words, own = _words(argv), flags_of(cls)
-        _answer_help(words, own, shown or Run(), about)
+        if HELP & set(words):
+            known = shown or _named_recipe(cls, words, load)
+            _answer_help(words, own, known or Run(), about, defaults=known is not None)
         mine, rest = _split(words, own)
         asked = _build(cls, None, _read(mine, own))
         return asked, _parse_recipe(rest, load(asked), [f.name for f in own if not f.position])
@@ -273,6 +276,16 @@ def _command_help(commands: Mapping[str, type[Any]], about: str) -> Iterator[str
     yield from ("", "commands (COMMAND --help lists the options of one):")
     for name, cls in commands.items():
         yield from flags_.entry(name, _summary(cls))
+
+
+def _named_recipe(cls: type[O], words: Sequence[str], load: Callable[[O], Run]) -> Run | None:
+    """The recipe that a command line names, if it is right but for its `--help`."""
+    own = flags_of(cls)
+    mine, _ = _split([word for word in words if word not in HELP], own)
+    try:
+        return load(_build(cls, None, _read(mine, own)))
+    except ConfigError:
+        return None
 
 
 @contextlib.contextmanager
@@ -583,15 +596,24 @@ def _answer_help(
     recipe: Run | None,
     about: str | None,
     command: str = "",
+    defaults: bool = True,
 ) -> None:
     """Print a help text and end the process, if one was asked for."""
-    if "--help-all" in words:
-        wanted = [w for w in words[words.index("--help-all") + 1 :] if not w.startswith("-")]
-        print("\n".join(_help(own, recipe, about, command, everything=True, only=wanted)))
-    elif "-h" in words or "--help" in words:
-        print("\n".join(_help(own, recipe, about, command, everything=False)))
-    else:
+    if not HELP & set(words):
         return
+    everything = "--help-all" in words
+    only: list[str] = []
+    if everything and recipe is not None:
+        following = words[words.index("--help-all") + 1 :]
+        only = [word for word in following if word in _sections(recipe)]
+        words_of_the_job = any(flag.position for flag in own)
+        stray = [w for w in following if w not in only and not w.startswith("-")]
+        stray = [] if words_of_the_job else stray
+        if stray:
+            near = nearest(stray[0], _sections(recipe))
+            raise ConfigError(f"--help-all {stray[0]}: there is no such section.{near}")
+    about = (about or Run.__doc__ or "").strip()
+    print("\n".join(_help(own, recipe, about, command, everything, only, defaults)))
     raise SystemExit(0)
 
 
@@ -603,25 +625,31 @@ def program() -> str:
 def _help(
     own: Sequence[Flag],
     recipe: Run | None,
-    about: str | None,
+    about: str,
     command: str,
-    *,
     everything: bool,
-    only: Sequence[str] = (),
+    only: Sequence[str],
+    defaults: bool,
 ) -> Iterator[str]:
-    if only and recipe is not None:
-        yield from _all_settings(recipe, only)
+    """The lines of a help text.
+
+    `everything` lists all settings of the recipe, `only` those of some sections; without
+    `defaults` it leaves their values out.
+    """
+    settings = [] if recipe is None else flags_of(Run, recipe)
+    if not defaults:
+        settings = [dataclasses.replace(flag, default=None) for flag in settings]
+    if recipe is not None and only:
+        yield from _all_settings(recipe, settings, only)
         return
-    yield flags_.usage(f"{program()} {command}".strip(), own)
-    yield ""
-    yield (about or Run.__doc__ or "").strip()
-    first = [flag for flag in own if flag.path not in LAST]
+    yield from (flags_.usage(f"{program()} {command}".strip(), own), "", about)
+    first = flags_.by_importance([flag for flag in own if flag.path not in LAST])
     if first:
         yield from ("", "options:", *flags_.describe(first))
     if recipe is not None and everything:
-        yield from _all_settings(recipe)
+        yield from _all_settings(recipe, settings)
     elif recipe is not None:
-        yield from _most_used(recipe, own)
+        yield from _most_used(recipe, settings, {flag.path for flag in own})
     yield ""
     yield from flags_.describe([flag for flag in own if flag.path in LAST])
     if recipe is not None:
@@ -632,15 +660,14 @@ def _help(
     yield from flags_.entry("-h, --help", "Print this text.")
 
 
-def _most_used(recipe: Run, own: Sequence[Flag]) -> Iterator[str]:
-    names = {flag.path: flag for flag in flags_of(Run, recipe)}
-    taken = {flag.path for flag in own}
-    used = [names[path] for path in MOST_USED if path in names and path not in taken]
+def _most_used(recipe: Run, settings: Sequence[Flag], taken: set[str]) -> Iterator[str]:
+    by_path = {flag.path: flag for flag in settings}
+    used = [by_path[path] for path in MOST_USED if path in by_path and path not in taken]
     yield from ("", "the recipe's settings that are used most:", *flags_.describe(used))
     yield from _kinds_of(recipe)
     yield from ("", "all settings of the recipe (listed by --help-all):")
     for section, cls in _sections(recipe).items():
-        count = sum(path.startswith(f"{section}.") for path in names)
+        count = sum(path.startswith(f"{section}.") for path in by_path)
         yield from flags_.entry(f"--{section}.*", f"{count:2}: {_summary(cls)}")
 
 
@@ -651,6 +678,21 @@ def _kinds_of(recipe: Run) -> Iterator[str]:
         kinds = get_args(hints(Run)[union])
         marked = [k.__name__.lower() + ("*" if k is chosen else "") for k in kinds]
         yield from flags_.entry(f"--{union} KIND", "  ".join(marked))
+
+
+def _all_settings(recipe: Run, settings: Sequence[Flag], only: Sequence[str] = ()) -> Iterator[str]:
+    """All settings by section, or those of the sections `only`."""
+    if not only:
+        yield from _kinds_of(recipe)
+        yield from ("", "the run:")
+        yield from flags_.describe([flag for flag in settings if "." not in flag.path])
+    for section, cls in _sections(recipe).items():
+        if only and section not in only:
+            continue
+        kind = f" ({cls.__name__.lower()})" if section in UNIONS else ""
+        yield ""
+        yield textwrap.fill(f"{section}{kind}: {_summary(cls)}", flags_.WIDTH)
+        yield from flags_.describe([f for f in settings if f.path.startswith(f"{section}.")])
 
 
 def _sections(recipe: Run) -> dict[str, type]:
@@ -665,26 +707,3 @@ def _sections(recipe: Run) -> dict[str, type]:
 def _summary(cls: type) -> str:
     """The first sentence of a section's docstring."""
     return " ".join((cls.__doc__ or "").split()).split(". ")[0].rstrip(".") + "."
-
-
-def _all_settings(recipe: Run, only: Sequence[str] = ()) -> Iterator[str]:
-    all_flags = flags_of(Run, recipe)
-    sections = _sections(recipe)
-    for section in only:
-        if section not in sections:
-            raise ConfigError(
-                f"--help-all {section}: there is no such section.{nearest(section, list(sections))}"
-            )
-    if not only:
-        yield from _kinds_of(recipe)
-        yield from ("", "the run:")
-        yield from flags_.describe([flag for flag in all_flags if "." not in flag.path])
-    for section, cls in sections.items():
-        if only and section not in only:
-            continue
-        title = f"{section}: {_summary(cls)}"
-        if section in UNIONS:
-            title = f"{section} ({cls.__name__.lower()}): {_summary(cls)}"
-        yield from [] if only else [""]
-        yield textwrap.fill(title, flags_.WIDTH)
-        yield from flags_.describe([f for f in all_flags if f.path.startswith(f"{section}.")])

@@ -222,9 +222,14 @@ def _word(flag: Flag) -> str:
     return f"{word} ..." if flag.words is None else word
 
 
+def by_importance(flags: Sequence[Flag]) -> list[Flag]:
+    """Plain words first, then what is needed, then the job's own flags, then inherited ones."""
+    return sorted(flags, key=lambda flag: (not flag.position, not flag.needed, flag.inherited))
+
+
 def describe(flags: Sequence[Flag]) -> Iterator[str]:
     """Lines that describe the flags, at most WIDTH columns wide."""
-    for flag in sorted(flags, key=lambda f: (not f.position, not f.needed, f.inherited)):
+    for flag in flags:
         yield from entry(_head(flag), flag.text + _suffix(flag))
 
 

@@ -96,8 +96,8 @@ def run_folder(name_or_folder: str, storage: str = "") -> str:
 
 
 @contextlib.contextmanager
-def environment(**values: str) -> Iterator[None]:
-    """Environment variables of this process, and of those it starts, while it is entered."""
+def environment_variables(**values: str) -> Iterator[None]:
+    """Set environment variables of this process, and of those it starts, within a `with` block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

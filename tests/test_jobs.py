@@ -5,6 +5,7 @@ Modules: jobs/*.py, ftlib.checks, ftlib.flags, ftlib.launch.train_job.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from itertools import pairwise
 import pytest
 
 from ftlib import checks, recipes
-from ftlib.cli import ResultOptions, reporting
+from ftlib.cli import ResultOptions, _all_recipe_flags, reporting
 from ftlib.config import Run
 from ftlib.flags import flags_of
 from ftlib.launch.train_job import train_job
@@ -264,3 +265,44 @@ def test_a_job_takes_its_own_flags_and_the_recipes_in_any_order():
         asked, run = options_and_recipe(Options, "", load, words)
         assert (asked.recipe, asked.step, run.mix.off_epochs) == ("phase2", 3, 2)
         assert type(run.optimizer).__name__ == "SGD"
+
+
+# --- the documentation ----------------------------------------------------------------------------
+
+COMMANDS = sorted(
+    {
+        (page.name, " ".join(found.split()))
+        for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+        for found in re.findall(
+            r"jobs/\w+\.py(?:[ \t]+(?!#)(?:'[^'\n]*'|[^\s`#|)&;]+))*", page.read_text()
+        )
+        if " --" in found
+    }
+)
+
+
+def flags_in_help(job, cache={}):  # noqa: B006
+    if job not in cache:
+        texts = [run_job(job, "--help-all").stdout]
+        if job == "track":
+            texts += [run_job(job, c, "--help").stdout for c in ("ui", "status", "deliver", "reap")]
+        cache[job] = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", "\n".join(texts)))
+    return cache[job]
+
+
+def test_the_documentation_uses_flags_that_exist():
+    kinds = {name for flag in _all_recipe_flags() for name in flag.names}
+    wrong = []
+    for page, command in COMMANDS:
+        job = command.split()[0].removeprefix("jobs/").removesuffix(".py")
+        if job not in JOBS:
+            wrong.append(f"{page}: there is no {command.split()[0]}")
+            continue
+        known = flags_in_help(job)
+        if "--model.arch" in known:
+            known = known | kinds | {"--optimizer", "--loss", "--schedule", "--help"}
+        for word in command.split()[1:]:
+            flag = word.split("=")[0].rstrip(".,:")
+            if flag.startswith("--") and flag not in known:
+                wrong.append(f"{page}: {command}: {flag}")
+    assert len(COMMANDS) > 20 and not wrong, "\n".join(wrong)

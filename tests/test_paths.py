@@ -5,13 +5,13 @@ import os
 import pytest
 
 import ftlib
-from ftlib.paths import environment, jobs_folder, spaces_folder
+from ftlib.paths import environment_variables, jobs_folder, spaces_folder
 
 
 def test_the_environment_is_as_before_afterwards(monkeypatch):
     monkeypatch.setenv("FTLIB_A", "old")
     monkeypatch.delenv("FTLIB_B", raising=False)
-    with pytest.raises(RuntimeError), environment(FTLIB_A="new", FTLIB_B="new"):
+    with pytest.raises(RuntimeError), environment_variables(FTLIB_A="new", FTLIB_B="new"):
         assert os.environ["FTLIB_A"] == os.environ["FTLIB_B"] == "new"
         raise RuntimeError
     assert os.environ["FTLIB_A"] == "old" and "FTLIB_B" not in os.environ

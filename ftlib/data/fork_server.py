@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ftlib.paths import environment
+from ftlib.paths import environment_variables
 from ftlib.process_identity import machine_id, start_ticks
 
 LONGEST_SOCKET_FOLDER = 70
@@ -74,7 +74,7 @@ def context(module: str) -> multiprocessing.context.ForkServerContext:
     found.set_forkserver_preload([module])
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    with environment(PYTHONPATH=path):
+    with environment_variables(PYTHONPATH=path):
         _use_own_socket_folder()
         forkserver.ensure_running()
     return found

@@ -21,7 +21,7 @@ from typing import Any
 from ftlib.config import Cluster
 from ftlib.launch import own_ray
 from ftlib.launch.errors import LaunchError
-from ftlib.paths import environment
+from ftlib.paths import environment_variables
 
 ROOT = str(Path(__file__).resolve().parents[2])
 """Folder that holds ftlib: workers need it on their PYTHONPATH, wherever the job was started."""
@@ -77,7 +77,7 @@ def connect(*, dashboard: bool = False) -> bool:
     else:
         # PYTHONPATH is not set by a runtime environment, for which Ray would not use the processes
         # that it has started beforehand.
-        with environment(PYTHONPATH=path):
+        with environment_variables(PYTHONPATH=path):
             own_ray.start(ray, include_dashboard=dashboard, **common)
     return True
 

@@ -31,7 +31,7 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.search import Searcher
 
-from ftlib.paths import environment
+from ftlib.paths import environment_variables
 from ftlib.tune.asha import AsynchronousHalving
 from ftlib.tune.train_trial import TrainTrial, TrialConfig, TrialStoppedError, epoch_point
 from ftlib.tune.trial_store import Trial
@@ -117,7 +117,7 @@ def execute(
         ),
     )
     try:
-        with environment(**_ENVIRONMENT), _quiet(), _signals():
+        with environment_variables(**_ENVIRONMENT), _quiet(), _signals():
             tuner.fit()
     except BaseException:
         if watch.error is not None:
