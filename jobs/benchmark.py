@@ -5,6 +5,7 @@
     python jobs/benchmark.py --what step,scaling --out bench --mlflow    # files and an MLflow run
     python jobs/benchmark.py --what sides --source FOLDER_OF_PICTURES    # which --max-side to use
     python jobs/benchmark.py --what accuracy --source FOLDER --size 32   # ftlib's and others' ops
+    python jobs/benchmark.py --what scale                                # up to a million rows
 
 Cases are measured in turn, over several rounds; what counts is the ratio within a round, and its
 spread. Peers (timm, FFCV, DALI) are measured where they are installed; none is needed. It takes
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from ftlib.benchmark.measure import Part
 
 WHAT = ("loader", "step", "scaling", "checkpoint", "startup")
-BY_NAME_ONLY = ("sides", "accuracy")
+BY_NAME_ONLY = ("sides", "accuracy", "scale")
 Pixels = Annotated[AtLeastOne, Metavar("PIXELS")]
 
 
@@ -38,7 +39,7 @@ Pixels = Annotated[AtLeastOne, Metavar("PIXELS")]
 class Options(ResultOptions):
     what: Annotated[tuple[str, ...], Commas, Metavar("NAMES")] = ("all",)
     """One or more of loader, step, scaling, checkpoint and startup, or all of these; and, by name
-    only, sides and accuracy."""
+    only, sides, accuracy and scale."""
     source: Annotated[str, Metavar("FOLDER")] = ""
     """Pictures in class folders. By default generated ones of about 375 x 500 pixels."""
     rounds: AtLeastOne = 5
@@ -115,10 +116,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(name: str, asked: Options, scratch: Path) -> "Part":
     """Measure one part in `scratch`."""
-    from ftlib.benchmark import loader, pictures, training
+    from ftlib.benchmark import loader, pictures, scale, training
 
     source = Path(asked.source) if asked.source else None
     say: Callable[[str], None] = show_progress
+    if name == "scale":
+        return scale.benchmark(scratch / name, workers=asked.workers, say=say)
     if name == "sides":
         return pictures.sides(
             scratch / name,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ftlib.benchmark import loader, measure, pictures, show, training
+from ftlib.benchmark import loader, measure, pictures, scale, show, training
 from ftlib.benchmark.measure import BenchmarkError, Case, Cost, Goal, by_turns, ratios
 
 JOB = Path(__file__).parents[1] / "jobs" / "benchmark.py"
@@ -27,6 +27,24 @@ def job():
 
 def quiet(_):
     pass
+
+
+# --- sizes of a set ---
+
+
+def test_a_repeated_set_reads_as_a_prepared_one(tmp_path):
+    dataset = scale.repeated(tmp_path / "set", 5000)
+    train = dataset.split("train")
+    assert len(train) == 2 * scale.ROWS_PER_SHARD and len(train.shards) == 2
+    assert train.image(7) == train.image(7 + scale.ROWS_PER_SHARD)
+    dataset.verify(deep=True)
+
+
+def test_what_the_number_of_rows_costs_is_measured_in_its_smallest_form(tmp_path):
+    scale.prepared(tmp_path, tmp_path / "set", 200)
+    found = scale.measure(str(tmp_path / "set"), workers=0, batches=4)
+    assert found["index_bytes"] > 200 * 32 and found["manifest_bytes"] > 500
+    assert all(len(found[step]) == 2 for step in ("open", "shuffle", "first batch"))
 
 
 # --- measuring ---

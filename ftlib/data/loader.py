@@ -228,7 +228,6 @@ class Batches(Iterator[Batch]):
         self._pending: deque[Microbatch] = deque()
         self._delivered = 0
         self._restarts: deque[int] = deque(maxlen=RESTARTS)
-        self._labels: np.ndarray | None = None
         self._stream: _Thread | _Processes | None = None
         self._stream = self._start()
 
@@ -251,10 +250,8 @@ class Batches(Iterator[Batch]):
     def _batch(self, pixels: Pixels) -> Batch:
         microbatch = self._pending.popleft()
         self._delivered += 1
-        if self._labels is None:
-            self._labels = self._source.split.labels
         rows = torch.from_numpy(np.array(microbatch.rows, np.int64))
-        labels = torch.from_numpy(np.array(self._labels[microbatch.rows], np.int64))
+        labels = torch.from_numpy(self._source.split.labels_of(microbatch.rows))
         if self._pin:
             rows, labels = rows.pin_memory(), labels.pin_memory()
         return Batch(
@@ -301,6 +298,11 @@ class Batches(Iterator[Batch]):
             raise LoaderProcessError(
                 f"a loader process died ({died}) and cannot be started again: {error}"
             ) from None
+
+    @property
+    def process_ids(self) -> list[int]:
+        """Of the loader processes; none in a thread, or when it is closed."""
+        return self._stream.process_ids if isinstance(self._stream, _Processes) else []
 
     def close(self) -> None:
         stream, self._stream = self._stream, None
@@ -458,7 +460,7 @@ class _Processes(Iterator["Pixels | Failure"]):
             self._items: Any = iter(loader)
 
     @property
-    def pids(self) -> list[int]:
+    def process_ids(self) -> list[int]:
         return [worker.pid for worker in self._items._workers]
 
     def __next__(self) -> Pixels | Failure:

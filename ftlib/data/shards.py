@@ -358,6 +358,10 @@ class Split:
         """int64[n], positions in `dataset.classes`."""
         return self._index["label"].astype(np.int64)
 
+    def labels_of(self, rows: np.ndarray) -> np.ndarray:
+        """int64[b]: the labels of `rows` alone, without a copy of all."""
+        return self._index["label"][rows].astype(np.int64)
+
     @property
     def sizes(self) -> np.ndarray:
         """int32[n, 2]: height and width in pixels."""

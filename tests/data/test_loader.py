@@ -192,8 +192,6 @@ def test_a_damaged_picture_is_an_error_that_names_shard_row_and_file(damaged, wo
 
 def test_an_undecodable_picture_is_an_error_that_says_why(dataset):
     class Broken:
-        labels = np.zeros(3, np.int64)
-
         def image(self, row):
             return b"<html>"
 
@@ -238,7 +236,7 @@ def wait_until(condition, seconds=20):
 def test_processes_end_with_the_iterator(dataset, drop):
     batches = train_batches(dataset, ROWS, RUN, 0, 1, 0, 2 if drop == "exhaust" else 3000, 2)
     next(batches)
-    pids = batches._stream.pids
+    pids = batches.process_ids
     assert all(map(alive, pids))
     if drop == "close":
         batches.close()
@@ -274,7 +272,7 @@ def test_the_same_batches_follow_after_a_process_was_killed(dataset, expected, w
     """And a batch that is held keeps its pixels."""
     with train_batches(dataset, ROWS, RUN, 0, 1, 0, STEPS, 2) as batches:
         found = [next(batches)]
-        for pid in batches._stream.pids[: 1 if whom == "one" else 2]:
+        for pid in batches.process_ids[: 1 if whom == "one" else 2]:
             os.kill(pid, signal.SIGKILL)
         found += batches
     assert [(b.step, b.index) for b in found] == sorted(expected)
@@ -287,7 +285,7 @@ def test_killing_a_process_during_evaluation_changes_nothing(dataset):
     undisturbed = list(eval_batches(split, rows, 24, 0.875, 1, 0))
     with eval_batches(split, rows, 24, 0.875, 1, 1) as batches:
         found = [next(batches)]
-        os.kill(batches._stream.pids[0], signal.SIGKILL)
+        os.kill(batches.process_ids[0], signal.SIGKILL)
         found += batches
     for ours, theirs in zip(found, undisturbed, strict=True):
         assert torch.equal(ours.images, theirs.images) and torch.equal(ours.rows, theirs.rows)
@@ -300,7 +298,7 @@ def test_repeated_deaths_are_an_error_that_max_failures_retries(dataset, monkeyp
         train_batches(dataset, ROWS, RUN, 0, 1, 0, 3000, 1) as batches,
     ):
         for _ in batches:
-            os.kill(batches._stream.pids[0], signal.SIGKILL)
+            os.kill(batches.process_ids[0], signal.SIGKILL)
     assert not isinstance(e.value, ValueError) and not is_final(e.value)
     assert is_final(LoadError("damaged"))
 
@@ -325,7 +323,7 @@ def test_a_shard_truncated_while_it_is_mapped_is_named(dataset, tmp_path, capfd)
 def test_a_bus_error_without_damage_is_survived_and_explained(dataset, expected, caplog):
     with train_batches(dataset, ROWS, RUN, 0, 1, 0, STEPS, 1) as batches:
         found = [next(batches)]
-        os.kill(batches._stream.pids[0], signal.SIGBUS)
+        os.kill(batches.process_ids[0], signal.SIGBUS)
         found += batches
     assert all(same(b, expected[b.step, b.index]) for b in found) and len(found) == len(expected)
     assert re.search(r"SIGBUS.*check the disk or the network file system", caplog.text)
@@ -347,7 +345,7 @@ def test_a_killed_training_process_leaves_no_loader_process(dataset, tmp_path):
             run = config.Run(augment=config.Augment(size=32), train=train)
             batches = train_batches(Dataset.open(sys.argv[1]), np.arange(20), run, 0, 1, 0, 3000, 2)
             next(batches)
-            print(*batches._stream.pids, flush=True)
+            print(*batches.process_ids, flush=True)
             time.sleep(60)
     """)
     )
