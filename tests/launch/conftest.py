@@ -1,4 +1,4 @@
-"""A prepared set of tiny pictures, a run on it that takes a second, and the same as a job in a process of its own."""
+"""A prepared set of tiny pictures and a run on it that takes a second, here or as a job."""
 
 import contextlib
 import os
@@ -18,7 +18,10 @@ from ftlib.config import SGD, Augment, Cosine, Data, Model, Run, Track, Train
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
-    """Path of a prepared set: 2 classes, bright left or bright right half, 24 training and 8 validation pictures each, 16 px."""
+    """Path of a prepared set of 16 px pictures whose left or right half is bright.
+
+    Two classes with 24 training and 8 validation pictures each.
+    """
     from ftlib.preparation.prepare import prepare
 
     root = tmp_path_factory.mktemp("pictures")
@@ -110,7 +113,7 @@ class Jobs:
 
     @contextlib.contextmanager
     def started(self, *flags, job="phase1", cwd="/", env=None):
-        """The job as a process, with `log()`, what it has printed; killed at the end if it still lives."""
+        """The job as a process whose `log()` is what it has printed; killed at the end."""
         log = self.home / f"log-{time.monotonic_ns()}"
         with open(log, "w") as out:
             process = subprocess.Popen(
@@ -151,7 +154,7 @@ def jobs(shapes, home):
 
 
 class Family:
-    """The processes of a Ray cluster: they, and no others, have its folder in their command lines."""
+    """The processes of a Ray cluster: only they have its folder in their command lines."""
 
     def __init__(self, folder):
         self.folder = str(folder)

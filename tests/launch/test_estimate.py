@@ -1,4 +1,7 @@
-"""The checklist finds what is wrong and hides nothing; the estimate is made of the run's own steps and touches nothing of it."""
+"""The checklist hides nothing; the estimate runs the run's own steps and touches nothing of it.
+
+Holds the tests of checklist, estimate and timing.
+"""
 
 import dataclasses
 import importlib.util
@@ -57,7 +60,7 @@ def files_below(folder):
     return sorted(str(p.relative_to(folder)) for p in Path(folder).rglob("*"))
 
 
-# --- the checklist ------------------------------------------------------------------------------------------------------------------
+# --- the checklist ---
 
 
 def test_a_run_that_may_start(run):
@@ -112,7 +115,7 @@ def test_a_dead_server_is_a_failure_and_with_offline_a_warning(run):
     assert states(checklist.check(override(dead, {"track.offline": True})))["tracking"] == "warn"
 
 
-# --- the timing -----------------------------------------------------------------------------------------------------------------------
+# --- the timing ---
 
 
 def test_nothing_of_the_run_is_touched(run, home):
@@ -211,7 +214,7 @@ def test_largest_microbatch(most):
     assert found <= most and (found >= min(most, 4096) * 15 / 16 - 1 or found == most)
 
 
-# --- money, and the command -------------------------------------------------------------------------------------------------------------
+# --- money, and the command ---
 
 
 def test_price():

@@ -1,4 +1,7 @@
-"""launch(run) in local mode: the whole way from a recipe to a finished run, what is refused before it, and what is left after it."""
+"""launch(run) in local mode, from a recipe to a finished run, and what is refused before it.
+
+Holds the tests of launch, prepared_run, active_run, outcome, finalize, preflight and summary.
+"""
 
 import dataclasses
 import json
@@ -21,7 +24,10 @@ from ftlib.training.initial_weights import load_run_model
 
 
 def once(send):
-    """A report hook that sends this process a signal at the first epoch only (a run that is stopping reports once more)."""
+    """A report hook that sends this process a signal at the first epoch only.
+
+    A run that is stopping reports once more.
+    """
     sent = []
 
     def hook(metrics):
@@ -241,14 +247,14 @@ def test_it_trains_in_a_thread_as_tune_has_it(tiny, tracking):
 
 
 def test_a_hook_that_raises_prunes_the_run(tiny, tracking):
-    class Enough(Exception):
+    class EnoughError(Exception):
         pass
 
     def hook(metrics):
         assert {"epoch", "val/top1", "train/loss"} <= metrics.keys()
-        raise Enough
+        raise EnoughError
 
-    with pytest.raises(Enough):
+    with pytest.raises(EnoughError):
         run_it(tiny, tracking, on_report=hook)
     assert [o for o, _ in tracking.outcomes] == ["pruned"]
 
@@ -288,7 +294,7 @@ def test_a_resumed_run_keeps_its_starting_weights_although_phase_1_has_better_on
     assert run_it(second, tracking).status == "completed"
 
 
-# --- what is refused before anything starts ------------------------------------------------------------------------------------------
+# --- what is refused before anything starts ---
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""A Ray cluster of two nodes on this machine, one of which gets a notice, or goes without one, while both train. Minutes each.
+"""A Ray cluster of two nodes on this machine that loses one, with or without notice.
+
+Minutes each.
 
 The times printed (pytest -s) are those that docs/recovery.md gives.
 """
@@ -73,7 +75,11 @@ class Nodes:
         return [p.pid for p in self.family.processes() if p.name() == "raylet"]
 
     def ids(self):
-        code = "import ray, json; ray.init(logging_level='ERROR', log_to_driver=False); print('IDS', json.dumps([n['NodeID'] for n in ray.nodes() if n['Alive']]), ray.get_runtime_context().get_node_id())"
+        code = (
+            "import ray, json; ray.init(logging_level='ERROR', log_to_driver=False); "
+            "ids = [n['NodeID'] for n in ray.nodes() if n['Alive']]; "
+            "print('IDS', json.dumps(ids), ray.get_runtime_context().get_node_id())"
+        )
         out = subprocess.run(
             [sys.executable, "-c", code], env=self.env, capture_output=True, text=True, timeout=120
         ).stdout
@@ -153,7 +159,7 @@ def test_a_killed_worker_is_replaced(nodes, jobs, home):
 
 def test_a_drain_notice_leads_to_a_checkpoint(nodes, jobs, home):
     second = nodes.join()
-    # No checkpoint is due but those at an epoch's edge (every third step), so one of another step is the notice's.
+    # Checkpoints are due only at an epoch's edge (every third step): another is the notice's.
     with nodes.training(
         "--name",
         "drained",
@@ -195,7 +201,8 @@ def test_a_drain_notice_leads_to_a_checkpoint(nodes, jobs, home):
         noticed = time.monotonic()
         jobs.until(lambda: [s for s in steps(home, "drained") if s % 3], process, 60)
         print(
-            f"\na committed checkpoint {time.monotonic() - noticed:.1f} s after the notice ({noticed - asked:.1f} s to give it)"
+            f"\na committed checkpoint {time.monotonic() - noticed:.1f} s after the notice "
+            f"({noticed - asked:.1f} s to give it)"
         )
         nodes.kill(second)
         last, lost = steps(home, "drained")[-1], time.monotonic()

@@ -1,4 +1,7 @@
-"""The jobs as a user starts them: on a Ray of their own from any folder, and submitted to a cluster. Each takes a minute or more."""
+"""The jobs as a user starts them: on a Ray of their own, and submitted to a cluster.
+
+Each takes a minute or more. Holds the tests of executor and worker on a cluster.
+"""
 
 import contextlib
 import json
@@ -32,7 +35,10 @@ def weights(home, name):
 
 
 def test_two_workers_killed_and_started_again_end_as_one_undisturbed(jobs, home):
-    """kill -9 of the whole job in mid-run; the same command, from another folder, ends with the weights of one worker that nobody disturbed."""
+    """kill -9 of the whole job in mid-run; the same command, from another folder, finishes it.
+
+    Its weights are those of one worker that nobody disturbed.
+    """
     strict = ("--cluster.strict-elastic", "--cluster.cpus-per-worker", "1")
     with jobs.started(*FLAGS, "--name", "whole", *strict) as whole:
         assert whole.wait(300) == 0, whole.log()
@@ -111,7 +117,7 @@ def head(free_port, jobs, family):
     short = Path("/tmp") / f"ftr{os.getpid()}"  # sockets need a short path
     dashboard = free_port()
     env = jobs.environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=jobs.token)
-    # Not with --block, which ends everything when Ray's client server, that nobody needs here, is slow to start.
+    # Not with --block, which ends everything when Ray's client server (unused) starts slowly.
     command = [
         jobs.ray,
         "start",
@@ -161,7 +167,7 @@ def submit(jobs, head, *command):
 
 
 def test_submitted_as_a_job(jobs, home, head):
-    """prepare, Phase 1, Phase 2 and evaluate through `ray job submit`, and the exit code of wrong input."""
+    """Phase 1, Phase 2 and evaluate through `ray job submit`; the exit code of wrong input."""
     python = sys.executable
     env = {**head, "FTLIB_HOME": str(home)}
     give = ["env", f"FTLIB_HOME={home}", "OMP_NUM_THREADS=1", python]
@@ -227,7 +233,7 @@ def test_submitted_as_a_job(jobs, home, head):
 
 
 def test_a_sweep_submitted_as_a_job(jobs, home, head):
-    """A sweep on a cluster that somebody else started: its trials run there, its report and its MLflow runs are whole."""
+    """A sweep on a cluster that somebody else started runs there; its report and runs are whole."""
     recipe = {
         "stage": "phase2",
         "data": {"path": jobs.shapes, "tuning_fraction": 0.25},

@@ -180,7 +180,7 @@ def test_a_record_reads_back_and_other_settings_are_refused(tmp_path):
     )
     with pytest.raises(
         LaunchError,
-        match=r"taken by a run with other settings: seed was 42, now 1, train.epochs was 50, now 3\.",
+        match=r"a run with other settings: seed was 42, now 1, train.epochs was 50, now 3\.",
     ):
         refuse_other_settings(other, str(tmp_path), found, fingerprint(other, "d", None), "d")
     with pytest.raises(LaunchError, match="taken by a run with other data"):
