@@ -569,6 +569,9 @@ class Cluster(Settings):
     strict_elastic: bool = False
     """Sum gradients in a fixed order, so that the weights are the same bit for bit with any number
     of workers. It costs more network traffic."""
+    local: Literal["auto", "true", "false"] = "auto"
+    """Train in the job's own process, without a Ray cluster. auto: for one worker where RAY_ADDRESS
+    is not set. The weights are the same."""
     allow_open: bool = False
     """Use a cluster that others on the network can reach even if Ray's token authentication is off.
     """
@@ -578,6 +581,8 @@ class Cluster(Settings):
             self.refuse("workers", "needs a number such as 4, or a range such as 1:4")
         if self.low > self.high:
             self.refuse("workers", f"the range is upside down. Write {self.high}:{self.low}")
+        if self.local == "true" and self.workers != "1":
+            self.refuse("local", f"workers = {self.workers} need a cluster. Leave local at auto")
 
     @property
     def low(self) -> int:

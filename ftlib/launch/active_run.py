@@ -216,13 +216,18 @@ def open_run(prepared: PreparedRun, options: LaunchOptions) -> Iterator[ActiveRu
     run, run_dir = prepared.run, prepared.run_dir
     preflight.check_storage(run_dir, prepared.plan.disk_bytes)
     with Lease(run_dir, run.name) as lease, contextlib.ExitStack() as stack:
-        if not options.local:
-            options.say(f"{run.name}: {prepared.plan}")
+        options.say(f"{run.name}: {prepared.plan}")
+        if options.tracking is None:
+            stack.callback(warm_up(run.track).join)
         prepared = _with_copied_weights(prepared, options)
         if options.local:
             placement, can_grow = _local_placement(prepared), False
         else:
-            placement, can_grow = _cluster_placement(prepared, options, stack)
+            placement, can_grow = _cluster_placement(prepared)
+        # After ray.init, which installs handlers of its own.
+        stack.enter_context(Signals(raise_at_once=True))
+        if not options.local:
+            preflight.check_shared(run_dir, prepared.dataset.path)
         tracked = _start_tracking(prepared, options, stack)
         active = ActiveRun(
             prepared,
@@ -255,26 +260,22 @@ def _with_copied_weights(prepared: PreparedRun, options: LaunchOptions) -> Prepa
 
 
 def _local_placement(prepared: PreparedRun) -> cluster.Placement:
-    """One worker with all of this machine's CPUs, and a GPU where there is one and it is wanted."""
-    node = cluster.this_machine().nodes[0]
-    gpu = bool(node.gpus) and prepared.run.cluster.gpus_per_worker != 0
-    return cluster.Placement(low=1, high=1, gpus=float(gpu), cpus=int(node.cpus))
+    """One worker with all of this machine's CPUs, or as many as it asks for."""
+    asked, node = prepared.run.cluster, cluster.this_machine().nodes[0]
+    if asked.gpus_per_worker > 0 and not node.gpus:
+        return cluster.placement(asked, cluster.this_machine())  # it says what is wrong
+    gpu = bool(node.gpus) and asked.gpus_per_worker != 0
+    cpus = min(asked.cpus_per_worker or int(node.cpus), int(node.cpus))
+    return cluster.Placement(low=1, high=1, gpus=float(gpu), cpus=cpus)
 
 
-def _cluster_placement(
-    prepared: PreparedRun, options: LaunchOptions, stack: contextlib.ExitStack
-) -> tuple[cluster.Placement, bool]:
+def _cluster_placement(prepared: PreparedRun) -> tuple[cluster.Placement, bool]:
     """(the workers that the run gets, whether the cluster can grow). Connects to Ray first."""
-    run = prepared.run
-    if options.tracking is None:
-        stack.callback(warm_up(run.track).join)
+    asked = prepared.run.cluster
     cluster.connect()
-    stack.enter_context(Signals(raise_at_once=True))
-    cluster.refuse_open(run.cluster.allow_open)
+    cluster.refuse_open(asked.allow_open)
     capacity = cluster.capacity()
-    placement = cluster.placement(run.cluster, capacity)
-    preflight.check_shared(prepared.run_dir, prepared.dataset.path)
-    return placement, capacity.can_grow
+    return cluster.placement(asked, capacity), capacity.can_grow
 
 
 def _start_tracking(

@@ -82,6 +82,13 @@ def connect(*, dashboard: bool = False) -> bool:
     return True
 
 
+def trains_locally(cluster: Cluster) -> bool:
+    """Whether a run trains in the job's own process: one worker and no cluster to join."""
+    if cluster.local != "auto":
+        return cluster.local == "true"
+    return cluster.high == 1 and not os.environ.get("RAY_ADDRESS") and not _initialized()
+
+
 def _make_token() -> None:
     """Turn token authentication on, with a token of this process's own."""
     os.environ["RAY_AUTH_MODE"] = "token"

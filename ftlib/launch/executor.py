@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
@@ -77,19 +78,30 @@ class TrainingTask:
 
 
 def run_local(task: TrainingTask, display: ProgressDisplay) -> TrainingResult:
-    """Train in this process. Raises what training raises, and StoppedError after a signal."""
+    """Train in this process. Raises what training raises, and StoppedError after a signal.
+
+    As on a cluster, storage that failed is tried again from the newest checkpoint, up to
+    cluster.max_failures times. A crash of this process is not survived.
+    """
     train, torch_train = _ray_train()
     actor = _LocalActor(display, task.lease)
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would print every report
     with Signals(actor.request_stop) as signals:
-        trainer = torch_train.TorchTrainer(
-            worker.train_loop,
-            train_loop_config=task.config(LocalChannel(actor), local=True),
-            scaling_config=train.ScalingConfig(num_workers=0),
-            run_config=train.RunConfig(name=task.run.name),
-        )
-        result = trainer.fit().return_value
-    return _result(result, signals)
+        for failures in itertools.count(1):
+            trainer = torch_train.TorchTrainer(
+                worker.train_loop,
+                train_loop_config=task.config(LocalChannel(actor), local=True),
+                scaling_config=train.ScalingConfig(num_workers=0),
+                run_config=train.RunConfig(name=task.run.name),
+            )
+            try:
+                return _result(trainer.fit().return_value, signals)
+            except StorageError as error:
+                most = task.run.cluster.max_failures
+                if signals.count or failures > most:
+                    raise
+                display.say(f"{error}. Starting again from the newest checkpoint")
+    raise AssertionError("unreachable")
 
 
 def run_on_cluster(task: TrainingTask, display: ProgressDisplay) -> TrainingResult:

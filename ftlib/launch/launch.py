@@ -12,6 +12,7 @@ from typing import Any
 from ftlib.config import Run
 from ftlib.launch import summary
 from ftlib.launch.active_run import LaunchOptions, RunTracker, open_run
+from ftlib.launch.cluster import trains_locally
 from ftlib.launch.outcome import Outcome
 from ftlib.launch.prepared_run import PreparedRun, prepare_run
 from ftlib.paths import local_run_folder
@@ -23,7 +24,7 @@ __all__ = ["Outcome", "PreparedRun", "launch", "prepare_run"]
 def launch(
     run: Run,
     *,
-    local: bool = False,
+    local: bool | None = None,
     kind: str = "train",
     tags: Mapping[str, Any] | None = None,
     parent_run_id: str | None = None,
@@ -35,7 +36,7 @@ def launch(
     """Train `run`, or resume it, or say that it is finished.
 
     Args:
-        local: train in this process, without Ray workers. For sweeps of small trials and for tests.
+        local: train in this process, without Ray workers. By default `run.cluster.local` decides.
         kind: MLflow tag `kind`: train, trial, comparison.
         tags: more MLflow tags.
         parent_run_id: MLflow id (or reference) of the parent run, for trials.
@@ -54,7 +55,7 @@ def launch(
             as killed; the same command resumes.
     """
     options = LaunchOptions(
-        local=local,
+        local=trains_locally(run.cluster) if local is None else local,
         kind=kind,
         tags=tags or {},
         parent_run_id=parent_run_id,

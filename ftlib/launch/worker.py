@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         logging.getLogger("ftlib").addHandler(DriverLogHandler(channel))
         channel.send("register_node", ray.get_runtime_context().get_node_id())
     loaders = loader_workers(run.data.loader_workers, config["cpus"])
-    if not config["local"]:
+    threads = torch.get_num_threads()
+    if not (config["local"] and "OMP_NUM_THREADS" in os.environ):
         torch.set_num_threads(training_threads(config["cpus"], loaders))
     stop_signals = StopSignals(channel)
     try:
@@ -65,6 +67,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
                 tracking=config["writer"],
                 report=reporter(config.get("on_report"), config["local"]),
                 progress=lambda values: channel.send("add_progress", values),
+                fence=config["fence"],
+                owner=config["fence"].token,
                 notice=stop_signals,
             )
         )
@@ -76,6 +80,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         raise
     finally:
         stop_signals.close()
+        torch.set_num_threads(threads)  # in local mode the process goes on
 
 
 def loader_workers(asked: int, cpus: int) -> int:

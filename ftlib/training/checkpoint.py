@@ -90,9 +90,21 @@ class CheckpointWriter:
     A write that fails is tried again once; after MAX_FAILED_WRITES checkpoints in a row that
     failed, `check` raises StorageError. Training goes on meanwhile, and older checkpoints stay as
     they are.
+
+    Before each write and each deletion `fence` is called, which raises when another launch has
+    taken the run over. `owner` names this launch in the manifests.
     """
 
-    def __init__(self, run_dir: str, keep_last: int, keep_best: int) -> None:
+    def __init__(
+        self,
+        run_dir: str,
+        keep_last: int,
+        keep_best: int,
+        *,
+        fence: Callable[[], None] = lambda: None,
+        owner: str = "",
+    ) -> None:
+        self.fence, self.owner = fence, owner
         self.checkpoints, self.best = join(run_dir, "checkpoints"), join(run_dir, "best")
         self.keep_last, self.keep_best = keep_last, keep_best
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -115,8 +127,9 @@ class CheckpointWriter:
             storage.write_folder(
                 join(self.checkpoints, step_name(step)),
                 {"state.pt": buffer.getvalue()},
-                {"step": step},
+                {"step": step, "owner": self.owner},
             )
+            self.fence()
             for old in steps(self.checkpoints)[self.keep_last :]:
                 storage.delete_folder(join(self.checkpoints, step_name(old)))
 
@@ -131,7 +144,10 @@ class CheckpointWriter:
                 "model.safetensors": safetensors_save(copy),
                 "model.json": json.dumps(about, indent=2).encode(),
             }
-            storage.write_folder(join(self.best, step_name(step)), files, {"step": step})
+            storage.write_folder(
+                join(self.best, step_name(step)), files, {"step": step, "owner": self.owner}
+            )
+            self.fence()
             for old in steps(self.best)[self.keep_best :]:
                 storage.delete_folder(join(self.best, step_name(old)))
 
@@ -143,6 +159,7 @@ class CheckpointWriter:
         def guarded() -> None:
             for attempt in (1, 2):
                 try:
+                    self.fence()
                     write()
                 except StorageError as error:
                     log.warning("%s (try %d of 2)", error, attempt)

@@ -98,7 +98,11 @@ class Training:
         with contextlib.ExitStack() as stack:
             if context.rank == 0:
                 self.writer = checkpoint.CheckpointWriter(
-                    context.run_dir, run.checkpoint.keep_last, run.checkpoint.keep_best
+                    context.run_dir,
+                    run.checkpoint.keep_last,
+                    run.checkpoint.keep_best,
+                    fence=context.fence,
+                    owner=context.owner,
                 )
                 stack.callback(self.writer.close)
             self.restore()

@@ -53,6 +53,10 @@ class WorkerContext:
     progress: Callable[[dict[str, float]], None] = lambda values: None
     """Called on rank 0 at log points: epoch, epochs, step, steps, loss, top1, lr, images_per_s,
     seconds_left, and val_top1, best once known."""
+    fence: Callable[[], None] = lambda: None
+    """Called on rank 0 before each write; raises when another launch has taken the run over."""
+    owner: str = ""
+    """Names this launch in the manifests of what it writes."""
     notice: Callable[[], str] = lambda: ""
     """Asked by all workers at the same steps: 'checkpoint' (the node is about to go), 'stop', or
     ''."""
