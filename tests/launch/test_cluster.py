@@ -10,6 +10,7 @@ from ftlib.config import Cluster
 from ftlib.launch import cluster
 from ftlib.launch.cluster import Capacity, Node, placement
 from ftlib.launch.errors import LaunchError
+from ftlib.settings import ConfigError
 
 LAPTOP = Capacity((Node(8, 0),))
 BOX = Capacity((Node(16, 4),))
@@ -176,3 +177,30 @@ def test_what_ray_says_of_a_cluster_is_passed_on(monkeypatch):
         LaunchError, match=r"RAY_ADDRESS = auto: no Ray cluster answers there \(no\)"
     ):
         cluster.connect()
+
+
+# --- training in the job's own process ---
+
+
+@pytest.mark.parametrize(
+    ("asked", "address", "local"),
+    [
+        (Cluster(), "", True),
+        (Cluster(), "10.0.0.4:6379", False),
+        (Cluster(local="true"), "10.0.0.4:6379", True),
+        (Cluster(local="false"), "", False),
+        (Cluster(workers="2"), "", False),
+        (Cluster(workers="1:4"), "", False),
+    ],
+)
+def test_one_worker_without_a_cluster_trains_in_the_job_s_own_process(
+    monkeypatch, asked, address, local
+):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(cluster, "_initialized", lambda: False)
+    assert cluster.trains_locally(asked) is local
+
+
+def test_several_workers_cannot_train_in_one_process():
+    with pytest.raises(ConfigError, match=r"cluster.local = true: workers = 2 need a cluster"):
+        Cluster(workers="2", local="true")

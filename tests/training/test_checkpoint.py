@@ -1,4 +1,5 @@
 import errno
+import json
 import logging
 import os
 
@@ -136,3 +137,42 @@ def test_a_full_disk_is_survived_for_a_while_then_said_clearly(tmp_path, monkeyp
                 pass
     writer.close()
     assert latest(str(tmp_path / "checkpoints"))[0] == 3
+
+
+class LostError(RuntimeError):
+    """Stands for the error of a launch that lost its run."""
+
+
+def test_a_writer_whose_run_was_taken_over_writes_and_deletes_nothing(tmp_path):
+    """The fence is asked before each write, and again before old checkpoints are deleted."""
+    lost = []
+
+    def fence():
+        if lost:
+            raise LostError("taken over")
+
+    writer = CheckpointWriter(str(tmp_path), 2, 1, fence=fence, owner="me")
+    for step in (1, 2):
+        writer.save(step, state(step))
+    writer.wait()
+    manifest = json.loads(
+        (tmp_path / "checkpoints" / "step-00000002" / "manifest.json").read_text()
+    )
+    assert manifest["owner"] == "me"
+    real = storage.write_folder
+
+    def lose_while_writing(*given):
+        real(*given)
+        lost.append(True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "write_folder", lose_while_writing)
+        writer.save(3, state(3))
+        with pytest.raises(LostError):
+            writer.wait()
+    assert steps(str(tmp_path / "checkpoints")) == [3, 2, 1], "nothing was deleted"
+    writer.save_best(4, {"w": torch.zeros(2)}, {})
+    with pytest.raises(LostError):
+        writer.wait()
+    assert steps(str(tmp_path / "best")) == []
+    writer.close()
