@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftlib.config import Cluster
+from ftlib.config import Cluster, Run
 from ftlib.launch import cluster
 from ftlib.launch.cluster import Capacity, Node, placement
 from ftlib.launch.errors import LaunchError
@@ -203,4 +203,4 @@ def test_one_worker_without_a_cluster_trains_in_the_job_s_own_process(
 
 def test_several_workers_cannot_train_in_one_process():
     with pytest.raises(ConfigError, match=r"cluster.local = true: workers = 2 need a cluster"):
-        Cluster(workers="2", local="true")
+        Run(cluster=Cluster(workers="2", local="true"))
