@@ -202,5 +202,5 @@ def test_one_worker_without_a_cluster_trains_in_the_job_s_own_process(
 
 
 def test_several_workers_cannot_train_in_one_process():
-    with pytest.raises(ConfigError, match=r"cluster.local = true: workers = 2 need a cluster"):
+    with pytest.raises(ConfigError, match="workers = 2 need a cluster. Leave local at auto"):
         Run(cluster=Cluster(workers="2", local="true"))
