@@ -50,6 +50,10 @@ class Data(Settings):
     """Fraction of the training images (after `subset`, the same of each class) that is kept out of
     training and scored in place of the validation set. Sweeps set it, so that the validation set is
     never used to choose settings. 0: the validation set is scored."""
+    tuning_source: Literal["subset", "reserve"] = "subset"
+    """Where the tuning images come from. subset: `tuning_fraction` of the subset. reserve: the last
+    `tuning_fraction` of all training images, in the order in which `subset` takes them. Runs on
+    smaller subsets have not seen those. Sweeps use the reserve where they can."""
     loader_workers: Annotated[int, Between(-1, 256)] = -1
     """Loader processes per training worker. 0: a thread of the training process loads. -1: one
     process for each CPU of the worker but one."""
@@ -732,6 +736,7 @@ NOT_IN_FINGERPRINT_AT_DEFAULT = (
     "model.unfreeze_every",
     "optimizer.layer_decay",
     "optimizer.head_lr",
+    "data.tuning_source",
 )
 """Settings added after runs had been made: at their default they stay out of the fingerprint, so
 that those runs keep theirs."""

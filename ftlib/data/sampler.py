@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from ftlib.config import Data
 from ftlib.data.rng import ORDER, SUBSET, TUNING, key, raw
 
 
@@ -128,3 +129,28 @@ def tuning_split(
     place, size = _ranks(labels, rows, raw(key(TUNING, seed), len(labels))[rows])
     take = np.minimum(np.maximum(1, np.floor(size * fraction + 0.5)), size - 1)
     return rows[place >= take], rows[place < take]
+
+
+def reserve(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Sorted int64 rows that `subset` of the same seed takes last.
+
+    Of each class round(fraction * size), at least 1 where the class has 2 or more, and at least 1
+    stays outside. A subset of 1 - fraction or less has none of them.
+    """
+    labels = np.asarray(labels, np.int64)
+    rows = np.arange(len(labels))
+    place, size = _ranks(labels, rows, raw(key(SUBSET, seed), len(labels)))
+    take = np.minimum(np.maximum(1, np.floor(size * fraction + 0.5)), size - 1)
+    return rows[place >= size - take]
+
+
+def run_rows(labels: np.ndarray, data: Data) -> tuple[np.ndarray, np.ndarray]:
+    """(rows that a run trains on, rows of its tuning split), both sorted int64.
+
+    `labels` are those of the whole train split. Without a tuning split the second is empty.
+    """
+    rows = subset(labels, data.subset, data.subset_seed)
+    if data.tuning_source == "reserve" and data.tuning_fraction:
+        held_out = reserve(labels, data.tuning_fraction, data.subset_seed)
+        return np.setdiff1d(rows, held_out, assume_unique=True), held_out
+    return tuning_split(labels, rows, data.tuning_fraction, data.subset_seed)

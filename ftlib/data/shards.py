@@ -367,6 +367,12 @@ class Split:
         """int32[n, 2]: height and width in pixels."""
         return np.stack([self._index["height"], self._index["width"]], axis=1)
 
+    @property
+    def sha256(self) -> np.ndarray:
+        """S64[n]: sha256 (hex) of each picture's bytes, read from the shards."""
+        digests = [d for shard in range(len(self.shards)) for d in self._read(shard, "sha256")]
+        return np.array(digests, "S64")
+
     def image(self, row: int) -> memoryview:
         """The JPEG's bytes, read-only and without a copy.
 
@@ -421,11 +427,14 @@ class Split:
         return view
 
     def _read_paths(self, shard: int) -> list[str]:
+        return self._read(shard, "path")
+
+    def _read(self, shard: int, column: str) -> list[str]:
         import pyarrow.parquet as pq
 
         file = self.dataset.file(self._entries[shard])
-        table = pq.read_table(file, columns=["path"], page_checksum_verification=True)
-        return table["path"].to_pylist()
+        table = pq.read_table(file, columns=[column], page_checksum_verification=True)
+        return table[column].to_pylist()
 
 
 def _shards(entries: list[ShardEntry]) -> tuple[Shard, ...]:

@@ -25,12 +25,13 @@ from ftlib.launch.outcome import Outcome, TrainingResult
 from ftlib.launch.prepared_run import PreparedRun
 from ftlib.launch.progress import ProgressDisplay
 from ftlib.launch.signals import Signals
-from ftlib.paths import local_run_folder
+from ftlib.paths import local_run_folder, runs_root
 from ftlib.storage import join
 from ftlib.track.lineage import run_tags
 from ftlib.track.logged_params import params_of
 from ftlib.track.tracking import TrackedRun, open_tracking, warm_up
 from ftlib.track.writer import Writer
+from ftlib.training import seen_rows
 from ftlib.training.initial_weights import materialize
 
 
@@ -238,7 +239,8 @@ def open_run(prepared: PreparedRun, options: LaunchOptions) -> Iterator[ActiveRu
             tracked=tracked,
         )
         try:
-            _new_record(prepared, tracked).write(run_dir)
+            seen = seen_rows.record(run_dir, run, prepared.dataset, prepared.source, runs_root(run))
+            _new_record(prepared, tracked, seen).write(run_dir)
             finalize.log_start(active.writer, run, prepared.dataset)
             options.say(
                 summary.starting(
@@ -321,7 +323,9 @@ def _lineage(prepared: PreparedRun) -> dict[str, str]:
     }
 
 
-def _new_record(prepared: PreparedRun, tracked: TrackedRun) -> run_record.RunRecord:
+def _new_record(
+    prepared: PreparedRun, tracked: TrackedRun, seen: seen_rows.SeenRows
+) -> run_record.RunRecord:
     """run.json for this launch."""
     old, dataset = prepared.record, prepared.dataset
     return run_record.RunRecord(
@@ -334,6 +338,7 @@ def _new_record(prepared: PreparedRun, tracked: TrackedRun) -> run_record.RunRec
             "path": dataset.path,
         },
         init=prepared.source_dict,
+        seen={"images": seen.count(dataset.digest), "digest": seen.digest},
         mlflow={
             "uri": tracked.uri,
             "experiment_id": tracked.experiment_id,

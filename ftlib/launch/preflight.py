@@ -51,13 +51,8 @@ def check_data(run: Run, dataset: Dataset) -> tuple[int, int]:
             f"{where}: it has {len(dataset.classes)} class; a classifier needs two at least"
         )
     labels = dataset.split("train").labels
-    rows = sampler.subset(labels, run.data.subset, run.data.subset_seed)
-    scored = len(dataset.split("val"))
-    if run.data.tuning_fraction:
-        rows, held_out = sampler.tuning_split(
-            labels, rows, run.data.tuning_fraction, run.data.subset_seed
-        )
-        scored = len(held_out)
+    rows, tuning = sampler.run_rows(labels, run.data)
+    scored = len(tuning) if run.data.tuning_fraction else len(dataset.split("val"))
     counts = np.bincount(labels[rows], minlength=len(dataset.classes))
     if (counts == 0).any():
         empty = [dataset.classes[i] for i in np.flatnonzero(counts == 0)[:5]]

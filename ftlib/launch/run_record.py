@@ -109,6 +109,9 @@ class RunRecord:
     """name, digest, classes, path."""
     init: dict[str, Any] | None = None
     """Where the first weights came from (`InitialWeights.to_dict`)."""
+    seen: dict[str, Any] | None = None
+    """Training images of the data set that its weights will have seen, with those of the runs they
+    come from: how many, and the digest of seen_rows.json."""
     mlflow: dict[str, str] | None = None
     """uri, experiment_id, run_id of the run in MLflow."""
     launches: int = 0

@@ -23,7 +23,7 @@ from ftlib.data.augment import EvalTransform, TrainTransform, apply, chosen
 from ftlib.data.loader import Batch, train_batches
 from ftlib.data.pipeline import Pipeline
 from ftlib.data.rng import AUGMENT, MIX, Randomness, key
-from ftlib.data.sampler import subset, tuning_split
+from ftlib.data.sampler import run_rows
 from ftlib.data.shards import Dataset
 from ftlib.settings import override
 from ftlib.training import losses, mixing
@@ -121,13 +121,7 @@ def seen_by_the_network(
 
 def training_rows(dataset: Dataset, run: Run) -> np.ndarray:
     """int64[n]: the rows of the train split that the run trains on."""
-    labels = dataset.split("train").labels
-    return tuning_split(
-        labels,
-        subset(labels, run.data.subset, run.data.subset_seed),
-        run.data.tuning_fraction,
-        run.data.subset_seed,
-    )[0]
+    return run_rows(dataset.split("train").labels, run.data)[0]
 
 
 def epochs_section(dataset: Dataset, run: Run, images: int = 4) -> Section:

@@ -100,12 +100,7 @@ def rows_of(run: Run, dataset: Dataset, name: str) -> tuple[Split, Ints]:
     train = dataset.split("train")
     if name in ("val", "test"):
         return dataset.split(name), np.arange(len(dataset.split(name)), dtype=np.int64)
-    kept, tuning = sampler.tuning_split(
-        train.labels,
-        sampler.subset(train.labels, run.data.subset, run.data.subset_seed),
-        run.data.tuning_fraction,
-        run.data.subset_seed,
-    )
+    kept, tuning = sampler.run_rows(train.labels, run.data)
     if name == "train":
         return train, kept
     if name != "tuning":

@@ -64,11 +64,7 @@ class WorkerContext:
     @property
     def rows(self) -> tuple[np.ndarray, np.ndarray, str]:
         """(training rows, rows to score, name of the scored split: val or tuning)."""
-        data, train = self.run.data, self.dataset.split("train")
-        rows = sampler.subset(train.labels, data.subset, data.subset_seed)
-        if data.tuning_fraction:
-            rows, held_out = sampler.tuning_split(
-                train.labels, rows, data.tuning_fraction, data.subset_seed
-            )
-            return rows, held_out, "tuning"
+        rows, tuning = sampler.run_rows(self.dataset.split("train").labels, self.run.data)
+        if self.run.data.tuning_fraction:
+            return rows, tuning, "tuning"
         return rows, np.arange(len(self.dataset.split("val")), dtype=np.int64), "val"

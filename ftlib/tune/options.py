@@ -8,7 +8,6 @@ from typing import Literal
 from ftlib.settings import ConfigError
 
 Search = Literal["tpe", "random", "grid"]
-TUNING_FRACTION = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +25,9 @@ class SweepOptions:
     """Seed of the search. The trials keep the recipe's seed."""
     epochs: int = 0
     """Epochs of a trial. 0: the recipe's, which promotion uses in any case."""
-    tuning_fraction: float = TUNING_FRACTION
-    """Share of the training images that scores the trials. A recipe that has its own keeps it."""
+    tuning_fraction: float = 0.0
+    """Share of the training images that scores the trials. A recipe that has its own keeps it. 0:
+    about a tenth, of images that the starting weights have not seen."""
     early_stopping: bool = True
     """Stop weak trials early (asynchronous successive halving)."""
     grace: int = 0

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ftlib.config import Run
+from ftlib.paths import local_run_folder
 from ftlib.settings import ConfigError, flat, from_dict, nearest, override, to_json
 from ftlib.storage import is_remote, join, write_file
 from ftlib.tune import promotion_report, train_trial
@@ -29,12 +30,11 @@ from ftlib.tune.trial_runs import (
     ParentRun,
     TrialGroup,
     connect,
-    local_folder,
     open_parent,
     run_trials,
     with_values,
 )
-from ftlib.tune.trial_store import Trial, TrialStore
+from ftlib.tune.trial_store import Trial, TrialStore, leaf_defaults
 from ftlib.tune.verdict import Judgement, Verdict, judge
 
 
@@ -127,6 +127,7 @@ def promote(
         _require_same_budget(recipe, trial, sweep.about.get("constants", {}))
     inputs = check(recipe)
     _require_same_inputs(sweep, inputs)
+    _require_unseen_validation(inputs)
     store = TrialStore(sweep.uri, "promotion")
     with store.lock():
         _open_store(store, sweep, recipe, inputs)
@@ -206,7 +207,7 @@ def _conclude(
         winner=winner.candidate.name if winner else "",
         concluded=time.time(),
     )
-    report = str(local_folder(store) / "report")
+    report = str(local_run_folder(store.uri) / "report")
     recipe_file = recipes[0] if recipes else ""
     lines = [*map(str, judgement.verdicts), *judgement.left_out, judgement.sentence]
     lines.append(f"report: {report}/index.html")
@@ -217,7 +218,7 @@ def _conclude(
 
 
 def _folder(sweep: TrialStore) -> Path:
-    return local_folder(sweep) / "promotion"
+    return local_run_folder(sweep.uri) / "promotion"
 
 
 def _require_same_budget(recipe: Run, trial: Trial, constants: Mapping[str, Any]) -> None:
@@ -246,6 +247,18 @@ def _require_same_inputs(sweep: TrialStore, inputs: SweepInputs) -> None:
             )
 
 
+def _require_unseen_validation(inputs: SweepInputs) -> None:
+    """Raise ComparisonError when the starting weights have seen validation images."""
+    if inputs.seen_in_val:
+        weights = " and before it ".join(inputs.seen_by)
+        raise ComparisonError(
+            f"of the validation images, the starting weights ({weights}) have seen "
+            f"{inputs.seen_in_val:,}, as training images of another data set. Their scores would "
+            "be too high. Prepare both sets with the same validation images, or start from other "
+            "weights"
+        )
+
+
 def _open_store(store: TrialStore, sweep: TrialStore, recipe: Run, inputs: SweepInputs) -> None:
     identity = {
         "sweep": sweep.name,
@@ -260,7 +273,7 @@ def _open_store(store: TrialStore, sweep: TrialStore, recipe: Run, inputs: Sweep
         "split": "val",
         "base": sweep.about["recipe"],
     }
-    store.open(identity, about)
+    store.open(identity, about, leaf_defaults(recipe))
 
 
 def _plan(store: TrialStore, own: Trial, chosen: list[Trial], seeds: list[int]) -> list[Trial]:

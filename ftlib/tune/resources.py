@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ftlib.config import Run
-from ftlib.launch.cluster import Capacity, Node, placement
+from ftlib.launch.cluster import Capacity, placement, workers_that_fit
 
 CPU_TRIALS = 4
 """Default number of parallel trials on CPUs. More of them weaken TPE, which learns from trials that
@@ -53,25 +53,14 @@ def allocate(run: Run, capacity: Capacity, trials: int, parallel: int = 0) -> Tr
         slots = min(parallel or CPU_TRIALS, trials)
         return TrialResources(slots, _each(one.gpus, one.cpus), workers == 1)
     cpus = run.cluster.cpus_per_worker or 1
-    most = _fit(nodes, one.gpus, cpus) // workers
+    most = workers_that_fit(nodes, one.gpus, cpus) // workers
     default = most if one.gpus else CPU_TRIALS
     slots = max(1, min(most, parallel or default, trials))
     if not run.cluster.cpus_per_worker:
-        while _fit(nodes, one.gpus, cpus + 1) // workers >= slots:
+        while workers_that_fit(nodes, one.gpus, cpus + 1) // workers >= slots:
             cpus += 1
     return TrialResources(slots, _each(one.gpus, cpus), workers == 1)
 
 
 def _each(gpus: float, cpus: int) -> dict[str, float]:
     return {k: v for k, v in {"CPU": float(cpus), "GPU": gpus}.items() if v}
-
-
-def _fit(nodes: tuple[Node, ...], gpus: float, cpus: int) -> int:
-    """How many workers of that size the nodes hold."""
-
-    def on(node: Node) -> int:
-        by_cpu = node.cpus // cpus
-        by_gpu = (node.gpus + 1e-9) // gpus if gpus else by_cpu
-        return int(min(by_cpu, by_gpu))
-
-    return sum(on(node) for node in nodes)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ftlib.config import NOT_IN_FINGERPRINT, Run
-from ftlib.paths import runs_root
-from ftlib.settings import ConfigError, flat, override, to_dict, to_json
+from ftlib.paths import local_run_folder, runs_root
+from ftlib.settings import flat, override, to_dict, to_json
 from ftlib.storage import is_remote, join, write_file
-from ftlib.tune import spaces, suggest, train_trial
+from ftlib.tune import spaces, suggest, train_trial, tuning_split
 from ftlib.tune.live_table import TrialTable, duration
 from ftlib.tune.options import SweepOptions
 from ftlib.tune.resources import NOTHING_TO_RUN
@@ -28,13 +28,13 @@ from ftlib.tune.trial_runs import (
     ParentRun,
     TrialGroup,
     connect,
-    local_folder,
     open_parent,
     param_name,
     run_trials,
     with_values,
 )
-from ftlib.tune.trial_store import Trial, TrialStore
+from ftlib.tune.trial_store import Trial, TrialStore, leaf_defaults
+from ftlib.tune.tuning_split import TuningSplit
 
 if TYPE_CHECKING:
     from ftlib.track.tracked_run import TrackedRun
@@ -61,30 +61,21 @@ class Sweep(SweepOptions):
             object.__setattr__(self, "name", f"{self.space.name}-{Path(self.recipe_name).stem}")
 
     @property
-    def base(self) -> Run:
-        """The recipe as the trials run it: scored on a tuning split, at the trials' length."""
-        changes: dict[str, Any] = {}
-        if not self.recipe.data.tuning_fraction:
-            if not 0 < self.tuning_fraction <= 0.5:
-                raise ConfigError(
-                    f"--tuning-fraction {self.tuning_fraction:g}: needs more than 0 and at most "
-                    "0.5; the validation set is not for choosing"
-                )
-            changes["data.tuning_fraction"] = self.tuning_fraction
-        if self.epochs:
-            changes["train.epochs"] = self.epochs
-        return override(self.recipe, changes)
-
-    @property
     def first_rung(self) -> int:
-        return self.grace or max(1, self.base.train.epochs // 9)
+        """Epochs before a trial may be stopped."""
+        return self.grace or max(1, (self.epochs or self.recipe.train.epochs) // 9)
 
-    def identity(self, inputs: SweepInputs) -> dict[str, Any]:
+    def base(self, split: TuningSplit) -> Run:
+        """The recipe as the trials run it: scored on a tuning split, at the trials' length."""
+        epochs = {"train.epochs": self.epochs} if self.epochs else {}
+        return override(self.recipe, {**split.changes, **epochs})
+
+    def identity(self, base: Run, inputs: SweepInputs) -> dict[str, Any]:
         """What must be equal for a sweep to go on, as JSON."""
         left_out = (*NOT_IN_FINGERPRINT, "model.init_from")
         recipe = {
             path: list(value) if isinstance(value, tuple) else value
-            for path, value in flat(self.base).items()
+            for path, value in flat(base).items()
             if not any(path == out or path.startswith(out + ".") for out in left_out)
         }
         early_stopping: Any = "off"
@@ -101,18 +92,19 @@ class Sweep(SweepOptions):
             "starting weights": inputs.init_sha256,
         }
 
-    def about(self, inputs: SweepInputs) -> dict[str, Any]:
+    def about(self, base: Run, inputs: SweepInputs, split: TuningSplit) -> dict[str, Any]:
         """What sweep.json keeps beside the identity, for reports and promotions."""
         return {
             "kind": "sweep",
             "recipe": to_dict(self.recipe),
             "recipe_name": self.recipe_name,
-            "base": to_dict(self.base),
+            "base": to_dict(base),
             "space_name": self.space.name,
             "space": self.space.describe(),
             "axes": [a.path for a in self.space.axes],
             "constants": dict(self.space.constants),
             "split": "tuning",
+            "tuning": {"images": split.images, "seen": split.seen},
             "data": {"name": inputs.data_name, "digest": inputs.data_digest},
             "init": {"uri": inputs.init_uri, "sha256": inputs.init_sha256},
             "seed": self.seed,
@@ -148,13 +140,16 @@ def sweep(
     Raises ConfigError, DataError, LaunchError or TrackingError before anything starts.
     """
     started = time.monotonic()
-    base = plan.base
-    spaces.check(plan.space, base)
-    inputs = check(base)
+    inputs = check(plan.recipe)
     store = TrialStore(runs_root(plan.recipe), plan.name)
     inputs = inputs.at(store.uri)
     with store.lock():
-        resumed = store.open(plan.identity(inputs), plan.about(inputs))
+        split = _tuning_split(plan, store, inputs)
+        base = plan.base(split)
+        spaces.check(plan.space, base)
+        resumed = store.open(
+            plan.identity(base, inputs), plan.about(base, inputs, split), leaf_defaults(base)
+        )
         if plan.retry_failed:
             for trial in store.done():
                 if trial.outcome == "failed":
@@ -190,13 +185,13 @@ def sweep(
                 f"sweep {plan.name}: {'goes on with ' if resumed else ''}{total} trials of "
                 f"{base.train.epochs} epochs over {', '.join(names.values())}; "
                 f"{resources if left > 0 else 'all done'}; "
-                f"scored on {base.data.tuning_fraction:.0%} of the training images"
+                f"{tuning_split.describe(split)}"
             )
             if parent.url:
                 table.say(f"MLflow: {parent.url}")
             finished = left <= 0 or run_trials(
                 group,
-                _proposals(plan, store, total),
+                _proposals(plan, base, store, total),
                 train,
                 resources=resources,
                 tracking=tracking,
@@ -213,7 +208,18 @@ def sweep(
     return result
 
 
-def _proposals(plan: Sweep, store: TrialStore, total: int) -> Callable[[], Trial | None]:
+def _tuning_split(plan: Sweep, store: TrialStore, inputs: SweepInputs) -> TuningSplit:
+    """The split that the sweep began with, or one of unseen images for a new sweep."""
+    data = plan.recipe.data
+    if not store.read() or "base" not in store.about:
+        return tuning_split.choose(data, inputs, plan.tuning_fraction)
+    known = store.about["base"]["data"]
+    fraction = data.tuning_fraction or plan.tuning_fraction or known["tuning_fraction"]
+    source = known.get("tuning_source", "subset")
+    return tuning_split.measure(data, inputs, source, fraction)
+
+
+def _proposals(plan: Sweep, base: Run, store: TrialStore, total: int) -> Callable[[], Trial | None]:
     """A function that returns the next trial to run, and None when there is none left."""
     waiting = sorted(store.open_trials(), key=lambda t: t.number)
 
@@ -226,7 +232,7 @@ def _proposals(plan: Sweep, store: TrialStore, total: int) -> Callable[[], Trial
         trial = suggest.propose(
             number,
             plan.space,
-            plan.base,
+            base,
             list(store.trials.values()),
             search=plan.search,
             seed=plan.seed,
@@ -244,7 +250,9 @@ def _halving(plan: Sweep, store: TrialStore) -> AsynchronousHalving | None:
 
     if not plan.early_stopping:
         return None
-    halving = AsynchronousHalving(plan.base.train.epochs, plan.first_rung, plan.reduction)
+    halving = AsynchronousHalving(
+        plan.epochs or plan.recipe.train.epochs, plan.first_rung, plan.reduction
+    )
     halving.replay(store.trials.values())
     return halving
 
@@ -265,7 +273,7 @@ def _open(
         title=f"sweep {plan.name}",
         kind="sweep",
         sweep=plan.name,
-        journal=local_folder(group.store) / "journal",
+        journal=local_run_folder(group.store.uri) / "journal",
         tags=tags,
     )
     goes_on = bool(group.store.about.get("mlflow_run_id"))
@@ -295,7 +303,7 @@ def _conclude(plan: Sweep, store: TrialStore, parent: TrackedRun, seconds: float
         reasons = (t.reason for t in store.trials.values() if t.reason)
         parent.finish("failed", f"no trial finished: {next(reasons, 'unknown')}")
         return SweepResult(store, True, None, "", parent.url, seconds)
-    folder = local_folder(store) / "report"
+    folder = local_run_folder(store.uri) / "report"
     files = _write_results(plan, store, best, folder)
     writer = parent.writer()
     for file in files:

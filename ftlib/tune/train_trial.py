@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
+import numpy as np
+
 from ftlib.config import Gates, Run
+from ftlib.paths import runs_root
 from ftlib.settings import from_dict, override
 from ftlib.storage import join, read_json
 
@@ -101,9 +104,19 @@ class SweepInputs:
 
     data_name: str
     data_digest: str
-    init_uri: str
+    labels: np.ndarray
+    """int64[n]: classes of the train split."""
+    seen: np.ndarray
+    """bool[n]: images of the train split that the starting weights have seen."""
+    init_uri: str = ""
     """Where the starting weights lie; empty for scratch."""
-    init_sha256: str
+    init_sha256: str = ""
+    seen_by: tuple[str, ...] = ()
+    """Runs that trained the starting weights, the latest first."""
+    seen_in_val: int = 0
+    """Validation images that the starting weights have seen."""
+    unchecked: tuple[str, ...] = ()
+    """Data sets and weights whose images could not be compared with this data set's."""
     source: InitialWeights | None = None
     """The starting weights as they were found; None for scratch."""
 
@@ -129,15 +142,24 @@ def check(run: Run) -> SweepInputs:
     Raises ConfigError, DataError or LaunchError.
     """
     from ftlib.launch.launch import prepare_run
+    from ftlib.training import seen_rows
 
     ready = prepare_run(replace(run, name=""))
-    source = ready.source
+    source, dataset = ready.source, ready.dataset
+    seen = seen_rows.of_weights(source, run.model.init_from, runs_root(run))
+    in_train, unchecked = seen.in_split(dataset, "train")
+    in_val, _ = seen.in_split(dataset, "val")
     return SweepInputs(
-        ready.dataset.name,
-        ready.dataset.digest,
-        source.uri if source else "",
-        source.sha256 if source else "",
-        source,
+        data_name=dataset.name,
+        data_digest=dataset.digest,
+        labels=dataset.split("train").labels,
+        seen=in_train,
+        init_uri=source.uri if source else "",
+        init_sha256=source.sha256 if source else "",
+        seen_by=seen.runs,
+        seen_in_val=int(in_val.sum()),
+        unchecked=(*unchecked, *seen.unknown),
+        source=source,
     )
 
 

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftlib.config import Run
-from ftlib.paths import home
 from ftlib.settings import to_dict
-from ftlib.storage import is_remote
 from ftlib.tune import spaces, train_trial
 from ftlib.tune.live_table import TrialTable
 from ftlib.tune.resources import TrialResources, allocate
@@ -240,11 +238,6 @@ def connect(run: Run, trials: int, parallel: int) -> TrialResources:
     cluster.connect(dashboard=run.cluster.high > 1)
     cluster.refuse_open(run.cluster.allow_open)
     return allocate(run, cluster.capacity(), trials, parallel)
-
-
-def local_folder(store: TrialStore) -> Path:
-    """Where journal and report lie: with the store, or below $FTLIB_HOME for a remote one."""
-    return home() / "runs" / store.name if is_remote(store.uri) else Path(store.uri)
 
 
 @dataclass(frozen=True)

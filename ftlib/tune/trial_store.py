@@ -16,13 +16,14 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ftlib.settings import ConfigError
+from ftlib.config import Run
+from ftlib.settings import ConfigError, Settings
 from ftlib.storage import is_remote, join, read_json, write_file
 
 SCHEMA = 1
@@ -111,13 +112,27 @@ class TrialStore:
                 self.trials[number] = Trial(**{k: v for k, v in stored.items() if k in known})
         return True
 
-    def open(self, identity: Mapping[str, Any], more: Mapping[str, Any]) -> bool:
+    def open(
+        self,
+        identity: Mapping[str, Any],
+        more: Mapping[str, Any],
+        defaults: Mapping[str, Any] | None = None,
+    ) -> bool:
         """Start the sweep, or go on with one of the same identity. True when it goes on.
 
+        defaults: path -> default of the recipe's settings. A setting that an earlier version did
+            not have counts as its default.
         Raises ConfigError when the name belongs to another sweep, saying what differs.
         """
         if self.read():
-            known = self.about["identity"]
+            known = dict(self.about["identity"])
+            known["recipe"] = {**(defaults or {}), **known.get("recipe", {})}
+            known["recipe"] = {
+                path: value
+                for path, value in known["recipe"].items()
+                if path in self.about["identity"].get("recipe", {})
+                or path in identity.get("recipe", {})
+            }
             differ = _differences(known, json.loads(json.dumps(identity)))
             if differ:
                 kind = self.about.get("kind", "sweep")
@@ -187,6 +202,24 @@ class TrialStore:
             yield
         finally:
             lock.release()
+
+
+def leaf_defaults(run: Run) -> dict[str, Any]:
+    """Path -> default of each setting of `run`, as JSON; of those that have one."""
+    found: dict[str, Any] = {}
+
+    def visit(node: Settings, prefix: str) -> None:
+        for f in fields(node):
+            value = getattr(node, f.name)
+            if isinstance(value, Settings):
+                visit(value, f"{prefix}{f.name}.")
+            elif f.default is not MISSING:
+                found[prefix + f.name] = f.default
+            elif f.default_factory is not MISSING:
+                found[prefix + f.name] = f.default_factory()
+
+    visit(run, "")
+    return json.loads(json.dumps(found))
 
 
 def _differences(known: Mapping[str, Any], asked: Mapping[str, Any], where: str = "") -> list[str]:

@@ -4,7 +4,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import StratifiedShuffleSplit
 
-from ftlib.data.sampler import epoch_order, owned, step_plan, steps_per_epoch, subset, tuning_split
+from ftlib.config import Data
+from ftlib.data.sampler import (
+    epoch_order,
+    owned,
+    reserve,
+    run_rows,
+    step_plan,
+    steps_per_epoch,
+    subset,
+    tuning_split,
+)
 
 shapes = st.tuples(
     st.integers(2, 300), st.integers(1, 9), st.integers(1, 7)
@@ -162,3 +172,31 @@ def test_the_tuning_split_divides_the_rows(labels, fraction, seed):
         size, taken = (labels[rows] == c).sum(), (labels[tuning] == c).sum()
         assert taken < size
         assert taken == (0 if fraction == 0 else min(max(1, int(size * fraction + 0.5)), size - 1))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 60), min_size=1, max_size=8),
+    fraction=st.floats(0.01, 0.5),
+    seed=st.integers(0, 2**31),
+)
+def test_no_subset_of_the_rest_has_an_image_of_the_reserve(sizes, fraction, seed):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    held_out = reserve(labels, fraction, seed)
+    assert not set(held_out) & set(subset(labels, 1 - fraction, seed))
+    counts = np.bincount(labels[held_out], minlength=len(sizes))
+    for size, count in zip(sizes, counts):
+        assert count == min(max(1, int(np.floor(size * fraction + 0.5))), size - 1)
+    larger = reserve(labels, min(2 * fraction, 0.5), seed)
+    assert set(held_out) <= set(larger)
+
+
+@pytest.mark.parametrize("source", ["subset", "reserve"])
+@pytest.mark.parametrize("part", [0.3, 1.0])
+def test_a_run_never_trains_on_its_tuning_split(source, part):
+    labels = np.repeat(np.arange(7), [3, 20, 50, 1, 2, 9, 100])
+    data = Data(subset=part, tuning_fraction=0.2, tuning_source=source)
+    train, tuning = run_rows(labels, data)
+    assert len(tuning) and not set(train) & set(tuning)
+    assert set(train) <= set(subset(labels, part, data.subset_seed))
+    assert run_rows(labels, Data(subset=part))[1].size == 0

@@ -20,6 +20,7 @@ from ftlib.launch.errors import LaunchError, StoppedError
 from ftlib.launch.launch import launch, prepare_run
 from ftlib.settings import ConfigError, override
 from ftlib.storage import StorageError
+from ftlib.training import seen_rows
 from ftlib.training.initial_weights import load_run_model
 
 
@@ -108,6 +109,7 @@ def test_from_recipe_to_result_and_the_next_phase(tiny, tracking, home, capsys):
         "report",
         "result.json",
         "run.json",
+        "seen_rows.json",
     ]
 
     result, record = (
@@ -139,6 +141,10 @@ def test_from_recipe_to_result_and_the_next_phase(tiny, tracking, home, capsys):
         and record["mlflow"] == {"uri": "uri", "experiment_id": "1", "run_id": "id"}
         and record["launches"] == 1
     )
+    seen = seen_rows.of_run(str(folder), str(home / "runs"))
+    assert seen.runs == (first.name,)
+    images = seen.count(record["data"]["digest"])
+    assert images and record["seen"] == {"images": images, "digest": seen.digest}
     assert load_run_model(str(folder)).classes == ("left", "right")
 
     assert (

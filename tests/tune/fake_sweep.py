@@ -8,6 +8,8 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
+
 from ftlib.config import Augment, Cluster, Data, Mix, Model, Run, Train
 from ftlib.tune import spaces, train_trial
 from ftlib.tune.sweep import Sweep, sweep
@@ -17,7 +19,7 @@ PLAN = json.loads(os.environ["FAKE_PLAN"])
 
 
 def check(run):
-    return train_trial.SweepInputs("fake", "d" * 64, "", "")
+    return train_trial.SweepInputs("fake", "d" * 64, np.arange(1000) % 10, np.zeros(1000, bool))
 
 
 def train(context, config, report):

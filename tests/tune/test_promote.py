@@ -214,11 +214,13 @@ def promote(monkeypatch, finished, tmp_path):
     monkeypatch.setattr(promotion, "run_trials", run_trials)
     monkeypatch.setattr(promotion, "connect", lambda *a: TrialResources(2, {"CPU": 1.0}, True))
 
-    def go(store, gain=0.4, onto=None, **more):
+    def go(store, gain=0.4, onto=None, seen_in_val=0, **more):
         gain_of_run[0] = gain
         result = promotion.promote(
             store,
-            check=lambda run: SweepInputs("set", "d" * 64, "", ""),
+            check=lambda run: SweepInputs(
+                "set", "d" * 64, np.arange(100) % 10, np.zeros(100, bool), seen_in_val=seen_in_val
+            ),
             open_tracking=lambda *a, **k: tracking,
             files=RecipeFiles(folder=tmp_path / "recipes", onto=onto),
             **more,
@@ -299,3 +301,8 @@ def test_other_data_or_weights_than_the_sweeps_are_refused(promote, tmp_path):
     store.save_about(data={"name": "set", "digest": "e" * 64})
     with pytest.raises(ComparisonError, match="used other data"):
         promote(store, top=1, seeds=2)
+
+
+def test_validation_images_that_the_starting_weights_have_seen_are_refused(promote, tmp_path):
+    with pytest.raises(ComparisonError, match="of the validation images, .* have seen 7"):
+        promote(sweep_store(tmp_path / "a"), top=1, seeds=2, seen_in_val=7)

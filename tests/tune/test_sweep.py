@@ -8,18 +8,23 @@ import os
 import signal
 import sqlite3
 import time
+from dataclasses import replace
 
+import numpy as np
 import psutil
 import pytest
 
-from ftlib.config import Data, Mix, Run, Train
+from ftlib.config import Cluster, Data, Mix, Run, Train
 from ftlib.launch.cluster import Capacity, Node
 from ftlib.launch.errors import LaunchError
-from ftlib.settings import ConfigError, from_json
+from ftlib.settings import ConfigError, from_json, override
 from ftlib.tune import spaces
+from ftlib.tune import sweep as sweeps
 from ftlib.tune.resources import allocate
 from ftlib.tune.sweep import Sweep
-from ftlib.tune.trial_store import TrialStore
+from ftlib.tune.train_trial import SweepInputs
+from ftlib.tune.trial_store import TrialStore, leaf_defaults
+from ftlib.tune.tuning_split import TuningSplit
 
 
 def wait(process, driver, seconds=240):
@@ -219,33 +224,32 @@ def test_a_hundred_tiny_trials_each_exactly_once(driver, home):
 RECIPE = Run(stage="phase2", data=Data(path="x"), mix=Mix(mixup_alpha=0.2), train=Train(epochs=27))
 
 
+LABELS = np.arange(1000) % 10
+INPUTS = SweepInputs("set", "d", LABELS, np.zeros(1000, bool))
+SPLIT = TuningSplit("reserve", 0.1, 100, 0)
+
+
 def test_a_sweep_fills_in_its_name_split_and_first_rung():
     plan = Sweep(RECIPE, "jobs/phase2", spaces.load("quick"))
-    assert (
-        plan.name == "quick-phase2"
-        and plan.base.data.tuning_fraction == 0.1
-        and plan.first_rung == 3
-    )
-    assert Sweep(RECIPE, "x", spaces.load("quick"), epochs=4).base.train.epochs == 4
+    assert plan.name == "quick-phase2" and plan.first_rung == 3
+    data = plan.base(SPLIT).data
+    assert (data.tuning_source, data.tuning_fraction) == ("reserve", 0.1)
+    short = Sweep(RECIPE, "x", spaces.load("quick"), epochs=4)
+    assert short.base(SPLIT).train.epochs == 4 and short.first_rung == 1
     for wrong in ({"trials": 0}, {"reduction": 1}, {"parallel": -1}):
         with pytest.raises(ConfigError):
             Sweep(RECIPE, "x", spaces.load("quick"), **wrong)
-    with pytest.raises(ConfigError, match="validation set is not for choosing"):
-        _ = Sweep(RECIPE, "x", spaces.load("quick"), tuning_fraction=0).base
 
 
 def test_more_trials_and_another_cluster_are_the_same_sweep():
-    from dataclasses import replace
+    def identity(plan, inputs=INPUTS):
+        return plan.identity(plan.base(SPLIT), inputs)
 
-    from ftlib.config import Cluster
-    from ftlib.tune.train_trial import SweepInputs
-
-    inputs = SweepInputs("set", "d", "", "")
     plan = Sweep(RECIPE, "x", spaces.load("quick"))
     same = replace(
         plan, trials=99, parallel=3, recipe=replace(RECIPE, cluster=Cluster(workers="2"))
     )
-    assert same.identity(inputs) == plan.identity(inputs)
+    assert identity(same) == identity(plan)
     for other in (
         {"seed": 1},
         {"search": "random"},
@@ -253,14 +257,32 @@ def test_more_trials_and_another_cluster_are_the_same_sweep():
         {"epochs": 3},
         {"space": spaces.load("regularisation")},
     ):
-        assert replace(plan, **other).identity(inputs) != plan.identity(inputs)
-    assert plan.identity(replace(inputs, data_digest="e")) != plan.identity(inputs)
+        assert identity(replace(plan, **other)) != identity(plan)
+    assert identity(plan, replace(INPUTS, data_digest="e")) != identity(plan)
+
+
+def test_a_sweep_of_an_earlier_version_goes_on_with_the_split_it_began_with(tmp_path):
+    """Its recipe lacks settings that came later, and it scored on images of the subset."""
+    plan = Sweep(RECIPE, "x", spaces.load("quick"))
+    old = plan.base(TuningSplit("subset", 0.1, 100, 0))
+    identity = plan.identity(old, INPUTS)
+    del identity["recipe"]["data.tuning_source"], identity["recipe"]["augment.vflip"]
+    about = json.loads(json.dumps(plan.about(old, INPUTS, SPLIT)))
+    del about["base"]["data"]["tuning_source"]
+    TrialStore(str(tmp_path), "s").open(identity, about)
+
+    store = TrialStore(str(tmp_path), "s")
+    split = sweeps._tuning_split(plan, store, replace(INPUTS, seen=np.ones(1000, bool)))
+    assert (split.source, split.fraction, split.seen) == ("subset", 0.1, 100)
+    base = plan.base(split)
+    assert base == old
+    assert store.open(plan.identity(base, INPUTS), {}, leaf_defaults(base))
+    other = override(base, {"augment.vflip": 0.5})
+    with pytest.raises(ConfigError, match=r"augment.vflip is 0.0 there, 0.5 here"):
+        store.open(plan.identity(other, INPUTS), {}, leaf_defaults(other))
 
 
 def test_slots_and_resources_are_computed_from_the_cluster():
-    from ftlib.config import Cluster
-    from ftlib.settings import override
-
     def slots(nodes, **cluster):
         run = override(
             RECIPE,
