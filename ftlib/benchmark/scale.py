@@ -98,7 +98,9 @@ def repeated(out: Path, count: int) -> Dataset:
     for row in range(ROWS_PER_SHARD):
         label = row % CLASSES
         jpeg = jpegs[row % len(jpegs)]
-        writer.add(jpeg, label, f"{label:04d}", f"train/{label:04d}/{row:05d}.jpg", SIDE, SIDE)
+        name = f"{label:04d}"
+        path = f"train/{name}/{row:05d}.jpg"
+        writer.add(jpeg, label=label, class_name=name, path=path, size=(SIDE, SIDE))
     shard = writer.finish()
     entry = {"rows": shard.rows, "bytes": shard.bytes, "sha256": shard.sha256}
     splits: dict[str, Any] = {}
