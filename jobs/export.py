@@ -120,13 +120,15 @@ def write_package(loaded: "LoadedModel", temperature: float, fitted_on: str, pla
         loaded.model,
         loaded.run,
         loaded.classes,
-        loaded.about.get("scores", {}),
-        temperature,
-        place,
-        loaded.about.get("data"),
-        fitted_on,
+        scores=loaded.about.get("scores", {}),
+        temperature=temperature,
+        out=place,
+        data=loaded.about.get("data"),
+        calibrated_on=fitted_on,
     )
-    print(f'{made}: mlflow.pyfunc.load_model("{made}").predict([jpeg_bytes])')
+    megabytes = package.size_bytes(made) / 1e6
+    call = f'mlflow.pyfunc.load_model("{made}").predict([jpeg_bytes])'
+    print(f"{made} ({megabytes:.1f} MB): {call}")
     return Path(made)
 
 

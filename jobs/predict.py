@@ -70,13 +70,9 @@ def predict(asked: Options) -> "pa.Table":
     )
 
     from ftlib.deploy.batch_predict import predict_folder
+    from ftlib.packaging.package import locate
 
-    tracking = ""
-    if asked.model.startswith(("models:/", "runs:/")):
-        from ftlib.track.store import reach, resolve_uri
-
-        tracking = resolve_uri(asked.tracking_uri)
-        reach(tracking)
+    _, tracking = locate(asked.model, asked.tracking_uri)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     hidden = asked.quiet or not sys.stderr.isatty()
     with Progress(*columns, TimeRemainingColumn(), transient=True, disable=hidden) as progress:

@@ -42,16 +42,9 @@ class Options(JobOptions):
 def main(argv: Sequence[str] | None = None) -> None:
     asked = options(Options, __doc__, argv)
     check_model_folder(asked.model)
-    from ftlib.packaging.package import check
+    from ftlib.packaging.package import check, locate
 
-    model, tracking = asked.model, ""
-    if model.startswith(("models:/", "runs:/")):
-        from ftlib.track.store import reach, resolve_uri
-
-        tracking = resolve_uri(asked.tracking_uri)
-        reach(tracking)
-    else:
-        model = str(Path(model).absolute())
+    model, tracking = locate(asked.model, asked.tracking_uri)
     check(model, tracking)  # a missing model is said here, not in a replica's log
     serve_model(asked, model, tracking)
 

@@ -1,4 +1,4 @@
-"""A trained model for other programs: torch.export and ONNX, each checked against the model itself before it counts as written."""
+"""Exports a trained model for other programs as torch.export and ONNX; each file is checked."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ftlib.config import Run
-from ftlib.packaging.package import Program, evaluation_size, export
+from ftlib.packaging.model_card import evaluation_size
+from ftlib.packaging.package import Program, export
 
 TOLERANCE = 1e-3
 """Largest difference of a logit, relative to the largest logit, that is taken for rounding."""
@@ -23,7 +24,7 @@ OPSET = 18
 
 
 class ExportError(ValueError):
-    """A model that cannot be exported, or whose export does not compute the same; the message says which and by how much."""
+    """A model whose export does not compute the same; the message says which and by how much."""
 
 
 def write(
@@ -34,9 +35,16 @@ def write(
     out: Path,
     formats: Sequence[str] = FORMATS,
 ) -> dict[str, float]:
-    """Write model.pt2 and model.onnx (uint8[b, S, S, 3] -> logits float32[b, C], normalisation inside, any b) and meta.json into `out`.
+    """Write model.pt2, model.onnx and meta.json into `out`.
 
-    Returns format -> largest difference of a logit from the model's own, on random pixels in batches of 1, 3 and 8.
+    Both programs compute uint8[b, S, S, 3] -> logits float32[b, C] for any b, normalization inside.
+
+    Returns:
+        format -> largest difference of a logit from the model's own, on random pixels in batches of
+        1, 3 and 8.
+
+    Raises:
+        ExportError: for an unknown format, or an export that computes something else.
     """
     if unknown := set(formats) - set(FORMATS):
         raise ExportError(
@@ -54,7 +62,6 @@ def write(
             eager,
             lambda x: loaded(torch.from_numpy(x)).detach().numpy(),
             size,
-            "torch",
             out / "model.pt2",
         )
     if "onnx" in formats:
@@ -65,7 +72,7 @@ def write(
             str(out / "model.onnx"), providers=["CPUExecutionProvider"]
         )
         differences["onnx"] = compare(
-            eager, lambda x: session.run(None, {"images": x})[0], size, "onnx", out / "model.onnx"
+            eager, lambda x: session.run(None, {"images": x})[0], size, out / "model.onnx"
         )
     meta = {
         "classes": list(classes),
@@ -104,18 +111,25 @@ def _write_onnx(eager: Program, size: int, path: Path) -> None:
 
 
 @torch.inference_mode()
-def compare(eager: nn.Module, exported, size: int, kind: str, path: Path) -> float:  # type: ignore[no-untyped-def]
-    """The largest difference of a logit. Raises ExportError, and removes the file, where it is more than rounding."""
+def compare(
+    eager: nn.Module, exported: Callable[[np.ndarray], np.ndarray], size: int, path: Path
+) -> float:
+    """The largest difference of a logit between the model and its export in the file `path`.
+
+    Raises:
+        ExportError: it is more than rounding; the file is removed.
+    """
     rng = np.random.default_rng(0)
     worst = 0.0
     for batch in (1, 3, 8):
         x = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
         own = eager(torch.from_numpy(x)).numpy()
-        away = float(np.abs(exported(x) - own).max())
-        if not away <= TOLERANCE * max(1.0, float(np.abs(own).max())):
+        difference = float(np.abs(exported(x) - own).max())
+        if not difference <= TOLERANCE * max(1.0, float(np.abs(own).max())):
             path.unlink(missing_ok=True)
             raise ExportError(
-                f"the {kind} export differs from the model by {away:.2g} in a logit; it was not kept. Try another torch version, or another format"
+                f"the export {path.name} differs from the model by {difference:.2g} in a logit; it "
+                "was not kept. Try another torch version, or another format"
             )
-        worst = max(worst, away)
+        worst = max(worst, difference)
     return worst

@@ -1,8 +1,10 @@
-"""A trained model as an MLflow model that anyone can load: no ftlib, no pickle, preprocessing inside.
+"""Packages a trained model as an MLflow model that anyone can load: no ftlib and no pickle needed.
 
-A package is a folder: `MLmodel`, `image_classifier.py` (a models-from-code pyfunc) and `picture.py`
-(how files become pixels), `artifacts/program.pt2` (torch.export), `artifacts/meta.json`, `artifacts/model.safetensors` (torchvision's keys, for training on and for other tools), and `README.md`, the
-model card. torch.export files are tied to the torch that reads them; the safetensors file is what outlives it.
+A package is a folder: `MLmodel`, `image_classifier.py` (a models-from-code pyfunc), `picture.py`
+(how files become pixels), `artifacts/program.pt2` (torch.export, preprocessing inside),
+`artifacts/meta.json`, `artifacts/model.safetensors` (the weights under the model library's names,
+for training on and for other tools) and `README.md`, the model card. torch.export files are tied
+to the torch that reads them; the safetensors file outlives it.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,11 +31,12 @@ from torch import Tensor, nn
 
 from ftlib import picture
 from ftlib.config import Run
+from ftlib.packaging.model_card import evaluation_size, model_card
 from ftlib.settings import to_dict
+from ftlib.track.store import ensure_store, first_line, reach, resolve_uri
 
-logging.getLogger("mlflow.types.type_hints").setLevel(
-    logging.ERROR
-)  # pictures of several forms are described by a union, on purpose
+# Pictures of several forms are described by a union, on purpose.
+logging.getLogger("mlflow.types.type_hints").setLevel(logging.ERROR)
 with warnings.catch_warnings():  # mlflow.pyfunc warns about its own type hints while it is imported
     warnings.simplefilter("ignore")
     import mlflow.models
@@ -41,7 +44,7 @@ with warnings.catch_warnings():  # mlflow.pyfunc warns about its own type hints 
 
     from ftlib.packaging import image_classifier
 
-BAR = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
+PROGRESS_BAR = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
 CODE = Path(image_classifier.__file__)
 PICTURE_CODE = Path(picture.__file__)
 REQUIREMENTS = ("torch", "numpy", "pillow", "pandas", "mlflow")
@@ -52,33 +55,41 @@ class PackageError(ValueError):
     """A package that cannot be written or read; the message says why and what to do."""
 
 
+class PackagedModel(Protocol):
+    """A loaded package: MLflow's PyFuncModel, as far as it is used here."""
+
+    def predict(self, data: Any, params: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        """One entry per picture; see `ftlib.packaging.image_classifier`."""
+
+    def unwrap_python_model(self) -> image_classifier.ImageClassifier:
+        """The classifier itself."""
+
+
 class Program(nn.Module):
-    """A classifier from pixels: uint8[b, S, S, 3] -> logits float32[b, C], normalisation included."""
+    """A classifier of pixels: uint8[b, S, S, 3] -> logits float32[b, C], normalization inside."""
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+        self.scale: Tensor
+        self.shift: Tensor
         self.register_buffer("scale", torch.tensor([1 / (255 * s) for s in std]))
         self.register_buffer("shift", torch.tensor([-m / s for m, s in zip(mean, std)]))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model(
-            torch.addcmul(self.shift, images.to(torch.float32), self.scale).permute(0, 3, 1, 2)
-        )
-
-
-def evaluation_size(run: Run) -> tuple[int, int]:
-    """(side of the model's input, length the shorter side of a picture is resized to), in pixels."""
-    size = run.eval_size
-    return size, max(size, round(size / run.evaluate.crop))
+        normalized = torch.addcmul(self.shift, images.to(torch.float32), self.scale)
+        logits: Tensor = self.model(normalized.permute(0, 3, 1, 2))
+        return logits
 
 
 def export(model: nn.Module, run: Run) -> torch.export.ExportedProgram:
-    """The model with its normalisation for the run's evaluation size and any batch size, on the CPU in float32."""
+    """The model with its normalization as a program for the CPU in float32.
+
+    It takes the run's evaluation size and any batch size.
+    """
     size, _ = evaluation_size(run)
-    example = torch.zeros(
-        2, size, size, 3, dtype=torch.uint8
-    )  # a batch of one would freeze the batch size at one
+    # Two images: an example of one would freeze the batch size at one.
+    example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
     program = torch.export.export(
         Program(model, run.data.mean, run.data.std),
         (example,),
@@ -98,11 +109,18 @@ def package(
     data: Mapping[str, Any] | None = None,
     calibrated_on: str = "",
 ) -> Path:
-    """Write the package to the folder `out` (which must not exist or be empty) and return it.
+    """Write the package to the folder `out` and return it.
 
-    scores: metric name -> value, for the card and the metadata. temperature: what logits are divided
-    by (1 for none), fitted on `calibrated_on`. data: name and digest of the training data, and
-    `rules`, the options it was prepared with: pictures are then read in the same way.
+    Args:
+        scores: metric name -> value, for the card and the metadata.
+        temperature: what logits are divided by; 1 leaves them as they are.
+        out: must not exist or be empty.
+        data: name and digest of the training data, and `rules`, the options it was prepared with:
+            pictures are then read in the same way.
+        calibrated_on: what the temperature was fitted on, for the card.
+
+    Raises:
+        PackageError: `out` is not empty.
     """
     out = Path(out)
     if out.exists() and any(out.iterdir()):
@@ -146,10 +164,22 @@ def package(
             )
     _forget_paths(out)
     shutil.copyfile(PICTURE_CODE, out / "picture.py")
-    (out / "README.md").write_text(
-        card(run, classes, scores, temperature, data or {}, calibrated_on), "utf-8"
+    text = model_card(
+        run,
+        classes,
+        scores=scores,
+        temperature=temperature,
+        data=data or {},
+        calibrated_on=calibrated_on,
+        program_bytes=(out / "artifacts" / "program.pt2").stat().st_size,
     )
+    (out / "README.md").write_text(text, "utf-8")
     return out
+
+
+def size_bytes(folder: Path) -> int:
+    """Bytes of all files of a package."""
+    return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
 
 
 def picture_rules(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,52 +207,76 @@ def example() -> bytes:
     return buffer.getvalue()
 
 
-def load(uri: str, tracking: str = "") -> Any:
-    """The packaged model at a folder, `models:/NAME@ALIAS`, `models:/m-...` or `runs:/...` (an mlflow PyFuncModel). `tracking` is the
-    MLflow tracking URI to ask for names.
+def locate(address: str, tracking_uri: str = "") -> tuple[str, str]:
+    """(the model's address, the tracking address to ask for it or "") from what a user wrote.
 
-    Raises PackageError naming what is missing.
+    `models:/...` and `runs:/...` are asked of the first that is given: `tracking_uri`,
+    $MLFLOW_TRACKING_URI, the database below $FTLIB_HOME; registered names of $MLFLOW_REGISTRY_URI
+    if it is set. Anything else is a folder, which becomes absolute.
+
+    Raises:
+        TrackingError: the store cannot be reached.
+    """
+    if not address.startswith(("models:/", "runs:/")):
+        return str(Path(address).expanduser().absolute()), ""
+    tracking = resolve_uri(tracking_uri)
+    ensure_store(tracking)
+    reach(tracking)
+    return address, tracking
+
+
+def load(uri: str, tracking: str = "") -> PackagedModel:
+    """The packaged model at a folder, `models:/NAME@ALIAS`, `models:/m-...` or `runs:/...`.
+
+    Args:
+        tracking: the MLflow tracking address to ask for names.
+
+    Raises:
+        PackageError: with what is missing.
     """
     try:
         if tracking:
             mlflow.set_tracking_uri(tracking)
         with _quiet():
-            return mlflow.pyfunc.load_model(uri)
+            loaded: PackagedModel = mlflow.pyfunc.load_model(uri)
+            return loaded
     except (mlflow.exceptions.MlflowException, OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PackageError(
-            f"{uri} cannot be loaded as a packaged model: {first}. Name a package's folder, or models:/NAME@ALIAS of the tracking server"
+            f"{uri} cannot be loaded as a packaged model: {first_line(error)}. {_ADDRESSES}"
         ) from error
 
 
 def check(uri: str, tracking: str = "") -> None:
-    """PackageError unless there is a package at the address; reads its description only, not the weights."""
+    """Raise PackageError unless there is a package; reads its description, not the weights."""
     try:
         if tracking:
             mlflow.set_tracking_uri(tracking)
         mlflow.models.get_model_info(uri)
     except (mlflow.exceptions.MlflowException, OSError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PackageError(
-            f"{uri} is no packaged model: {first}. Name a package's folder, or models:/NAME@ALIAS of the tracking server"
+            f"{uri} is no packaged model: {first_line(error)}. {_ADDRESSES}"
         ) from error
 
 
+_ADDRESSES = "Name a package's folder, or models:/NAME@ALIAS of the tracking server"
+
+
 def _release(name: str) -> str:
-    """The version without a local part such as +cpu, which no index has."""
+    """The version without a local part such as +cpu, which package indexes do not have."""
     return version(name).partition("+")[0]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No advice and no progress bars from mlflow: inputs are described by their type hint on purpose, the requirements are pinned."""
-    loggers = [
-        logging.getLogger(name)
-        for name in ("mlflow.pyfunc", "mlflow.models", "mlflow.types.type_hints", "mlflow.utils")
-    ]
+    """Silence MLflow's advice and progress bars.
+
+    Inputs are described by their type hint on purpose, and the requirements are pinned.
+    """
+    names = ("mlflow.pyfunc", "mlflow.models", "mlflow.types.type_hints", "mlflow.utils")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
-    bar = os.environ.get(BAR)
-    os.environ[BAR] = "false"
+    bar = os.environ.get(PROGRESS_BAR)
+    os.environ[PROGRESS_BAR] = "false"
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
@@ -232,13 +286,13 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
-        os.environ.pop(BAR)
+        os.environ.pop(PROGRESS_BAR)
         if bar is not None:
-            os.environ[BAR] = bar
+            os.environ[PROGRESS_BAR] = bar
 
 
 def _forget_paths(out: Path) -> None:
-    """mlflow writes the absolute paths of the machine into MLmodel; loading does not need them."""
+    """Remove this machine's absolute paths from MLmodel; loading does not need them."""
     described = mlflow.models.Model.load(str(out))
     flavor = described.flavors["python_function"]
     flavor["model_code_path"] = Path(flavor["model_code_path"]).name
@@ -246,87 +300,3 @@ def _forget_paths(out: Path) -> None:
         artifact["uri"] = artifact["path"]
     described.save(str(out / "MLmodel"))
     shutil.rmtree(out / "__pycache__", ignore_errors=True)
-
-
-def card(
-    run: Run,
-    classes: Sequence[str],
-    scores: Mapping[str, float],
-    temperature: float,
-    data: Mapping[str, Any],
-    calibrated_on: str,
-) -> str:
-    """The model card (Mitchell et al. 2019), Markdown."""
-    size, short = evaluation_size(run)
-    shown = ", ".join(list(classes)[:30]) + (
-        f" and {len(classes) - 30} more (meta.json)" if len(classes) > 30 else ""
-    )
-    dataset = (
-        f"{data['name']} (digest {str(data.get('digest', ''))[:12]})"
-        if data.get("name")
-        else run.data.path or "not recorded"
-    )
-    mixing = (
-        ", ".join(
-            f"{name} alpha {alpha:g}"
-            for name, alpha in (("Mixup", run.mix.mixup_alpha), ("CutMix", run.mix.cutmix_alpha))
-            if alpha
-        )
-        or "none"
-    )
-    policy = (
-        "TrivialAugment"
-        if run.augment.trivialaugment
-        else f"RandAugment N {run.augment.randaugment_n}, M {run.augment.randaugment_m:g}"
-        if run.augment.randaugment_n
-        else "crop, flip, colour jitter"
-    )
-    ema = (
-        f", exponential moving average of the weights (decay {run.train.ema_decay:g})"
-        if run.train.ema_decay
-        else ""
-    )
-    lines = [
-        f"# {run.name or run.stage}: {run.model.arch} for {len(classes)} classes",
-        "",
-        "## Use",
-        "```python",
-        "import mlflow",
-        'model = mlflow.pyfunc.load_model("THIS FOLDER, OR models:/NAME@ALIAS")',
-        'model.predict([open("picture.jpg", "rb").read()], params={"top_k": 3})',
-        "```",
-        "Pictures go in as bytes, `pathlib.Path` or base64 text; class names and probabilities come out.",
-        "",
-        "## Classes",
-        shown,
-        "",
-        "## Data",
-        f"Trained on {dataset}"
-        + (
-            f", {run.data.subset:.0%} of it (stratified, seed {run.data.subset_seed})."
-            if run.data.subset < 1
-            else "."
-        ),
-        "",
-        "## Recipe",
-        f"{run.train.epochs} epochs at {run.augment.size} px, batch {run.train.batch_size}, {type(run.optimizer).__name__} (lr {run.optimizer.lr:g}), "
-        f"{type(run.schedule).__name__}, {type(run.loss).__name__}; augmentation: {policy}; mixing: {mixing}; dropout {run.model.dropout:g}; started from {run.model.init_from}{ema}. "
-        "The whole recipe is in `artifacts/meta.json`.",
-        "",
-        "## Scores",
-        *(f"- {name}: {value:.4g}" for name, value in scores.items()),
-        "",
-        "## Preprocessing",
-        f"The shorter side is resized to {short} px (antialiased, aspect ratio kept), the central {size} x {size} px are used. Transparent pictures are laid on a background.",
-        "",
-        "## Probabilities",
-        f"Softmax of the logits divided by {temperature:.4g}"
-        + (f", fitted on {calibrated_on}." if calibrated_on else "."),
-        "",
-        "## Limits",
-        "- It always names one of the classes above, also for pictures of anything else; a low probability is a hint, not a proof, that a picture is foreign.",
-        "- The scores hold for pictures like those of the data above. Other cameras, places, crops or qualities can be worse, and the probabilities are then too sure.",
-        "- Only the centre of a picture is seen: what lies at the far ends of a wide or tall one is cut off.",
-        "- Scores per class and the worst mistakes are in the run's report; look at them before relying on a class.",
-    ]
-    return "\n".join(lines) + "\n"

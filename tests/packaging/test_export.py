@@ -60,7 +60,6 @@ def test_an_export_that_computes_something_else_is_not_kept(model, tmp_path):
             export.Program(model, RUN.data.mean, RUN.data.std),
             lambda x: np.zeros((len(x), 6), np.float32),
             32,
-            "torch",
             path,
         )
     assert not path.exists()
