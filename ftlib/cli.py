@@ -36,6 +36,7 @@ from ftlib.config import Run
 from ftlib.flags import Commas, Flag, FormerValue, OptionalFile, Repeatable, flags_of
 from ftlib.settings import ConfigError, Settings, from_json, hints, nearest, override, to_json
 from ftlib.text import hide_password, printable, shorten
+from ftlib.track import background
 
 UNIONS = ("loss", "optimizer", "schedule")
 MOST_USED = (
@@ -91,12 +92,13 @@ O = TypeVar("O")  # noqa: E741
 # --- how a job ends -------------------------------------------------------------------------------
 
 
-def job(main: Callable[[], Any]) -> None:
+def job(main: Callable[[], Any], *, deliver_leftovers: bool = True) -> None:
     """Run a job's `main` and end the process with the exit code that all jobs share.
 
     0: done (or what `main` returns, if that is a number). 1: it failed. 2: what the user wrote is
     wrong. 130 and 143: Ctrl-C and SIGTERM. Faults that are understood print one message; others a
-    traceback, and with FTLIB_TRACEBACK=1 all do.
+    traceback, and with FTLIB_TRACEBACK=1 all do. While `main` works, what earlier runs on this home
+    could not deliver to MLflow is delivered, unless `deliver_leftovers` is off.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -105,7 +107,8 @@ def job(main: Callable[[], Any]) -> None:
     _end_on_sigterm()
     try:
         _same_checkout(main)
-        code = main()
+        with background.delivery() if deliver_leftovers else contextlib.nullcontext():
+            code = main()
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("\nInterrupted. The same command starts again or goes on.", file=sys.stderr)

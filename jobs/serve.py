@@ -12,7 +12,6 @@ import signal
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from ftlib.checks import check_model_folder

@@ -89,4 +89,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    job(main)
+    job(main, deliver_leftovers=False)

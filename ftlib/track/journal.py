@@ -300,6 +300,12 @@ def acquire(folder: Path) -> bool:
         return True
 
 
+def is_held_here(folder: Path) -> bool:
+    """Whether this very process has the right to deliver a folder's journals."""
+    with _held_lock:
+        return str(Path(folder).resolve()) in _held
+
+
 def release(folder: Path) -> None:
     """Give up the right to deliver a folder's journals."""
     with _held_lock:

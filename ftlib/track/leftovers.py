@@ -1,19 +1,15 @@
 """Journals that MLflow does not have yet though their run has ended: found, delivered, described.
 
 A driver leaves one behind when it dies, or when the server was away at the run's end. The next job
-on the same home delivers it: `deliver_in_background` in a process of its own, `deliver_run` for
-the run whose command was given again, and the delivery thread of a run that trains.
+on the same home delivers it: `deliver_run` for the run whose command was given again, the delivery
+thread of a run that trains, and for other jobs a process of its own (`ftlib.track.background`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import socket
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ftlib.clock import now_ms
-from ftlib.paths import home
 from ftlib.track import journal as journals
 from ftlib.track import library_log
 from ftlib.track.journal import State, close_journal, encode, journal_at, opening, read_all
@@ -33,7 +28,6 @@ from ftlib.track.store import (
     client,
     ensure_store,
     first_line,
-    host_and_port,
     is_same_store,
     reach,
     request_timeout,
@@ -50,10 +44,8 @@ NOT_JOURNALS = ("checkpoints", "best", "report", "files", "models", "mlflow-arti
 """Folders below a home or a run in which no journals are looked for."""
 TRY_SECONDS = (16, 32, 64, 120)
 """How long a request may take, try by try, when the server is slow."""
-BACKGROUND_DELAY_SECONDS = 2.0
-"""A job that ends sooner (--help, a typing mistake) delivers nothing."""
 BACKGROUND_SECONDS = 600
-"""Longest life of the process that delivers in the background."""
+"""How long the process that delivers in the background goes on."""
 
 
 def deliver_folder(
@@ -232,57 +224,6 @@ def _waiting(root: Path) -> list[Path]:
     folders = sorted((Path(root) / "runs").glob(f"*/{journals.FOLDER}"))
     folders += sorted((Path(root) / "runs").glob(f"*/*/{journals.FOLDER}"))
     return [folder for folder in folders if journals.undelivered(folder)]
-
-
-def _is_up(uri: str) -> bool:
-    """Whether somebody listens at the address; files and services count as up."""
-    place = host_and_port(uri) if sqlite_path(uri) is None else None
-    if place is None:
-        return True
-    with contextlib.suppress(OSError), contextlib.closing(socket.create_connection(place, 1.0)):
-        return True
-    return False
-
-
-def deliver_in_background(root: Path | None = None) -> subprocess.Popen[bytes] | None:
-    """Start a process that delivers what waits below a home ($FTLIB_HOME), if anything does.
-
-    Costs a look at the journals' states. The process is separate because importing MLflow beside
-    the job's own imports is not safe in threads. It ends by itself; nothing is lost if it is
-    killed.
-    """
-    root = root or home()
-    addresses = {
-        _address((opening(path) or {}).get("uri", ""))
-        for folder in _waiting(root)
-        for path in journals.undelivered(folder)
-    }
-    if not any(address is not None and _is_up(address) for address in addresses):
-        return None
-    return subprocess.Popen(
-        [sys.executable, "-m", "ftlib.track.leftovers", str(root)],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        cwd=Path(__file__).parents[2],
-    )
-
-
-@contextlib.contextmanager
-def background_delivery(delay_seconds: float = BACKGROUND_DELAY_SECONDS) -> Iterator[None]:
-    """Call `deliver_in_background` if what is inside takes longer than `delay_seconds`."""
-
-    def start() -> None:
-        with contextlib.suppress(Exception):
-            deliver_in_background()
-
-    timer = threading.Timer(delay_seconds, start)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 # --- for people -----------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 
 from ftlib.config import Track
 from ftlib.process_identity import machine_id
+from ftlib.track import background, library_log
 from ftlib.track import journal as journals
-from ftlib.track import library_log
 from ftlib.track.delivery_thread import DeliveryThread
 from ftlib.track.journal import State, close_journal, journal_file, opening
 from ftlib.track.redact import redact
@@ -62,6 +62,8 @@ FINISH_SECONDS = 5.0
 """How long all runs of a `Tracking` together wait for a server that fails or is slow."""
 FINISH_HEALTHY_SECONDS = 600.0
 """How long finishing waits for a server that keeps taking what it gets."""
+ACQUIRE_SECONDS = 15.0
+"""How long opening waits for another process that delivers the same folder."""
 START_SECONDS = 9.0
 """How long starting waits until the server has made the run."""
 
@@ -280,6 +282,7 @@ def open_tracking(
             answer within 10 s.
     """
     folder = Path(journal_dir).absolute()
+    background.stop()
     check_addresses(cfg)
     uri = resolve_uri(cfg.uri)
     name = cfg.experiment or experiment
@@ -306,10 +309,17 @@ def open_tracking(
 
 
 def _acquire(folder: Path) -> None:
-    """Make the journal folder this process's own."""
+    """Make the journal folder this process's own.
+
+    Waits a little: another job may be delivering what an earlier driver left in it.
+    """
+    deadline = time.monotonic() + ACQUIRE_SECONDS
     try:
         folder.mkdir(parents=True, exist_ok=True)
         is_ours = journals.acquire(folder)
+        while not is_ours and not journals.is_held_here(folder) and time.monotonic() < deadline:
+            time.sleep(0.2)
+            is_ours = journals.acquire(folder)
     except OSError as error:
         raise TrackingError(
             f"the tracking journal cannot be kept in {folder} ({error}). Free space or permissions "
