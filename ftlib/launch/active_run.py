@@ -31,7 +31,7 @@ from ftlib.track.lineage import run_tags
 from ftlib.track.logged_params import params_of
 from ftlib.track.tracking import TrackedRun, open_tracking, warm_up
 from ftlib.track.writer import Writer
-from ftlib.training import seen_rows
+from ftlib.training import checkpoint, seen_rows
 from ftlib.training.initial_weights import materialize
 
 
@@ -141,7 +141,7 @@ class ActiveRun:
             status="completed",
             metrics=metrics,
             run_dir=prepared.run_dir,
-            best_dir=finalize.best_folder(prepared.run_dir),
+            best_dir=self._best_folder(result),
             mlflow_run_id=self.tracked.run_id,
             mlflow_url=self.tracked.url,
             gates=gates.check(run.gates, metrics, start),
@@ -178,6 +178,13 @@ class ActiveRun:
         else:
             outcome = "failed"
         self.end(outcome, f"{type(error).__name__}: {error}")
+
+    def _best_folder(self, result: TrainingResult) -> str:
+        """The folder of the weights that the scores are of. StorageError where they differ."""
+        if not result["best_epoch"]:
+            return ""
+        run_dir = self.prepared.run_dir
+        return checkpoint.verify_best(run_dir, result["best_step"], result["best_epoch"])
 
     def _figures(self, result: TrainingResult) -> list[str]:
         prepared = self.prepared

@@ -20,6 +20,9 @@ class TrainingResult(TypedDict):
     """The scored split: val or tuning."""
     step: int
     """Optimizer steps taken."""
+    best_step: int
+    """The step of the best model's weights; 0 where nothing was scored."""
+    best_epoch: int
 
 
 @dataclass(frozen=True)

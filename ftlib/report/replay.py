@@ -125,6 +125,9 @@ class _OneStep(loop.Training):
             buffer.stats.copy_(buffer.base)
         super().microbatch(batch, buffer)
 
+    def reconcile_best(self) -> None:
+        """The scratch folder holds no best model, and none is wanted."""
+
     def finish_epoch(self) -> None:
         if self.state.step > self.wanted:
             raise _StepReachedError

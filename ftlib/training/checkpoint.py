@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -84,12 +85,50 @@ def latest(uri: str, only: int | None = None) -> tuple[int, dict[str, Any]] | No
     return None
 
 
+def read_best(run_dir: str, step: int) -> dict[str, Any] | None:
+    """model.json of the best model of `step`, every byte of its folder checked; None where it is
+    not there or damaged."""
+    try:
+        files, _ = storage.read_folder(join(run_dir, "best", step_name(step)))
+        return json.loads(files["model.json"])
+    except (DamagedError, StorageError, KeyError, ValueError):
+        return None
+
+
+def verify_best(run_dir: str, step: int, epoch: int) -> str:
+    """The folder of the best model, which is the one of this step and epoch.
+
+    Raises StorageError where another model, a damaged one or none is there: its scores would be
+    those of weights that it does not hold.
+    """
+    about = read_best(run_dir, step)
+    if about is None or (about.get("step"), about.get("epoch")) != (step, epoch):
+        held = "nothing that verifies"
+        if about is not None:
+            held = f"the model of epoch {about.get('epoch')}"
+        raise StorageError(
+            f"{join(run_dir, 'best', step_name(step))} should hold the best model, of epoch "
+            f"{epoch}, and holds {held}. Give the same command again: the run goes on from its "
+            "newest checkpoint and writes its best model anew"
+        )
+    return join(run_dir, "best", step_name(step))
+
+
+@dataclass(frozen=True)
+class _BestModel:
+    step: int
+    weights: dict[str, torch.Tensor]
+    about: dict[str, Any]
+
+
 class CheckpointWriter:
     """Writes one run's checkpoints in a background thread; used by rank 0 only.
 
-    A write that fails is tried again once; after MAX_FAILED_WRITES checkpoints in a row that
-    failed, `check` raises StorageError. Training goes on meanwhile, and older checkpoints stay as
-    they are.
+    Checkpoints and best models are counted apart. A write that fails is tried again once. A best
+    model that could not be written is kept in memory and tried again before every later write.
+    After MAX_FAILED_WRITES failures in a row of one kind `check` raises StorageError. Training goes
+    on meanwhile, and older files stay as they are: an earlier best model is deleted only once a
+    checkpoint that names the new one is on disk.
 
     Before each write and each deletion `fence` is called, which raises when another launch has
     taken the run over. `owner` names this launch in the manifests.
@@ -109,7 +148,9 @@ class CheckpointWriter:
         self.keep_last, self.keep_best = keep_last, keep_best
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: list[Future[None]] = []
-        self._failed: list[StorageError] = []
+        self._failed_checkpoints: list[StorageError] = []
+        self._failed_bests: list[StorageError] = []
+        self._unsaved_best: _BestModel | None = None  # of the writing thread
         self._lock = threading.Lock()
         for uri in (self.checkpoints, self.best):
             storage.delete_temporary(uri)
@@ -129,66 +170,87 @@ class CheckpointWriter:
                 {"state.pt": buffer.getvalue()},
                 {"step": step, "owner": self.owner},
             )
-            self.fence()
-            for old in steps(self.checkpoints)[self.keep_last :]:
-                storage.delete_folder(join(self.checkpoints, step_name(old)))
+            self._delete_old(step)
 
-        self._submit(write, done)
+        def job() -> None:
+            self._retry_best()
+            if self._twice(write, self._failed_checkpoints) and done is not None:
+                done()
+
+        self._submit(job)
 
     def save_best(self, step: int, weights: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
-        """Write `weights` as the best model so far, and keep the `keep_best` newest of these."""
+        """Write `weights` as the best model so far. The next `save` deletes all but the
+        `keep_best` newest."""
         copy = {k: v.contiguous() for k, v in snapshot(weights).items()}
+        best = _BestModel(step, copy, about)
+        self._submit(lambda: self._write_best(best))
 
+    def _write_best(self, best: _BestModel) -> None:
         def write() -> None:
             files = {
-                "model.safetensors": safetensors_save(copy),
-                "model.json": json.dumps(about, indent=2).encode(),
+                "model.safetensors": safetensors_save(best.weights),
+                "model.json": json.dumps(best.about, indent=2).encode(),
             }
             storage.write_folder(
-                join(self.best, step_name(step)), files, {"step": step, "owner": self.owner}
+                join(self.best, step_name(best.step)),
+                files,
+                {"step": best.step, "owner": self.owner},
             )
-            self.fence()
-            for old in steps(self.best)[self.keep_best :]:
-                storage.delete_folder(join(self.best, step_name(old)))
 
-        self._submit(write, None)
+        self._unsaved_best = None if self._twice(write, self._failed_bests) else best
 
-    def _submit(self, write: Callable[[], None], done: Callable[[], None] | None) -> None:
-        self.check()
+    def _retry_best(self) -> None:
+        """Write the newest best model, if that has failed before."""
+        if self._unsaved_best is not None:
+            self._write_best(self._unsaved_best)
 
-        def guarded() -> None:
-            for attempt in (1, 2):
-                try:
-                    self.fence()
-                    write()
-                except StorageError as error:
-                    log.warning("%s (try %d of 2)", error, attempt)
-                    if attempt == 2:
-                        with self._lock:
-                            self._failed.append(error)
-                    else:
-                        time.sleep(1)
-                else:
+    def _delete_old(self, step: int) -> None:
+        """Once the checkpoint of `step` is safe. Best models of later steps are left over from
+        before a restart at an earlier one: they are written again in their turn."""
+        self.fence()
+        for old in steps(self.checkpoints)[self.keep_last :]:
+            storage.delete_folder(join(self.checkpoints, step_name(old)))
+        bests = steps(self.best)
+        kept = [s for s in bests if s <= step][: self.keep_best]
+        for old in set(bests) - set(kept):
+            storage.delete_folder(join(self.best, step_name(old)))
+
+    def _twice(self, write: Callable[[], None], failed: list[StorageError]) -> bool:
+        """Whether `write` succeeded at the first or second try; failures in a row are counted."""
+        for attempt in (1, 2):
+            try:
+                self.fence()
+                write()
+            except StorageError as error:
+                log.warning("%s (try %d of 2)", error, attempt)
+                if attempt == 2:
                     with self._lock:
-                        self._failed.clear()
-                    if done is not None:
-                        done()
-                    return
+                        failed.append(error)
+                else:
+                    time.sleep(1)
+            else:
+                with self._lock:
+                    failed.clear()
+                return True
+        return False
 
-        while (
-            len(self._pending) > 1
-        ):  # at most two copies of the weights wait in memory: a best model and the state after it
+    def _submit(self, job: Callable[[], None]) -> None:
+        self.check()
+        # At most two copies of the weights wait in memory: a best model and the state after it.
+        while len(self._pending) > 1:
             self._pending.pop(0).result()
-        self._pending.append(self._pool.submit(guarded))
+        self._pending.append(self._pool.submit(job))
 
     def check(self) -> None:
-        """Raise when the storage has failed for too long."""
+        """Raise StorageError when the storage has failed for too long."""
+        kinds = (("checkpoints", self._failed_checkpoints), ("best models", self._failed_bests))
         with self._lock:
-            if len(self._failed) >= MAX_FAILED_WRITES:
-                raise StorageError(
-                    f"{len(self._failed)} checkpoints in a row could not be written: "
-                    f"{self._failed[-1]}"
-                )
+            for kind, failed in kinds:
+                if len(failed) >= MAX_FAILED_WRITES:
+                    raise StorageError(
+                        f"{len(failed)} {kind} in a row could not be written: {failed[-1]}"
+                    )
         for future in [f for f in self._pending if f.done()]:
             self._pending.remove(future)
             future.result()
@@ -196,13 +258,15 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Until everything handed over is on disk.
 
-        Raises StorageError if the newest checkpoint is not.
+        Raises StorageError if the newest checkpoint or the best model is not.
         """
+        self._pending.append(self._pool.submit(self._retry_best))
         while self._pending:
             self._pending.pop(0).result()
         with self._lock:
-            if self._failed:
-                raise self._failed[-1]
+            for failed in (self._failed_checkpoints, self._failed_bests):
+                if failed:
+                    raise failed[-1]
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)

@@ -232,6 +232,13 @@ def _of_run(run_dir: str, wanted: str) -> InitialWeights:
         )
     source = _read_source(join(run_dir, "best", checkpoint.step_name(steps[0])), wanted)
     result = storage.read_json(join(run_dir, "result.json")) or {}
+    scored = result.get("metrics", {}).get("best/epoch")
+    held = source.about.get("epoch", scored)
+    if scored is not None and held != scored:
+        raise ConfigError(
+            f"model.init_from = {wanted}: {source.uri} holds the weights of epoch {held:g}, and "
+            f"the run's scores are of epoch {scored:g}. Train that run again under another name"
+        )
     return dataclasses.replace(source, result=result)
 
 

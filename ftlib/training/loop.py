@@ -9,6 +9,8 @@ microbatch). Between log points nothing waits for a GPU.
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -37,6 +39,8 @@ from ftlib.training.worker_context import (
     OutOfMemoryError,
     WorkerContext,
 )
+
+log = logging.getLogger("ftlib.training")
 
 
 def train(context: WorkerContext) -> dict[str, Any]:
@@ -126,11 +130,15 @@ class Training:
                     self.stop_on_request()
             if self.writer is not None:
                 self.writer.wait()
+                if state.best_epoch:
+                    checkpoint.verify_best(context.run_dir, state.best_step, state.best_epoch)
         return {
             "metrics": self.log.final_metrics(),
             "history": state.history,
             "split": self.split,
             "step": state.step,
+            "best_step": state.best_step,
+            "best_epoch": state.best_epoch,
         }
 
     def batches(self) -> Batches:
@@ -372,6 +380,56 @@ class Training:
             row = self.state.history[-1]
             self.log.send(row, int(row["epoch"]))
             self.state.points.clear()
+        if self.state.best_epoch:
+            self.reconcile_best()
+
+    def reconcile_best(self) -> None:
+        """After a restart: let `best/` hold what the state calls best.
+
+        A best model whose writing failed is written again from the state, if the state is of that
+        very step. Else its weights are lost, and the best model is the best of those that are left.
+        """
+        state = self.state
+        chosen = [(state.best, state.best_epoch, state.best_step)]
+        if self.writer is not None:
+            about = checkpoint.read_best(self.context.run_dir, state.best_step)
+            if about is None or about.get("epoch") != state.best_epoch:
+                chosen = [self._best_left(self.writer)]
+        if self.context.world > 1:
+            dist.broadcast_object_list(chosen, src=0)
+        state.best, state.best_epoch, state.best_step = chosen[0]
+
+    def _best_left(self, writer: checkpoint.CheckpointWriter) -> tuple[float, int, int]:
+        """(score, epoch, step) of the best model among those on disk and the present weights, which
+        are written where they are it."""
+        state, name = self.state, f"{self.split}/top1"
+        found: list[tuple[float, int, int]] = [(-math.inf, 0, 0)]
+        for step in checkpoint.steps(join(self.context.run_dir, "best")):
+            about = checkpoint.read_best(self.context.run_dir, step)
+            if about is not None and step <= state.step and name in about.get("scores", {}):
+                found.append((about["scores"][name], int(about["epoch"]), step))
+        row = state.history[-1] if state.history else {}
+        scored = state.step % self.steps_per_epoch == 0 and name in row
+        if scored:
+            found.append((row[name], int(row["epoch"]), state.step))
+        best = max(found)
+        if (state.best, state.best_epoch, state.best_step) != best:
+            log.warning(
+                "the best model, of epoch %d (%.2f %%), could not be written before the restart "
+                "and is lost; the best one left is of epoch %d (%.2f %%)",
+                state.best_epoch,
+                state.best,
+                best[1],
+                best[0],
+            )
+        if scored and best[2] == state.step:
+            scores = {k: v for k, v in row.items() if k in self._score_names()}
+            weights = state.scored_model.state_dict()
+            writer.save_best(state.step, weights, self.log.about(best[1], scores))
+        return best
+
+    def _score_names(self) -> tuple[str, ...]:
+        return tuple(f"{self.split}/{name}" for name in ("loss", "top1", "top5"))
 
     def update_frozen(self, epoch: int) -> None:
         """Freeze or thaw as model.freeze_epochs and model.unfreeze_every say.

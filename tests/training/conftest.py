@@ -13,6 +13,9 @@ class MemorySplit:
     def __len__(self):
         return len(self.labels)
 
+    def labels_of(self, rows):
+        return self.labels[rows]
+
     def image(self, row):
         return self.images[row]
 

@@ -1,0 +1,195 @@
+"""The best model on disk is the one that the scores name, whatever fails to be written:
+`checkpoint.CheckpointWriter` and `loop.Training` together."""
+
+import errno
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ftlib import storage
+from ftlib.config import Run
+from ftlib.settings import override
+from ftlib.storage import StorageError
+from ftlib.training import checkpoint, loop
+from ftlib.training.checkpoint import CheckpointWriter, steps
+from ftlib.training.loop import InterruptedTrainingError, WorkerContext, train
+from tests.training.conftest import MemoryDataset
+
+BASE = {
+    "model.arch": "squeezenet1_1",
+    "augment.size": 17,
+    "augment.crop_scale": [0.9, 1.0],
+    "optimizer": "SGD",
+    "optimizer.lr": 0.02,
+    "train.epochs": 3,
+    "train.batch_size": 8,
+    "train.microbatch_size": 8,
+    "train.log_every": 1,
+    "checkpoint.every_seconds": 0,
+    "evaluate.batch_size": 16,
+}
+SCORES = {1: 20.0, 2: 30.0, 3: 25.0}
+"""Validation top-1 of each epoch, so that the best one is the second."""
+
+
+@pytest.fixture(scope="module")
+def few():
+    """16 training and 4 validation pictures: two steps an epoch."""
+    return MemoryDataset(16, 4, classes=3)
+
+
+class Fixed:
+    """Stands for the counts of an evaluation."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def metrics(self, split):
+        top1 = SCORES[self.epoch]
+        return {f"{split}/loss": 1.0, f"{split}/top1": top1, f"{split}/top5": top1}
+
+
+def fix_scores(patch):
+    patch.setattr(checkpoint.time, "sleep", lambda seconds: None)
+    patch.setattr(
+        loop.Training, "score", lambda self: Fixed(self.state.step // self.steps_per_epoch)
+    )
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    fix_scores(monkeypatch)
+
+
+def recipe():
+    return override(Run(), BASE)
+
+
+def run_in(folder, data, **more):
+    return train(WorkerContext(recipe(), data, str(folder), **more))
+
+
+class Faults:
+    """Makes some of the writes of files fail, counted from 0."""
+
+    def __init__(self, monkeypatch, wanted=lambda number, path: False):
+        self.count, self.wanted = 0, wanted
+        real = storage._write_durably
+
+        def write(path, data):
+            number, self.count = self.count, self.count + 1
+            if self.wanted(number, str(path)):
+                raise OSError(errno.ENOSPC, "x")
+            real(path, data)
+
+        monkeypatch.setattr(storage, "_write_durably", write)
+
+
+def check_law(folder, result):
+    """Scores, state and weights on disk are of the same epoch."""
+    state = checkpoint.latest(str(folder / "checkpoints"))[1]
+    epoch = int(result["metrics"]["best/epoch"])
+    assert (state["best_epoch"], result["best_epoch"]) == (epoch, epoch)
+    newest = folder / "best" / checkpoint.step_name(steps(str(folder / "best"))[0])
+    about = json.loads((newest / "model.json").read_text())
+    assert (about["epoch"], about["step"]) == (epoch, state["best_step"])
+    assert about["scores"]["val/top1"] == result["metrics"]["best/val_top1"] == state["best"]
+    return load_file(newest / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(few, tmp_path_factory):
+    """(weights of the best model, writes of a whole run)."""
+    with pytest.MonkeyPatch.context() as patch:
+        faults = Faults(patch)
+        folder = tmp_path_factory.mktemp("undisturbed")
+        fix_scores(patch)
+        result = run_in(folder, few)
+        assert result["best_epoch"] == 2
+        return check_law(folder, result), faults.count
+
+
+@pytest.mark.parametrize("length", [1, 2, 4], ids=["once", "both tries", "for a while"])
+def test_every_write_of_a_run_may_fail(few, undisturbed, tmp_path, monkeypatch, length):
+    """Each write of the run fails in turn, once or for a while. The run ends with the best model
+    that it names, or stops with an error; then the same command ends it with the same model."""
+    best, writes = undisturbed
+    assert writes >= 10
+    for first in range(writes):
+        folder = tmp_path / str(first)
+        faults = Faults(monkeypatch, lambda n, path, k=first: k <= n < k + length)
+        try:
+            result = run_in(folder, few)
+        except StorageError:
+            faults.wanted = lambda n, path: False
+            result = run_in(folder, few)
+        found = check_law(folder, result)
+        assert result["best_epoch"] == 2, first
+        assert all(torch.equal(v, best[k]) for k, v in found.items()), first
+
+
+def test_a_best_model_that_could_not_be_written_is_tried_again(few, tmp_path, monkeypatch):
+    """Both tries fail, and the checkpoint after it succeeds: today's silent case."""
+    tries = []
+
+    def wanted(number, path):
+        second = "best" in path and "step-00000004" in path
+        tries.append(second)
+        return second and sum(tries) <= 2
+
+    Faults(monkeypatch, wanted)
+    result = run_in(tmp_path, few)
+    check_law(tmp_path, result)
+    assert result["best_epoch"] == 2 and sum(tries) > 2
+
+
+def test_a_best_model_that_can_never_be_written_stops_the_run(few, tmp_path, monkeypatch):
+    Faults(monkeypatch, lambda number, path: "best" in path and "step-00000004" in path)
+    with pytest.raises(StorageError, match="the disk is full"):
+        run_in(tmp_path, few)
+    assert steps(str(tmp_path / "checkpoints"))[0] == 6
+
+
+def test_weights_lost_before_a_restart_are_not_named_any_more(few, tmp_path, monkeypatch, caplog):
+    """The best model was never written, and the state has gone on: the best one left counts."""
+    faults = Faults(monkeypatch, lambda number, path: "best" in path and "step-00000004" in path)
+    asked = []
+
+    def notice():
+        asked.append(0)
+        return "stop" if len(asked) == 5 else ""
+
+    with pytest.raises((InterruptedTrainingError, StorageError)):
+        run_in(tmp_path, few, notice=notice)
+    assert checkpoint.latest(str(tmp_path / "checkpoints"))[1]["best_epoch"] == 2
+    faults.wanted = lambda number, path: False
+    result = run_in(tmp_path, few)
+    assert "the best model, of epoch 2 (30.00 %)" in caplog.text
+    assert result["best_epoch"] == 3 and result["metrics"]["best/val_top1"] == 25.0
+    check_law(tmp_path, result)
+
+
+def test_a_damaged_best_model_is_not_handed_over(few, tmp_path):
+    result = run_in(tmp_path, few)
+    weights = tmp_path / "best" / "step-00000004" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(StorageError, match="should hold the best model, of epoch 2"):
+        checkpoint.verify_best(str(tmp_path), result["best_step"], result["best_epoch"])
+
+
+def test_an_earlier_best_model_stays_until_a_checkpoint_names_the_new_one(tmp_path):
+    writer = CheckpointWriter(str(tmp_path), keep_last=2, keep_best=1)
+    for step in (1, 2):
+        writer.save_best(step, {"w": torch.ones(2)}, {"epoch": step, "step": step})
+        if step == 1:
+            writer.save(1, {"step": 1})
+    writer.wait()
+    assert steps(str(tmp_path / "best")) == [2, 1]
+    writer.save(2, {"step": 2})
+    writer.wait()
+    writer.close()
+    assert steps(str(tmp_path / "best")) == [2]
