@@ -338,9 +338,15 @@ def _file_column(table: LabelTable, names: FileNames) -> str:
 def _split_column(table: LabelTable, file: str) -> str:
     for column in table.columns:
         if column != file and plain(column) in SPLIT_COLUMNS:
-            values = set(table.column(column))
-            if values and all(split_of(value) for value in values):
+            values = sorted(set(table.column(column)))
+            other = [value for value in values if not split_of(value)]
+            if not other:
                 return column
+            if len(other) < len(values):
+                raise DataError(
+                    f"{table.name}: {listed(other, 3)} in column {column!r} is no split. It needs "
+                    "train, val or test"
+                )
     return ""
 
 
