@@ -236,8 +236,8 @@ class Model(Settings):
     run on the same data set. `run:NAME`, `mlflow:RUN_ID`, `models:/NAME@ALIAS`: that run's best
     model."""
     preprocessing: Literal["weights", "settings"] = "weights"
-    """`weights`: data.mean, data.std and evaluate.crop come with the starting weights where they
-    are left at their defaults. `settings`: they are as they are set."""
+    """`weights`: data.mean and data.std, evaluate.crop and evaluate.interpolation come with the
+    starting weights where they are left at their defaults. `settings`: they are as they are set."""
     reset_head: bool = False
     """Start with a new classifier. Needed if the starting weights are of an ftlib run on other
     classes; published weights and files get one by themselves where the number differs."""
@@ -529,6 +529,8 @@ class Evaluate(Settings):
     crop: Annotated[float, Between(0, 1, open_low=True)] = 0.875
     """The shorter side is resized to size / crop, then the center is cut out; the aspect ratio
     stays."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Of that resize, antialiased."""
     batch_size: AtLeastOne = 128
     """Images per forward pass at evaluation, per worker."""
     every_epochs: AtLeastOne = 1
@@ -736,6 +738,7 @@ NOT_IN_FINGERPRINT_AT_DEFAULT = (
     "model.unfreeze_every",
     "optimizer.layer_decay",
     "optimizer.head_lr",
+    "evaluate.interpolation",
     "data.tuning_source",
 )
 """Settings added after runs had been made: at their default they stay out of the fingerprint, so

@@ -127,13 +127,13 @@ class TrainTransform:
 class EvalTransform:
     """`transform(jpeg)` -> uint8[S, S, 3]: shorter side resized to size / crop, then a center crop.
 
-    Gives the pixels of torchvision's Resize (bilinear, antialiased) and CenterCrop, so published
-    weights reach their published scores. Pictures of more than four times the size are first
-    decoded at a fraction.
+    Gives the pixels of torchvision's Resize (antialiased) and CenterCrop, so published weights
+    reach their published scores. Pictures of more than four times the size are first decoded at a
+    fraction. `interpolation` is bilinear or bicubic.
     """
 
-    def __init__(self, size: int, crop: float) -> None:
-        self.size = size
+    def __init__(self, size: int, crop: float, interpolation: str = "bilinear") -> None:
+        self.size, self.resample = size, Image.Resampling[interpolation.upper()]
         self.short = max(size, round(size / crop))
 
     def __call__(self, jpeg: Jpeg, out: np.ndarray | None = None) -> np.ndarray:
@@ -149,9 +149,7 @@ class EvalTransform:
         y, x = image.shape[0] / rows, image.shape[1] / cols
         box = (left * x, top * y, (left + self.size) * x, (top + self.size) * y)
         image = np.asarray(
-            Image.fromarray(image).resize(
-                (self.size, self.size), Image.Resampling.BILINEAR, box=box
-            )
+            Image.fromarray(image).resize((self.size, self.size), self.resample, box=box)
         )
         if out is None:
             return image.copy()

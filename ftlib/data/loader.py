@@ -102,7 +102,13 @@ def train_batches(
 
 
 def eval_batches(
-    split: Split, rows: np.ndarray, size: int, crop: float, batch_size: int, workers: int
+    split: Split,
+    rows: np.ndarray,
+    size: int,
+    crop: float,
+    batch_size: int,
+    workers: int,
+    interpolation: str = "bilinear",
 ) -> Batches:
     """`rows` (int64[n]) of a split in their order, as `EvalTransform` makes them.
 
@@ -118,7 +124,7 @@ def eval_batches(
         )
         for index, start in enumerate(range(0, len(rows), batch_size))
     )
-    return Batches(EvalSource(split, size, crop), plan, batch_size, workers)
+    return Batches(EvalSource(split, size, crop, interpolation), plan, batch_size, workers)
 
 
 # --- sources ------------------------------------------------------------------------------------
@@ -165,8 +171,9 @@ class TrainSource:
 
 
 class EvalSource:
-    def __init__(self, split: Split, size: int, crop: float) -> None:
-        self.split, self.size, self.transform = split, size, EvalTransform(size, crop)
+    def __init__(self, split: Split, size: int, crop: float, interpolation: str) -> None:
+        self.split, self.size = split, size
+        self.transform = EvalTransform(size, crop, interpolation)
 
     def fill(self, microbatch: Microbatch, images: np.ndarray) -> Failure | None:
         def transform(jpeg: memoryview, row: int, out: np.ndarray) -> None:

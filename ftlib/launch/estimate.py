@@ -324,7 +324,13 @@ def _evaluation(training: Training, workers: int, processes: int, seconds: float
         began = timing.synchronize(job.device)
         with contextlib.closing(
             eval_batches(
-                split, rows, run.eval_size, run.evaluate.crop, run.evaluate.batch_size, processes
+                split,
+                rows,
+                run.eval_size,
+                run.evaluate.crop,
+                run.evaluate.batch_size,
+                processes,
+                run.evaluate.interpolation,
             )
         ) as batches:
             count(

@@ -78,6 +78,7 @@ def write(
         "classes": list(classes),
         "size": size,
         "short": short,
+        "interpolation": run.evaluate.interpolation,
         "temperature": temperature,
         "input": "images: uint8[b, size, size, 3], red first, shorter side resized "
         "to `short` (antialiased), central crop",

@@ -130,6 +130,7 @@ def package(
         "classes": list(classes),
         "size": size,
         "short": short,
+        "interpolation": run.evaluate.interpolation,
         "temperature": temperature,
         **picture_rules(data or {}),
         "mean": list(run.data.mean),

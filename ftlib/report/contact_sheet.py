@@ -128,7 +128,7 @@ def epochs_section(dataset: Dataset, run: Run, images: int = 4) -> Section:
     """A few images whole, then as the first epochs will have them."""
     split, whole, train = (
         dataset.split("train"),
-        EvalTransform(run.eval_size, run.evaluate.crop),
+        EvalTransform(run.eval_size, run.evaluate.crop, run.evaluate.interpolation),
         TrainTransform(run.augment, run.seed),
     )
     rows = []

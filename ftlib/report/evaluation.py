@@ -180,7 +180,15 @@ def score(
 
     def answers(of: Split, which: Ints) -> tuple[Ints, Floats]:
         with contextlib.closing(
-            eval_batches(of, which, size, run.evaluate.crop, run.evaluate.batch_size, workers)
+            eval_batches(
+                of,
+                which,
+                size,
+                run.evaluate.crop,
+                run.evaluate.batch_size,
+                workers,
+                run.evaluate.interpolation,
+            )
         ) as batches:
             try:
                 found = predict(
@@ -251,6 +259,7 @@ def features_of(
                     run.evaluate.crop,
                     run.evaluate.batch_size,
                     workers,
+                    run.evaluate.interpolation,
                 )
             ) as batches:
                 for batch in batches:

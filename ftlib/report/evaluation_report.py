@@ -172,7 +172,9 @@ class _Pixels:
     """What the network sees of a scored picture, by its position: uint8[S, S, 3]."""
 
     def __init__(self, scored: Scored, loaded: LoadedModel) -> None:
-        self.scored, self.transform = scored, EvalTransform(scored.size, loaded.run.evaluate.crop)
+        self.scored = scored
+        evaluate = loaded.run.evaluate
+        self.transform = EvalTransform(scored.size, evaluate.crop, evaluate.interpolation)
 
     def __call__(self, position: int) -> np.ndarray:
         return self.transform(self.scored.split.image(int(self.scored.rows[position])))

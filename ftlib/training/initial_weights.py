@@ -387,8 +387,8 @@ def keeps_classifier(run: Run, source: InitialWeights | None) -> bool:
 
 
 def with_preprocessing(run: Run, source: InitialWeights | None) -> Run:
-    """The run with the mean, standard deviation and evaluation crop that its starting weights were
-    trained with, each where the run has it at its default.
+    """The run with the mean, standard deviation, evaluation crop and interpolation that its
+    starting weights were trained with, each where the run has it at its default.
 
     `model.preprocessing = settings` leaves the run as it is. A model of an ftlib run hands on mean
     and standard deviation only: its crop was a choice for evaluation.
@@ -404,6 +404,9 @@ def with_preprocessing(run: Run, source: InitialWeights | None) -> Run:
         changes |= {"data.mean": tuple(given["mean"]), "data.std": tuple(given["std"])}
     if run.evaluate.crop == Evaluate().crop and "crop" in given:
         changes["evaluate.crop"] = given["crop"]
+    plain_resize = run.evaluate.interpolation == Evaluate().interpolation
+    if plain_resize and given.get("interpolation") in ("bilinear", "bicubic"):
+        changes["evaluate.interpolation"] = given["interpolation"]
     return settings.override(run, changes)
 
 

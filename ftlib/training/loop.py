@@ -480,6 +480,7 @@ class Training:
             run.evaluate.crop,
             run.evaluate.batch_size,
             context.loader_workers,
+            run.evaluate.interpolation,
         )
         with contextlib.closing(batches):
             counts = count(

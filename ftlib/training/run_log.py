@@ -130,6 +130,7 @@ class RunLog:
             "classes": list(data.classes),
             "size": run.eval_size,
             "crop": run.evaluate.crop,
+            "interpolation": run.evaluate.interpolation,
             "mean": list(run.data.mean),
             "std": list(run.data.std),
             "epoch": epoch,

@@ -127,6 +127,7 @@ def _predict(run_dir: str) -> Predictions:
         run.evaluate.crop,
         run.evaluate.batch_size,
         max(run.data.loader_workers, 0),
+        run.evaluate.interpolation,
     )
     with contextlib.closing(batches):
         return predict(loaded.model.to(device), batches, device, run.data.mean, run.data.std)

@@ -13,6 +13,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 from scipy.stats import chisquare, ks_2samp, kstest
 from sklearn.datasets import load_sample_image
+from torchvision.transforms import InterpolationMode
 
 from ftlib import config
 from ftlib.data import augment, color, ops
@@ -207,10 +208,11 @@ def test_a_flip_mirrors_the_picture_as_often_as_its_probability_says(jpeg):
 def test_evaluation_equals_torchvisions_resize_and_center_crop(photo, height, width, size, crop):
     data = jpeg_of(np.asarray(Image.fromarray(photo).resize((width, height))))
     picture = Image.open(io.BytesIO(data)).convert("RGB")
-    resized = TF.resize(picture, [round(size / crop)])
-    expected = np.asarray(TF.center_crop(resized, [size, size]))
-    difference = off(EvalTransform(size, crop)(data), expected)
-    assert difference.max() <= 2 and difference.mean() < 0.2
+    for mode, most in ((InterpolationMode.BILINEAR, 2), (InterpolationMode.BICUBIC, 4)):
+        resized = TF.resize(picture, [round(size / crop)], interpolation=mode)
+        expected = np.asarray(TF.center_crop(resized, [size, size]))
+        difference = off(EvalTransform(size, crop, mode.value)(data), expected)
+        assert difference.max() <= most and difference.mean() < 0.2
 
 
 def test_evaluation_of_large_pictures_stays_close_to_torchvisions(photo):

@@ -90,10 +90,15 @@ def loaded(folder):
 )
 def test_pixels_are_those_of_evaluation_bit_for_bit(height, width, options):
     jpeg = encoded(photo(height, width), **options)
-    for size, crop in ((32, 0.8), (64, 0.875), (48, 1.0)):
-        meta = {"size": size, "short": max(size, round(size / crop)), **P.picture_rules({})}
+    for size, crop, mode in ((32, 0.8, "bilinear"), (64, 0.875, "bicubic"), (48, 1.0, "bicubic")):
+        meta = {
+            "size": size,
+            "short": max(size, round(size / crop)),
+            "interpolation": mode,
+            **P.picture_rules({}),
+        }
         np.testing.assert_array_equal(
-            code.pictures.Preprocessing(meta)(jpeg), EvalTransform(size, crop)(jpeg)
+            code.pictures.Preprocessing(meta)(jpeg), EvalTransform(size, crop, mode)(jpeg)
         )
 
 

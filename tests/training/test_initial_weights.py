@@ -200,10 +200,11 @@ def test_mean_std_and_crop_come_with_the_weights_unless_they_are_set(offline_hub
     source = resolve(run)
     found = initial_weights.with_preprocessing(run, source)
     assert found.data.mean == (0.5, 0.5, 0.5) and found.data.std == (0.5, 0.5, 0.5)
-    assert found.evaluate.crop == 0.875
+    assert (found.evaluate.crop, found.evaluate.interpolation) == (0.875, "bicubic")
     assert initial_weights.with_preprocessing(found, source) == found
     given = lite0(**{"data.mean": [0.4, 0.4, 0.4], "evaluate.crop": 0.9})
-    assert initial_weights.with_preprocessing(given, source) == given
+    kept = initial_weights.with_preprocessing(given, source)
+    assert (kept.data, kept.evaluate.crop) == (given.data, 0.9)
     kept = lite0(**{"model.preprocessing": "settings"})
     assert initial_weights.with_preprocessing(kept, source) == kept
     assert initial_weights.with_preprocessing(run, None) == run
