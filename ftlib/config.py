@@ -57,6 +57,10 @@ class Data(Settings):
     loader_workers: Annotated[int, Between(-1, 256)] = -1
     """Loader processes per training worker. 0: a thread of the training process loads. -1: one
     process for each CPU of the worker but one."""
+    cache_limit: NotNegative = 0.0
+    """GB that copies of a remote set's shards may take on each node; 0 keeps all. With a limit the
+    order goes through the shards in blocks of a third of it: fetched ahead, deleted behind. It is
+    then part of what the run is, for sets that lie on a disk too."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Per-channel mean (red, green, blue; pixels scaled to 0..1) subtracted on the device."""
     std: tuple[float, float, float] = IMAGENET_STD
@@ -740,6 +744,7 @@ NOT_IN_FINGERPRINT_AT_DEFAULT = (
     "optimizer.head_lr",
     "evaluate.interpolation",
     "data.tuning_source",
+    "data.cache_limit",
 )
 """Settings added after runs had been made: at their default they stay out of the fingerprint, so
 that those runs keep theirs."""

@@ -34,9 +34,11 @@ from torch.utils.data import DataLoader
 from ftlib import config
 from ftlib.data.augment import EvalTransform, TrainTransform
 from ftlib.data.decode import DecodeError
+from ftlib.data.fetch_ahead import FetchAhead, shard_blocks
 from ftlib.data.fork_server import LoaderProcessError, context, own_names
 from ftlib.data.sampler import Microbatch, owned, step_plan
 from ftlib.data.shared_memory import MappedRing, SharedMemoryRing, lease
+from ftlib.storage import StorageError
 
 if TYPE_CHECKING:
     from ftlib.data.shards import Dataset, Split
@@ -87,18 +89,26 @@ def train_batches(
 
     Of training on `rows` (int64[n]) of the train split. `workers` loader processes; 0 loads in a
     thread. Close it, or use it in a `with`. Iterating raises LoadError for pictures that cannot be
-    read, and LoaderProcessError when loader processes die again and again.
+    read, StorageError when a remote set cannot be reached, and LoaderProcessError when loader
+    processes die again and again.
     """
-    train = run.train
-    plan = (
-        microbatch
-        for step in range(start_step, stop_step)
-        for microbatch in owned(
-            step_plan(run.seed, step, rows, train.batch_size, train.microbatch_size), rank, world
-        )
-    )
     source = TrainSource(dataset, run.augment, run.seed)
-    return Batches(source, plan, train.microbatch_size, workers)
+    blocks = shard_blocks(source.split, rows, run.data.cache_limit)
+    fetch_ahead = None
+    if blocks is not None and dataset.cache_limit:
+        fetch_ahead = FetchAhead(source.split, blocks, run.seed)
+
+    def plan() -> Iterator[Microbatch]:
+        train = run.train
+        for step in range(start_step, stop_step):
+            whole = step_plan(
+                run.seed, step, rows, train.batch_size, train.microbatch_size, blocks=blocks
+            )
+            if fetch_ahead is not None:
+                fetch_ahead.reached(whole[-1])
+            yield from owned(whole, rank, world)
+
+    return Batches(source, plan(), run.train.microbatch_size, workers, fetch_ahead=fetch_ahead)
 
 
 def eval_batches(
@@ -138,6 +148,8 @@ class Failure:
     """
 
     message: str
+    storage: bool = False
+    """Whether the storage of the set failed, which may pass."""
 
 
 class Source(Protocol):
@@ -197,6 +209,8 @@ def _fill(
             f"{split.where(row)}: {error}. The stored data are damaged: check them with "
             "jobs/prepare.py --verify, and restore or prepare them again"
         )
+    except StorageError as error:
+        return Failure(str(error), storage=True)
     except Exception as error:  # any error must reach the training process and say which picture
         where = split.where(row) if row >= 0 else "the loader"
         return Failure(f"{where}: {type(error).__name__}: {error}")
@@ -219,6 +233,7 @@ class Batches(Iterator[Batch]):
         largest: int,
         workers: int,
         pin_memory: bool | None = None,
+        fetch_ahead: FetchAhead | None = None,
     ) -> None:
         """
         Args:
@@ -226,6 +241,7 @@ class Batches(Iterator[Batch]):
             workers: loader processes; 0 for a thread.
             pin_memory: page-lock the batches, for copies to a GPU in the background; by default
                 where there is a GPU.
+            fetch_ahead: closed with the iterator.
         """
         if workers < 0:
             raise ValueError(f"{workers} loader workers: needs 0 (a thread) or more processes")
@@ -235,6 +251,7 @@ class Batches(Iterator[Batch]):
         self._pending: deque[Microbatch] = deque()
         self._delivered = 0
         self._restarts: deque[int] = deque(maxlen=RESTARTS)
+        self._fetch_ahead = fetch_ahead
         self._stream: _Thread | _Processes | None = None
         self._stream = self._start()
 
@@ -250,7 +267,7 @@ class Batches(Iterator[Batch]):
                 continue
             if isinstance(item, Failure):
                 self.close()
-                raise LoadError(item.message)
+                raise (StorageError if item.storage else LoadError)(item.message)
             return self._batch(item)
         raise StopIteration
 
@@ -287,7 +304,7 @@ class Batches(Iterator[Batch]):
         Raises LoadError where a damaged file is the cause, and LoaderProcessError for a loader that
         died RESTARTS times before within WITHIN batches.
         """
-        self.close()
+        self._end_stream()
         try:
             self._source.split.dataset.verify()  # a truncated file that is mapped kills its reader
         except ValueError as error:
@@ -312,6 +329,11 @@ class Batches(Iterator[Batch]):
         return self._stream.process_ids if isinstance(self._stream, _Processes) else []
 
     def close(self) -> None:
+        if self._fetch_ahead is not None:
+            self._fetch_ahead.close()
+        self._end_stream()
+
+    def _end_stream(self) -> None:
         stream, self._stream = self._stream, None
         if stream is not None:
             stream.close()

@@ -35,13 +35,51 @@ class Microbatch:
     """Images in all microbatches of the step; the accumulated gradient is divided by it."""
 
 
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """int64[n], a permutation of 0..n-1 (read-only).
+@dataclass(frozen=True, eq=False)
+class ShardBlocks:
+    """Lets an epoch go through the shards block by block, for sets larger than a node's disk.
+
+    The shards come in a random order, cut into blocks of at most `limit` bytes; the rows within a
+    block are shuffled. Where all shards fit into one block, the order is that without blocks.
+    """
+
+    shards: np.ndarray
+    """int64[n]: the shard of each training row, in the order of the rows."""
+    sizes: np.ndarray
+    """int64[s]: bytes of each shard."""
+    limit: int
+    """Most bytes in a block, except that a block has one shard at least."""
+
+    def of_epoch(self, seed: int, epoch: int) -> list[np.ndarray]:
+        """The shards of each block, in order; only shards that training rows lie in."""
+        used = np.unique(self.shards)
+        shuffled = used[np.argsort(raw(key(ORDER, seed, epoch, 0), len(used)), kind="stable")]
+        blocks: list[list[int]] = []
+        room = 0
+        for shard in shuffled.tolist():
+            size = int(self.sizes[shard])
+            if not blocks or size > room:
+                blocks.append([])
+                room = self.limit
+            blocks[-1].append(shard)
+            room -= size
+        return [np.array(block) for block in blocks]
+
+
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, n: int, blocks: ShardBlocks | None = None) -> np.ndarray:
+    """int64[n], a permutation of 0..n-1 (read-only): the positions of the rows, block after block.
 
     Sorts raw random numbers, so it is the same under every version of numpy.
     """
-    order = np.argsort(raw(key(ORDER, seed, epoch), n), kind="stable")
+    random = raw(key(ORDER, seed, epoch), n)
+    if blocks is None:
+        order = np.argsort(random, kind="stable")
+    else:
+        block_of = np.zeros(len(blocks.sizes), np.int64)
+        for number, shards in enumerate(blocks.of_epoch(seed, epoch)):
+            block_of[shards] = number
+        order = np.lexsort((random, block_of[blocks.shards]))
     order.setflags(write=False)
     return order
 
@@ -61,7 +99,12 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
 
 
 def step_plan(
-    seed: int, step: int, rows: np.ndarray, batch_size: int, microbatch_size: int
+    seed: int,
+    step: int,
+    rows: np.ndarray,
+    batch_size: int,
+    microbatch_size: int,
+    blocks: ShardBlocks | None = None,
 ) -> list[Microbatch]:
     """The microbatches of one step (from 0, over the whole run) of training on `rows` (int64[n]).
 
@@ -71,7 +114,7 @@ def step_plan(
     """
     n = len(rows)
     epoch, within = divmod(step, steps_per_epoch(n, batch_size))
-    order = epoch_order(seed, epoch, n)[within * batch_size : (within + 1) * batch_size]
+    order = epoch_order(seed, epoch, n, blocks)[within * batch_size : (within + 1) * batch_size]
     images = len(order)
     count = -(-images // microbatch_size)
     if microbatch_size > 1:

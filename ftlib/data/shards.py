@@ -21,6 +21,7 @@ import hashlib
 import json
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -50,6 +51,8 @@ INDEX = np.dtype(
     ]
 )
 """One picture. `shard` counts within the split; `offset` is where its JPEG begins, in bytes."""
+BLOCKS_IN_CACHE = 3
+"""Blocks of shards that `data.cache_limit` has room for: the last, the present and the next one."""
 
 
 class DataError(ValueError):
@@ -217,17 +220,19 @@ class Dataset:
         self._splits: dict[str, Split] = {}
 
     @staticmethod
-    def open(path: str, cache: str | None = None) -> Dataset:
+    def open(path: str, cache: str | None = None, limit: float = 0.0) -> Dataset:
         """The set at `path`, a folder or an address that pyarrow.fs knows (s3://, gs://, ...).
 
         Files of a remote set are copied to `cache` (default $FTLIB_HOME/cache) when they are first
-        needed. Raises DataError: nothing there, not a prepared set, unfinished, schema too new, a
-        damaged manifest or index, a shard missing or of another size.
+        needed; `limit` is the GB that its shards may take there, 0 for no limit. Raises DataError:
+        nothing there, not a prepared set, unfinished, schema too new, a damaged manifest or index,
+        a shard missing or of another size; StorageError when a remote set's storage fails.
         """
         path = str(path).rstrip("/") or "/"
         manifest = read_manifest(path)
         if storage.is_remote(path):
-            copies = Cache.of(path, manifest["name"], manifest["digest"], cache)
+            name, digest = manifest["name"], manifest["digest"]
+            copies = Cache.of(path, name=name, digest=digest, root=cache, limit=int(limit * 1e9))
             dataset = Dataset(path, manifest, copies)
         else:
             folder = str(Path(path.removeprefix("file://")).absolute())
@@ -244,6 +249,11 @@ class Dataset:
     def __repr__(self) -> str:
         counts = ", ".join(f"{len(self.split(name))} {name}" for name in self.splits)
         return f"Dataset({self.name}@{self.digest[:12]}, {len(self.classes)} classes, {counts})"
+
+    @property
+    def cache_limit(self) -> int:
+        """Most bytes that copies of its shards may take on this machine; 0 for no limit."""
+        return 0 if self._cache is None else self._cache.limit
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -291,15 +301,21 @@ class Dataset:
     def file(self, entry: FileEntry) -> Path:
         """The local path of one of the manifest's files, fetched and checked if the set is remote.
 
-        Raises DataError.
+        Raises DataError for a file that is missing or damaged there, StorageError when the storage
+        cannot be reached or the disk is full.
         """
         if self._cache is None:
             return Path(self.path) / entry["file"]
         try:
             return self._cache.get(entry["file"], entry["bytes"], entry["sha256"])
-        except (OSError, ValueError, storage.StorageError) as error:
+        except (FileNotFoundError, ValueError) as error:
             raise DataError(
                 f"{self.path}/{entry['file']} cannot be fetched: {error}. {_REMEDY}"
+            ) from error
+        except (OSError, storage.StorageError) as error:
+            raise storage.StorageError(
+                f"{self.path}/{entry['file']} cannot be fetched: {error}. Check the network, the "
+                "credentials and the disk"
             ) from error
 
     def _files(self) -> Iterator[FileEntry]:
@@ -344,6 +360,8 @@ class Split:
         self.shards: tuple[Shard, ...] = _shards(self._entries)
         self._index = _read_index(dataset, entry["index"], self.rows, len(self.shards))
         self._maps: list[memoryview | None] = [None] * len(self.shards)
+        self._mapped: deque[int] = deque()
+        """Shards that are mapped, in the order of mapping."""
         self._checked = bytearray(self.rows)
         self._paths = lru_cache(maxsize=8)(self._read_paths)
 
@@ -414,17 +432,47 @@ class Split:
 
         The mapping outlives the file handle, so a set of thousands of shards needs no handles.
         """
+        view = self._open_map(shard)
+        self._unmap_for(len(view))
+        self._maps[shard] = view
+        self._mapped.append(shard)
+        return view
+
+    def _open_map(self, shard: int) -> memoryview:
         import pyarrow as pa
 
-        path = self.dataset.file(self._entries[shard])
-        try:
-            with pa.memory_map(str(path)) as file:
-                view = memoryview(file.read_buffer()).cast("B")
-        except OSError as error:
-            raise DataError(f"{path} cannot be read ({error}). {_REMEDY}") from error
-        _check_size(path, len(view), self.shards[shard].bytes)
-        self._maps[shard] = view
-        return view
+        limited = self.dataset.cache_limit > 0
+        for left in reversed(range(3 if limited else 1)):
+            path = self.dataset.file(self._entries[shard])
+            try:
+                with pa.memory_map(str(path)) as file:
+                    view = memoryview(file.read_buffer()).cast("B")
+            except OSError as error:
+                if left:  # another process may have deleted it to make room
+                    continue
+                raise DataError(f"{path} cannot be read ({error}). {_REMEDY}") from error
+            _check_size(path, len(view), self.shards[shard].bytes)
+            return view
+        raise AssertionError("unreachable")
+
+    def _unmap_for(self, size: int) -> None:
+        """Under a limit, let go of old mappings: a deleted file takes room while it is mapped."""
+        limit = self.dataset.cache_limit // BLOCKS_IN_CACHE
+        if limit == 0:
+            return
+        mapped = size + sum(self.shards[shard].bytes for shard in self._mapped)
+        while self._mapped and mapped > limit:
+            shard = self._mapped.popleft()
+            self._maps[shard] = None
+            mapped -= self.shards[shard].bytes
+
+    def fetch(self, shard: int) -> None:
+        """Copy a shard of a remote set to the cache, if it is not there. Raises as `file` does."""
+        self.dataset.file(self._entries[shard])
+
+    def shards_of(self, rows: np.ndarray) -> np.ndarray:
+        """int64[b]: the numbers of the shards that `rows` lie in."""
+        return self._index["shard"][rows].astype(np.int64)
 
     def _read_paths(self, shard: int) -> list[str]:
         return self._read(shard, "path")

@@ -13,6 +13,7 @@ import numpy as np
 from ftlib import storage
 from ftlib.config import Run
 from ftlib.data import augment, sampler
+from ftlib.data.fetch_ahead import shard_blocks
 from ftlib.data.shards import Dataset
 from ftlib.launch.errors import LaunchError
 from ftlib.settings import ConfigError
@@ -75,6 +76,7 @@ def check_data(run: Run, dataset: Dataset) -> tuple[int, int]:
             f"data.subset = {run.data.subset}: {len(rows)} training image is too few for one step. "
             "Raise it"
         )
+    shard_blocks(dataset.split("train"), rows, run.data.cache_limit)
     return len(rows), scored
 
 

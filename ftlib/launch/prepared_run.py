@@ -77,7 +77,7 @@ def prepare_run(run: Run) -> PreparedRun:
     Starts nothing and writes nothing. Raises ConfigError, DataError or LaunchError (all
     ValueErrors) with what to do.
     """
-    dataset = Dataset.open(data_path(run.data.path))
+    dataset = Dataset.open(data_path(run.data.path), limit=run.data.cache_limit)
     plan = preflight.plan(run, dataset)
     root = runs_root(run)
     if run.name:

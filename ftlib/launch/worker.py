@@ -57,7 +57,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         return loop.train(
             loop.WorkerContext(
                 run=run,
-                dataset=Dataset.open(config["data"]),
+                dataset=Dataset.open(config["data"], limit=run.data.cache_limit),
                 run_dir=config["run_dir"],
                 device=device,
                 rank=context.get_world_rank(),

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -6,6 +8,7 @@ from sklearn.model_selection import StratifiedShuffleSplit
 
 from ftlib.config import Data
 from ftlib.data.sampler import (
+    ShardBlocks,
     epoch_order,
     owned,
     reserve,
@@ -115,6 +118,51 @@ def test_remainders_are_split_as_documented():
     assert steps_per_epoch(130, 128) == 2
     with pytest.raises(ValueError, match="needs at least 2"):
         steps_per_epoch(1, 128)
+
+
+# --- blocks of shards ----------------------------------------------------------------------------
+
+
+@st.composite
+def sharded(draw):
+    sizes = np.array(draw(st.lists(st.integers(1, 50), min_size=1, max_size=20)))
+    rows = draw(st.integers(2, 300))
+    shards = np.sort(np.random.default_rng(rows).integers(0, len(sizes), rows))
+    return ShardBlocks(shards, sizes, draw(st.integers(1, 200)))
+
+
+@given(sharded(), st.integers(0, 2**63 - 1), st.integers(0, 9))
+def test_an_epoch_goes_through_the_shards_in_blocks_of_the_limit(blocks, seed, epoch):
+    order = epoch_order(seed, epoch, len(blocks.shards), blocks)
+    assert sorted(order) == list(range(len(order)))
+    groups = blocks.of_epoch(seed, epoch)
+    assert sorted(np.concatenate(groups)) == sorted(set(blocks.shards.tolist()))
+    for shards in groups:
+        assert len(shards) == 1 or blocks.sizes[shards].sum() <= blocks.limit
+    visited = [group for group, _ in itertools.groupby(block_of(groups)[blocks.shards[order]])]
+    assert visited == list(range(len(groups)))  # one block after the other
+
+
+def block_of(groups):
+    numbers = np.zeros(1 + max(map(max, groups)), int)
+    for number, shards in enumerate(groups):
+        numbers[shards] = number
+    return numbers
+
+
+def test_blocks_differ_from_epoch_to_epoch_and_rows_are_shuffled_within():
+    blocks = ShardBlocks(np.repeat(np.arange(20), 50), np.full(20, 10), 40)
+    first, second = (epoch_order(3, epoch, 1000, blocks) for epoch in (0, 1))
+    assert set(blocks.shards[first[:200]]) != set(blocks.shards[second[:200]])
+    assert len(set(blocks.shards[first[:200]])) == 4
+    assert abs(np.corrcoef(first[:200] % 50, np.arange(200))[0, 1]) < 0.3
+
+
+def test_where_all_shards_fit_into_one_block_the_order_is_that_without_a_limit():
+    blocks = ShardBlocks(np.repeat(np.arange(4), 25), np.full(4, 10), 40)
+    assert np.array_equal(epoch_order(5, 2, 100, blocks), epoch_order(5, 2, 100))
+    plans = [step_plan(5, 3, np.arange(100), 16, 8, blocks=b) for b in (None, blocks)]
+    assert all(np.array_equal(a.rows, b.rows) for a, b in zip(*plans, strict=True))
 
 
 # --- subsets --------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftlib import storage
+from ftlib.data import cache
 from ftlib.data.shards import DataError, Dataset, checksum, file_sha256
 from ftlib.preparation import shard_task
 from ftlib.preparation.prepare import prepare
@@ -371,6 +372,7 @@ def test_a_remote_set_that_was_damaged_is_never_cached(
     monkeypatch.setattr(
         storage, "filesystem", lambda uri: (remote, uri.removeprefix("s3://bucket/"))
     )
+    monkeypatch.setattr(cache, "FIRST_WAIT", 0.01)
     damage(tmp_path / "set" / "train-00000.parquet", 100)
     dataset = Dataset.open("s3://bucket/set", cache=str(tmp_path / "cache"))
     with pytest.raises(
