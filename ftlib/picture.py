@@ -160,8 +160,9 @@ def _foreign(data: bytes) -> PictureError:
 def header(data: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Header:
     """Kind and size by looking at a few bytes.
 
-    Raises PictureError for what is no picture or over the limit, and for a TIFF that has a second
-    page or whose fields claim more bytes than the file has: a decoder would read them all.
+    Raises PictureError for what is no picture or over the limit, for a JPEG without an end, and
+    for a TIFF that has a second page or whose fields claim more bytes than the file has: a
+    decoder would read them all.
     """
     kind = kind_of(data)
     try:
@@ -183,6 +184,8 @@ def check_megapixels(width: int, height: int, limit: float) -> None:
 
 
 def _jpeg_header(data: bytes) -> Header:
+    if data.rfind(b"\xff\xd9") < 0:
+        raise PictureError("damaged", "damaged JPEG: its end is missing. Send a whole file")
     at = 2
     while data[at] == 0xFF:
         marker = data[at + 1]

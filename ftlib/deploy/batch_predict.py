@@ -1,7 +1,8 @@
 """Classify a folder of pictures with a packaged model: a row per picture, those that cannot be read too, into one Parquet file.
 
-Parts are kept beside the output as they are done, so that a killed job goes on where it stopped. Small folders are done in this
-process; larger ones by Ray Data, with one copy of the model per worker.
+Parts are kept beside the output as they are done, so that a killed job goes on where it stopped.
+Small folders are done in this process; larger ones by Ray Data, with one copy of the model per
+worker.
 """
 
 from __future__ import annotations

@@ -1,36 +1,51 @@
 """A packaged model behind HTTP: pictures are POSTed as they are, answers are JSON.
 
-    GET  /          a page that takes a picture by drag and drop
-    POST /predict   body: a picture file; ?top_k=5 -> {"class", "probability", "top": [...]}
-    POST /explain   body: a picture file; ?class=NAME -> PNG, Grad-CAM laid over what the network sees
+    GET  /          a page that takes pictures by drag and drop, paste and camera
+    POST /predict   body: a picture file, or a form; ?top_k=5
+                    -> {"class", "probability", "top": [...]}
+    POST /explain   body: a picture file; ?class=NAME
+                    -> PNG, Grad-CAM laid over what the network sees
     GET  /health    200 once the model answers
     GET  /about     what is served
-    GET  /metrics   Prometheus text: requests by route and status, pictures per batch, seconds per batch
+    GET  /metrics   Prometheus text: requests by route and status, pictures and seconds of batches
 
-Errors are {"error": why} with 400 (no picture), 404, 405 or 413 (too large). Requests that come together are answered as one batch.
-`Service` knows nothing of Ray; `deployment` puts it on Ray Serve.
+Errors are {"error": why} with 400 (no picture), 404, 405, 408 (sent too slowly), 413 (too large),
+429 (too much at once) or 503 (decoding took too long). Pictures are judged by their headers and
+decoded in separate processes (`ftlib.deploy.decoding`); requests that come together are computed as
+one batch. `Service` knows nothing of servers: `ftlib.deploy.http_server` runs it in one process,
+`ftlib.deploy.ray_server` puts it on Ray Serve.
 """
 
 from __future__ import annotations
 
 import asyncio
-import io
-import threading
+import json
+import os
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from starlette.requests import Request
+import numpy as np
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+
+from ftlib import picture
+from ftlib.deploy.batcher import Batcher
+from ftlib.deploy.decoding import STATUS, Decoders
+from ftlib.deploy.errors import RequestError
+from ftlib.deploy.request_body import BodyLimits, read_picture
+from ftlib.picture import PictureError
 
 PAGE = Path(__file__).with_name("serve_page.html")
 MAX_MEGABYTES = 20.0
-"""Larger bodies are refused."""
-BATCH = 16
+"""Larger pictures are refused."""
+BATCH = 32
 """Most pictures per batch."""
-WAIT_SECONDS = 0.005
-"""How long a batch waits for company."""
+MAX_WAITING = 512
+"""Most pictures that wait for the model; more are refused with 429."""
+MAX_EXPLAINING = 4
+"""Most explanations at once, waiting ones too."""
 ROUTES = {
     "/": "GET",
     "/predict": "POST",
@@ -41,16 +56,25 @@ ROUTES = {
 }
 
 
-class RequestError(Exception):
-    """A request that is answered with an error."""
+class RefusalPacer:
+    """Slows down clients that send nothing but bad requests, one after the other.
 
-    def __init__(self, status: int, why: str) -> None:
-        super().__init__(why)
-        self.status = status
+    A refusal is so quick that such a client would keep a whole CPU busy. Up to `per_second` are
+    answered at once; beyond that each waits for its turn, at most `longest` seconds.
+    """
+
+    def __init__(self, per_second: float = 20.0, burst: int = 20, longest: float = 2.0) -> None:
+        self._gap, self._burst, self._longest = 1 / per_second, burst, longest
+        self._next = 0.0
+
+    async def wait(self) -> None:
+        now = time.monotonic()
+        self._next = max(self._next, now - self._burst * self._gap) + self._gap
+        await asyncio.sleep(min(self._longest, max(0.0, self._next - now)))
 
 
 class Service:
-    """The model and its routes. `respond` takes a Starlette request."""
+    """The model and its routes. `respond` takes a Starlette request. Belongs to one event loop."""
 
     def __init__(
         self, model: str, tracking: str = "", max_megabytes: float = MAX_MEGABYTES
@@ -58,15 +82,42 @@ class Service:
         from ftlib.packaging.package import load
 
         loaded = load(model, tracking)
+        artifacts = loaded._model_impl.context.artifacts  # type: ignore[attr-defined]
         self.classifier = loaded.unwrap_python_model()
         self.meta: dict[str, Any] = self.classifier.meta
-        self.explainer = _explainer(self.meta, loaded)
-        self.max_bytes = int(max_megabytes * 1e6)
-        self.queue: asyncio.Queue[tuple[Any, asyncio.Future[Any]]] | None = None
-        self.worker: asyncio.Task[None] | None = None
+        self.weights = artifacts.get("weights", "")
+        own = Path(artifacts["meta"]).parents[1] / "picture.py"  # older packages have none
+        cpus = available_cpus()
+        one_torch_thread()
+        self.batcher = Batcher(self.classifier.probabilities, min(8, cpus), BATCH)
+        self.decoders = Decoders(own if own.exists() else Path(picture.__file__), self.meta, cpus)
+        self.body = BodyLimits(int(max_megabytes * 1e6))
+        self.max_megapixels = float(self.meta.get("max_megapixels", picture.MAX_MEGAPIXELS))
         self.requests: Counter[tuple[str, int]] = Counter()
-        self.pictures = self.batches = 0
-        self.seconds = 0.0
+        self.refusals = RefusalPacer()
+        self.explaining = 0
+        self._explainer: asyncio.Future[Any] | None = None
+
+    async def start(self) -> None:
+        """Start the decoding processes, try the model, and begin to load what explains."""
+        await self.decoders.start()
+        blank = np.zeros((self.meta["size"], self.meta["size"], 3), np.uint8)
+        await asyncio.get_running_loop().run_in_executor(None, self.batcher.try_out, blank)
+        self.load_explainer()
+
+    async def close(self) -> None:
+        """End the decoding processes and the model's threads."""
+        await self.decoders.close()
+        self.batcher.close()
+
+    def load_explainer(self) -> asyncio.Future[Any]:
+        """The explainer, being loaded in a thread."""
+        if self._explainer is None:
+            from ftlib.deploy.explainer import explainer
+
+            loop = asyncio.get_running_loop()
+            self._explainer = loop.run_in_executor(None, explainer, self.meta, self.weights)
+        return self._explainer
 
     async def respond(self, request: Request) -> Response:
         """Answer one request; every fault becomes an answer."""
@@ -75,16 +126,27 @@ class Service:
         path = path.removeprefix(root) or "/"
         try:
             if path not in ROUTES:
-                raise RequestError(404, f"there is no {path} here. POST a picture to /predict")
+                why = f"there is no {path[:200]} here. POST a picture to /predict"
+                raise RequestError(404, why)
             if request.method != ROUTES[path]:
                 raise RequestError(405, f"{path} takes {ROUTES[path]}")
             reply = await getattr(self, "get_page" if path == "/" else path[1:])(request)
         except RequestError as refused:
-            reply = JSONResponse({"error": str(refused)}, refused.status)
+            reply = await self.refuse(refused)
+        except ClientDisconnect:
+            reply = Response(status_code=499)
         except Exception as error:
             reply = JSONResponse({"error": f"the server failed ({type(error).__name__})"}, 500)
         self.requests[path if path in ROUTES else "other", reply.status_code] += 1
         return reply
+
+    async def refuse(self, refused: RequestError) -> Response:
+        """An error, after a pause where there are many. Where the body was not read, it closes."""
+        await self.refusals.wait()
+        headers = {"connection": "close"} if refused.status in (408, 413, 429) else {}
+        if refused.status == 429:
+            headers["retry-after"] = "1"
+        return JSONResponse({"error": str(refused)}, refused.status, headers)
 
     async def get_page(self, request: Request) -> Response:
         return HTMLResponse(PAGE.read_text("utf-8"))
@@ -98,10 +160,12 @@ class Service:
                 "arch": self.meta["arch"],
                 "run": self.meta["run"],
                 "classes": len(self.meta["classes"]),
+                "class_names": self.meta["classes"],
                 "size": self.meta["size"],
                 "scores": self.meta["scores"],
-                "explains": self.explainer is not None,
-                "max_megabytes": self.max_bytes / 1e6,
+                "explains": await self.load_explainer() is not None,
+                "max_megabytes": self.body.max_bytes / 1e6,
+                "max_megapixels": self.max_megapixels,
             }
         )
 
@@ -112,9 +176,9 @@ class Service:
             for (route, status), count in sorted(self.requests.items())
         ]
         for name, value in (
-            ("pictures", self.pictures),
-            ("batches", self.batches),
-            ("batch_seconds", self.seconds),
+            ("pictures", self.batcher.pictures),
+            ("batches", self.batcher.batches),
+            ("batch_seconds", self.batcher.seconds),
         ):
             lines += [f"# TYPE ftlib_{name}_total counter", f"ftlib_{name}_total {value:g}"]
         return PlainTextResponse("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
@@ -126,146 +190,58 @@ class Service:
             top_k = 0
         if top_k < 1:
             raise RequestError(400, "top_k must be a whole number, 1 or more")
-        p = await self.probabilities(await self.prepared(request))
-        best = sorted(range(len(p)), key=lambda i: -p[i])[:top_k]
+        pixels = await self.pixels(request)
+        if len(self.batcher) >= MAX_WAITING:
+            raise RequestError(429, "too many pictures are waiting. Try again in a second")
+        p = await self.batcher(pixels)
+        best = np.argsort(-p, kind="stable")[:top_k].tolist()
         named = [{"class": self.meta["classes"][i], "probability": float(p[i])} for i in best]
-        return JSONResponse({**named[0], "top": named})
+        return Response(json.dumps({**named[0], "top": named}), media_type="application/json")
 
     async def explain(self, request: Request) -> Response:
         name = request.query_params.get("class", "")
-        if self.explainer is None:
+        explain = await self.load_explainer()
+        if explain is None:
             raise RequestError(
                 404,
-                "this package cannot be explained: it was made without its weights, or for an unknown architecture",
+                "this package cannot be explained: it was made without its weights, or for an "
+                "unknown architecture",
             )
         if name not in self.meta["classes"]:
-            raise RequestError(400, f"there is no class {name!r}")
-        pixels = await self.prepared(request)
-        png = await asyncio.get_running_loop().run_in_executor(
-            None, self.explainer, pixels, self.meta["classes"].index(name)
-        )
+            raise RequestError(400, f"there is no class {name[:200]!r}")
+        if self.explaining >= MAX_EXPLAINING:
+            raise RequestError(429, "too many explanations at once. Try again in a second")
+        self.explaining += 1
+        try:
+            pixels = await self.pixels(request)
+            number = self.meta["classes"].index(name)
+            loop = asyncio.get_running_loop()
+            png = await loop.run_in_executor(None, explain, pixels, number)
+        finally:
+            self.explaining -= 1
         return Response(png, media_type="image/png")
 
-    async def prepared(self, request: Request) -> Any:
-        """uint8[S, S, 3] of the picture in the body."""
-        tell = request.headers.get("content-length", "")
-        if tell.isdigit() and int(tell) > self.max_bytes:
-            raise RequestError(
-                413,
-                f"{int(tell) / 1e6:.1f} MB are more than {self.max_bytes / 1e6:g} MB. Send a smaller picture",
-            )
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self.max_bytes:
-                raise RequestError(
-                    413, f"more than {self.max_bytes / 1e6:g} MB. Send a smaller picture"
-                )
+    async def pixels(self, request: Request) -> np.ndarray:
+        """uint8[S, S, 3] of the picture in the body. Raises RequestError."""
+        data = await read_picture(request, self.body)
         try:
-            return await asyncio.get_running_loop().run_in_executor(
-                None, self.classifier.prepare, bytes(body)
-            )
-        except ValueError as error:
-            raise RequestError(400, str(error)) from None
-
-    async def probabilities(self, pixels: Any) -> Any:
-        """float64[C], computed together with whatever else waits."""
-        if self.queue is None or self.worker is None or self.worker.done():
-            self.queue = asyncio.Queue()
-            self.worker = asyncio.create_task(self._work(self.queue))
-        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        await self.queue.put((pixels, answer))
-        return await answer
-
-    async def _work(self, queue: asyncio.Queue[tuple[Any, asyncio.Future[Any]]]) -> None:
-        import numpy as np
-
-        while True:
-            batch = [await queue.get()]
-            await asyncio.sleep(WAIT_SECONDS)
-            while len(batch) < BATCH and not queue.empty():
-                batch.append(queue.get_nowait())
-            started = time.perf_counter()
-            try:
-                found = await asyncio.get_running_loop().run_in_executor(
-                    None, self.classifier.probabilities, np.stack([pixels for pixels, _ in batch])
-                )
-            except Exception as error:
-                for _, answer in batch:
-                    if not answer.done():
-                        answer.set_exception(error)
-                continue
-            self.pictures, self.batches, self.seconds = (
-                self.pictures + len(batch),
-                self.batches + 1,
-                self.seconds + time.perf_counter() - started,
-            )
-            for (_, answer), p in zip(batch, found):
-                if not answer.done():  # its caller may have gone away
-                    answer.set_result(p)
+            header = picture.header(data, self.max_megapixels)
+            return await self.decoders.decode(data, header)
+        except PictureError as error:
+            raise RequestError(STATUS.get(error.reason, 400), error.detail) from None
+        finally:
+            self.body.held -= len(data)
 
 
-def _explainer(meta: dict[str, Any], loaded: Any) -> Any:
-    """(uint8[S, S, 3], class) -> PNG bytes, or None where the package's weights do not make a model that ftlib knows."""
-    import numpy as np
+def available_cpus() -> int:
+    """CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def one_torch_thread() -> None:
+    """Batches run side by side, each in one thread; threads within a batch would only wait."""
     import torch
-    from PIL import Image
-    from safetensors.torch import load_file
 
-    from ftlib.config import Run
-    from ftlib.report.gradcam import grad_cam, overlay, target_layer
-    from ftlib.settings import from_dict
-    from ftlib.training import models
-    from ftlib.training.evaluate import normalize
-
-    try:
-        run = from_dict(Run, meta["recipe"])
-        model = models.build(run.model, len(meta["classes"]), image_size=run.augment.size).eval()
-        model.load_state_dict(load_file(loaded._model_impl.context.artifacts["weights"]))
-        layer = target_layer(model, torch.zeros(1, 3, meta["size"], meta["size"]))
-    except (ValueError, KeyError, RuntimeError, OSError, AttributeError):
-        return None
-    lock = threading.Lock()
-
-    def explain(pixels: Any, index: int) -> bytes:
-        with lock:  # hooks on the model's layers are not for two threads at once
-            cam = grad_cam(
-                model,
-                normalize(torch.from_numpy(np.array(pixels)[None]), meta["mean"], meta["std"]),
-                np.array([index]),
-                layer,
-            )[0]
-        buffer = io.BytesIO()
-        Image.fromarray(overlay(np.asarray(pixels), cam, 224)).save(buffer, "PNG")
-        return buffer.getvalue()
-
-    return explain
-
-
-def deployment(
-    model: str,
-    tracking: str = "",
-    *,
-    replicas: int = 1,
-    cpus: float = 1.0,
-    gpus: float = 0.0,
-    max_megabytes: float = MAX_MEGABYTES,
-) -> Any:
-    """A Ray Serve application of the service."""
-    from ray import serve
-
-    class Endpoint:
-        def __init__(self) -> None:
-            self.service = Service(model, tracking, max_megabytes)
-
-        async def __call__(self, request: Request) -> Response:
-            return await self.service.respond(request)
-
-    made = serve.deployment(
-        Endpoint,
-        name="ftlib",
-        num_replicas=replicas,
-        max_ongoing_requests=4 * BATCH,
-        ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
-    )
-    return made.bind()
+    torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""A small prepared data set and a run's folder with a model on it, made in seconds and without training a run."""
+"""A small prepared set and a folder of a run with a model, made in seconds without a training."""
 
 import json
 from pathlib import Path

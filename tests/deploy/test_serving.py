@@ -1,7 +1,9 @@
 """The service over real HTTP, its page in a real browser, and the whole on Ray Serve."""
 
+import asyncio
 import base64
 import concurrent.futures
+import contextlib
 import io
 import json
 import os
@@ -21,12 +23,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import uvicorn
 from PIL import Image
-from starlette.applications import Starlette
-from starlette.routing import Route
 
 from ftlib.config import Augment, Model, Run
+from ftlib.deploy.http_server import bound_socket, close_idle
+from ftlib.deploy.http_server import server as server_of
 from ftlib.deploy.serving import Service
 from ftlib.packaging.package import load, package
 from ftlib.training import models
@@ -56,25 +57,58 @@ def folder(tmp_path_factory):
     )
 
 
-@pytest.fixture(scope="module")
-def server(folder):
+@contextlib.contextmanager
+def serving(folder, **limits):
+    """(address, service) of a server in a thread of this process."""
     service = Service(str(folder), max_megabytes=0.5)
+    for name, value in limits.items():
+        setattr(service.body, name, value)
+    bound, ready = bound_socket("127.0.0.1", 0), threading.Event()
+    stop = []
 
-    async def answer(request):
-        return await service.respond(request)
+    async def run():
+        await service.start()
+        running = server_of(service)
+        stop.append(lambda: setattr(running, "should_exit", True))
+        idle = asyncio.create_task(close_idle(running, IDLE))
+        task = asyncio.create_task(running.serve(sockets=[bound]))
+        while not running.started:
+            await asyncio.sleep(0.01)
+        ready.set()
+        await task
+        idle.cancel()
+        await service.close()
 
-    app = Starlette(
-        routes=[Route("/{path:path}", answer, methods=["GET", "POST", "PUT", "DELETE"])]
-    )
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
     thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(10)
+    assert ready.wait(60)
+    try:
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}", service
+    finally:
+        stop[0]()
+        thread.join(20)
+        bound.close()
+
+
+IDLE = 1.0
+
+
+@pytest.fixture(scope="module")
+def service_and_address(folder):
+    threads = torch.get_num_threads()
+    with serving(folder) as (address, service):
+        yield service, address
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def server(service_and_address):
+    return service_and_address[1]
+
+
+@pytest.fixture
+def service(service_and_address):
+    return service_and_address[0]
 
 
 def ask(address, body=None, method=None):
@@ -127,8 +161,8 @@ def counters(server):
 @pytest.mark.parametrize(
     ("path", "body", "method", "status", "says"),
     [
-        ("/predict", b"not a picture", None, 400, "no picture of a known kind"),
-        ("/predict", b"", None, 400, "0 bytes"),
+        ("/predict", b"not a picture", None, 400, "not a picture of a known kind"),
+        ("/predict", b"", None, 400, "no bytes"),
         ("/predict", b"\xff\xd8" + bytes(600_000), None, 413, "more than 0.5 MB"),
         ("/predict?top_k=none", b"x", None, 400, "top_k must be"),
         ("/predict", None, "GET", 405, "takes POST"),
@@ -163,11 +197,10 @@ def test_the_explanation_is_a_picture_and_depends_on_the_class(server):
 
 DROP = """
 (async () => {
-  const bytes = Uint8Array.from(atob("%s"), c => c.charCodeAt(0));
-  const data = new DataTransfer();
-  data.items.add(new File([bytes], "dropped.jpg", {type: "image/jpeg"}));
-  document.getElementById("drop").dispatchEvent(new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true}));
-  return true;
+  const bytes = Uint8Array.from(atob("%s"), c => c.charCodeAt(0)); const data = new
+  DataTransfer(); data.items.add(new File([bytes], "dropped.jpg", {type: "image/jpeg"}));
+  document.getElementById("drop").dispatchEvent(new DragEvent("drop", {dataTransfer: data,
+  bubbles: true, cancelable: true})); return true;
 })()
 """
 
@@ -216,8 +249,10 @@ def test_the_page_takes_a_dropped_picture_in_a_real_browser(server, folder, tmp_
         browser.close()
 
 
-@pytest.mark.slow
-def test_the_job_serves_on_ray_and_ends_with_ctrl_c(folder):
+@pytest.mark.parametrize(
+    "replicas", [1, pytest.param(2, marks=pytest.mark.slow, id="2 on Ray Serve")]
+)
+def test_the_job_serves_and_ends_with_ctrl_c(folder, replicas):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -228,7 +263,10 @@ def test_the_job_serves_on_ray_and_ends_with_ctrl_c(folder):
     }
     job = Path(__file__).parents[2] / "jobs" / "serve.py"
     process = subprocess.Popen(
-        [sys.executable, str(job), "--model", str(folder), "--port", str(port)],
+        [
+            *(sys.executable, str(job), "--model", str(folder)),
+            *("--port", str(port), "--replicas", str(replicas)),
+        ],
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
