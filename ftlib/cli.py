@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -185,20 +186,28 @@ def reporting(asked: ResultOptions) -> Iterator[dict[str, Any]]:
             yield result
         except SystemExit as error:  # an exit code can be part of the result
             ended = error
+        text = json.dumps(_plain(result), indent=1, allow_nan=False)
         if asked.json == "-":
-            print(json.dumps(result, indent=1, default=_plain), file=stdout, flush=True)
+            print(text, file=stdout, flush=True)
         elif asked.json:
-            text = json.dumps(result, indent=1, default=_plain)
             Path(asked.json).write_text(text + "\n", "utf-8")
         if ended is not None:
             raise ended
 
 
 def _plain(value: Any) -> Any:
-    """JSON for what json does not know: dataclasses, numpy scalars, paths."""
+    """`value` as JSON has it: dataclasses, mappings, tuples, numpy scalars; NaN is null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return value.item() if hasattr(value, "item") else str(value)
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, (str, int, float, type(None))) else str(value)
 
 
 # --- reading the command line ---------------------------------------------------------------------

@@ -18,16 +18,16 @@ from typing import Annotated
 from ftlib import recipes
 from ftlib.checks import check_recipe
 from ftlib.cli import ResultOptions, job, options_and_recipe, reporting
-from ftlib.config import AtLeastOne, Positive, Run
+from ftlib.config import Positive, Run
 from ftlib.flags import Metavar, Position
-from ftlib.settings import ConfigError, to_json
+from ftlib.settings import Between, ConfigError, to_json
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ResultOptions):
     recipe: Annotated[str, Position]
     """A job such as phase1, or a recipe in a .json file."""
-    steps: AtLeastOne = 100
+    steps: Annotated[int, Between(20, 2**31)] = 100
     """Optimizer steps."""
     low: Annotated[Positive, Metavar("RATE")] = 1e-7
     """The first rate."""

@@ -4,13 +4,16 @@ Modules: jobs/*.py, ftlib.checks, ftlib.flags, ftlib.launch.train_job.
 """
 
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ftlib import checks, recipes
@@ -183,6 +186,26 @@ def test_a_result_is_printed_although_the_job_ends_with_1(capsys):
         raise SystemExit(1)
     out = capsys.readouterr()
     assert json.loads(out.out) == {"count": 3} and out.err == "for people\n"
+
+
+def test_a_result_is_valid_json_whatever_it_holds(capsys):
+    with reporting(ResultOptions(json="-")) as result:
+        result.update(
+            nothing=float("nan"),
+            number=np.float32(0.5),
+            path=Path("x"),
+            pair=(1, math.inf),
+            options=ResultOptions(quiet=True),
+            map={3: np.int64(4)},
+        )
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "nothing": None,
+        "number": 0.5,
+        "path": "x",
+        "pair": [1, None],
+        "options": {"quiet": True, "json": ""},
+        "map": {"3": 4},
+    }
 
 
 def test_a_job_that_fails_prints_no_result(capsys):
