@@ -26,7 +26,14 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageFile, JpegImagePlugin
+from PIL import (
+    ExifTags,
+    Image,
+    ImageCms,
+    ImageFile,
+    JpegImagePlugin,
+    UnidentifiedImageError,
+)
 
 Kind = Literal["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "HEIF", "JPEG2000", "PPM"]
 EXTENSIONS: dict[Kind, tuple[str, ...]] = {
@@ -320,6 +327,8 @@ def open_image(data: bytes, rules: Rules) -> Opened:
         animated = kind not in ("JPEG", "HEIF") and bool(getattr(image, "is_animated", False))
     except Image.DecompressionBombError:
         raise PictureError("too_large", f"{kind}: more pixels than Pillow opens") from None
+    except UnidentifiedImageError:
+        raise PictureError("damaged", f"damaged {kind}: its header cannot be read") from None
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error ...
         raise PictureError("damaged", f"damaged {kind} header: {error}") from None
     check_megapixels(*image.size, rules.max_megapixels)

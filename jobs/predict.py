@@ -1,38 +1,41 @@
-"""Classify a folder of pictures with a packaged model.
+"""Classify a picture, or a folder of pictures, with a packaged model.
 
+    python jobs/predict.py --model models:/NAME@champion --source cat.jpg
     python jobs/predict.py --model models:/NAME@champion --source FOLDER --out answers.parquet
-    python jobs/predict.py --model PACKAGE_FOLDER --source FOLDER --out answers.parquet --workers 4
+    python jobs/predict.py --model PACKAGE_FOLDER --source FOLDER --out answers.csv --workers 4
 
-It writes a Parquet file with a row per picture: path, class, probability, the top classes with
-theirs, and why, where a picture could not be read. The same command goes on after an interruption.
-From 2,000 pictures on it is a Ray Data job, on the cluster at RAY_ADDRESS (whose nodes must see
-FOLDER), else on this machine.
+For one picture it prints the classes. For a folder it writes a file with a row per picture: path,
+class, probability, the top classes with theirs, and why, where a picture could not be read. Files
+that are no pictures are counted. The same command goes on after an interruption. From 2,000
+pictures on it is a Ray Data job, on the cluster at RAY_ADDRESS (whose nodes must see FOLDER), else
+on this machine.
 """
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ftlib.checks import check_model_folder
 from ftlib.cli import ResultOptions, job, options, reporting
 from ftlib.config import AtLeastOne
 from ftlib.flags import FormerValue, Metavar
 from ftlib.settings import ConfigError
+from ftlib.text import printable
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    from ftlib.deploy.batch_predict import PredictOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ResultOptions):
     model: Annotated[str, Metavar("URI")]
     """models:/NAME@ALIAS, models:/NAME/VERSION, runs:/ID/model, or a package's folder."""
-    source: Annotated[str, Metavar("FOLDER")]
-    """Pictures, at any depth."""
-    out: Annotated[str, Metavar("FILE")]
-    """A .parquet file for the answers."""
+    source: Annotated[str, Metavar("PATH")]
+    """A picture, or a folder with pictures at any depth."""
+    out: Annotated[str, Metavar("FILE")] = ""
+    """A .parquet or .csv file for the answers; for one picture it may be left out."""
     top_k: AtLeastOne = 5
     """Classes that are named per picture."""
     engine: Annotated[Literal["auto", "local", "ray"], FormerValue("here", "local")] = "auto"
@@ -47,20 +50,43 @@ class Options(ResultOptions):
 def main(argv: Sequence[str] | None = None) -> None:
     asked = options(Options, __doc__, argv)
     check_model_folder(asked.model)
-    if not Path(asked.source).expanduser().exists():
-        raise ConfigError(f"--source {asked.source}: there is no such folder")
+    source = Path(asked.source).expanduser()
+    if not source.exists():
+        raise ConfigError(f"--source {asked.source}: there is no such folder or file")
+    if not asked.out and source.is_dir():
+        raise ConfigError("--out is missing: name a .parquet or .csv file for the folder's answers")
     with reporting(asked) as result:
-        answers = predict(asked)
-        unreadable = answers.num_rows - answers["error"].null_count
-        print(
-            f"{asked.out}: {answers.num_rows:,} pictures, {unreadable:,} of which could not be "
-            "read (their error says why)"
-        )
-        result.update(file=asked.out, pictures=answers.num_rows, unreadable=unreadable)
+        if asked.out:
+            result.update(classify_folder(asked, source))
+        else:
+            result.update(classify_file(asked, source))
 
 
-def predict(asked: Options) -> "pa.Table":
-    """The answers: a row per picture."""
+def predict_options(asked: Options) -> "PredictOptions":
+    from ftlib.deploy.batch_predict import PredictOptions
+    from ftlib.packaging.package import locate
+
+    engine = "here" if asked.engine == "local" else asked.engine
+    _, tracking = locate(asked.model, asked.tracking_uri)
+    return PredictOptions(tracking, asked.top_k, engine, asked.workers)
+
+
+def classify_file(asked: Options, source: Path) -> dict[str, Any]:
+    """Print the classes of one picture."""
+    from ftlib.deploy.batch_predict import PredictError, predict_file
+
+    row = predict_file(asked.model, source, predict_options(asked))
+    if row["error"]:
+        raise PredictError(f"{source}: {row['error']}")
+    width = max(len(name) for name in row["top_classes"])
+    print(f"{printable(str(source))}: {row['class']}, {row['probability']:.1%}")
+    for name, probability in zip(row["top_classes"], row["top_probabilities"]):
+        print(f"  {name:{width}}  {probability:6.1%}  {'#' * round(40 * probability)}".rstrip())
+    return row
+
+
+def classify_folder(asked: Options, source: Path) -> dict[str, Any]:
+    """Write the answers of a folder."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -69,24 +95,34 @@ def predict(asked: Options) -> "pa.Table":
         TimeRemainingColumn,
     )
 
-    from ftlib.deploy.batch_predict import predict_folder
-    from ftlib.packaging.package import locate
+    from ftlib.deploy.batch_predict import pictures_of, predict_folder
 
-    _, tracking = locate(asked.model, asked.tracking_uri)
+    found = pictures_of(source)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     hidden = asked.quiet or not sys.stderr.isatty()
     with Progress(*columns, TimeRemainingColumn(), transient=True, disable=hidden) as progress:
         task = progress.add_task("classifying", total=None)
-        return predict_folder(
+        answers = predict_folder(
             asked.model,
-            asked.source,
+            source,
             asked.out,
-            tracking=tracking,
-            top_k=asked.top_k,
-            engine="here" if asked.engine == "local" else asked.engine,
-            workers=asked.workers,
+            predict_options(asked),
+            files=found.files,
             tick=lambda done, total: progress.update(task, completed=done, total=total),
         )
+    unreadable = answers.num_rows - answers["error"].null_count
+    print(
+        f"{asked.out}: {answers.num_rows:,} pictures, {unreadable:,} of which could not be read "
+        "(their error says why)"
+    )
+    if found.left_aside:
+        print(found.left_aside_text())
+    return {
+        "file": asked.out,
+        "pictures": answers.num_rows,
+        "unreadable": unreadable,
+        "left_aside": dict(found.left_aside),
+    }
 
 
 if __name__ == "__main__":

@@ -1,37 +1,28 @@
-"""Classify a folder of pictures with a packaged model: a row per picture, those that cannot be read too, into one Parquet file.
+"""Classify a folder of pictures with a packaged model: a row per picture, into one file.
 
-Parts are kept beside the output as they are done, so that a killed job goes on where it stopped.
-Small folders are done in this process; larger ones by Ray Data, with one copy of the model per
-worker.
+A picture that cannot be read has a row with its error. Parts are kept beside the output as they are
+done, so that a killed job goes on where it stopped. Small folders are done in this process; larger
+ones by Ray Data, with one copy of the model per worker.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-EXTENSIONS = (
-    "jpg",
-    "jpeg",
-    "jpe",
-    "jfif",
-    "png",
-    "webp",
-    "bmp",
-    "tif",
-    "tiff",
-    "gif",
-    "ppm",
-    "pgm",
-)
+from ftlib.deploy.picture_list import PictureList, list_pictures
+from ftlib.text import csv_cell
+
 PART = 512
 """Pictures per part: what is lost when the job is killed."""
 SMALL = 2000
@@ -46,169 +37,233 @@ SCHEMA = pa.schema(
         ("error", pa.string()),
     ]
 )
+Tick = Callable[[int, int], None]
+"""Told of (pictures done, pictures in all)."""
 
 
 class PredictError(ValueError):
     """A source, model or output that cannot be used; the message says what to do."""
 
 
-def pictures(source: Path) -> list[str]:
-    """Picture files below `source` (names relative to it, sorted), or the one file that it is. By extension."""
-    if source.is_file():
-        return [source.name]
-    if not source.is_dir():
-        raise PredictError(f"{source}: there is no such folder or file")
-    found = sorted(
-        str(Path(root, name).relative_to(source))
-        for root, _, names in os.walk(source)
-        for name in names
-        if name.rpartition(".")[2].lower() in EXTENSIONS
-    )
-    if not found:
-        raise PredictError(f"{source} holds no pictures ({', '.join(EXTENSIONS)})")
-    return found
+@dataclass(frozen=True)
+class PredictOptions:
+    """How a folder is classified."""
+
+    tracking: str = ""
+    """MLflow tracking URI, for models named by models:/ and runs:/."""
+    top_k: int = 5
+    """Classes named per picture."""
+    engine: str = "auto"
+    """here, ray, or auto: Ray from `SMALL` pictures on."""
+    workers: int = 1
+    """Copies of the model under Ray."""
+    gpus: float = 0.0
+    """GPUs of each copy."""
 
 
 class Classifier:
     """A packaged model that turns paths into rows. One per Ray Data worker."""
 
-    def __init__(self, model: str, tracking: str, source: str, top_k: int) -> None:
+    def __init__(self, model: str, source: str, options: PredictOptions) -> None:
         from ftlib.packaging.package import load
 
-        self.model, self.source, self.top_k = load(model, tracking), Path(source), top_k
+        self.model, self.options = load(model, options.tracking), options
+        self.base = Path(source) if Path(source).is_dir() else Path(source).parent
 
-    def rows(self, paths: Sequence[str]) -> pa.Table:
-        base = self.source if self.source.is_dir() else self.source.parent
+    def rows(self, files: Sequence[str]) -> pa.Table:
+        """`SCHEMA` rows of files, named relative to the source."""
         answers = self.model.predict(
-            [base / p for p in paths], params={"top_k": self.top_k, "on_error": "row"}
+            [self.base / file for file in files],  # a Path is read, a text would be base64
+            params={"top_k": self.options.top_k, "on_error": "row"},
         )
-        return pa.Table.from_pylist(
-            [
-                {
-                    "path": path,
-                    "class": a.get("class"),
-                    "probability": a.get("probability"),
-                    "top_classes": [t["class"] for t in a.get("top", [])],
-                    "top_probabilities": [t["probability"] for t in a.get("top", [])],
-                    "error": a.get("error"),
-                }
-                for path, a in zip(paths, answers)
-            ],
-            schema=SCHEMA,
-        )
+        rows = [
+            {
+                "path": shown(file),
+                "class": answer.get("class"),
+                "probability": answer.get("probability"),
+                "top_classes": [t["class"] for t in answer.get("top", [])],
+                "top_probabilities": [t["probability"] for t in answer.get("top", [])],
+                "error": answer.get("error"),
+            }
+            for file, answer in zip(files, answers)
+        ]
+        return pa.Table.from_pylist(rows, schema=SCHEMA)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return self.rows(batch["path"].to_pylist())
+        return self.rows([os.fsdecode(file) for file in batch["file"].to_pylist()])
+
+
+def shown(file: str) -> str:
+    """A file name as text: bytes that are no UTF-8 become \\xNN."""
+    return file.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def pictures_of(source: str | Path) -> PictureList:
+    """The pictures to classify. Raises PredictError where there are none."""
+    source = Path(source).absolute()
+    if not source.exists():
+        raise PredictError(f"{source}: there is no such folder or file")
+    found = list_pictures(source)
+    if not found.files:
+        aside = f"; {found.left_aside_text()}" if found.left_aside else ""
+        raise PredictError(f"{source} holds no pictures{aside}")
+    return found
+
+
+def predict_file(model: str, source: str | Path, options: PredictOptions) -> dict[str, Any]:
+    """The row of one picture."""
+    source = Path(source).absolute()
+    table = Classifier(model, str(source), options).rows([source.name])
+    row: dict[str, Any] = table.to_pylist()[0]
+    return row
 
 
 def predict_folder(
     model: str,
     source: str | Path,
     out: str | Path,
+    options: PredictOptions = PredictOptions(),
     *,
-    tracking: str = "",
-    top_k: int = 5,
-    engine: str = "auto",
-    workers: int = 1,
-    gpus: float = 0.0,
-    tick: Callable[[int, int], None] = lambda done, total: None,
+    files: Sequence[str] | None = None,
+    tick: Tick = lambda done, total: None,
 ) -> pa.Table:
-    """Write `out` (Parquet, rows in the order of file names) and return it. A finished `out` of the same job is returned as it is.
+    """Write `out` (.parquet or .csv, rows in the order of file names) and return its rows.
+
+    A finished `out` of the same job is returned as it is.
 
     Args:
         model: folder of a package, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID/model.
-        tracking: MLflow tracking URI, for names.
-        engine: here, ray, or auto (Ray from 2,000 pictures on).
-        workers, gpus: copies of the model under Ray, and GPUs for each.
-        tick: called with (pictures done, pictures in all).
+        files: the files below `source`; by default those of `pictures_of`.
     """
     source, out = Path(source).absolute(), Path(out).absolute()
-    if engine not in ("auto", "here", "ray"):
-        raise PredictError(f"--engine {engine}: needs to be auto, here or ray")
-    if out.suffix != ".parquet":
-        raise PredictError(f"--out {out.name}: the file's name must end in .parquet")
-    names = pictures(source)
-    job = hashlib.sha256(json.dumps([model, str(source), top_k, names]).encode()).hexdigest()
+    if options.engine not in ("auto", "here", "ray"):
+        raise PredictError(f"--engine {options.engine}: needs to be auto, here or ray")
+    if out.suffix not in (".parquet", ".csv"):
+        raise PredictError(f"--out {out.name}: the file's name must end in .parquet or .csv")
+    names = list(files) if files is not None else pictures_of(source).files
+    asked = [model, str(source), options.top_k, [shown(name) for name in names]]
+    job = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+    kept = out if out.suffix == ".parquet" else out.with_name(f".{out.name}.parquet")
     if out.exists():
-        if (pq.read_schema(out).metadata or {}).get(b"ftlib.job", b"").decode() == job:
-            return pq.read_table(out)
+        if (
+            kept.exists()
+            and (pq.read_schema(kept).metadata or {}).get(b"ftlib.job") == job.encode()
+        ):
+            return pq.read_table(kept)
         raise PredictError(
-            f"{out} is there already, from another model or other pictures. Choose another --out, or delete it"
+            f"{out} is there already, from another model or other pictures. Choose another --out, "
+            "or delete it"
         )
     parts = out.with_name(f".{out.name}.parts-{job[:12]}")
     parts.mkdir(parents=True, exist_ok=True)
+    _predict_parts(model, source, names, options, parts, tick)
+    tables = [pq.read_table(part) for part in parts.glob("part-*.parquet")]
+    metadata = {b"ftlib.job": job.encode(), b"ftlib.model": model.encode()}
+    whole = pa.concat_tables(tables).sort_by("path").replace_schema_metadata(metadata)
+    _write(whole, kept)
+    if kept != out:
+        _write(whole, out)
+    shutil.rmtree(parts, ignore_errors=True)
+    return whole
+
+
+def _predict_parts(
+    model: str, source: Path, names: list[str], options: PredictOptions, parts: Path, tick: Tick
+) -> None:
+    """Classify what no finished part holds yet."""
     done = {
         path
         for part in parts.glob("part-*.parquet")
         for path in pq.read_table(part, columns=["path"])["path"].to_pylist()
     }
-    left = [n for n in names if n not in done]
+    left = [n for n in names if shown(n) not in done]
     tick(len(names) - len(left), len(names))
-    use_ray = engine == "ray" or (engine == "auto" and len(left) >= SMALL)
-    arguments = (model, tracking, str(source), top_k)
-    for table in _with_ray(arguments, left, workers, gpus) if use_ray else _here(arguments, left):
+    if not left:
+        return
+    use_ray = options.engine == "ray" or (options.engine == "auto" and len(left) >= SMALL)
+    compute = _with_ray if use_ray else _here
+    for table in compute((model, str(source), options), left):
         _keep(table, parts)
         done.update(table["path"].to_pylist())
         tick(len(done), len(names))
-    whole = pa.concat_tables(
-        [pq.read_table(part) for part in parts.glob("part-*.parquet")]
-    ).sort_by("path")
-    pq.write_table(
-        whole.replace_schema_metadata({b"ftlib.job": job.encode(), b"ftlib.model": model.encode()}),
-        out.with_name(f".{out.name}.tmp"),
-    )
-    os.replace(out.with_name(f".{out.name}.tmp"), out)
-    shutil.rmtree(parts, ignore_errors=True)
-    return whole
+
+
+def _write(table: pa.Table, out: Path) -> None:
+    """The whole file or none: a temporary one takes its place."""
+    temporary = out.with_name(f".{out.name}.tmp")
+    if out.suffix == ".parquet":
+        pq.write_table(table, temporary)
+    else:
+        _write_csv(table, temporary)
+    os.replace(temporary, out)
+
+
+def _write_csv(table: pa.Table, out: Path) -> None:
+    """One column per class and probability; what a spreadsheet would run as a formula is quoted."""
+    rows = table.to_pylist()
+    places = range(1, max((len(row["top_classes"]) for row in rows), default=0))
+    extra = [f"{name}_{place + 1}" for place in places for name in ("class", "probability")]
+    with open(out, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "class", "probability", "error", *extra])
+        for row in rows:
+            top = zip(row["top_classes"][1:], row["top_probabilities"][1:])
+            others = [cell for name, p in top for cell in (csv_cell(name), p)]
+            others += [""] * (len(extra) - len(others))
+            texts = [csv_cell(row[name] or "") for name in ("path", "class", "error")]
+            writer.writerow([texts[0], texts[1], row["probability"], texts[2], *others])
 
 
 def _keep(table: pa.Table, parts: Path) -> None:
-    """One part, whole or not at all; named by its first picture, so that a repeated part takes its place."""
+    """Write one part, whole or not at all.
+
+    It is named by its first picture, so that a repeated part takes its place.
+    """
     name = hashlib.sha256(table["path"][0].as_py().encode()).hexdigest()[:16]
     pq.write_table(table, parts / f".tmp-{name}")
     os.replace(parts / f".tmp-{name}", parts / f"part-{name}.parquet")
 
 
-def _here(arguments: tuple[Any, ...], names: list[str]) -> Iterator[pa.Table]:
-    if not names:
-        return
+Arguments = tuple[str, str, PredictOptions]
+
+
+def _here(arguments: Arguments, names: list[str]) -> Iterator[pa.Table]:
     classifier = Classifier(*arguments)
     for start in range(0, len(names), PART):
         yield classifier.rows(names[start : start + PART])
 
 
-def _with_ray(
-    arguments: tuple[Any, ...], names: list[str], workers: int, gpus: float
-) -> Iterator[pa.Table]:
+def _with_ray(arguments: Arguments, names: list[str]) -> Iterator[pa.Table]:
     """Batches of rows in the order in which they are done."""
-    if not names:
-        return
     from ftlib.launch.cluster import connect
 
-    mine = connect()
+    started_here = connect()
     import ray
 
+    options = arguments[2]
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         rows = (
-            ray.data.from_arrow(pa.table({"path": names}))
+            ray.data.from_arrow(pa.table({"file": [os.fsencode(name) for name in names]}))
             .repartition(max(1, -(-len(names) // PART)))
             .map_batches(
                 Classifier,
                 fn_constructor_args=arguments,
                 batch_format="pyarrow",
                 batch_size=PART,
-                concurrency=workers,
+                concurrency=options.workers,
                 num_cpus=1,
-                num_gpus=gpus,
+                num_gpus=options.gpus,
             )
         )
-        for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        batches = rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+        for batch in batches:
+            assert isinstance(batch, pa.Table)
             if len(batch):
                 yield batch.select(SCHEMA.names).cast(SCHEMA)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         raise cause if isinstance(cause, ValueError) else error from None
     finally:
-        if mine:
+        if started_here:
             ray.shutdown()

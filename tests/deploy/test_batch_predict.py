@@ -1,5 +1,7 @@
-"""Batch prediction: a row per picture whatever the picture, the same answers by every engine, no work done twice."""
+"""Batch prediction: a row per picture whatever the picture, and no work done twice."""
 
+import csv
+import os
 import shutil
 
 import numpy as np
@@ -12,6 +14,7 @@ from ftlib.config import Augment, Model, Run
 from ftlib.deploy import batch_predict as B
 from ftlib.packaging.package import load, package
 from ftlib.training import models
+from tests.picture_files import TAKEN
 
 RUN = Run(name="tiny", model=Model(arch="resnet18"), augment=Augment(size=32))
 
@@ -48,13 +51,13 @@ def test_a_row_per_picture_with_errors_as_rows(model, folder, tmp_path):
         str(model),
         folder,
         tmp_path / "out.parquet",
-        top_k=2,
+        B.PredictOptions(top_k=2),
         tick=lambda done, total: told.append((done, total)),
     )
     assert table.num_rows == 10 and told[0] == (0, 10) and told[-1] == (10, 10)
     rows = {r["path"]: r for r in table.to_pylist()}
     assert list(rows) == sorted(rows)
-    assert "no picture of a known kind" in rows["broken.jpg"]["error"]
+    assert "its end is missing" in rows["broken.jpg"]["error"]
     assert rows["broken.jpg"]["class"] is None
     direct = load(str(model)).predict([folder / "sub1" / "1.png"], params={"top_k": 2})[0]
     row = rows["sub1/1.png"]
@@ -87,7 +90,7 @@ def test_a_killed_job_goes_on_where_it_stopped(model, folder, tmp_path, monkeypa
     (tmp_path / "go").touch()
     table = B.predict_folder(str(model), folder, tmp_path / "out.parquet")
     assert (
-        sorted(name for part in seen for name in part) == B.pictures(folder)
+        sorted(name for part in seen for name in part) == B.pictures_of(folder).files
         and table.num_rows == 10
     ), "a picture was done twice or not at all"
     monkeypatch.setattr(
@@ -102,13 +105,63 @@ def test_what_cannot_be_done_is_said_so(model, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(B.PredictError, match="holds no pictures"):
         B.predict_folder(str(model), tmp_path / "empty", tmp_path / "a.parquet")
-    with pytest.raises(B.PredictError, match=r"must end in \.parquet"):
-        B.predict_folder(str(model), folder, tmp_path / "a.csv")
+    with pytest.raises(B.PredictError, match=r"must end in \.parquet or \.csv"):
+        B.predict_folder(str(model), folder, tmp_path / "a.txt")
     B.predict_folder(str(model), folder / "sub0", tmp_path / "a.parquet")
     with pytest.raises(B.PredictError, match="is there already"):
         B.predict_folder(str(model), folder, tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="cannot be loaded as a packaged model"):
         B.predict_folder(str(tmp_path / "empty"), folder, tmp_path / "b.parquet")
+
+
+def test_csv_has_the_same_rows_and_no_formulas(model, tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in ("=HYPERLINK(1).png", "@a.png", "plain.png"):
+        Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(pictures / name)
+    (pictures / "bad.jpg").write_bytes(b"no picture")
+    options = B.PredictOptions(top_k=2)
+    table = B.predict_folder(str(model), pictures, tmp_path / "out.csv", options)
+    with open(tmp_path / "out.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == [
+        "'=HYPERLINK(1).png",
+        "'@a.png",
+        "bad.jpg",
+        "plain.png",
+    ]
+    for row, whole in zip(rows, table.to_pylist()):
+        assert row["class"] == (whole["class"] or "")
+        if whole["error"]:
+            assert row["error"] == whole["error"] and row["class_2"] == row["probability"] == ""
+        else:
+            assert float(row["probability"]) == whole["probability"]
+            assert row["class_2"] == whole["top_classes"][1]
+            assert float(row["probability_2"]) == whole["top_probabilities"][1]
+    again = B.predict_folder(str(model), pictures, tmp_path / "out.csv", options)
+    assert again.equals(table), "a finished file is returned as it is"
+
+
+def test_file_names_that_are_no_text_get_a_row(model, tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(tmp_path / name)
+    table = B.predict_folder(str(model), tmp_path, tmp_path / "out.parquet")
+    assert table["path"].to_pylist() == ["caf\\xe9.png"] and table["error"].null_count == 1
+
+
+def test_one_file_is_one_row(model, folder):
+    row = B.predict_file(str(model), folder / "sub1" / "1.png", B.PredictOptions(top_k=3))
+    assert row["path"] == "1.png" and row["error"] is None and len(row["top_classes"]) == 3
+
+
+def test_every_kind_of_file_is_read_as_the_package_does(model, tmp_path):
+    for number, make in enumerate(TAKEN.values()):
+        (tmp_path / f"{number:02d}.jpg").write_bytes(make())
+    rows = B.predict_folder(str(model), tmp_path, tmp_path / "out.parquet").to_pylist()
+    direct = load(str(model)).predict([make() for make in TAKEN.values()])
+    assert [row["error"] for row in rows] == [None] * len(TAKEN)
+    for row, answer in zip(rows, direct):
+        assert row["probability"] == pytest.approx(answer["probability"], abs=1e-6)
 
 
 @pytest.mark.slow
@@ -128,11 +181,15 @@ def test_ray_data_gives_the_same_rows(model, folder, tmp_path, monkeypatch):
         _temp_dir=temporary,
     )
     try:
-        by_ray = B.predict_folder(str(model), folder, tmp_path / "ray.parquet", engine="ray")
+        by_ray = B.predict_folder(
+            str(model), folder, tmp_path / "ray.parquet", B.PredictOptions(engine="ray")
+        )
     finally:
         ray.shutdown()
         shutil.rmtree(temporary, ignore_errors=True)
-    here = B.predict_folder(str(model), folder, tmp_path / "here.parquet", engine="here")
+    here = B.predict_folder(
+        str(model), folder, tmp_path / "here.parquet", B.PredictOptions(engine="here")
+    )
     assert (
         by_ray["path"].equals(here["path"])
         and by_ray["class"].equals(here["class"])
