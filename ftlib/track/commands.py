@@ -12,7 +12,7 @@ from ftlib.paths import home
 from ftlib.settings import ConfigError
 from ftlib.track import leftovers, library_log, links, orphans
 from ftlib.track.journal import find_journals, undelivered
-from ftlib.track.redact import redact
+from ftlib.track.redact import redact_address
 from ftlib.track.store import client, ensure_store, reach
 
 
@@ -103,7 +103,7 @@ def _deliver(folder: Path, uri: str, any_uri: bool) -> None:
         print(f"{folder}: its driver is running and delivers by itself")
         return
     for name in names:
-        print(f"{name}: delivered to {redact(uri)}")
+        print(f"{name}: delivered to {redact_address(uri)}")
     for path in undelivered(folder):
         journal = leftovers.describe(path)
         if journal.waiting:

@@ -14,7 +14,7 @@ from ftlib.track.journal import journal_at
 from ftlib.track.leftovers import deliver_folder
 from ftlib.track.library_log import FILE
 from ftlib.track.orphans import HEARTBEAT_SECONDS, OrphanFinder, heartbeat_tags
-from ftlib.track.redact import redact
+from ftlib.track.redact import redact_address
 from ftlib.track.run_delivery import RunDelivery, classify_error
 from ftlib.track.store import (
     client,
@@ -155,7 +155,9 @@ class DeliveryThread(threading.Thread):
 
     def _succeeded(self) -> None:
         if self._has_warned:
-            log.warning("tracking: %s answers again; delivering the journal", redact(self.uri))
+            log.warning(
+                "tracking: %s answers again; delivering the journal", redact_address(self.uri)
+            )
         self._has_warned = False
         self.failures, self.last_error = 0, None
 
@@ -170,7 +172,7 @@ class DeliveryThread(threading.Thread):
         log.warning(
             "tracking: %s fails (%s). Training goes on; everything is kept in %s and sent again. "
             "Details: %s",
-            redact(self.uri),
+            redact_address(self.uri),
             first_line(error, 200),
             self.folder,
             self.folder / FILE,

@@ -21,7 +21,7 @@ from ftlib.track import journal as journals
 from ftlib.track import library_log
 from ftlib.track.journal import State, close_journal, encode, journal_at, opening, read_all
 from ftlib.track.orphans import is_this_machine
-from ftlib.track.redact import HIDDEN, redact
+from ftlib.track.redact import HIDDEN, redact_address
 from ftlib.track.run_delivery import RunDelivery, classify_error, requeue
 from ftlib.track.store import (
     TrackingError,
@@ -124,10 +124,10 @@ def deliver_patiently(
             if number == len(TRY_SECONDS) - 1 or classify_error(error) == "reject":
                 left = sum(describe(path).waiting for path in journals.undelivered(folder))
                 raise TrackingError(
-                    f"{redact(uri)} fails ({first_line(error, 200)}). {left:,} records are kept "
-                    f"in {folder}; give the same command again when it answers"
+                    f"{redact_address(uri)} fails ({first_line(error, 200)}). {left:,} records are "
+                    f"kept in {folder}; give the same command again when it answers"
                 ) from None
-            say(f"{redact(uri)} is slow or fails ({first_line(error, 120)}); trying again")
+            say(f"{redact_address(uri)} is slow or fails ({first_line(error, 120)}); trying again")
             time.sleep(min(5.0, 2.0**number))
     return None
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from ftlib.track.redact import redact
+from ftlib.track.redact import redact_address
 from ftlib.track.store import DATABASE_SCHEMES, SERVER_SCHEMES, artifacts_root, scheme, sqlite_path
 
 _TRAINING = "workflowType=machine_learning"
@@ -82,8 +82,8 @@ def ui_command(uri: str, port: int = 5000) -> str:
     """The command that opens the UI, for a person to copy; without passwords."""
     arguments = ui_arguments(uri, port)
     if not arguments:
-        return f"open {ui_base(uri) or redact(uri)}"
-    hidden = redact(uri) != uri
+        return f"open {ui_base(uri) or redact_address(uri)}"
+    hidden = redact_address(uri) != uri
     shown = [
         '"$MLFLOW_TRACKING_URI"' if hidden and word == uri else shlex.quote(word)
         for word in arguments

@@ -98,6 +98,21 @@ def redact(text: str) -> str:
     return _SHAPES.sub(HIDDEN, _redact_named(text))
 
 
+def redact_address(uri: str) -> str:
+    """One address without its password, whatever that holds; the user name stays.
+
+    `redact` looks for addresses in text and ends them at a space or quote. Here the whole text is
+    the address, so all between `://` and the last `@` is user and password.
+    """
+    scheme, separator, rest = uri.partition("://")
+    credentials, at, place = rest.rpartition("@")
+    if separator and at:
+        user, colon, _ = credentials.partition(":")
+        hidden = f"{user}:{HIDDEN}" if colon else credentials
+        uri = f"{scheme}://{hidden}@{place}"
+    return redact(uri)
+
+
 def redact_value(name: str, value: Any) -> str:
     """A named value as text: hidden whole if the name says that it is a secret."""
     text = value if isinstance(value, str) else str(value)

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 
 from ftlib.paths import home
 from ftlib.track import library_log
-from ftlib.track.redact import HIDDEN, redact
+from ftlib.track.redact import HIDDEN, redact, redact_address
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -108,7 +108,7 @@ def registry_uri(tracking_uri: str) -> str:
 
 def _checked(uri: str, name: str) -> str:
     kind = scheme(uri)
-    given = f"{name} = {redact(uri)}"
+    given = f"{name} = {redact_address(uri)}"
     if kind == "sqlite":
         path = sqlite_path(uri)
         if path is None or str(path) in (".", ":memory:"):
@@ -221,7 +221,7 @@ def is_same_store(recorded: str, uri: str) -> bool:
 
     A database that is no longer where it was is the one of the same name: its home was moved.
     """
-    if recorded == redact(uri):
+    if recorded in (redact_address(uri), redact(uri)):  # older journals used `redact`
         return True
     before, now = sqlite_path(recorded), sqlite_path(uri)
     if before is None or now is None:
@@ -507,7 +507,8 @@ def _require_plugin(uri: str) -> None:
         importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         raise TrackingError(
-            f"track.uri = {redact(uri)}: MLflow needs a plugin for it. Run: pip install {package}"
+            f"track.uri = {redact_address(uri)}: MLflow needs a plugin for it. Run: "
+            f"pip install {package}"
         ) from None
 
 
@@ -519,7 +520,7 @@ def first_line(error: BaseException | None, limit: int = 300) -> str:
 
 def why_unreachable(uri: str, error: Exception) -> str:
     """One sentence about what is wrong with a store, and what to do."""
-    why, where = first_line(error), redact(uri)
+    why, where = first_line(error), redact_address(uri)
     status = getattr(error, "get_http_status_code", lambda: 0)()
     if found := re.search(r"Can't locate revision identified by '(\w+)'", str(error)):
         return _newer_database(where, found[1])
@@ -610,8 +611,8 @@ def _check_artifacts(uri: str, experiment: str, location: str) -> None:
     if existing.is_dir() and os.access(existing, os.W_OK):
         return
     raise TrackingError(
-        f"the MLflow server {redact(uri)} keeps the artifacts of the experiment {experiment} in "
-        f"{folder}, a folder on its own disk that this machine cannot write. Start the server with "
-        "--artifacts-destination FOLDER instead of --default-artifact-root, so that it takes "
-        "artifacts over HTTP, and set track.experiment to a new name; or mount that folder here"
+        f"the MLflow server {redact_address(uri)} keeps the artifacts of the experiment "
+        f"{experiment} in {folder}, a folder on its own disk that this machine cannot write. "
+        "Start the server with --artifacts-destination FOLDER instead of --default-artifact-root, "
+        "so that it takes artifacts over HTTP, and set track.experiment to a new name; or mount that folder here"
     )

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from ftlib.track import links
 from ftlib.track.journal import State, journal_at, journal_file, opening
 from ftlib.track.orphans import heartbeat_tags
-from ftlib.track.redact import redact
+from ftlib.track.redact import redact_address
 from ftlib.track.views import View
 from ftlib.track.writer import JournalLocation, Writer, clean_params, clean_tags, warn_once
 
@@ -229,7 +229,7 @@ def begin(start: RunStart, location: JournalLocation) -> TrackedRun:
         writer.put({"op": "open"})
         writer.tags({**start.tags, **heartbeat_tags()})
         writer.params(start.params)
-        return TrackedRun(start.name, key, location, redact(start.uri))
+        return TrackedRun(start.name, key, location, redact_address(start.uri))
     if location.is_local:
         key = uuid.uuid4().hex
     else:
@@ -241,7 +241,7 @@ def begin(start: RunStart, location: JournalLocation) -> TrackedRun:
             "key": key,
             "name": start.name,
             "experiment": start.experiment,
-            "uri": redact(start.uri),
+            "uri": redact_address(start.uri),
             "machine": location.machine,
             "run_id": start.run_id or "",
             "parent": start.parent or "",
@@ -251,7 +251,7 @@ def begin(start: RunStart, location: JournalLocation) -> TrackedRun:
     )
     if location.is_local:
         journal_at(path).sync()
-    return TrackedRun(start.name, key, location, redact(start.uri))
+    return TrackedRun(start.name, key, location, redact_address(start.uri))
 
 
 @dataclass(frozen=True)

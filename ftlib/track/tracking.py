@@ -34,7 +34,7 @@ from ftlib.track import background, library_log
 from ftlib.track import journal as journals
 from ftlib.track.delivery_thread import DeliveryThread
 from ftlib.track.journal import State, close_journal, journal_file, opening
-from ftlib.track.redact import redact
+from ftlib.track.redact import redact_address
 from ftlib.track.store import (
     TrackingError,
     client,
@@ -116,7 +116,7 @@ class Tracking:
 
     def handle(self) -> TrackerHandle:
         """For processes that start and finish runs of their own under this tracking (trials)."""
-        return TrackerHandle(redact(self.uri), self.experiment, self.location())
+        return TrackerHandle(redact_address(self.uri), self.experiment, self.location())
 
     def start_run(
         self,
@@ -158,9 +158,9 @@ class Tracking:
             error = self.delivery.last_error
             why = first_line(error) if error else f"no answer within {START_SECONDS:g} s"
             raise TrackingError(
-                f"MLflow at {redact(self.uri)} did not make the run {name} ({why}). Look at the "
-                "server's log, or start with --track.offline to journal everything now and deliver "
-                "it later"
+                f"MLflow at {redact_address(self.uri)} did not make the run {name} ({why}). Look "
+                "at the server's log, or start with --track.offline to journal everything now and "
+                "deliver it later"
             )
         return tracked
 
@@ -195,7 +195,7 @@ class Tracking:
                 "tracking: %s has not taken everything yet. The rest is kept in %s. The same "
                 "command or any other job on this home delivers it, or: python jobs/track.py "
                 "deliver",
-                redact(self.uri),
+                redact_address(self.uri),
                 self.folder,
             )
         return done
@@ -205,7 +205,9 @@ class Tracking:
         path = journal_file(self.folder, name)
         start = opening(path)
         if start is not None and journals.is_open(path):
-            tracked = TrackedRun(name, start["key"], self.location(), redact(self.uri), self)
+            tracked = TrackedRun(
+                name, start["key"], self.location(), redact_address(self.uri), self
+            )
             tracked.finish(outcome, note)
 
     def close(self, outcome: str = "killed", note: str | None = None) -> None:

@@ -1,7 +1,8 @@
-"""A real MLflow server on a real SQLite store, and a proxy before it that fails in every way a server can."""
+"""A real MLflow server on a SQLite store, and a proxy before it that fails as servers do."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import shutil
@@ -111,7 +112,11 @@ def server(tmp_path_factory, empty_store):
 
 
 class Proxy:
-    """Passes requests on to a server, or fails: mode is pass, error (500), hang (accepts, never answers) or slow (`delay` seconds)."""
+    """Passes requests on to a server, or fails.
+
+    Modes: pass, error (500), hang (accepts, never answers), slow (`delay` seconds), auth (401
+    unless the user is `me` with the password `s3same`).
+    """
 
     def __init__(self, target: str) -> None:
         self.mode, self.delay, self.requests = "pass", 2.0, 0
@@ -129,6 +134,10 @@ class Proxy:
                     return
                 if proxy.mode == "slow":
                     time.sleep(proxy.delay)
+                login = "Basic " + base64.b64encode(b"me:s3same").decode()
+                if proxy.mode == "auth" and self.headers.get("Authorization") != login:
+                    self.reply(401, b"You are not authenticated.")
+                    return
                 if proxy.mode == "error":
                     self.reply(500, b"the database is on fire")
                     return

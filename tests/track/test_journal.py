@@ -67,8 +67,10 @@ def test_a_record_longer_than_a_block_is_read_whole(tmp_path):
 def test_what_was_appended_survives_kill_9(tmp_path):
     path = tmp_path / "a.jsonl"
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom ftlib.track.journal import Journal, encode\nj = Journal(Path(sys.argv[1]))\n"
-        "i = 0\nwhile True:\n    j.append(encode({'op': 'metrics', 'i': i})); print(i, flush=True); i += 1\n"
+        "import sys, time\nfrom pathlib import Path\n"
+        "from ftlib.track.journal import Journal, encode\nj = Journal(Path(sys.argv[1]))\n"
+        "i = 0\nwhile True:\n"
+        "    j.append(encode({'op': 'metrics', 'i': i})); print(i, flush=True); i += 1\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(path)],
@@ -91,8 +93,11 @@ def test_what_was_appended_survives_kill_9(tmp_path):
 def test_processes_and_threads_append_whole_lines_to_one_file(tmp_path):
     path = tmp_path / "a.jsonl"
     code = (
-        "import sys\nfrom pathlib import Path\nfrom ftlib.track.journal import Journal, encode\nj = Journal(Path(sys.argv[1]))\n"
-        "for i in range(300): j.append(encode({'op': 'metrics', 'who': sys.argv[2], 'i': i, 'pad': 'x' * (i % 97)}))\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from ftlib.track.journal import Journal, encode\nj = Journal(Path(sys.argv[1]))\n"
+        "for i in range(300):\n"
+        "    pad = 'x' * (i % 97)\n"
+        "    j.append(encode({'op': 'metrics', 'who': sys.argv[2], 'i': i, 'pad': pad}))\n"
     )
     others = [
         subprocess.Popen(
@@ -168,7 +173,10 @@ def test_any_name_has_a_journal_file_its_own_in_the_folder(tmp_path, name):
 
 
 def test_folder_belongs_to_one_process_and_is_free_after_its_death(tmp_path):
-    code = f"import sys, time\nfrom pathlib import Path\nfrom ftlib.track.journal import acquire\nprint(acquire(Path({str(tmp_path)!r})), flush=True)\ntime.sleep(60)\n"
+    code = (
+        "import time\nfrom pathlib import Path\nfrom ftlib.track.journal import acquire\n"
+        f"print(acquire(Path({str(tmp_path)!r})), flush=True)\ntime.sleep(60)\n"
+    )
     other = subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,

@@ -1,4 +1,7 @@
-"""Parameters and tags say what a run is and where it comes from; the system sampler says what the machine did."""
+"""Parameters and tags say what a run is and where it comes from.
+
+Tests of lineage, logged_params and system_metrics.
+"""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A writer on another machine than the driver's reaches the journal through the tracker actor, without waiting for it."""
+"""Writers on other machines than the driver's reach the journal through the tracker actor."""
 
 import dataclasses
 import pickle

@@ -1,4 +1,7 @@
-"""Runs reach MLflow whole, once, with the right end; servers that are dead, hang, fail, are slow or die in between cost nothing but time."""
+"""Runs reach MLflow whole, once and with the right end; failing servers cost nothing but time.
+
+Tests of tracking, tracked_run, delivery_thread, logged_model and writer.
+"""
 
 import json
 import pickle
@@ -331,7 +334,7 @@ def test_offline_starts_on_the_journal_and_the_run_is_made_when_delivered(
 
 
 @pytest.mark.parametrize("mode", ["error", "hang", "slow"])
-def test_a_server_that_stops_serving_in_the_middle_delays_training_by_less_than_10_seconds_and_loses_nothing(
+def test_a_server_that_fails_in_the_middle_delays_little_and_loses_nothing(
     proxy, server, tmp_path, experiment, quick, mode, monkeypatch
 ):
     monkeypatch.setattr(tracking_module, "FINISH_SECONDS", 3.0)
@@ -509,3 +512,77 @@ def test_writer_is_quick_and_never_raises(store, tmp_path, caplog):
         lost.metrics({"m": 1}, 1)
         assert "training goes on" in caplog.text and "another machine" in caplog.text
         run.finish("completed")
+
+
+# --- a server with a login, and many runs at once -------------------------------------------------
+
+
+def test_a_wrong_login_is_refused_at_launch_with_the_variables_to_set(
+    proxy, tmp_path, quick, monkeypatch, experiment
+):
+    proxy.mode = "auth"
+    for user, password in (("", ""), ("me", "wrong")):
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", user)
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
+        with pytest.raises(
+            TrackingError, match=r"refuses access.*MLFLOW_TRACKING_USERNAME"
+        ) as error:
+            opened(proxy.uri, tmp_path / "journal", experiment)
+        assert "wrong" not in str(error.value) and "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize("where", ["environment", "address"])
+def test_a_right_login_tracks_the_run_and_leaves_no_password_behind(
+    proxy, server, tmp_path, quick, monkeypatch, experiment, where
+):
+    proxy.mode = "auth"
+    uri = proxy.uri
+    if where == "address":
+        uri = uri.replace("http://", "http://me:s3same@")
+    else:
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "s3same")
+    with opened(uri, tmp_path / "journal", experiment) as tracking:
+        run = tracking.start_run("r", tags={}, params={})
+        run.writer().metrics({"m": 1}, 1)
+        assert run.finish("completed") and "s3same" not in run.uri + run.url
+    (got,) = by_name(client(server.uri), experiment, "r")
+    assert got.info.status == "FINISHED" and got.data.metrics == {"m": 1.0}
+    assert not [f for f in (tmp_path / "journal").rglob("*.json*") if "s3same" in f.read_text()]
+
+
+EIGHTH = """
+import sys
+from pathlib import Path
+from ftlib.config import Track
+from ftlib.track.tracking import open_tracking
+name = sys.argv[1]
+folder = Path(sys.argv[2]) / name / "journal"
+with open_tracking(Track(), experiment="e", journal_dir=folder) as tracking:
+    run = tracking.start_run(name, tags={}, params={"lr": 1})
+    for step in range(300):
+        run.writer().metrics({"a": step, "b": 2 * step}, step)
+    assert run.finish("completed")
+"""
+
+
+@pytest.mark.slow
+def test_eight_runs_at_once_on_a_new_sqlite_store_all_arrive(home):
+    """They also make the store together."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", EIGHTH, f"r{number}", str(home / "runs")],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(8)
+    ]
+    errors = [process.communicate()[1] for process in processes]
+    assert [p.returncode for p in processes] == [0] * 8 and errors == [""] * 8
+    mlflow = client(f"sqlite:///{home / 'mlflow.db'}")
+    runs = mlflow.search_runs([mlflow.get_experiment_by_name("e").experiment_id])
+    assert sorted(r.info.run_name for r in runs) == [f"r{number}" for number in range(8)]
+    for run in runs:
+        assert run.info.status == "FINISHED"
+        assert sorted(history(mlflow, run.info.run_id, "b")) == [(s, 2.0 * s) for s in range(300)]

@@ -1,0 +1,46 @@
+"""Links open the pages for training and hold on any host; commands hide passwords."""
+
+from ftlib.track.links import (
+    absolute,
+    artifact_page,
+    experiment_page,
+    run_page,
+    ui_base,
+    ui_command,
+)
+
+
+def test_links_open_the_pages_for_training_and_hide_passwords():
+    assert (
+        absolute("http://u:pw@h:5000", experiment_page("3", "ftlib-phases"))
+        == "http://h:5000/#/experiments/3/runs?workflowType=machine_learning"
+        "&compareRunsMode=CHART&viewStateShareKey=ftlib-phases"
+    )
+    assert (
+        absolute("sqlite:////x.db", run_page("3", "abc"))
+        == "http://127.0.0.1:5000/#/experiments/3/runs/abc?workflowType=machine_learning"
+    )
+    assert ui_command("https://u:pw@h") == "open https://h"
+    command = ui_command("sqlite:////x y/mlflow.db")
+    assert (
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false" in command
+        and "'sqlite:////x y/mlflow.db'" in command
+    )
+    assert "pw" not in ui_command("postgresql://u:pw@h/d")
+
+
+def test_pages_for_notes_name_no_host_and_carry_the_workflow():
+    pages = (
+        run_page("3", "abc"),
+        run_page("3", "abc", "model-metrics"),
+        artifact_page("3", "abc", "report/report ü.html"),
+        experiment_page("3", "ftlib-phases"),
+    )
+    for page in pages:
+        assert page.startswith("#/experiments/3/") and "workflowType=machine_learning" in page
+    assert "report/report%20%C3%BC.html" in pages[2] and "/model-metrics?" in pages[1]
+
+
+def test_services_without_a_known_ui_have_no_address():
+    assert ui_base("databricks") == "" and absolute("databricks", run_page("3", "abc")) == ""
+    assert ui_base("arn:aws:sagemaker:us-east-1:1:mlflow-tracking-server/x") == ""
