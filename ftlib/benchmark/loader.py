@@ -198,7 +198,9 @@ def _ours(dataset: Dataset, augment: Augment, batch: int, workers: int) -> Itera
     run = Run(augment=augment, train=Train(batch_size=batch, microbatch_size=batch))
     n = len(dataset.split("train"))
     rows = np.resize(np.arange(n), n * batch)  # a whole number of full batches
-    with train_batches(dataset, rows, run, 0, 1, 0, 2**31, workers) as batches:
+    with train_batches(
+        dataset, rows, run, rank=0, world=1, start_step=0, stop_step=2**31, workers=workers
+    ) as batches:
         yield (len(b.labels) for b in batches)
 
 

@@ -183,7 +183,14 @@ def accuracy(
 def _fast(training: Training) -> Iterator[Iterator[Batch]]:
     with contextlib.closing(
         train_batches(
-            training.context.dataset, training.rows, training.run, 0, 1, 0, training.total, 0
+            training.context.dataset,
+            training.rows,
+            training.run,
+            rank=0,
+            world=1,
+            start_step=0,
+            stop_step=training.total,
+            workers=0,
         )
     ) as batches:
         yield batches

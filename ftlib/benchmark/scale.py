@@ -181,7 +181,9 @@ def measure(path: str, workers: int, batches: int = BATCHES) -> dict[str, Any]:
     train = Train(epochs=1000, batch_size=BATCH, microbatch_size=BATCH)
     run = Run(augment=Augment(size=SIDE, color_jitter_p=0), train=train)
     start, cpu = time.perf_counter(), time.process_time()
-    with train_batches(dataset, rows, run, 0, 1, 0, batches, workers) as stream:
+    with train_batches(
+        dataset, rows, run, rank=0, world=1, start_step=0, stop_step=batches, workers=workers
+    ) as stream:
         next(stream)
         step("first batch", start, cpu)
         for _ in range(batches - 2):

@@ -79,6 +79,7 @@ def train_batches(
     dataset: Dataset,
     rows: np.ndarray,
     run: config.Run,
+    *,
     rank: int,
     world: int,
     start_step: int,
@@ -114,6 +115,7 @@ def train_batches(
 def eval_batches(
     split: Split,
     rows: np.ndarray,
+    *,
     size: int,
     crop: float,
     batch_size: int,
@@ -295,7 +297,12 @@ class Batches(Iterator[Batch]):
         if self._workers == 0:
             return _Thread(self._source, plan, self._pending, self._pin)
         return _Processes(
-            self._source, plan, self._pending, self._largest, self._workers, self._pin
+            self._source,
+            plan,
+            self._pending,
+            largest=self._largest,
+            workers=self._workers,
+            pin=self._pin,
         )
 
     def _restart(self, died: _ProcessDiedError) -> None:

@@ -266,11 +266,11 @@ def _whole(
             training.context.dataset,
             training.rows,
             run,
-            0,
-            1,
-            training.state.step,
-            training.total,
-            processes,
+            rank=0,
+            world=1,
+            start_step=training.state.step,
+            stop_step=training.total,
+            workers=processes,
         )
     ) as batches:
         found = _time_steps(training, batches, seconds, WARM_UP + ahead)
@@ -284,7 +284,14 @@ def _loading(training: Training, processes: int, seconds: float) -> float:
     images, ahead = 0, PREFETCH * max(processes, 1) + 1
     with contextlib.closing(
         train_batches(
-            training.context.dataset, training.rows, run, 0, 1, 0, training.total, processes
+            training.context.dataset,
+            training.rows,
+            run,
+            rank=0,
+            world=1,
+            start_step=0,
+            stop_step=training.total,
+            workers=processes,
         )
     ) as batches:
         for _ in itertools.islice(batches, ahead):
@@ -326,11 +333,11 @@ def _evaluation(training: Training, workers: int, processes: int, seconds: float
             eval_batches(
                 split,
                 rows,
-                run.eval_size,
-                run.evaluate.crop,
-                run.evaluate.batch_size,
-                processes,
-                run.evaluate.interpolation,
+                size=run.eval_size,
+                crop=run.evaluate.crop,
+                batch_size=run.evaluate.batch_size,
+                workers=processes,
+                interpolation=run.evaluate.interpolation,
             )
         ) as batches:
             count(

@@ -108,7 +108,14 @@ def seen_by_the_network(
 ) -> Iterator[tuple[Batch, mixing.MixPlan | None]]:
     """The microbatches of a step of the run, on one worker, with the mixing plan of each."""
     with train_batches(
-        dataset, training_rows(dataset, run), run, 0, 1, step, step + 1, 0
+        dataset,
+        training_rows(dataset, run),
+        run,
+        rank=0,
+        world=1,
+        start_step=step,
+        stop_step=step + 1,
+        workers=0,
     ) as batches:
         for batch in batches:
             plan = None

@@ -183,11 +183,11 @@ def score(
             eval_batches(
                 of,
                 which,
-                size,
-                run.evaluate.crop,
-                run.evaluate.batch_size,
-                workers,
-                run.evaluate.interpolation,
+                size=size,
+                crop=run.evaluate.crop,
+                batch_size=run.evaluate.batch_size,
+                workers=workers,
+                interpolation=run.evaluate.interpolation,
             )
         ) as batches:
             try:
@@ -255,11 +255,11 @@ def features_of(
                 eval_batches(
                     split,
                     np.arange(len(split)),
-                    run.eval_size,
-                    run.evaluate.crop,
-                    run.evaluate.batch_size,
-                    workers,
-                    run.evaluate.interpolation,
+                    size=run.eval_size,
+                    crop=run.evaluate.crop,
+                    batch_size=run.evaluate.batch_size,
+                    workers=workers,
+                    interpolation=run.evaluate.interpolation,
                 )
             ) as batches:
                 for batch in batches:

@@ -148,11 +148,11 @@ class Training:
             context.dataset,
             self.rows,
             self.run,
-            context.rank,
-            context.world,
-            self.state.step,
-            self.total,
-            context.loader_workers,
+            rank=context.rank,
+            world=context.world,
+            start_step=self.state.step,
+            stop_step=self.total,
+            workers=context.loader_workers,
         )
 
     def train_step(self, batches: Iterator[Batch], ask: bool) -> None:
@@ -476,11 +476,11 @@ class Training:
         batches = eval_batches(
             context.dataset.split("train" if self.split == "tuning" else "val"),
             self.scored_rows[context.rank :: context.world],
-            run.eval_size,
-            run.evaluate.crop,
-            run.evaluate.batch_size,
-            context.loader_workers,
-            run.evaluate.interpolation,
+            size=run.eval_size,
+            crop=run.evaluate.crop,
+            batch_size=run.evaluate.batch_size,
+            workers=context.loader_workers,
+            interpolation=run.evaluate.interpolation,
         )
         with contextlib.closing(batches):
             counts = count(

@@ -140,7 +140,16 @@ def recipe_step(
     )
     training.update_frozen(0)
     with contextlib.closing(
-        train_batches(dataset, training.rows, run, 0, 1, 0, steps, workers)
+        train_batches(
+            dataset,
+            training.rows,
+            run,
+            rank=0,
+            world=1,
+            start_step=0,
+            stop_step=steps,
+            workers=workers,
+        )
     ) as batches:
 
         def step(rate: float) -> float:

@@ -123,11 +123,11 @@ def _predict(run_dir: str) -> Predictions:
     batches = eval_batches(
         split,
         rows,
-        run.eval_size,
-        run.evaluate.crop,
-        run.evaluate.batch_size,
-        max(run.data.loader_workers, 0),
-        run.evaluate.interpolation,
+        size=run.eval_size,
+        crop=run.evaluate.crop,
+        batch_size=run.evaluate.batch_size,
+        workers=max(run.data.loader_workers, 0),
+        interpolation=run.evaluate.interpolation,
     )
     with contextlib.closing(batches):
         return predict(loaded.model.to(device), batches, device, run.data.mean, run.data.std)

@@ -112,7 +112,9 @@ def test_storage_that_stays_away_is_a_storage_error_that_says_so(store, home, mo
     assert store.calls - before == cache.TRIES and not copies(home)
     with (
         pytest.raises(storage.StorageError, match="Check the network"),
-        train_batches(dataset, np.arange(99), RUN, 0, 1, 0, 1, 0) as batches,
+        train_batches(
+            dataset, np.arange(99), RUN, rank=0, world=1, start_step=0, stop_step=1, workers=0
+        ) as batches,
     ):
         next(batches)
 
@@ -163,8 +165,12 @@ def test_training_below_a_limit_sees_every_image_once_and_stays_below_it(store, 
     local = Dataset.open(str(made))
     seen, most = [], 0
     with (
-        train_batches(dataset, rows, run, 0, 1, 0, 10, 0) as batches,
-        train_batches(local, rows, run, 0, 1, 0, 10, 0) as expected,
+        train_batches(
+            dataset, rows, run, rank=0, world=1, start_step=0, stop_step=10, workers=0
+        ) as batches,
+        train_batches(
+            local, rows, run, rank=0, world=1, start_step=0, stop_step=10, workers=0
+        ) as expected,
     ):
         for batch, other in zip(batches, expected, strict=True):
             assert np.array_equal(batch.rows, other.rows)
@@ -293,7 +299,8 @@ def test_two_processes_below_a_limit_read_from_a_slow_and_failing_s3_what_lies_t
             digest = hashlib.sha256()
             dataset = Dataset.open(sys.argv[1], limit=limit)
             rows = np.arange(len(dataset.split("train")))
-            with train_batches(dataset, rows, run, 0, 1, 0, 10, 2) as batches:
+            places = {"rank": 0, "world": 1, "start_step": 0, "stop_step": 10}
+            with train_batches(dataset, rows, run, **places, workers=2) as batches:
                 for batch in batches:
                     digest.update(batch.images.numpy().tobytes())
             print(digest.hexdigest())

@@ -94,7 +94,9 @@ def loader_threads():
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_batches_follow_the_plan_for_any_number_of_processes(dataset, expected, workers):
     assert steps_per_epoch(len(ROWS), 8) == 3
-    with train_batches(dataset, ROWS, RUN, 0, 1, 0, STEPS, workers) as batches:
+    with train_batches(
+        dataset, ROWS, RUN, rank=0, world=1, start_step=0, stop_step=STEPS, workers=workers
+    ) as batches:
         found = list(batches)
     assert [(b.step, b.index) for b in found] == sorted(expected)
     assert all(same(b, expected[b.step, b.index]) for b in found)
@@ -103,11 +105,15 @@ def test_batches_follow_the_plan_for_any_number_of_processes(dataset, expected, 
 def test_memory_is_reused_but_not_while_a_batch_is_held(dataset, expected):
     """Forty steps in a handful of places; and what is held, however much, keeps its pixels."""
     places = set()
-    with train_batches(dataset, ROWS, RUN, 0, 1, 0, 40, 1) as batches:
+    with train_batches(
+        dataset, ROWS, RUN, rank=0, world=1, start_step=0, stop_step=40, workers=1
+    ) as batches:
         for batch in batches:
             places.add(batch.images.data_ptr())
     assert len(places) <= 6
-    with train_batches(dataset, ROWS, RUN, 0, 1, 0, STEPS, 1) as batches:
+    with train_batches(
+        dataset, ROWS, RUN, rank=0, world=1, start_step=0, stop_step=STEPS, workers=1
+    ) as batches:
         parts = [(b.step, b.index, b.images[1:, ::2]) for b in batches]
     assert all(np.array_equal(part, expected[step, k][1][1:, ::2]) for step, k, part in parts)
 
@@ -115,7 +121,9 @@ def test_memory_is_reused_but_not_while_a_batch_is_held(dataset, expected):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ranks_divide_the_plan_and_a_later_start_gives_the_rest(dataset, expected, workers):
     for rank in range(2):
-        with train_batches(dataset, ROWS, RUN, rank, 2, 4, STEPS, workers) as batches:
+        with train_batches(
+            dataset, ROWS, RUN, rank=rank, world=2, start_step=4, stop_step=STEPS, workers=workers
+        ) as batches:
             found = list(batches)
         assert [(b.step, b.index) for b in found] == [
             at for at in sorted(expected) if at[0] >= 4 and at[1] % 2 == rank
@@ -127,7 +135,7 @@ def test_ranks_divide_the_plan_and_a_later_start_gives_the_rest(dataset, expecte
 def test_evaluation_keeps_the_order_and_adds_no_padding(dataset, workers):
     split, transform = dataset.split("val"), EvalTransform(24, 0.875)
     rows = np.array([5, 0, 3, 1, 4])
-    with eval_batches(split, rows, 24, 0.875, 2, workers) as batches:
+    with eval_batches(split, rows, size=24, crop=0.875, batch_size=2, workers=workers) as batches:
         found = list(batches)
     assert [len(b.rows) for b in found] == [2, 2, 1] and [b.index for b in found] == [0, 1, 2]
     assert np.concatenate([b.rows for b in found]).tolist() == rows.tolist()
@@ -140,9 +148,25 @@ def test_evaluation_keeps_the_order_and_adds_no_padding(dataset, workers):
 
 def test_an_empty_plan_gives_no_batches(dataset):
     for workers in (0, 1):
-        assert list(train_batches(dataset, ROWS, RUN, 0, 1, 5, 5, workers)) == []
         assert (
-            list(eval_batches(dataset.split("val"), np.array([], np.int64), 24, 1.0, 2, workers))
+            list(
+                train_batches(
+                    dataset, ROWS, RUN, rank=0, world=1, start_step=5, stop_step=5, workers=workers
+                )
+            )
+            == []
+        )
+        assert (
+            list(
+                eval_batches(
+                    dataset.split("val"),
+                    np.array([], np.int64),
+                    size=24,
+                    crop=1.0,
+                    batch_size=2,
+                    workers=workers,
+                )
+            )
             == []
         )
 
@@ -152,7 +176,9 @@ def test_loading_leaves_torchs_random_state_alone(dataset):
     expected_draw = torch.rand(1)
     for workers in (0, 1):
         torch.manual_seed(3)
-        with train_batches(dataset, ROWS, RUN, 0, 1, 0, 2, workers) as batches:
+        with train_batches(
+            dataset, ROWS, RUN, rank=0, world=1, start_step=0, stop_step=2, workers=workers
+        ) as batches:
             list(batches)
             assert torch.equal(torch.rand(1), expected_draw)
 
@@ -180,7 +206,9 @@ def test_a_damaged_picture_is_an_error_that_names_shard_row_and_file(damaged, wo
     dataset, row, name = damaged
     with (
         pytest.raises(LoadError) as error,
-        train_batches(dataset, ROWS, RUN, 0, 1, 0, STEPS, workers) as batches,
+        train_batches(
+            dataset, ROWS, RUN, rank=0, world=1, start_step=0, stop_step=STEPS, workers=workers
+        ) as batches,
     ):
         seen = [int(r) for b in batches for r in b.rows]
         assert row not in seen
@@ -199,17 +227,21 @@ def test_an_undecodable_picture_is_an_error_that_says_why(dataset):
             return f"shard-1, row {row} (a/b.jpg)"
 
     with pytest.raises(LoadError, match=r"shard-1, row 2 \(a/b\.jpg\): not a JPEG.*restore"):
-        next(eval_batches(Broken(), np.array([2]), 24, 1.0, 2, 0))
+        next(eval_batches(Broken(), np.array([2]), size=24, crop=1.0, batch_size=2, workers=0))
 
 
 def test_an_error_in_the_plan_reaches_the_caller(dataset):
     with pytest.raises(LoadError, match="needs at least 2"):
-        next(train_batches(dataset, ROWS[:1], RUN, 0, 1, 0, 1, 0))
+        next(
+            train_batches(
+                dataset, ROWS[:1], RUN, rank=0, world=1, start_step=0, stop_step=1, workers=0
+            )
+        )
 
 
 def test_negative_workers_are_refused(dataset):
     with pytest.raises(ValueError, match="needs 0"):
-        train_batches(dataset, ROWS, RUN, 0, 1, 0, 1, -1)
+        train_batches(dataset, ROWS, RUN, rank=0, world=1, start_step=0, stop_step=1, workers=-1)
 
 
 # --- nothing is left behind -----------------------------------------------------------------------
@@ -234,7 +266,16 @@ def wait_until(condition, seconds=20):
 
 @pytest.mark.parametrize("drop", ["close", "forget", "exhaust"])
 def test_processes_end_with_the_iterator(dataset, drop):
-    batches = train_batches(dataset, ROWS, RUN, 0, 1, 0, 2 if drop == "exhaust" else 3000, 2)
+    batches = train_batches(
+        dataset,
+        ROWS,
+        RUN,
+        rank=0,
+        world=1,
+        start_step=0,
+        stop_step=2 if drop == "exhaust" else 3000,
+        workers=2,
+    )
     next(batches)
     pids = batches.process_ids
     assert all(map(alive, pids))
@@ -252,7 +293,16 @@ def test_processes_end_with_the_iterator(dataset, drop):
 
 @pytest.mark.parametrize("drop", ["close", "forget", "exhaust"])
 def test_the_thread_ends_with_the_iterator(dataset, drop):
-    batches = train_batches(dataset, ROWS, RUN, 0, 1, 0, 2 if drop == "exhaust" else 3000, 0)
+    batches = train_batches(
+        dataset,
+        ROWS,
+        RUN,
+        rank=0,
+        world=1,
+        start_step=0,
+        stop_step=2 if drop == "exhaust" else 3000,
+        workers=0,
+    )
     next(batches)
     time.sleep(0.2)  # it is ahead now, and waiting for room
     if drop == "close":
@@ -270,7 +320,9 @@ def test_the_thread_ends_with_the_iterator(dataset, drop):
 @pytest.mark.parametrize("whom", ["one", "all"])
 def test_the_same_batches_follow_after_a_process_was_killed(dataset, expected, whom, caplog):
     """And a batch that is held keeps its pixels."""
-    with train_batches(dataset, ROWS, RUN, 0, 1, 0, STEPS, 2) as batches:
+    with train_batches(
+        dataset, ROWS, RUN, rank=0, world=1, start_step=0, stop_step=STEPS, workers=2
+    ) as batches:
         found = [next(batches)]
         for pid in batches.process_ids[: 1 if whom == "one" else 2]:
             os.kill(pid, signal.SIGKILL)
@@ -282,8 +334,8 @@ def test_the_same_batches_follow_after_a_process_was_killed(dataset, expected, w
 
 def test_killing_a_process_during_evaluation_changes_nothing(dataset):
     rows, split = np.array([5, 0, 3, 1, 4]), dataset.split("val")
-    undisturbed = list(eval_batches(split, rows, 24, 0.875, 1, 0))
-    with eval_batches(split, rows, 24, 0.875, 1, 1) as batches:
+    undisturbed = list(eval_batches(split, rows, size=24, crop=0.875, batch_size=1, workers=0))
+    with eval_batches(split, rows, size=24, crop=0.875, batch_size=1, workers=1) as batches:
         found = [next(batches)]
         os.kill(batches.process_ids[0], signal.SIGKILL)
         found += batches
@@ -295,7 +347,9 @@ def test_repeated_deaths_are_an_error_that_max_failures_retries(dataset, monkeyp
     monkeypatch.setattr(loader, "RESTARTS", 1)
     with (
         pytest.raises(LoaderProcessError, match=r"as 1 times before .*data\.loader_workers") as e,
-        train_batches(dataset, ROWS, RUN, 0, 1, 0, 3000, 1) as batches,
+        train_batches(
+            dataset, ROWS, RUN, rank=0, world=1, start_step=0, stop_step=3000, workers=1
+        ) as batches,
     ):
         for _ in batches:
             os.kill(batches.process_ids[0], signal.SIGKILL)
@@ -310,7 +364,16 @@ def test_a_shard_truncated_while_it_is_mapped_is_named(dataset, tmp_path, capfd)
     shard = tmp_path / dataset.split("train").shards[0].file
     with (
         pytest.raises(LoadError) as error,
-        train_batches(Dataset.open(str(tmp_path)), ROWS, RUN, 0, 1, 0, 40, 1) as batches,
+        train_batches(
+            Dataset.open(str(tmp_path)),
+            ROWS,
+            RUN,
+            rank=0,
+            world=1,
+            start_step=0,
+            stop_step=40,
+            workers=1,
+        ) as batches,
     ):
         next(batches)
         os.truncate(shard, 0)
@@ -321,7 +384,9 @@ def test_a_shard_truncated_while_it_is_mapped_is_named(dataset, tmp_path, capfd)
 
 
 def test_a_bus_error_without_damage_is_survived_and_explained(dataset, expected, caplog):
-    with train_batches(dataset, ROWS, RUN, 0, 1, 0, STEPS, 1) as batches:
+    with train_batches(
+        dataset, ROWS, RUN, rank=0, world=1, start_step=0, stop_step=STEPS, workers=1
+    ) as batches:
         found = [next(batches)]
         os.kill(batches.process_ids[0], signal.SIGBUS)
         found += batches
@@ -343,7 +408,9 @@ def test_a_killed_training_process_leaves_no_loader_process(dataset, tmp_path):
         if __name__ == "__main__":
             train = config.Train(epochs=9, batch_size=8, microbatch_size=4)
             run = config.Run(augment=config.Augment(size=32), train=train)
-            batches = train_batches(Dataset.open(sys.argv[1]), np.arange(20), run, 0, 1, 0, 3000, 2)
+            dataset, share = Dataset.open(sys.argv[1]), {"rank": 0, "world": 1}
+            steps = {"start_step": 0, "stop_step": 3000}
+            batches = train_batches(dataset, np.arange(20), run, **share, **steps, workers=2)
             next(batches)
             print(*batches.process_ids, flush=True)
             time.sleep(60)
@@ -380,5 +447,12 @@ def test_batches_that_never_started_can_be_dropped():
 def test_wrong_settings_are_refused_before_processes_start(dataset):
     with pytest.raises(ValueError, match="no op sheer_x"):
         train_batches(
-            dataset, ROWS, override(RUN, {"augment.randaugment_ops": ("sheer_x",)}), 0, 1, 0, 1, 2
+            dataset,
+            ROWS,
+            override(RUN, {"augment.randaugment_ops": ("sheer_x",)}),
+            rank=0,
+            world=1,
+            start_step=0,
+            stop_step=1,
+            workers=2,
         )

@@ -187,9 +187,13 @@ def test_steps_are_those_of_training(run):
 
     dataset = launch.prepare_run(run).dataset
     paced, plain = (Training(WorkerContext(run, dataset, "")) for _ in range(2))
-    with train_batches(dataset, paced.rows, run, 0, 1, 0, 3, 0) as batches:
+    with train_batches(
+        dataset, paced.rows, run, rank=0, world=1, start_step=0, stop_step=3, workers=0
+    ) as batches:
         assert timing.run_steps(paced, batches, 3) == 48
-    with train_batches(dataset, plain.rows, run, 0, 1, 0, 3, 0) as batches:
+    with train_batches(
+        dataset, plain.rows, run, rank=0, world=1, start_step=0, stop_step=3, workers=0
+    ) as batches:
         plain.update_frozen(0)
         for _ in range(3):
             plain.train_step(batches, ask=True)

@@ -417,7 +417,9 @@ def test_scores_agree_with_scikit_learn(digits, tmp_path):
     loaded_dir.write_text(json.dumps({"run": to_dict(run)}))
     loaded = initial_weights.load_run_model(str(tmp_path))
     split = digits.split("val")
-    with eval_batches(split, np.arange(37), run.eval_size, run.evaluate.crop, 16, 0) as batches:
+    with eval_batches(
+        split, np.arange(37), size=run.eval_size, crop=run.evaluate.crop, batch_size=16, workers=0
+    ) as batches:
         p = evaluate.predict(
             loaded.model, batches, torch.device("cpu"), run.data.mean, run.data.std
         )
@@ -502,7 +504,16 @@ def test_no_step_waits_for_the_device_between_log_points(digits, changes, monkey
         monkeypatch.setattr(torch.Tensor, name, counting(getattr(torch.Tensor, name)))
     training = loop.Training(WorkerContext(recipe(**changes), digits, ""))
     with contextlib.closing(
-        loop.train_batches(digits, training.rows, training.run, 0, 1, 0, training.total, 0)
+        loop.train_batches(
+            digits,
+            training.rows,
+            training.run,
+            rank=0,
+            world=1,
+            start_step=0,
+            stop_step=training.total,
+            workers=0,
+        )
     ) as batches:
         training.update_frozen(0)
         weight = list(training.model.parameters())[-2]
