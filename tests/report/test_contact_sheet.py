@@ -56,6 +56,9 @@ class Memory:
     def __len__(self):
         return 24
 
+    def labels_of(self, rows):
+        return self.labels[rows]
+
     def image(self, row):
         return self.jpegs[row]
 
