@@ -5,20 +5,3 @@ layout, one module each: `folders`, `table`, `imagenet`, `webdataset`, `parquet`
 every picture a class and, where the source has them, a split; `listing` checks the whole and
 splits validation pictures off. Built-in sets (`builtin`) are written as folders first.
 """
-
-from ftlib.preparation.sources.builtin import make_folders, names
-from ftlib.preparation.sources.layout import Entry, Layout
-from ftlib.preparation.sources.listing import Listing, describe, scan
-from ftlib.preparation.sources.options import LAYOUTS, SourceOptions
-
-__all__ = [
-    "LAYOUTS",
-    "Entry",
-    "Layout",
-    "Listing",
-    "SourceOptions",
-    "describe",
-    "make_folders",
-    "names",
-    "scan",
-]

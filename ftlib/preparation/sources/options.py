@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from ftlib.data.shards import DataError
+from ftlib.settings import ConfigError
 
 LayoutName = Literal["auto", "folders", "table", "imagenet", "webdataset", "parquet"]
 LAYOUTS: tuple[str, ...] = get_args(LayoutName)
@@ -14,7 +14,7 @@ LAYOUTS: tuple[str, ...] = get_args(LayoutName)
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What to take from a source and how to split it. Raises DataError for impossible values."""
+    """What to take from a source and how to split it. Raises ConfigError for impossible values."""
 
     layout: LayoutName = "auto"
     """How labels are found; auto looks at what lies there."""
@@ -47,17 +47,17 @@ class SourceOptions:
 
     def __post_init__(self) -> None:
         if self.layout not in LAYOUTS:
-            raise DataError(f"--layout {self.layout}: needs to be one of {', '.join(LAYOUTS)}")
+            raise ConfigError(f"--layout {self.layout}: needs to be one of {', '.join(LAYOUTS)}")
         if self.val_fraction is not None and not 0 <= self.val_fraction < 1:
-            raise DataError(
+            raise ConfigError(
                 f"--val-fraction {self.val_fraction:g}: needs to be from 0 to below 1, such as 0.1"
             )
         if self.group_column and self.group_pattern:
-            raise DataError("--group-column and --group-pattern: give one of them")
+            raise ConfigError("--group-column and --group-pattern: give one of them")
         try:
             re.compile(self.group_pattern)
         except re.error as error:
-            raise DataError(
+            raise ConfigError(
                 f"--group-pattern {self.group_pattern}: not a regular expression ({error}). "
                 "Example: --group-pattern '(patient[0-9]+)'"
             ) from None

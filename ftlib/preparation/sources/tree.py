@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ftlib import storage
 from ftlib.data.shards import DataError
+from ftlib.picture import EXTENSIONS, FOREIGN_EXTENSIONS
 from ftlib.preparation.sources.places import LARGEST_FILE, Place, read_file
 
 JUNK = frozenset(
@@ -68,33 +69,7 @@ NOT_PICTURES = frozenset(
     ]
 )
 """Extensions of files that are never examined, only counted. Everything else is examined."""
-PICTURES = frozenset(
-    [
-        "jpg",
-        "jpeg",
-        "jpe",
-        "jfif",
-        "png",
-        "apng",
-        "gif",
-        "bmp",
-        "dib",
-        "tif",
-        "tiff",
-        "webp",
-        "avif",
-        "ppm",
-        "pgm",
-        "pbm",
-        "pnm",
-        "heic",
-        "heif",
-        "jp2",
-        "j2k",
-        "jxl",
-        "mpo",
-    ]
-)
+PICTURES = frozenset(FOREIGN_EXTENSIONS).union(*EXTENSIONS.values())
 """Extensions of pictures: what is counted as a picture before anything is opened."""
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ftlib.data.shards import DataError
 from ftlib.preparation.sources.listing import scan
 from ftlib.preparation.sources.options import SourceOptions
+from ftlib.settings import ConfigError
 from tests.preparation.sources.files import labels, many, rows, tree
 
 
@@ -105,7 +106,7 @@ def test_what_cannot_be_trained_on_is_refused(
 def test_impossible_requests(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no such folder or file.*digits"):
         scan(tmp_path / "nothing")
-    with pytest.raises(DataError, match=r"--val-fraction 1: needs"):
+    with pytest.raises(ConfigError, match=r"--val-fraction 1: needs"):
         options(val_fraction=1.0)
     tree(tmp_path, *many("a", "b", split="train/"), *many("a", "b", split="val/"))
     with pytest.raises(DataError, match=r"--val-fraction would do nothing"):

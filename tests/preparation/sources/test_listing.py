@@ -12,6 +12,7 @@ import pytest
 from ftlib.data.shards import DataError
 from ftlib.preparation.sources.listing import describe, scan
 from ftlib.preparation.sources.options import SourceOptions
+from ftlib.settings import ConfigError
 from tests.preparation.sources.files import many, tree
 
 
@@ -91,7 +92,7 @@ def test_a_layout_that_is_named_is_not_guessed(tmp_path: Path) -> None:
         scan(root, options(layout="table"))
     with pytest.raises(DataError, match=r"no train/ with folders called like synsets"):
         scan(root, options(layout="imagenet"))
-    with pytest.raises(DataError, match=r"--layout coco: needs to be one of auto, folders"):
+    with pytest.raises(ConfigError, match=r"--layout coco: needs to be one of auto, folders"):
         options(layout="coco")
     with pytest.raises(DataError, match=r"neither a folder, an archive"):
         scan(tree(tmp_path, "x.doc") / "x.doc")

@@ -16,6 +16,7 @@ from ftlib.preparation.sources.listing import Listing, scan
 from ftlib.preparation.sources.options import SourceOptions
 from ftlib.preparation.sources.splits import groups_split_off, split_off
 from ftlib.preparation.sources.tree import File
+from ftlib.settings import ConfigError
 from tests.preparation.sources.files import labels, many, tree
 
 
@@ -70,9 +71,9 @@ def test_groups_that_given_splits_tear_apart_are_refused(tmp_path: Path) -> None
 
 
 def test_wrong_patterns_are_refused() -> None:
-    with pytest.raises(DataError, match=r"--group-pattern \(: not a regular expression"):
+    with pytest.raises(ConfigError, match=r"--group-pattern \(: not a regular expression"):
         options(group_pattern="(")
-    with pytest.raises(DataError, match=r"give one of them"):
+    with pytest.raises(ConfigError, match=r"give one of them"):
         options(group_pattern="x", group_column="y")
 
 
