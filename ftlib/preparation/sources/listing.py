@@ -149,7 +149,7 @@ def understand(tree: Tree, options: SourceOptions) -> LabelledFiles:
 def _assemble(found: LabelledFiles, options: SourceOptions, adding: bool) -> Listing:
     """Check the labelled files as a whole, split them and put them in order."""
     root = found.tree.root
-    labels = _labels(found)
+    labels = _labels(found, adding)
     titles = {**found.titles, **_class_titles(options.class_names, labels)}
     classes = tuple(titles.get(label, label) for label in labels)
     check_names(root, classes, options)
@@ -196,14 +196,13 @@ def _assemble(found: LabelledFiles, options: SourceOptions, adding: bool) -> Lis
     )
 
 
-def _labels(found: LabelledFiles) -> tuple[str, ...]:
-    """The labels in the order of their numbers: those of train."""
+def _labels(found: LabelledFiles, adding: bool) -> tuple[str, ...]:
+    """The labels in the order of their numbers: those of train, or of all splits if `adding`."""
     if found.classes is not None:
         return found.classes
-    in_train = {row.label for row in found.rows if row.split in ("", "train")}
-    return tuple(
-        sorted(in_train | set(found.empty.get("", ())) | set(found.empty.get("train", ())))
-    )
+    there = {row.label for row in found.rows if adding or row.split in ("", "train")}
+    empty = {*found.empty.get("", ()), *found.empty.get("train", ())}
+    return tuple(sorted(there | empty))
 
 
 def _class_titles(path: str, labels: tuple[str, ...]) -> dict[str, str]:

@@ -231,3 +231,29 @@ def test_a_connection_that_breaks_is_taken_up_again(server: str, ranges: bool) -
 def test_what_is_not_there_is_asked_for_once(server: str) -> None:
     with pytest.raises(DataError, match=r"cannot be fetched .*404"):
         scan(f"{server}/missing.zip")
+
+
+def test_data_sets_of_the_hub_are_read_through_fsspec(monkeypatch: pytest.MonkeyPatch) -> None:
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from fsspec.implementations.memory import MemoryFileSystem
+    from fsspec.registry import _registry
+
+    class Hub(MemoryFileSystem):
+        protocol = "hf"
+        store: ClassVar[dict[str, Any]] = {}
+        pseudo_dirs: ClassVar[list[str]] = [""]
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return "/" + path.removeprefix("hf://").strip("/")
+
+    monkeypatch.setitem(_registry, "hf", Hub)
+    images = [{"bytes": b"%d" % i, "path": f"{i}.jpg"} for i in range(4)]
+    table = pa.table({"image": images, "label": ["cat", "dog", "cat", "dog"]})
+    with Hub().open("/datasets/org/pets/data/train-0.parquet", "wb") as file:
+        pq.write_table(table, file)
+    found = scan("hf://datasets/org/pets", NO_VAL)
+    assert found.classes == ("cat", "dog") and found.counts == {"train": 4}
+    assert [e.place.read() for e in found.entries if e.place] == [b"0", b"1", b"2", b"3"]
