@@ -74,8 +74,11 @@ class ReportHook:
     def __init__(self, on_report: Callable[[dict[str, float]], None]) -> None:
         self.on_report = on_report
         self.raised: BaseException | None = None
+        self.best: dict[str, float] = {}
+        """The latest `best/*` metrics."""
 
     def __call__(self, metrics: dict[str, float]) -> None:
+        self.best = {k: v for k, v in metrics.items() if k.startswith("best/")}
         try:
             self.on_report(metrics)
         except BaseException as error:
@@ -173,6 +176,7 @@ class ActiveRun:
             return
         if self.hook is not None and self.hook.raised is error:
             outcome = "pruned"
+            self.writer.metrics(self.hook.best, step=0)
         elif isinstance(error, KeyboardInterrupt | SystemExit):
             outcome = "killed"
         else:
@@ -248,7 +252,7 @@ def open_run(prepared: PreparedRun, options: LaunchOptions) -> Iterator[ActiveRu
         try:
             seen = seen_rows.record(run_dir, run, prepared.dataset, prepared.source, runs_root(run))
             _new_record(prepared, tracked, seen).write(run_dir)
-            finalize.log_start(active.writer, run, prepared.dataset)
+            finalize.log_start(active.writer, run, prepared.dataset, options.kind)
             options.say(
                 summary.starting(
                     run, run_dir, tracked.url, placement, resumed=prepared.record is not None

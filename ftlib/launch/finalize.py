@@ -46,12 +46,17 @@ def best_folder(run_dir: str) -> str:
     return join(run_dir, "best", checkpoint.step_name(steps[0])) if steps else ""
 
 
-def log_start(writer: Writer, run: Run, dataset: Dataset) -> None:
-    """At the run's start: the whole recipe, the data set and the saved view of its phases."""
+def log_start(writer: Writer, run: Run, dataset: Dataset, kind: str = "train") -> None:
+    """At the run's start: the whole recipe, the data set and the saved view of its phases.
+
+    `kind` is the MLflow tag. Trials are not in that view; their sweep has views of its own.
+    """
     from ftlib.track.views import phases_view
 
     writer.json(to_dict(run), "run.json")
     writer.dataset(dataset.name, dataset.digest, dataset.path, "training")
+    if kind != "train":
+        return
     view = phases_view("tuning" if run.data.tuning_fraction else "val")
     writer.put({"op": "view", "key": view.key, "name": view.name, "state": dict(view.state)})
 

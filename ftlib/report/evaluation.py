@@ -17,7 +17,7 @@ from ftlib.data.shards import Dataset, Split
 from ftlib.report.calibration import Calibration, cross_fitted, held_out
 from ftlib.report.metrics import Floats, IntervalEstimate, Ints, scores
 from ftlib.storage import join
-from ftlib.training import checkpoint, models
+from ftlib.training import checkpoint, models, seen_rows
 from ftlib.training.evaluate import normalize, predict
 from ftlib.training.initial_weights import LoadedModel, load_run_model
 from ftlib.training.loop import precision
@@ -164,8 +164,8 @@ def score(
         workers: loader processes; 0 loads in a thread.
         calibration_data: where the run's tuning split lies, if `dataset` is another one.
 
-    The temperature comes from the tuning split where the run has one (and it is not itself what is
-    scored), for `test` else from `val`, else from the other half of the scored pictures.
+    The temperature comes from the tuning split where the run has one that no weights have seen (and
+    that is not itself what is scored), for `test` else from `val`, else from the other half of the scored pictures.
     """
     same_classes(loaded, dataset)
     run = loaded.run
@@ -211,7 +211,7 @@ def score(
 
     labels, logits = answers(chosen, rows)
     home = calibration_data or dataset
-    held = "tuning" if run.data.tuning_fraction and split != "tuning" else ""
+    held = "tuning" if split != "tuning" and has_unseen_tuning_split(loaded, home) else ""
     if not held and split == "test" and len(home.split("val")):
         held = "val"
     if held:
@@ -231,6 +231,16 @@ def score(
         before=scores(logits, labels),
         after=scores(calibration.scaled, labels),
     )
+
+
+def has_unseen_tuning_split(loaded: LoadedModel, dataset: Dataset) -> bool:
+    """Whether the run left a tuning split aside that its starting weights had not seen either."""
+    if not loaded.run.data.tuning_fraction:
+        return False
+    run_dir = loaded.folder.rstrip("/").rsplit("/", 2)[0]
+    seen = seen_rows.of_run(run_dir, run_dir.rsplit("/", 1)[0])
+    _, rows = rows_of(loaded.run, dataset, "tuning")
+    return seen is None or not seen.mask(dataset)[rows].any()
 
 
 @torch.no_grad()

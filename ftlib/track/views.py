@@ -244,7 +244,7 @@ def phases_view(split: str = "val") -> View:
     ]
     return View(
         PHASES if split == "val" else f"{PHASES}-{split}",
-        "Phases side by side",
+        "Phases side by side" + ("" if split == "val" else f", {split} split"),
         _state("tags.kind = 'train'", "attributes.start_time", columns, sections, ascending=True),
     )
 

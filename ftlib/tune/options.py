@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +21,9 @@ class SweepOptions:
     SPACE-RECIPE."""
     trials: int = 32
     """Trials in all, the recipe's own and those of earlier starts included. May be raised later."""
+    budget: str = ""
+    """Time for all starts of the sweep together, such as 2h, 90m or 1h30m. A trial starts only if
+    it is expected to end within it. Empty: no limit. May be raised later."""
     search: Search = "tpe"
     """tpe learns from the trials so far."""
     seed: int = 0
@@ -46,8 +51,29 @@ class SweepOptions:
             raise ConfigError(f"--trials {self.trials}: at least 1, the recipe itself")
         if self.epochs < 0 or self.grace < 0 or self.parallel < 0:
             raise ConfigError("--epochs, --grace and --parallel must not be negative")
+        seconds(self.budget)
         if self.reduction <= 1:
             raise ConfigError(
                 f"--reduction {self.reduction:g}: must be above 1; 3 lets a third of the trials "
                 "go on"
             )
+
+    @property
+    def budget_seconds(self) -> float:
+        """Infinite without a budget."""
+        return seconds(self.budget)
+
+
+def seconds(text: str) -> float:
+    """`1h30m` in seconds; infinite for an empty text. Raises ConfigError."""
+    if not text:
+        return math.inf
+    found = re.fullmatch(r"(?:([\d.]+)h)?(?:([\d.]+)m)?(?:([\d.]+)s)?", text.strip().lower())
+    try:
+        parts = [float(part or 0) for part in found.groups()] if found else []
+    except ValueError:
+        parts = []
+    total = sum(part * unit for part, unit in zip(parts, (3600, 60, 1)))
+    if not total:
+        raise ConfigError(f"--budget {text}: needs a time such as 2h, 90m or 1h30m")
+    return total

@@ -13,6 +13,7 @@ from ftlib.report import html
 from ftlib.tune import figures, spaces
 from ftlib.tune.importance import Importance, importance
 from ftlib.tune.live_table import duration
+from ftlib.tune.promotion_plan import plan_promotion
 from ftlib.tune.spaces import Space
 from ftlib.tune.suggest import describe
 from ftlib.tune.trial_store import Trial, TrialStore
@@ -39,7 +40,10 @@ def headline(store: TrialStore, space: Space) -> str:
     if best is None:
         return "No trial has finished."
     if best.number == 0:
-        return f"No trial beat the recipe itself: {best.score:.2f} % of the {split} split."
+        return (
+            f"No trial beats the recipe, which scores {best.score:.2f} % of the {split} split. "
+            "Keep the recipe."
+        )
     gain = ""
     if own is not None and own.score is not None and best.score is not None:
         points = best.score - own.score
@@ -50,12 +54,15 @@ def headline(store: TrialStore, space: Space) -> str:
 
 def warning(store: TrialStore) -> str:
     """What the scores of a sweep are not."""
+    tuning = store.about.get("tuning", {})
+    images = f" ({tuning['images']:,} images)" if tuning else ""
+    split = f"All scores here are top-1 of the {store.about['split']} split{images}"
+    if tuning and not tuning["seen"]:
+        split += ": training images that neither the trials nor the runs before them have seen"
     return (
-        f"All scores here are top-1 of the {store.about['split']} split, cut from the training "
-        "images; the validation set was not looked at. The best of "
-        f"{len(store.done())} single runs is partly luck, so its score here is too high. "
-        "A promotion trains the best ones again over several seeds and compares them on the "
-        "validation set."
+        f"{split}. The validation set was not looked at. The best of {len(store.done())} single "
+        "runs is partly luck, so its score here is too high. A promotion trains the best ones "
+        "again over several seeds and compares them on the validation set."
     )
 
 
@@ -65,7 +72,7 @@ def note(store: TrialStore, space: Space, view_link: str, report_link: str = "")
     completed, pruned, failed = (
         sum(t.outcome == outcome for t in trials) for outcome in ("completed", "pruned", "failed")
     )
-    best = best_trial(store)
+    best, promotion = best_trial(store), plan_promotion(store)
     report = f"[Report]({report_link})" if report_link else "Report: artifact `report/index.html`"
     lines = [f"**{headline(store, space)}**", ""]
     if view_link:
@@ -76,8 +83,10 @@ def note(store: TrialStore, space: Space, view_link: str, report_link: str = "")
         f"{duration(sum(t.seconds for t in trials))} of training, "
         f"{duration(saved_seconds(store))} saved by stopping early",
         f"- {warning(store)}",
-        f"- Next: `python jobs/promote.py {store.name} --top 3 --seeds 5`",
+        f"- {promotion.reason}",
     ]
+    if promotion.worth:
+        lines.append(f"- Next ({promotion.cost}): `{promotion.command}`")
     if best is not None and best.result.get("mlflow_run_id"):
         lines.append(f"- Best trial's run: `{best.result['mlflow_run_id']}`")
     return "\n".join(lines)
@@ -110,12 +119,14 @@ def _page_parts(
 ) -> list[Markup]:
     trials = [store.trials[n] for n in sorted(store.trials)]
     best, names, split = best_trial(store), spaces.short_names(space), store.about["split"]
+    promotion = plan_promotion(store)
     legend = "Star: best. Diamond: the recipe. Hollow: stopped early. Darker: later in the search."
     own = trials[0].values if trials and trials[0].number == 0 else {}
     return [
         html.paragraph(headline(store, space), "lead"),
         html.paragraph(warning(store)),
-        html.command(f"python jobs/promote.py {store.name} --top 3 --seeds 5"),
+        html.paragraph(promotion.reason),
+        *([html.command(f"{promotion.command}    # {promotion.cost}")] if promotion.worth else []),
         html.heading("Learning curves"),
         figures.drawing(drawn["curves"], "curves"),
         html.heading("Score against each setting"),

@@ -11,7 +11,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from ftlib.tune import spaces
 from ftlib.tune.options import Search
 from ftlib.tune.spaces import Axis, Space
 from ftlib.tune.trial_store import Trial
+
+if TYPE_CHECKING:
+    import optuna
 
 STARTUP = 10
 """Random draws before TPE's model takes over (Optuna's own default)."""
@@ -75,17 +78,7 @@ def frozen(space: Space, trial: Trial) -> Any | None:
     """The trial as Optuna's. None where a value lies outside its axis, as the recipe's own may."""
     import optuna
 
-    states = {
-        "completed": optuna.trial.TrialState.COMPLETE,
-        "pruned": optuna.trial.TrialState.PRUNED,
-        "failed": optuna.trial.TrialState.FAIL,
-    }
-    state = states.get(trial.outcome, optuna.trial.TrialState.RUNNING)
-    if trial.score is None and state in (
-        optuna.trial.TrialState.COMPLETE,
-        optuna.trial.TrialState.PRUNED,
-    ):
-        state = optuna.trial.TrialState.FAIL
+    state = trial_state(trial)
     values = spaces.searched(space, trial.values)
     if not values or any(not space.axis(path).holds(value) for path, value in values.items()):
         return None
@@ -96,6 +89,20 @@ def frozen(space: Space, trial: Trial) -> Any | None:
         distributions={p: distribution(space.axis(p)) for p in values},
         intermediate_values={int(p["epoch"]): p["score"] for p in trial.history},
     )
+
+
+def trial_state(trial: Trial) -> optuna.trial.TrialState:
+    """Its outcome in Optuna's terms; a trial without a score has failed."""
+    import optuna
+
+    states = {
+        "completed": optuna.trial.TrialState.COMPLETE,
+        "pruned": optuna.trial.TrialState.PRUNED,
+        "failed": optuna.trial.TrialState.FAIL,
+    }
+    if trial.outcome in ("completed", "pruned") and trial.score is None:
+        return optuna.trial.TrialState.FAIL
+    return states.get(trial.outcome, optuna.trial.TrialState.RUNNING)
 
 
 def distribution(axis: Axis) -> Any:

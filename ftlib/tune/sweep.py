@@ -17,9 +17,12 @@ from ftlib.config import NOT_IN_FINGERPRINT, Run
 from ftlib.paths import local_run_folder, runs_root
 from ftlib.settings import flat, override, to_dict, to_json
 from ftlib.storage import is_remote, join, write_file
-from ftlib.tune import spaces, suggest, train_trial, tuning_split
+from ftlib.tune import optuna_journal, spaces, suggest, train_trial, tuning_split
+from ftlib.tune.budget import TimeBudget
 from ftlib.tune.live_table import TrialTable, duration
 from ftlib.tune.options import SweepOptions
+from ftlib.tune.optuna_journal import OptunaJournal
+from ftlib.tune.promotion_plan import plan_promotion
 from ftlib.tune.resources import NOTHING_TO_RUN
 from ftlib.tune.spaces import Space
 from ftlib.tune.train_trial import SweepInputs
@@ -47,8 +50,8 @@ if TYPE_CHECKING:
 class Sweep(SweepOptions):
     """A sweep: its recipe, its space and its options.
 
-    All but `trials`, `parallel` and `retry_failed` are its identity: a sweep of the same name and
-    another identity is refused.
+    All but `trials`, `budget`, `parallel` and `retry_failed` are its identity: a sweep of the same
+    name and another identity is refused.
     """
 
     recipe: Run
@@ -105,6 +108,7 @@ class Sweep(SweepOptions):
             "constants": dict(self.space.constants),
             "split": "tuning",
             "tuning": {"images": split.images, "seen": split.seen},
+            "val_images": inputs.val_images,
             "data": {"name": inputs.data_name, "digest": inputs.data_digest},
             "init": {"uri": inputs.init_uri, "sha256": inputs.init_sha256},
             "seed": self.seed,
@@ -165,47 +169,75 @@ def sweep(
             tags={"sweep": plan.name, "space": plan.space.name},
             constants=plan.space.constants,
         )
-        most = suggest.size(plan.space, base, plan.search, plan.grid_points)
-        total = int(min(plan.trials, most))
-        left = total - len(store.done())
-        resources = connect(base, left, plan.parallel) if left > 0 else NOTHING_TO_RUN
-        names = spaces.short_names(plan.space)
-        table = TrialTable(
-            store.trials,
-            names,
-            total=total,
-            epochs=base.train.epochs,
-            slots=resources.slots,
-            split="tuning",
-            out=out,
+        result = _run(plan, group, split, resumed, train, open_tracking, out)
+    return replace(result, seconds=time.monotonic() - started)
+
+
+def _run(
+    plan: Sweep,
+    group: TrialGroup,
+    split: TuningSplit,
+    resumed: bool,
+    train: Callable[..., Any],
+    open_tracking: OpenTracking | None,
+    out: TextIO | None,
+) -> SweepResult:
+    """Run what is left of an opened sweep, and conclude it."""
+    store, base = group.store, group.base
+    began = time.monotonic()
+    budget = TimeBudget(store, plan.budget_seconds)
+    most = suggest.size(plan.space, base, plan.search, plan.grid_points)
+    total = int(min(plan.trials, most))
+    left = total - len(store.done())
+    if left > 0 and not budget.allows_another():
+        left = 0
+    resources = connect(base, left, plan.parallel) if left > 0 else NOTHING_TO_RUN
+    names = spaces.short_names(plan.space)
+    table = TrialTable(
+        store.trials,
+        names,
+        total=total,
+        epochs=base.train.epochs,
+        slots=resources.slots,
+        split="tuning",
+        out=out,
+    )
+    tracking, parent = _open(plan, group, open_tracking)
+    with tracking:
+        table.say(
+            f"sweep {plan.name}: {'goes on with ' if resumed else ''}{total} trials of "
+            f"{base.train.epochs} epochs over {', '.join(names.values())}; "
+            f"{resources if left > 0 else 'nothing left to run'}; {tuning_split.describe(split)}"
         )
-        tracking, parent = _open(plan, group, open_tracking)
-        with tracking:
-            table.say(
-                f"sweep {plan.name}: {'goes on with ' if resumed else ''}{total} trials of "
-                f"{base.train.epochs} epochs over {', '.join(names.values())}; "
-                f"{resources if left > 0 else 'all done'}; "
-                f"{tuning_split.describe(split)}"
-            )
-            if parent.url:
-                table.say(f"MLflow: {parent.url}")
-            finished = left <= 0 or run_trials(
+        if parent.url:
+            table.say(f"MLflow: {parent.url}")
+        finished = True
+        if left > 0:
+            store.save_about(slots=resources.slots)
+            journal = OptunaJournal(_optuna_file(store), plan.name, plan.space)
+            journal.start(store.trials.values())
+            finished = run_trials(
                 group,
-                _proposals(plan, base, store, total),
+                _proposals(plan, base, store, total, budget),
                 train,
                 resources=resources,
                 tracking=tracking,
                 parent=parent,
                 table=table,
                 halving=_halving(plan, store),
+                listeners=(budget, journal),
             )
-            seconds = time.monotonic() - started
-            if finished:
-                result = _conclude(plan, store, parent, seconds)
-            else:
-                result = _stop(store, total, parent, seconds)
-        table.say(sentence(plan, result, total))
+        seconds = time.monotonic() - began
+        if finished:
+            result = _conclude(plan, store, parent, seconds)
+        else:
+            result = _stop(store, total, parent, seconds)
+    table.say(sentence(plan, result, total, budget))
     return result
+
+
+def _optuna_file(store: TrialStore) -> Path:
+    return local_run_folder(store.uri) / optuna_journal.FILE
 
 
 def _tuning_split(plan: Sweep, store: TrialStore, inputs: SweepInputs) -> TuningSplit:
@@ -219,11 +251,15 @@ def _tuning_split(plan: Sweep, store: TrialStore, inputs: SweepInputs) -> Tuning
     return tuning_split.measure(data, inputs, source, fraction)
 
 
-def _proposals(plan: Sweep, base: Run, store: TrialStore, total: int) -> Callable[[], Trial | None]:
+def _proposals(
+    plan: Sweep, base: Run, store: TrialStore, total: int, budget: TimeBudget
+) -> Callable[[], Trial | None]:
     """A function that returns the next trial to run, and None when there is none left."""
     waiting = sorted(store.open_trials(), key=lambda t: t.number)
 
     def next_trial() -> Trial | None:
+        if (waiting or store.about["proposed"] < total) and not budget.allows_another():
+            return None
         if waiting:
             return waiting.pop(0)
         number = store.about["proposed"]
@@ -337,29 +373,34 @@ def _write_results(plan: Sweep, store: TrialStore, best: Trial, folder: Path) ->
     return files
 
 
-def sentence(plan: Sweep, result: SweepResult, total: int) -> str:
+def sentence(plan: Sweep, result: SweepResult, total: int, budget: TimeBudget) -> str:
     """What the terminal says at the end."""
     done = result.store.done()
     if not result.finished:
         return f"stopped after {len(done)} of {total} trials. The same command goes on"
+    out_of_time = ""
+    if budget.refused:
+        out_of_time = (
+            f"\nthe budget is used up ({budget}) after {len(done)} of {total} trials; "
+            "the same command with a larger --budget goes on"
+        )
+    from ftlib.tune.report import headline
+
     failed = [t for t in done if t.outcome == "failed"]
     if result.best is None:
+        if not done:
+            return "no trial was run" + out_of_time
         why = failed[0].reason if failed else "unknown"
-        return f"all {len(done)} trials failed. The first: {why}"
-    own = result.store.trials[0]
-    against = ""
-    if own.score is not None and result.best.number:
-        against = f" against the recipe's {own.score:.2f} %"
+        return f"all {len(done)} trials failed. The first: {why}{out_of_time}"
     pruned = sum(t.outcome == "pruned" for t in done)
-    return "\n".join(
-        [
-            f"best of {len(done)} trials ({pruned} stopped early, {len(failed)} failed) in "
-            f"{duration(result.seconds)}: {result.best.name} with {result.best.score:.2f} % of "
-            f"the tuning split{against}",
-            f"  {suggest.describe(result.best.values, spaces.short_names(plan.space))}",
-            f"report: {result.report}/index.html",
-            "one run each is no proof: "
-            f"python jobs/promote.py {plan.name} --top 3 --seeds 5 confirms it over seeds on the "
-            "validation set",
-        ]
-    )
+    promotion = plan_promotion(result.store)
+    lines = [
+        f"{len(done)} trials ({pruned} stopped early, {len(failed)} failed) in "
+        f"{duration(result.seconds)}.{out_of_time}",
+        headline(result.store, plan.space),
+    ]
+    if result.best.number:
+        lines.append(promotion.reason)
+    if promotion.worth:
+        lines.append(f"To confirm it ({promotion.cost}): {promotion.command}")
+    return "\n".join([*lines, f"report: {result.report}/index.html"])

@@ -113,6 +113,8 @@ class SweepInputs:
     init_sha256: str = ""
     seen_by: tuple[str, ...] = ()
     """Runs that trained the starting weights, the latest first."""
+    val_images: int = 0
+    """Images of the validation split."""
     seen_in_val: int = 0
     """Validation images that the starting weights have seen."""
     unchecked: tuple[str, ...] = ()
@@ -157,6 +159,7 @@ def check(run: Run) -> SweepInputs:
         init_uri=source.uri if source else "",
         init_sha256=source.sha256 if source else "",
         seen_by=seen.runs,
+        val_images=len(in_val),
         seen_in_val=int(in_val.sum()),
         unchecked=(*unchecked, *seen.unknown),
         source=source,

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ftlib.track.tracked_run import TrackedRun
     from ftlib.track.tracking import Tracking
     from ftlib.tune.asha import AsynchronousHalving
-    from ftlib.tune.ray_tune import TrialEnd
+    from ftlib.tune.ray_tune import TrialEnd, TrialListener
 
 OpenTracking = Callable[..., "Tracking"]
 """`ftlib.track.tracking.open_tracking`, or a stand-in in tests."""
@@ -96,10 +96,12 @@ def run_trials(
     parent: TrackedRun,
     table: TrialTable,
     halving: AsynchronousHalving | None = None,
+    listeners: Sequence[TrialListener] = (),
 ) -> bool:
     """Run trials until `next_trial` returns None; see `ray_tune.execute`.
 
     train: called as `train(context, config, report)` in each trial's process.
+    listeners: told of each event after the store, the table and MLflow.
     Returns False when a signal ended it early. Either way no trial's MLflow run is left open.
     """
     from ftlib.tune import ray_tune
@@ -121,7 +123,7 @@ def run_trials(
             next_trial,
             lambda trial: group.config(trial, resources.each),
             function,
-            (TrialStoreWriter(group.store), table, tracker),
+            (TrialStoreWriter(group.store), table, tracker, *listeners),
             resources=resources.reserved,
             slots=resources.slots,
             halving=halving,
@@ -178,8 +180,7 @@ class TrialTracker:
         elif end.outcome == "completed" and end.result.get("found"):
             self._worker.submit(self._finish_found, trial)
         elif end.outcome == "pruned" and not self.local:
-            title = self.group.title(trial)
-            self._worker.submit(self.tracking.end_orphan, title, "pruned", end.reason)
+            self._worker.submit(self._finish_pruned, trial)
 
     def close(self) -> None:
         """End what is still open, once no trial runs any more."""
@@ -203,6 +204,14 @@ class TrialTracker:
         metrics = trial.result.get("metrics", {})
         run.writer().metrics({k: v for k, v in metrics.items() if isinstance(v, float)}, step=0)
         run.finish("completed")
+
+    def _finish_pruned(self, trial: Trial) -> None:
+        """Its driver was killed. In local mode the trial's own process ends its run."""
+        title = self.group.title(trial)
+        best = max(trial.history, key=lambda point: point["score"])
+        scores = {f"best/{self.group.split}_top1": best["score"], "best/epoch": best["epoch"]}
+        self.tracking.writer_of(title).metrics(scores, step=0)
+        self.tracking.end_orphan(title, "pruned", trial.reason)
 
     def _finish_failed(self, trial: Trial) -> None:
         """Say in MLflow why it failed, in a new run if it failed before it had one."""

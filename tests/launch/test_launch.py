@@ -263,6 +263,8 @@ def test_a_hook_that_raises_prunes_the_run(tiny, tracking):
     with pytest.raises(EnoughError):
         run_it(tiny, tracking, on_report=hook)
     assert [o for o, _ in tracking.outcomes] == ["pruned"]
+    step, last = tracking.metrics_seen[-1]
+    assert step == 0 and {"best/val_top1", "best/epoch"} == set(last)
 
 
 def test_a_failure_ends_the_mlflow_run_as_failed_and_frees_the_name(tiny, tracking):

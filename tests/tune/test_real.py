@@ -61,7 +61,7 @@ def test_sweep_then_promotion_then_comparison(job, home, tmp_path):
         "--name",
         "q",
     )
-    assert "best of 5 trials" in out and "pruned" in out
+    assert "5 trials (" in out and "pruned" in out
     out = job("promote", "q", "--top", "1", "--seeds", "2")
     assert "points (95 % interval" in out and ("promoted" in out or "keep it" in out)
     if "promoted" in out.splitlines()[-4]:
@@ -105,6 +105,6 @@ def test_trials_with_workers_of_their_own(job, home):
         "--name",
         "n",
     )
-    assert "per worker" in out and "best of 3 trials" in out and "0 failed" in out
+    assert "per worker" in out and "3 trials (" in out and "0 failed" in out
     with sqlite3.connect(home / "mlflow.db") as db:
         assert "RUNNING" not in {s for (s,) in db.execute("select status from runs")}

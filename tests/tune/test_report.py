@@ -54,7 +54,9 @@ def store(tmp_path):
         {
             "kind": "sweep",
             "recipe_name": "phase2",
+            "recipe": to_dict(Run(data=Data(path="x"), model=Model(), train=Train(epochs=9))),
             "base": to_dict(Run(data=Data(path="x"), model=Model(), train=Train(epochs=9))),
+            "tuning": {"images": 2000, "seen": 0},
             "split": "tuning",
             "data": {"name": "set", "digest": "d" * 64},
             "init": {"uri": "", "sha256": ""},
@@ -119,7 +121,8 @@ def test_the_page_says_what_matters_and_stands_alone(store, tmp_path):
     page = (tmp_path / "report" / "index.html").read_text()
     best = report.best_trial(store)
     assert f"{best.score:.2f} % of the tuning split" in page and "against the recipe" in page
-    assert "the validation set was not looked at" in page and "promote.py reg" in page
+    assert "The validation set was not looked at" in page and "promote.py reg" in page
+    assert "neither the trials nor the runs before them have seen" in page
     assert "&lt;b&gt;CUDA" in page and "<b>CUDA" not in page
     assert (
         not re.search(r'(src|href)="https?:', page.replace("xlink:href", ""))
@@ -146,6 +149,7 @@ def test_a_sweep_without_a_winner_says_so(store):
     for t in store.trials.values():
         if t.number:
             t.outcome = "failed"
-    assert "No trial beat the recipe" in report.headline(store, SPACE)
+    assert "No trial beats the recipe" in report.headline(store, SPACE)
+    assert "promote.py" not in report.note(store, SPACE, "")
     store.trials[0].outcome = "failed"
     assert report.headline(store, SPACE) == "No trial has finished."

@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,6 +12,7 @@ from ftlib.settings import ConfigError, differences, flat
 from ftlib.tune import spaces
 from ftlib.tune.spaces import KEEP, When
 
+ROOT = Path(__file__).resolve().parents[2]
 PHASE2 = Run(
     data=Data(path="x"),
     augment=Augment(randaugment_n=2, randaugment_m=9),
@@ -218,3 +222,9 @@ def test_known_paths_cover_every_leaf_of_every_kind():
     known = spaces.known_paths()
     assert set(flat(Run())) <= set(known)
     assert {"optimizer.momentum", "schedule.peak", "loss.gamma"} <= set(known)
+
+
+def test_the_docs_list_every_space_once():
+    text = (ROOT / "docs" / "search.md").read_text()
+    table = text[text.index("## Spaces") : text.index("A space of your own")]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == spaces.available()

@@ -20,10 +20,13 @@ from ftlib.launch.errors import LaunchError
 from ftlib.settings import ConfigError, from_json, override
 from ftlib.tune import spaces
 from ftlib.tune import sweep as sweeps
+from ftlib.tune.budget import TimeBudget
+from ftlib.tune.ray_tune import TrialEnd
 from ftlib.tune.resources import allocate
 from ftlib.tune.sweep import Sweep
 from ftlib.tune.train_trial import SweepInputs
-from ftlib.tune.trial_store import TrialStore, leaf_defaults
+from ftlib.tune.trial_runs import TrialGroup, TrialTracker
+from ftlib.tune.trial_store import Trial, TrialStore, leaf_defaults
 from ftlib.tune.tuning_split import TuningSplit
 
 
@@ -115,7 +118,8 @@ def test_a_sweep_with_stopped_failing_and_dying_trials(driver, home):
 
     report = home / "runs" / "regularisation-phase2" / "report"
     page = (report / "index.html").read_text()
-    assert "tuning split" in page and "out of memory" in page and "promote.py" in page
+    assert "tuning split" in page and "out of memory" in page
+    assert (home / "runs" / "regularisation-phase2" / "optuna.journal").exists()
     best = from_json(Run, (report / "best.json").read_text())
     assert best.data.tuning_fraction == 0 and best.train.epochs == 3
 
@@ -280,6 +284,42 @@ def test_a_sweep_of_an_earlier_version_goes_on_with_the_split_it_began_with(tmp_
     other = override(base, {"augment.vflip": 0.5})
     with pytest.raises(ConfigError, match=r"augment.vflip is 0.0 there, 0.5 here"):
         store.open(plan.identity(other, INPUTS), {}, leaf_defaults(other))
+
+
+def test_a_sweep_without_time_left_starts_no_trial_and_says_so(tmp_path, monkeypatch):
+    store = TrialStore(str(tmp_path), "s")
+    store.open({}, {"spent_seconds": 3600.0})
+    plan = Sweep(RECIPE, "x", spaces.load("quick"), budget="1h")
+    budget = TimeBudget(store, plan.budget_seconds)
+    assert sweeps._proposals(plan, RECIPE, store, 3, budget)() is None
+    result = sweeps.SweepResult(store, True, None, "", "", 0.0)
+    assert "larger --budget goes on" in sweeps.sentence(plan, result, 3, budget)
+    more = TimeBudget(store, 2 * 3600)
+    assert sweeps._proposals(plan, RECIPE, store, 3, more)().number == 0
+
+
+def test_the_best_score_of_a_pruned_trial_reaches_mlflow_before_its_run_ends(tmp_path):
+    calls = []
+
+    class Tracking:
+        def writer_of(self, title):
+            return self
+
+        def metrics(self, values, step):
+            calls.append(("metrics", values, step))
+
+        def end_orphan(self, title, outcome, reason):
+            calls.append(("end", title, outcome))
+
+    store = TrialStore(str(tmp_path), "s")
+    group = TrialGroup(store, RECIPE, INPUTS, "tuning", "trial", {})
+    history = [{"epoch": 1, "score": 50.0}, {"epoch": 2, "score": 48.0}]
+    trial = Trial(3, {"mix.mixup_alpha": 0.5}, "tpe", "pruned", "why", history)
+    tracker = TrialTracker(group, Tracking(), "parent", local=False)
+    tracker.ended(trial, TrialEnd("pruned", "why"))
+    tracker.close()
+    best = {"best/tuning_top1": 50.0, "best/epoch": 1}
+    assert calls[:2] == [("metrics", best, 0), ("end", "t03 mx.5", "pruned")]
 
 
 def test_slots_and_resources_are_computed_from_the_cluster():
