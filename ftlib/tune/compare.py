@@ -62,7 +62,14 @@ class FinishedRun:
                 f"{run_dir}: its recipe is of another version of ftlib ({error})"
             ) from None
         name = name or run_dir.rstrip("/").rsplit("/", 1)[-1]
-        return cls(name, run_dir, run, about["data"], about.get("init"), result or {})
+        return cls(
+            name=name,
+            run_dir=run_dir,
+            run=run,
+            data=about["data"],
+            init=about.get("init"),
+            result=result or {},
+        )
 
     @cached_property
     def predictions(self) -> StoredPredictions:

@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from ftlib.config import Run
 from ftlib.paths import local_run_folder
 from ftlib.settings import ConfigError, flat, from_dict, nearest, override, to_json
 from ftlib.storage import is_remote, join, write_file
-from ftlib.tune import promotion_report, train_trial
+from ftlib.tune import promotion_report
 from ftlib.tune.compare import BUDGET, settings
 from ftlib.tune.live_table import TrialTable
 from ftlib.tune.resources import NOTHING_TO_RUN
 from ftlib.tune.stored_predictions import ComparisonError
 from ftlib.tune.train_trial import SweepInputs
 from ftlib.tune.trial_runs import (
-    OpenTracking,
+    DEFAULT_HOOKS,
+    Hooks,
+    OpenGroup,
     ParentRun,
     TrialGroup,
     connect,
@@ -106,10 +108,7 @@ def promote(
     seeds: int = 5,
     parallel: int = 0,
     files: RecipeFiles | None = None,
-    check: Callable[[Run], SweepInputs] = train_trial.check,
-    train: Callable[..., Any] = train_trial.train_run,
-    open_tracking: OpenTracking | None = None,
-    out: TextIO | None = None,
+    hooks: Hooks = DEFAULT_HOOKS,
 ) -> Promotion:
     """Confirm the `top` best trials of `sweep` over `seeds` seeds.
 
@@ -125,7 +124,7 @@ def promote(
     chosen = candidates(sweep, top)
     for trial in chosen:
         _require_same_budget(recipe, trial, sweep.about.get("constants", {}))
-    inputs = check(recipe)
+    inputs = hooks.check(recipe)
     _require_same_inputs(sweep, inputs)
     _require_unseen_validation(inputs)
     store = TrialStore(sweep.uri, "promotion")
@@ -142,79 +141,89 @@ def promote(
             keep_predictions=True,
         )
         runs = _plan(store, sweep.trials[0], chosen, [recipe.seed + i for i in range(seeds)])
-        waiting = [t for t in runs if not t.outcome]
-        resources = connect(recipe, len(waiting), parallel) if waiting else NOTHING_TO_RUN
-        table = TrialTable(
-            {t.number: t for t in runs},
-            {p: p.split(".")[-1] for p in sweep.about["axes"]},
-            total=len(runs),
-            epochs=recipe.train.epochs,
-            slots=resources.slots,
-            split="val",
-            out=out,
-        )
-        parent_run = ParentRun(
-            title=f"promotion {sweep.name}",
-            kind="comparison",
-            sweep=sweep.name,
-            journal=_folder(sweep) / "journal",
-        )
-        tracking, parent = open_parent(group, parent_run, open_tracking)
-        with tracking:
-            table.say(
+        opened = _open(sweep, group, runs, parallel, hooks)
+        with opened.tracking:
+            opened.table.say(
                 f"promotion of {sweep.name}: {', '.join(t.name for t in chosen)} and the recipe, "
                 f"{recipe.train.epochs} epochs each over {seeds} seeds: {len(runs)} runs; "
-                f"{resources if waiting else 'all done'}"
+                f"{opened.resources if any(not t.outcome for t in runs) else 'all done'}"
             )
-            finished = not waiting or run_trials(
-                group,
-                lambda: waiting.pop(0) if waiting else None,
-                train,
-                resources=resources,
-                tracking=tracking,
-                parent=parent,
-                table=table,
-            )
-            if not finished:
-                parent.finish("killed", "stopped; the same command goes on")
-                table.say("stopped. The same command goes on")
-                return Promotion(False, store, parent.url)
-            try:
-                judgement = judge(runs, chosen)
-            except ComparisonError as error:
-                parent.finish("failed", str(error))
-                raise
-            written, recipes = _write_files(judgement, sweep, files or RecipeFiles())
-            promotion_report.log(
-                judgement,
-                group=group,
-                runs=runs,
-                files=written,
-                recipe_file=recipes[0] if recipes else "",
-                tracking=tracking,
-                parent=parent,
-            )
-        return _conclude(judgement, store, parent.url, table, recipes)
+            return _confirm(sweep, opened, runs, chosen, hooks, files or RecipeFiles())
 
 
-def _conclude(
-    judgement: Judgement, store: TrialStore, url: str, table: TrialTable, recipes: Sequence[str]
+def _open(
+    sweep: TrialStore, group: TrialGroup, runs: Sequence[Trial], parallel: int, hooks: Hooks
+) -> OpenGroup:
+    """Ray, where runs are missing, the table, and the promotion's run in MLflow."""
+    missing = sum(not t.outcome for t in runs)
+    resources = connect(group.base, missing, parallel) if missing else NOTHING_TO_RUN
+    table = TrialTable(
+        {t.number: t for t in runs},
+        {path: path.split(".")[-1] for path in sweep.about["axes"]},
+        total=len(runs),
+        epochs=group.base.train.epochs,
+        slots=resources.slots,
+        split="val",
+        out=hooks.out,
+    )
+    parent_run = ParentRun(
+        title=f"promotion {sweep.name}",
+        kind="comparison",
+        sweep=sweep.name,
+        journal=_folder(sweep) / "journal",
+    )
+    tracking, parent = open_parent(group, parent_run, hooks.open_tracking)
+    return OpenGroup(group, resources, tracking, parent, table)
+
+
+def _confirm(
+    sweep: TrialStore,
+    opened: OpenGroup,
+    runs: Sequence[Trial],
+    chosen: Sequence[Trial],
+    hooks: Hooks,
+    files: RecipeFiles,
 ) -> Promotion:
-    """Keep the result in the store and print it."""
+    """Train what is missing, judge, write the report and end the promotion's run in MLflow."""
+    store, parent, table = opened.group.store, opened.parent, opened.table
+    waiting = [t for t in runs if not t.outcome]
+
+    def next_trial() -> Trial | None:
+        return waiting.pop(0) if waiting else None
+
+    if waiting and not run_trials(opened, next_trial, hooks.train):
+        parent.finish("killed", "stopped; the same command goes on")
+        table.say("stopped. The same command goes on")
+        return Promotion(False, store, parent.url)
+    try:
+        judgement = judge(runs, chosen)
+    except ComparisonError as error:
+        parent.finish("failed", str(error))
+        raise
+    written, recipes = _write_files(judgement, sweep, files)
+    recipe_file = recipes[0] if recipes else ""
+    promotion_report.log(
+        judgement,
+        group=opened.group,
+        runs=runs,
+        files=written,
+        recipe_file=recipe_file,
+        tracking=opened.tracking,
+        parent=parent,
+    )
     winner = judgement.winner
     store.save_about(
         sentence=judgement.sentence,
         winner=winner.candidate.name if winner else "",
         concluded=time.time(),
     )
-    report = str(local_run_folder(store.uri) / "report")
-    recipe_file = recipes[0] if recipes else ""
+    report = str(_folder(sweep) / "report")
     lines = [*map(str, judgement.verdicts), *judgement.left_out, judgement.sentence]
     lines.append(f"report: {report}/index.html")
     if recipe_file:
         lines.append(f"recipe: {recipe_file}")
     table.say("\n".join(lines))
-    return Promotion(True, store, url, judgement, recipe_file, report)
+    return Promotion(True, store, parent.url, judgement, recipe_file, report)
 
 
 def _folder(sweep: TrialStore) -> Path:

@@ -10,7 +10,7 @@ maximum of k such draws. What a gain exceeds that by is what a promotion can hop
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 from ftlib.tune.live_table import duration
@@ -106,7 +106,7 @@ def plan_promotion(store: TrialStore) -> PromotionPlan:
         f"{by_chance}. To confirm the rest would take {seeds} seeds ({plan.cost}): first run more "
         "trials, or longer ones."
     )
-    return PromotionPlan(False, reason, gain, luck, top, seeds, plan.seconds, store.name)
+    return replace(plan, reason=reason)
 
 
 def _as_always(store: TrialStore, others: list[Trial], gain: float) -> PromotionPlan:

@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from ftlib.config import NOT_IN_FINGERPRINT, Run
 from ftlib.paths import local_run_folder, runs_root
 from ftlib.settings import flat, override, to_dict, to_json
 from ftlib.storage import is_remote, join, write_file
-from ftlib.tune import optuna_journal, spaces, suggest, train_trial, tuning_split
+from ftlib.tune import optuna_journal, spaces, suggest, tuning_split
 from ftlib.tune.budget import TimeBudget
 from ftlib.tune.live_table import TrialTable, duration
 from ftlib.tune.options import SweepOptions
@@ -27,6 +27,9 @@ from ftlib.tune.resources import NOTHING_TO_RUN
 from ftlib.tune.spaces import Space
 from ftlib.tune.train_trial import SweepInputs
 from ftlib.tune.trial_runs import (
+    DEFAULT_HOOKS,
+    Hooks,
+    OpenGroup,
     OpenTracking,
     ParentRun,
     TrialGroup,
@@ -124,27 +127,20 @@ class SweepResult:
     finished: bool
     """False when a signal ended it before its last trial."""
     best: Trial | None
-    report: str
+    report: str = ""
     """Folder with index.html, the figures and best.json; empty when nothing was scored."""
-    mlflow_url: str
-    seconds: float
+    mlflow_url: str = ""
+    seconds: float = 0.0
 
 
-def sweep(
-    plan: Sweep,
-    *,
-    check: Callable[[Run], SweepInputs] = train_trial.check,
-    train: Callable[..., Any] = train_trial.train_run,
-    open_tracking: OpenTracking | None = None,
-    out: TextIO | None = None,
-) -> SweepResult:
+def sweep(plan: Sweep, hooks: Hooks = DEFAULT_HOOKS) -> SweepResult:
     """Run the sweep, or go on with it, or (all trials done) write its report again.
 
-    Ctrl-C and SIGTERM end it in order. `check`, `train` and `open_tracking` are replaced in tests.
+    Ctrl-C and SIGTERM end it in order.
     Raises ConfigError, DataError, LaunchError or TrackingError before anything starts.
     """
     started = time.monotonic()
-    inputs = check(plan.recipe)
+    inputs = hooks.check(plan.recipe)
     store = TrialStore(runs_root(plan.recipe), plan.name)
     inputs = inputs.at(store.uri)
     with store.lock():
@@ -169,20 +165,17 @@ def sweep(
             tags={"sweep": plan.name, "space": plan.space.name},
             constants=plan.space.constants,
         )
-        result = _run(plan, group, split, resumed, train, open_tracking, out)
+        searched = ", ".join(spaces.short_names(plan.space).values())
+        title = (
+            f"sweep {plan.name}: {'goes on with ' if resumed else ''}{plan.trials} trials of "
+            f"{base.train.epochs} epochs over {searched}; {tuning_split.describe(split)}"
+        )
+        result = _run(plan, group, title, hooks)
     return replace(result, seconds=time.monotonic() - started)
 
 
-def _run(
-    plan: Sweep,
-    group: TrialGroup,
-    split: TuningSplit,
-    resumed: bool,
-    train: Callable[..., Any],
-    open_tracking: OpenTracking | None,
-    out: TextIO | None,
-) -> SweepResult:
-    """Run what is left of an opened sweep, and conclude it."""
+def _run(plan: Sweep, group: TrialGroup, title: str, hooks: Hooks) -> SweepResult:
+    """Run what is left of an opened sweep, and conclude it. `title` is what is printed first."""
     store, base = group.store, group.base
     began = time.monotonic()
     budget = TimeBudget(store, plan.budget_seconds)
@@ -192,23 +185,18 @@ def _run(
     if left > 0 and not budget.allows_another():
         left = 0
     resources = connect(base, left, plan.parallel) if left > 0 else NOTHING_TO_RUN
-    names = spaces.short_names(plan.space)
     table = TrialTable(
         store.trials,
-        names,
+        spaces.short_names(plan.space),
         total=total,
         epochs=base.train.epochs,
         slots=resources.slots,
         split="tuning",
-        out=out,
+        out=hooks.out,
     )
-    tracking, parent = _open(plan, group, open_tracking)
+    tracking, parent = _open(plan, group, hooks.open_tracking)
     with tracking:
-        table.say(
-            f"sweep {plan.name}: {'goes on with ' if resumed else ''}{total} trials of "
-            f"{base.train.epochs} epochs over {', '.join(names.values())}; "
-            f"{resources if left > 0 else 'nothing left to run'}; {tuning_split.describe(split)}"
-        )
+        table.say(f"{title}; {resources if left > 0 else 'nothing left to run'}")
         if parent.url:
             table.say(f"MLflow: {parent.url}")
         finished = True
@@ -217,13 +205,9 @@ def _run(
             journal = OptunaJournal(_optuna_file(store), plan.name, plan.space)
             journal.start(store.trials.values())
             finished = run_trials(
-                group,
+                OpenGroup(group, resources, tracking, parent, table),
                 _proposals(plan, base, store, total, budget),
-                train,
-                resources=resources,
-                tracking=tracking,
-                parent=parent,
-                table=table,
+                hooks.train,
                 halving=_halving(plan, store),
                 listeners=(budget, journal),
             )
@@ -327,7 +311,7 @@ def _stop(store: TrialStore, total: int, parent: TrackedRun, seconds: float) -> 
 
     done = len(store.done())
     parent.finish("killed", f"stopped after {done} of {total} trials; the same command goes on")
-    return SweepResult(store, False, best_trial(store), "", parent.url, seconds)
+    return SweepResult(store, False, best_trial(store), mlflow_url=parent.url, seconds=seconds)
 
 
 def _conclude(plan: Sweep, store: TrialStore, parent: TrackedRun, seconds: float) -> SweepResult:
@@ -338,7 +322,7 @@ def _conclude(plan: Sweep, store: TrialStore, parent: TrackedRun, seconds: float
     if best is None:
         reasons = (t.reason for t in store.trials.values() if t.reason)
         parent.finish("failed", f"no trial finished: {next(reasons, 'unknown')}")
-        return SweepResult(store, True, None, "", parent.url, seconds)
+        return SweepResult(store, True, None, mlflow_url=parent.url, seconds=seconds)
     folder = local_run_folder(store.uri) / "report"
     files = _write_results(plan, store, best, folder)
     writer = parent.writer()
@@ -356,7 +340,7 @@ def _conclude(plan: Sweep, store: TrialStore, parent: TrackedRun, seconds: float
         "completed",
         note(store, plan.space, view, parent.artifact_link("report/index.html")),
     )
-    return SweepResult(store, True, best, str(folder), parent.url, seconds)
+    return SweepResult(store, True, best, str(folder), mlflow_url=parent.url, seconds=seconds)
 
 
 def _write_results(plan: Sweep, store: TrialStore, best: Trial, folder: Path) -> list[Path]:

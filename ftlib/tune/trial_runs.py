@@ -11,14 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ftlib.config import Run
 from ftlib.settings import to_dict
 from ftlib.tune import spaces, train_trial
 from ftlib.tune.live_table import TrialTable
 from ftlib.tune.resources import TrialResources, allocate
-from ftlib.tune.train_trial import SweepInputs, TrainTrial, TrialConfig, TrialContext
+from ftlib.tune.train_trial import (
+    Report,
+    SweepInputs,
+    TrainTrial,
+    TrialConfig,
+    TrialContext,
+    TrialResult,
+)
 from ftlib.tune.trial_store import Trial, TrialStore
 
 if TYPE_CHECKING:
@@ -28,7 +35,22 @@ if TYPE_CHECKING:
     from ftlib.tune.ray_tune import TrialEnd, TrialListener
 
 OpenTracking = Callable[..., "Tracking"]
-"""`ftlib.track.tracking.open_tracking`, or a stand-in in tests."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """The outside of a sweep or promotion, which tests replace."""
+
+    check: Callable[[Run], SweepInputs] = train_trial.check
+    train: Callable[[TrialContext, TrialConfig, Report], TrialResult] = train_trial.train_run
+    """Called in each trial's process."""
+    open_tracking: OpenTracking | None = None
+    """None: `ftlib.track.tracking.open_tracking`."""
+    out: TextIO | None = None
+    """Where progress is printed; None: stdout."""
+
+
+DEFAULT_HOOKS = Hooks()
 
 
 @dataclass(frozen=True)
@@ -86,44 +108,53 @@ class TrialGroup:
         }
 
 
+@dataclass(frozen=True)
+class OpenGroup:
+    """A group with all that its trials need while they run."""
+
+    group: TrialGroup
+    resources: TrialResources
+    tracking: Tracking
+    parent: TrackedRun
+    """The run in MLflow that holds the trials' runs."""
+    table: TrialTable
+
+
 def run_trials(
-    group: TrialGroup,
+    opened: OpenGroup,
     next_trial: Callable[[], Trial | None],
-    train: Callable[..., Any],
+    train: Callable[[TrialContext, TrialConfig, Report], TrialResult],
     *,
-    resources: TrialResources,
-    tracking: Tracking,
-    parent: TrackedRun,
-    table: TrialTable,
     halving: AsynchronousHalving | None = None,
     listeners: Sequence[TrialListener] = (),
 ) -> bool:
     """Run trials until `next_trial` returns None; see `ray_tune.execute`.
 
-    train: called as `train(context, config, report)` in each trial's process.
     listeners: told of each event after the store, the table and MLflow.
     Returns False when a signal ended it early. Either way no trial's MLflow run is left open.
     """
     from ftlib.tune import ray_tune
 
+    group, resources, tracking = opened.group, opened.resources, opened.tracking
+    parent = opened.parent.reference
     context = TrialContext(
         split=group.split,
         local=resources.local,
         kind=group.kind,
         tags=group.tags,
-        parent=parent.reference,
+        parent=parent,
         tracking=tracking.handle(),
         keep_predictions=group.keep_predictions,
     )
     function: TrainTrial = functools.partial(train, context)
-    tracker = TrialTracker(group, tracking, parent.reference, local=resources.local)
+    tracker = TrialTracker(group, tracking, parent, local=resources.local)
     groups = ray_tune.placement_groups()
-    with table:
+    with opened.table:
         finished = ray_tune.execute(
             next_trial,
             lambda trial: group.config(trial, resources.each),
             function,
-            (TrialStoreWriter(group.store), table, tracker, *listeners),
+            (TrialStoreWriter(group.store), opened.table, tracker, *listeners),
             resources=resources.reserved,
             slots=resources.slots,
             halving=halving,

@@ -13,6 +13,7 @@ import numpy as np
 from ftlib.config import Augment, Cluster, Data, Mix, Model, Run, Train
 from ftlib.tune import spaces, train_trial
 from ftlib.tune.sweep import Sweep, sweep
+from ftlib.tune.trial_runs import Hooks
 
 LOG = os.environ["FAKE_LOG"]
 PLAN = json.loads(os.environ["FAKE_PLAN"])
@@ -107,8 +108,7 @@ if __name__ == "__main__":
             early_stopping=PLAN.get("asha", True),
             parallel=2,
         ),
-        check=check,
-        train=train,
+        Hooks(check, train),
     )
     import ray
 

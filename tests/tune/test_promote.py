@@ -12,7 +12,7 @@ from ftlib.tune.promote import RecipeFiles, candidates
 from ftlib.tune.ray_tune import TrialEnd
 from ftlib.tune.stored_predictions import ComparisonError
 from ftlib.tune.train_trial import SweepInputs
-from ftlib.tune.trial_runs import TrialStoreWriter
+from ftlib.tune.trial_runs import Hooks, TrialStoreWriter
 from ftlib.tune.trial_store import Trial, TrialStore
 from ftlib.tune.verdict import judge
 
@@ -192,7 +192,8 @@ def promote(monkeypatch, finished, tmp_path):
 
     ran = []
 
-    def run_trials(group, next_trial, train, **_):
+    def run_trials(opened, next_trial, train, **_):
+        group = opened.group
         while (trial := next_trial()) is not None:
             ran.append(trial.label)
             run = group.recipe_of(trial)
@@ -215,13 +216,14 @@ def promote(monkeypatch, finished, tmp_path):
     monkeypatch.setattr(promotion, "connect", lambda *a: TrialResources(2, {"CPU": 1.0}, True))
 
     def go(store, gain=0.4, onto=None, seen_in_val=0, **more):
+        def check(run):
+            labels, seen = np.arange(100) % 10, np.zeros(100, bool)
+            return SweepInputs("set", "d" * 64, labels, seen, seen_in_val=seen_in_val)
+
         gain_of_run[0] = gain
         result = promotion.promote(
             store,
-            check=lambda run: SweepInputs(
-                "set", "d" * 64, np.arange(100) % 10, np.zeros(100, bool), seen_in_val=seen_in_val
-            ),
-            open_tracking=lambda *a, **k: tracking,
+            hooks=Hooks(check, open_tracking=lambda *a, **k: tracking),
             files=RecipeFiles(folder=tmp_path / "recipes", onto=onto),
             **more,
         )
