@@ -38,6 +38,14 @@ from ftlib.deploy.request_body import BodyLimits, read_picture
 from ftlib.picture import PictureError
 
 PAGE = Path(__file__).with_name("serve_page.html")
+PAGE_HEADERS = {
+    "content-security-policy": "default-src 'none'; connect-src 'self'; img-src blob:; "
+    "media-src blob: mediastream:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+"""The page loads nothing from elsewhere, and nobody may frame it."""
 MAX_MEGABYTES = 20.0
 """Larger pictures are refused."""
 BATCH = 32
@@ -149,7 +157,7 @@ class Service:
         return JSONResponse({"error": str(refused)}, refused.status, headers)
 
     async def get_page(self, request: Request) -> Response:
-        return HTMLResponse(PAGE.read_text("utf-8"))
+        return HTMLResponse(PAGE.read_text("utf-8"), headers=PAGE_HEADERS)
 
     async def health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok", "model": self.meta["run"] or self.meta["arch"]})

@@ -195,58 +195,78 @@ def test_the_explanation_is_a_picture_and_depends_on_the_class(server):
     assert not np.array_equal(*shown)
 
 
-DROP = """
+GIVE = """
 (async () => {
-  const bytes = Uint8Array.from(atob("%s"), c => c.charCodeAt(0)); const data = new
-  DataTransfer(); data.items.add(new File([bytes], "dropped.jpg", {type: "image/jpeg"}));
-  document.getElementById("drop").dispatchEvent(new DragEvent("drop", {dataTransfer: data,
-  bubbles: true, cancelable: true})); return true;
+  const data = new DataTransfer();
+  for (const [name, text] of %s)
+    data.items.add(new File([Uint8Array.from(atob(text), c => c.charCodeAt(0))], name));
+  const event = "%s" === "drop"
+    ? new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true})
+    : new ClipboardEvent("paste", {clipboardData: data, bubbles: true});
+  document.getElementById("drop").dispatchEvent(event);
+  return true;
 })()
 """
+CARDS = "document.querySelectorAll('.card').length"
+NAMES = "[...document.querySelectorAll('.bar > span > span:first-child')].map(b => b.textContent)"
+WIDTHS = "[...document.querySelectorAll('.bar u')].map(b => b.getBoundingClientRect().width)"
+CAM = "document.querySelector('.cam')"
+
+
+def give(browser, files, how="drop"):
+    """Give the page files by drag and drop, or from the clipboard."""
+    texts = [[name, base64.b64encode(data).decode()] for name, data in files]
+    browser.evaluate(GIVE % (json.dumps(texts), how))
+
+
+@pytest.fixture
+def browser(server, tmp_path):
+    if CHROMIUM is None:
+        pytest.skip("needs a Chromium on the PATH (apt-get install chromium)")
+    opened = Browser(tmp_path)
+    try:
+        opened.call("Page.navigate", url=server)
+        opened.wait("document.getElementById('about')?.textContent.includes('6 classes')")
+        yield opened
+    finally:
+        opened.close()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    CHROMIUM is None, reason="needs a Chromium on the PATH (apt-get install chromium)"
-)
-def test_the_page_takes_a_dropped_picture_in_a_real_browser(server, folder, tmp_path):
+def test_the_page_shows_classes_doubt_and_where_the_model_looked(browser, folder, tmp_path):
     keep = Path(os.environ.get("FTLIB_SHOTS", tmp_path))
-    browser = Browser(tmp_path)
-    try:
-        browser.call("Page.navigate", url=server)
-        browser.wait("document.getElementById('about')?.textContent.includes('6 classes')")
-        browser.evaluate(DROP % base64.b64encode(picture()).decode())
-        browser.wait(
-            "!document.getElementById('where').hidden && document.getElementById('cam').complete"
-        )
-        browser.wait(
-            "document.getElementById('cam').naturalWidth === 224 && document.getElementById('picture').naturalWidth === 240"
-        )
-        shown = browser.evaluate(
-            "[...document.querySelectorAll('.bar > span > span:first-child')].map(b => b.textContent)"
-        )
-        direct = load(str(folder)).predict([picture()])[0]
-        assert shown == [t["class"] for t in direct["top"]]
-        widths = browser.evaluate(
-            "[...document.querySelectorAll('.bar u')].map(b => b.getBoundingClientRect().width)"
-        )
-        assert widths == sorted(widths, reverse=True) and widths[0] > 5
-        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        browser.screenshot(keep / "serve.png")
-        first = browser.evaluate("document.getElementById('cam').src")
-        browser.evaluate("document.querySelectorAll('.bar')[1].click()")
-        browser.wait(f"document.getElementById('cam').src !== '{first}'")
-        browser.evaluate(DROP % base64.b64encode(b"no picture").decode())
-        browser.wait(
-            "document.getElementById('error').textContent.includes('no picture of a known kind')"
-        )
-        assert browser.evaluate("document.getElementById('result').hidden")
-        browser.evaluate(DROP % base64.b64encode(picture(1)).decode())
-        browser.wait(
-            "!document.getElementById('result').hidden && document.getElementById('error').textContent === ''"
-        )
-    finally:
-        browser.close()
+    give(browser, [("dropped.jpg", picture())])
+    browser.wait(f"{CAM} && {CAM}.naturalWidth === 224")
+    direct = load(str(folder)).predict([picture()], params={"top_k": 6})[0]
+    assert browser.evaluate(NAMES) == [t["class"] for t in direct["top"][:5]]
+    widths = browser.evaluate(WIDTHS)
+    assert widths == sorted(widths, reverse=True) and widths[0] > 5
+    said = browser.evaluate("document.querySelector('.doubt').textContent")
+    assert f"about {100 * direct['probability']:.0f} of 100" in said
+    assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    browser.screenshot(keep / "serve.png")
+    first = browser.evaluate(f"{CAM}.src")
+    browser.evaluate("document.querySelectorAll('.bar')[1].click()")
+    browser.wait(f"{CAM}.src !== '{first}'")
+    browser.evaluate("document.querySelector('.more').click()")
+    assert browser.evaluate(NAMES) == [t["class"] for t in direct["top"]]
+    known = browser.evaluate("document.getElementById('names').textContent")
+    assert known == ", ".join(CLASSES), "names are shown as text, not as markup"
+
+
+@pytest.mark.slow
+def test_the_page_takes_several_pictures_and_says_what_is_none(browser, tmp_path):
+    keep = Path(os.environ.get("FTLIB_SHOTS", tmp_path))
+    give(browser, [(f"{i}.jpg", picture(i)) for i in range(5)] + [("note.txt", b"no picture")])
+    browser.wait(f"{CARDS} === 6 && document.getElementById('progress').hidden")
+    assert browser.evaluate("document.querySelectorAll('.bars').length") == 5
+    error = browser.evaluate("document.querySelector('.card .error').textContent")
+    assert "not a picture of a known kind" in error
+    give(browser, [("", picture(7))], how="paste")
+    browser.wait(f"{CARDS} === 7 && document.querySelectorAll('.bars').length === 6")
+    browser.screenshot(keep / "serve-several.png")
+    browser.evaluate("document.getElementById('clear').click()")
+    assert browser.evaluate(CARDS) == 0
 
 
 @pytest.mark.parametrize(
