@@ -15,6 +15,7 @@ import threading
 import urllib.request
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -144,14 +145,14 @@ def _hub_file(repo: str, revision: str, names: tuple[str, ...]) -> Path:
 
 
 def _fetch_from_hub(repo: str, revision: str | None, names: tuple[str, ...], cache: Path) -> str:
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub import hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
     for name in names:
         url = hf_hub_url(repo, name, revision=revision)
         try:
             # The quick question first: a download retries for minutes before it gives up.
-            _patiently(lambda progress, url=url: get_hf_file_metadata(url, timeout=PATIENCE))
+            _patiently(partial(_ask_hub, url))
             log.info("fetching %s", url)
             return hf_hub_download(repo, name, revision=revision, cache_dir=cache)
         except EntryNotFoundError:
@@ -163,6 +164,13 @@ def _fetch_from_hub(repo: str, revision: str | None, names: tuple[str, ...], cac
                 raise
             raise OSError(f"{type(error).__name__}: {_first_line(error)}") from None
     raise _NotThereError(f"it has none of {', '.join(names)}")
+
+
+def _ask_hub(url: str, progress: Callable[[], None]) -> None:
+    """Raises what the Hub's client raises where it has no such file or does not answer."""
+    from huggingface_hub import get_hf_file_metadata
+
+    get_hf_file_metadata(url, timeout=PATIENCE)
 
 
 def _check_blob(path: Path) -> None:

@@ -78,7 +78,8 @@ def range_test(
             f"rates from {low:g} to {high:g} in {steps} steps: "
             f"needs 0 < lowest < highest and at least {LEAST} steps"
         )
-    rates, losses = np.geomspace(low, high, steps), []
+    rates = np.geomspace(low, high, steps)
+    losses: list[float] = []
     for rate in rates:
         loss = step(float(rate))
         if not math.isfinite(loss) or (losses and loss > DIVERGED * min(losses)):

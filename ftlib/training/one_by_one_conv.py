@@ -20,6 +20,7 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """float[b, C, H, W] -> float[b, D, H', W']."""
+        assert not isinstance(self.padding, str)  # `shorten` leaves those alone
         height, width = x.shape[-2:]
         (down, right), (above, left) = self.stride, self.padding
         one = (

@@ -85,7 +85,7 @@ def warmup_factor(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / (steps + 1))
 
 
-def cosine(base_lr: float, min_lr: float, step: int, steps: int) -> float:
+def cosine(base_lr: float, min_lr: float, step: float, steps: float) -> float:
     """Half a cosine from base_lr at step 0 to min_lr at step `steps` (Loshchilov and Hutter
     2017, eq. 5, without restarts)."""
     return min_lr + (base_lr - min_lr) * (1 + math.cos(math.pi * step / steps)) / 2

@@ -60,8 +60,9 @@ def read(uri: str, sha256: str = "") -> WeightFile:
     if sha256 and digest != sha256:
         raise WeightFileError(f"{uri}: the starting weights have changed since they were found")
     check_hash_in_name(uri, digest)
+    notes: list[str] = []
     if uri.endswith(".safetensors"):
-        state, notes = _safetensors(uri, data), []
+        state = _safetensors(uri, data)
     else:
         state, notes = _state_dict(uri, _unpickle(uri, data))
     state, more = _strip_wrappers(state)

@@ -255,7 +255,7 @@ def _acting_arguments(name: str) -> frozenset[str]:
             continue
         for m in model.modules():
             dropout = isinstance(m, nn.modules.dropout._DropoutNd) and m.p == PROBE
-            if argument == "drop_rate" and (dropout or getattr(m, "drop_rate", 0) == PROBE):
+            if argument == "drop_rate" and (dropout or getattr(m, "drop_rate", 0.0) == PROBE):
                 found.add(argument)
             if argument == "drop_path_rate" and getattr(m, "drop_prob", 0):
                 found.add(argument)
@@ -279,7 +279,7 @@ def _add_block_dropout(model: nn.Module, dropout: float) -> None:
     As in torchvision's ResNets here: after the last norm, right before the addition.
     """
     for block in _resnet_blocks(model):
-        layers = [nn.Dropout2d(dropout)]
+        layers: list[nn.Module] = [nn.Dropout2d(dropout)]
         if isinstance(block.drop_path, nn.Module):
             layers.append(block.drop_path)
         block.drop_path = nn.Sequential(*layers)

@@ -284,13 +284,21 @@ class RegularizedBlock(nn.Module):
     of its residual branch.
 
     Both act after the branch's last norm, right before the addition. Whole channels are dropped
-    (Tompson et al. 2015), since neighbouring pixels of a channel tell the same. After the last
+    (Tompson et al. 2015), since neighboring pixels of a channel tell the same. After the last
     norm, because dropout in front of a BatchNorm changes the variance which that norm then sees in
     training but not in evaluation (Li et al. 2019, "disharmony"); behind it the shift reaches the
     next block only beside the undropped shortcut. It is also one place that Bottleneck and
     BasicBlock both have. It takes over the block's layers under their names, so parameters and
     state-dict keys stay torchvision's.
     """
+
+    conv1: nn.Module
+    bn1: nn.Module
+    conv2: nn.Module
+    bn2: nn.Module
+    conv3: nn.Module
+    bn3: nn.Module
+    relu: nn.Module
 
     def __init__(self, block: nn.Module, dropout: float, drop_path: float) -> None:
         super().__init__()
