@@ -19,7 +19,7 @@ from typing import Any, Protocol, TextIO
 
 from ftlib import settings, storage
 from ftlib.launch import cluster, executor, finalize, gates, preflight, run_record, summary
-from ftlib.launch.errors import StoppedError
+from ftlib.launch.errors import LeaseLostError, StoppedError
 from ftlib.launch.lease import Lease
 from ftlib.launch.outcome import Outcome, TrainingResult
 from ftlib.launch.prepared_run import PreparedRun
@@ -29,7 +29,7 @@ from ftlib.paths import local_run_folder, runs_root
 from ftlib.storage import join
 from ftlib.track.lineage import run_tags
 from ftlib.track.logged_params import params_of
-from ftlib.track.tracking import TrackedRun, open_tracking, warm_up
+from ftlib.track.tracking import TrackedRun, Tracking, open_tracking, warm_up
 from ftlib.track.writer import Writer
 from ftlib.training import checkpoint, seen_rows
 from ftlib.training.initial_weights import materialize
@@ -98,12 +98,15 @@ class ActiveRun:
         placement: cluster.Placement,
         can_grow: bool,
         tracked: TrackedRun,
+        own_tracking: Tracking | None = None,
     ) -> None:
         self.prepared, self.options = prepared, options
         self.placement, self.can_grow = placement, can_grow
         self.lease, self.tracked = lease, tracked
         self.writer: Writer = tracked.writer()
         self.hook = ReportHook(options.on_report) if options.on_report else None
+        self.own_tracking = own_tracking
+        """The tracking that was opened for this run alone."""
         self.ended = False
         self._started = time.monotonic()
 
@@ -170,6 +173,11 @@ class ActiveRun:
 
     def end_after(self, error: BaseException) -> None:
         """End the MLflow run with what `error` means for it."""
+        if isinstance(error, LeaseLostError):
+            self.ended = True  # by the launch that has the run now
+            if self.own_tracking is not None:
+                self.own_tracking.abandon()
+            return
         if isinstance(error, StoppedError):
             self.end("killed", error.message)
             self.options.say(f"{self.prepared.run.name}: {error.message}")
@@ -240,7 +248,10 @@ def open_run(prepared: PreparedRun, options: LaunchOptions) -> Iterator[ActiveRu
         stack.enter_context(Signals(raise_at_once=True))
         if not options.local:
             preflight.check_shared(run_dir, prepared.dataset.path)
-        tracked = _start_tracking(prepared, options, stack)
+        own = None if options.tracking else stack.enter_context(_open_tracking(prepared))
+        tracking: RunTracker | None = options.tracking or own
+        assert tracking is not None
+        tracked = _start_run(prepared, options, tracking)
         active = ActiveRun(
             prepared,
             options,
@@ -248,6 +259,7 @@ def open_run(prepared: PreparedRun, options: LaunchOptions) -> Iterator[ActiveRu
             placement=placement,
             can_grow=can_grow,
             tracked=tracked,
+            own_tracking=own,
         )
         try:
             seen = seen_rows.record(run_dir, run, prepared.dataset, prepared.source, runs_root(run))
@@ -291,21 +303,18 @@ def _cluster_placement(prepared: PreparedRun) -> tuple[cluster.Placement, bool]:
     return cluster.placement(asked, capacity), capacity.can_grow
 
 
-def _start_tracking(
-    prepared: PreparedRun, options: LaunchOptions, stack: contextlib.ExitStack
-) -> TrackedRun:
+def _open_tracking(prepared: PreparedRun) -> Tracking:
+    return open_tracking(
+        prepared.run.track,
+        experiment=prepared.dataset.name,
+        journal_dir=local_run_folder(prepared.run_dir) / "journal",
+        resuming=bool(prepared.mlflow.get("run_id")),
+    )
+
+
+def _start_run(prepared: PreparedRun, options: LaunchOptions, tracking: RunTracker) -> TrackedRun:
     """Start the run in MLflow, or reopen the one that an earlier launch made."""
-    run, tracking = prepared.run, options.tracking
-    known_id = prepared.mlflow.get("run_id", "")
-    if tracking is None:
-        tracking = stack.enter_context(
-            open_tracking(
-                run.track,
-                experiment=prepared.dataset.name,
-                journal_dir=local_run_folder(prepared.run_dir) / "journal",
-                resuming=bool(known_id),
-            )
-        )
+    run = prepared.run
     tags = run_tags(
         run,
         kind=options.kind,
@@ -317,7 +326,7 @@ def _start_tracking(
         tags=tags,
         params=params_of(run),
         parent=options.parent_run_id,
-        run_id=known_id or None,
+        run_id=prepared.mlflow.get("run_id") or None,
     )
 
 

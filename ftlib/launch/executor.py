@@ -14,7 +14,7 @@ from typing import Any, cast
 from ftlib import settings, storage
 from ftlib.config import Run
 from ftlib.data.shards import Dataset
-from ftlib.launch import cluster, worker
+from ftlib.launch import cluster, own_ray, worker
 from ftlib.launch.driver_actor import (
     ActorChannel,
     Channel,
@@ -145,6 +145,8 @@ def _watch(
     while thread.is_alive():
         thread.join(LOOK_SECONDS)
         lease.check()
+        if thread.is_alive() and (process := own_ray.gone()):
+            raise _without_ray(process, signals)
         _show(channel, display)
         now = time.monotonic()
         if signals.count and not stop_requested:
@@ -161,6 +163,21 @@ def _watch(
         if now - drains_checked > DRAIN_SECONDS:
             drains_checked = now
             _pass_on_drains(channel)
+
+
+def _without_ray(process: str, signals: Signals) -> BaseException:
+    """The end of a run whose Ray is gone: nothing can be asked of it any more."""
+    own_ray.abandon()
+    if signals.number:
+        return StoppedError(
+            signals.number,
+            f"stopped without a checkpoint, because Ray's {process} had ended; the same command "
+            "resumes from the newest one",
+        )
+    return RunFailedError(
+        f"Ray's {process} has ended while the run was training. Was it killed, or was memory short "
+        "(`dmesg` says so)? The same command resumes from the newest checkpoint"
+    )
 
 
 def _trainer(task: TrainingTask, channel: ActorChannel) -> Any:
@@ -269,10 +286,14 @@ class _LocalActor(DriverActor):
     def __init__(self, display: ProgressDisplay, lease: Lease) -> None:
         super().__init__()
         self._display, self._lease = display, lease
+        self._said = False
 
     def add_progress(self, values: dict[str, float]) -> None:
         self._display.show(values)
 
     def requests(self) -> tuple[bool, int]:
         self._lease.check()
+        if self.stop and not self._said:
+            self._said = True
+            self._display.say("stopping with a checkpoint (once more stops at once)")
         return super().requests()

@@ -7,6 +7,7 @@ with a checkpoint. Ray's processes still end with this one: the kernel kills the
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
@@ -68,6 +69,18 @@ def gone() -> str:
         if name in NEEDED_TO_TRAIN and process.poll() is not None:
             return name
     return ""
+
+
+def abandon() -> None:
+    """End what is left of a Ray that has lost a process, without asking it.
+
+    Ray's own shutdown would wait a minute for an answer, so it is not called, neither here nor when
+    this process ends.
+    """
+    import ray
+
+    atexit.unregister(ray.shutdown)
+    end_processes()
 
 
 def end_processes() -> None:

@@ -70,6 +70,11 @@ class ActorJournal:
             ray.kill(self.actor)
 
 
+def is_connected() -> bool:
+    """Whether this process is connected to a Ray cluster."""
+    return bool(ray.is_initialized())
+
+
 def may_span_machines() -> bool:
     """Whether processes of this job may run on other machines.
 

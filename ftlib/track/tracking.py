@@ -80,6 +80,7 @@ class Tracking:
         self._remote: ActorJournal | None = None
         self._finish_left = FINISH_SECONDS
         self._has_warned = False
+        self._one_machine = False
         self._is_closed = False
         library_log.start(self.folder)
         self.delivery.start()
@@ -107,11 +108,14 @@ class Tracking:
 
     def location(self) -> JournalLocation:
         """Where the journals are; with a tracker actor if processes may run on other machines."""
-        if self._remote is None and "ray" in sys.modules:
+        if self._remote is None and not self._one_machine and "ray" in sys.modules:
             from ftlib.track import tracker_actor
 
             if tracker_actor.may_span_machines():
                 self._remote = tracker_actor.start(self.folder)
+            else:
+                # Asked once: a Ray that has died by the run's end would not answer for a minute.
+                self._one_machine = tracker_actor.is_connected()
         return JournalLocation(str(self.folder), machine_id(), self._remote)
 
     def handle(self) -> TrackerHandle:
@@ -219,6 +223,9 @@ class Tracking:
         with contextlib.suppress(Exception):
             self._end_open_runs(outcome, note)
             self.drain()
+        self._release()
+
+    def _release(self) -> None:
         self.delivery.stop(2.0)
         for path in journals.find_journals(self.folder):
             close_journal(path)
@@ -226,6 +233,13 @@ class Tracking:
             self._remote.stop()
         library_log.stop(self.folder)
         journals.release(self.folder)
+
+    def abandon(self) -> None:
+        """Stop without ending any run: another process has taken them over."""
+        if not self._is_closed:
+            self._is_closed = True
+            atexit.unregister(self.close)
+            self._release()
 
     def _end_open_runs(self, outcome: str, note: str | None) -> None:
         tags = clean_tags({"reason": reason_of(note)}) if note else {}

@@ -16,7 +16,7 @@ import pytest
 from ftlib.config import Gates, Model
 from ftlib.data.shards import DataError
 from ftlib.launch import lease, preflight
-from ftlib.launch.errors import LaunchError, StoppedError
+from ftlib.launch.errors import LaunchError, LeaseLostError, StoppedError
 from ftlib.launch.launch import launch, prepare_run
 from ftlib.settings import ConfigError, override
 from ftlib.storage import StorageError
@@ -393,3 +393,49 @@ def test_other_classes_need_a_new_head(tiny, tracking, tmp_path):
             dataclasses.replace(other, model=Model(arch=tiny.model.arch, init_from="phase1")),
             tracking,
         )
+
+
+# --- losing the lease ---
+
+
+def test_a_launch_that_lost_its_run_stops_writes_nothing_and_leaves_the_mlflow_run_open(
+    tiny, tracking, home, monkeypatch
+):
+    """As after a suspension on another machine: a successor has put its own lease there."""
+    monkeypatch.setattr(lease, "MISSING_LOOKS", 1)
+    file = home / "runs" / "lost" / "lease.json"
+
+    def hook(metrics):
+        values = {**json.loads(file.read_text()), "token": "successor", "host": "elsewhere"}
+        file.write_text(json.dumps(values))
+
+    run = override(tiny, {"name": "lost", "train.epochs": 50})
+    with pytest.raises(LeaseLostError, match="on elsewhere has taken it over"):
+        run_it(run, tracking, on_report=hook)
+    steps = sorted(p.name for p in (file.parent / "checkpoints").glob("step-*"))
+    assert steps in ([], ["step-00000002"]), "at most the checkpoint that was being written"
+    assert tracking.outcomes == [] and not (file.parent / "result.json").exists()
+    assert json.loads(file.read_text())["token"] == "successor"
+
+
+def test_storage_that_fails_for_a_while_is_tried_again_from_the_newest_checkpoint(
+    tiny, tracking, monkeypatch
+):
+    """In the job's own process as on a cluster, up to cluster.max_failures times."""
+    from ftlib.training.loop import Training
+
+    whole = run_it(override(tiny, {"name": "whole"}), tracking)
+    real, failed = Training.finish_epoch, []
+
+    def finish_epoch(self):
+        real(self)
+        if len(failed) < 2:
+            failed.append(self.state.step)
+            raise StorageError("the disk is away")
+
+    monkeypatch.setattr(Training, "finish_epoch", finish_epoch)
+    torn = run_it(override(tiny, {"name": "torn"}), tracking)
+    assert torn.metrics == whole.metrics and len(failed) == 2
+    failed.clear()
+    with pytest.raises(StorageError):
+        run_it(override(tiny, {"name": "over", "cluster.max_failures": 1}), tracking)
