@@ -94,7 +94,10 @@ def plan(run: Run, dataset: Dataset) -> RunPlan:
     parameters = sum(p.numel() for p in model.parameters())
     size = 4 * parameters * (run.optimizer.state_copies + bool(run.train.ema_decay))
     steps = sampler.steps_per_epoch(images, run.train.batch_size)
-    disk = size * (run.checkpoint.keep_last + 1) + 4 * parameters * (run.checkpoint.keep_best + 1)
+    # Published weights and bare files are copied into the run's folder.
+    copied = run.model.init_from.startswith(("pretrained", "imagenet", "hf-hub:", "file:"))
+    models_kept = run.checkpoint.keep_best + 1 + copied
+    disk = size * (run.checkpoint.keep_last + 1) + 4 * parameters * models_kept
     return RunPlan(images, scored, steps, steps * run.train.epochs, parameters, disk)
 
 

@@ -173,7 +173,7 @@ def _from_hub(arch: str, wanted: str) -> InitialWeights:
     about = hub.hub_config(repo, revision)
     cfg = about.get("pretrained_cfg", about)
     theirs = str(about.get("architecture", ""))
-    if theirs and theirs != arch.removeprefix(models.TIMM).partition(".")[0]:
+    if theirs and models.TIMM + theirs != models.without_tag(arch):
         raise ConfigError(
             f"model.arch = {arch}: the weights of hf-hub:{wanted} are of a {theirs}. "
             f"Set model.arch to {models.TIMM}{theirs}"
@@ -274,10 +274,11 @@ def _sha256(uri: str) -> str:
 def _check_run(run: Run, source: InitialWeights, classes: tuple[str, ...]) -> None:
     """ConfigError where an ftlib model is of another architecture or other classes."""
     about = source.about
-    if about.get("arch", run.model.arch) != run.model.arch:
+    arch = about.get("arch", run.model.arch)
+    if models.without_tag(arch) != models.without_tag(run.model.arch):
         raise ConfigError(
             f"model.arch = {run.model.arch}: the starting weights ({source.uri}) are of a "
-            f"{about['arch']}. Set model.arch to {about['arch']}, or start from other weights"
+            f"{arch}. Set model.arch to {arch}, or start from other weights"
         )
     theirs = about.get("classes")
     if run.model.reset_head or theirs is None or tuple(theirs) == classes:

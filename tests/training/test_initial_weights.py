@@ -232,6 +232,18 @@ def test_the_copy_is_made_once_and_read_like_what_it_copies(offline_hub, tmp_pat
     assert initial_weights.InitialWeights.from_dict(json.loads(json.dumps(copy.to_dict()))) == copy
 
 
+def test_a_tag_names_weights_and_not_another_architecture(offline_hub, tmp_path):
+    tagged = f"{weights.LITE0}.in1k"
+    assert resolve(lite0(**{"model.arch": tagged})).sha256 == resolve(lite0()).sha256
+    finished(tmp_path, "a", arch=tagged)
+    with pytest.raises(ConfigError, match="do not fit"):  # not: of another architecture
+        initial_weights.start(
+            lite0(**{"model.init_from": "run:a"}),
+            CLASSES,
+            resolve(lite0(**{"model.init_from": "run:a"}), root=tmp_path),
+        )
+
+
 def test_the_hub_config_says_which_architecture_its_weights_are_of(offline_hub):
     run = lite0(**{"model.arch": "resnet18", "model.init_from": f"hf-hub:{weights.LITE0_REPO}"})
     with pytest.raises(ConfigError, match="Set model.arch to timm/tf_efficientnet_lite0"):

@@ -55,6 +55,7 @@ __all__ = [
     "trained_parameters",
     "undecayed",
     "usual_preprocessing",
+    "without_tag",
 ]
 
 TIMM = "timm/"
@@ -69,6 +70,11 @@ def source_of_arch(arch: str) -> ModelSource:
     from ftlib.training.models import timm
 
     return timm.SOURCE
+
+
+def without_tag(arch: str) -> str:
+    """timm/NAME of timm/NAME.TAG: the tag names weights, not another architecture."""
+    return arch.partition(".")[0] if arch.startswith(TIMM) else arch
 
 
 def _source_of(model: nn.Module) -> ModelSource:
