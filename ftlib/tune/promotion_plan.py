@@ -79,10 +79,12 @@ def plan_promotion(store: TrialStore) -> PromotionPlan:
     error = 1 - _score(own) / 100
     gain = _score(others[0]) - _score(own)
     single = 100 * math.sqrt(max(error, 1 / images) / images) / math.sqrt(2)
-    luck = single * expected_maximum(len(others))
+    # Trials that were stopped early have been chances too.
+    scored = sum(t.score is not None and t.outcome != "failed" for t in store.trials.values()) - 1
+    luck = single * expected_maximum(scored)
     by_chance = (
         f"The best trial leads the recipe by {gain:.2f} points. By chance alone the best of "
-        f"{len(others)} equal trials would lead by about {luck:.2f} on {images:,} images"
+        f"{scored} equal trials would lead by about {luck:.2f} on {images:,} images"
     )
     left = gain - luck
     if left <= 0:

@@ -33,6 +33,15 @@ def test_a_gain_that_chance_explains_is_not_worth_a_promotion(tmp_path):
     assert "Not worth a promotion yet" in plan.reason
 
 
+def test_trials_that_were_stopped_early_count_as_chances(tmp_path):
+    few = plan_promotion(sweep(tmp_path / "a", [80.0, 85.0]))
+    store = sweep(tmp_path / "b", [80.0, 85.0, *[75.0] * 20])
+    for trial in store.trials.values():
+        if trial.number > 1:
+            trial.outcome = "pruned"
+    assert few.luck == 0 < plan_promotion(store).luck
+
+
 def test_a_clear_gain_is_worth_its_cost(tmp_path):
     plan = plan_promotion(sweep(tmp_path, [80.0, 85.0, 88.0, 79.0]))
     assert plan.worth and plan.top == 2 and 3 <= plan.seeds <= 12
