@@ -4,11 +4,12 @@
     python jobs/sweep.py --recipe sample-phase2 --space quick --trials 8    # minutes on two cores
     ray job submit --working-dir . -- python jobs/sweep.py --recipe phase2 --space regularisation
 
-Trial 0 is the recipe itself; all settings of the recipe are flags. Trials are scored on a tenth of
-the training images (--tuning-fraction); the validation set stays unseen until jobs/promote.py. The
-same command goes on after an interruption, and with a higher --trials it goes on further. It makes
-a parent run in MLflow with a child per trial and, below $FTLIB_HOME/runs/SWEEP/report, a page, its
-figures and best.json, the winner as a recipe.
+Trial 0 is the recipe itself; all settings of the recipe are flags. Trials are scored on training
+images that no weights have seen; the validation set stays unseen until jobs/promote.py. The same
+command goes on after an interruption, and with a higher --trials or --budget it goes on further. It
+makes a parent run in MLflow with a child per trial and, below $FTLIB_HOME/runs/SWEEP/report, a
+page, its figures and best.json, the winner as a recipe. It ends by saying whether a promotion is
+worth its cost.
 """
 
 import os
