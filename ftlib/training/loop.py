@@ -113,7 +113,7 @@ class Training:
             if state.step == 0 and initial_weights.keeps_classifier(run, context.source):
                 # The score to gain over.
                 scores = self.score().metrics(self.split)
-                self.log.point({f"start/{k}": v for k, v in scores.items()}, step=0)
+                self.log.send_point({f"start/{k}": v for k, v in scores.items()}, step=0)
             batches = stack.enter_context(contextlib.closing(self.batches()))
             self.log.start()
             stop = False
@@ -214,7 +214,9 @@ class Training:
             except torch.OutOfMemoryError as error:
                 images = len(batch.rows)
                 if not splitter.split(images):
-                    raise OutOfMemoryError(self.log.too_large(images, self.dtype)) from error
+                    raise OutOfMemoryError(
+                        self.log.out_of_memory_message(images, self.dtype)
+                    ) from error
                 buffer.zero()
                 i = 0
                 continue
@@ -275,14 +277,14 @@ class Training:
         report = self.monitor.report(state.step, self.buffer.step_sums)
         state.nonfinite += len(report.bad_steps)
         if state.nonfinite > run.train.max_nonfinite:
-            raise DivergedError(self.log.describe(report.bad_steps))
+            raise DivergedError(self.log.nonfinite_message(report.bad_steps))
         epoch_ends = state.step % self.steps_per_epoch == 0
         if epoch_ends or state.step % run.train.log_every == 0:
             rate, lr = self.log.rate(), self.learning_rate(state.step - 1)
             loss = round(report.loss / max(report.images, 1), 6)
             values = {"step/loss": loss, "step/lr": lr, "step/images_per_s": rate}
-            self.log.point(values, state.step)
-            self.log.show(report.loss, report.correct, report.images, rate, lr)
+            self.log.send_point(values, state.step)
+            self.log.show_progress(report.loss, report.correct, report.images, rate, lr)
         every = run.checkpoint.every_steps
         by_step = bool(every) and state.step % every == 0
         if not epoch_ends and (report.checkpoint_requests or report.stop_requested or by_step):
@@ -327,9 +329,9 @@ class Training:
         self.save(wait=False)
         # After the checkpoint's tensors are copied: a restart from it sends this point again, with
         # the same time.
-        self.log.send(row, epoch)
+        self.log.send_row(row, epoch)
         state.points.clear()
-        self.log.show(loss, correct, images, row["train/images_per_s"], row["train/lr"])
+        self.log.show_progress(loss, correct, images, row["train/images_per_s"], row["train/lr"])
         self.context.report(self.log.latest_metrics(), self.checkpoint_uri())
         self.log.start()
 
@@ -378,7 +380,7 @@ class Training:
             self.log.track(values, step, at)
         if self.state.history and self.state.step % self.steps_per_epoch == 0:
             row = self.state.history[-1]
-            self.log.send(row, int(row["epoch"]))
+            self.log.send_row(row, int(row["epoch"]))
             self.state.points.clear()
         if self.state.best_epoch:
             self.reconcile_best()

@@ -1,5 +1,5 @@
-"""What a run reports while it trains: points for tracking, progress for the screen, rows of its
-history, words for its errors."""
+"""What a run reports while it trains: points and rows for tracking, progress for the screen, texts
+for its errors."""
 
 from __future__ import annotations
 
@@ -28,14 +28,8 @@ class RunLog:
         split: str,
         steps_per_epoch: int,
     ) -> None:
-        self.context, self.run, self.state, self.rows, self.split, self.steps_per_epoch = (
-            context,
-            context.run,
-            state,
-            rows,
-            split,
-            steps_per_epoch,
-        )
+        self.context, self.run, self.state = context, context.run, state
+        self.rows, self.split, self.steps_per_epoch = rows, split, steps_per_epoch
         self.total = steps_per_epoch * context.run.train.epochs
         self.start()
 
@@ -49,7 +43,7 @@ class RunLog:
         done = self.state.step - self.mark_step
         return round(done * len(self.rows) / self.steps_per_epoch / seconds, 2)
 
-    def point(self, values: dict[str, float], step: int) -> None:
+    def send_point(self, values: dict[str, float], step: int) -> None:
         """A point within an epoch.
 
         It is kept in the state until the epoch ends, so that a restart sends it again, unchanged.
@@ -58,7 +52,7 @@ class RunLog:
         self.state.points.append([at, step, values])
         self.track(values, step, at)
 
-    def send(self, row: dict[str, float], epoch: int) -> None:
+    def send_row(self, row: dict[str, float], epoch: int) -> None:
         """A finished epoch's row, with the time it was made at."""
         self.track(
             {k: v for k, v in row.items() if k not in ("epoch", "time_ms")},
@@ -72,7 +66,9 @@ class RunLog:
                 {k: v for k, v in values.items() if math.isfinite(v)}, step, at
             )
 
-    def show(self, loss: float, correct: float, images: float, rate: float, lr: float) -> None:
+    def show_progress(
+        self, loss: float, correct: float, images: float, rate: float, lr: float
+    ) -> None:
         """Progress for the screen: sums over the last step's or the epoch's images."""
         if self.context.rank:
             return
@@ -146,8 +142,8 @@ class RunLog:
             "ema": self.state.ema is not None,
         }
 
-    def describe(self, bad: list[int]) -> str:
-        """What to say when too many steps (the latest are `bad`) were not finite."""
+    def nonfinite_message(self, bad: list[int]) -> str:
+        """For too many steps that were not finite; `bad` are the latest."""
         step = bad[0]
         plan = sampler.step_plan(
             self.run.seed,
@@ -165,8 +161,8 @@ class RunLog:
             "optimizer.lr, set train.clip_norm, or use train.precision fp32"
         )
 
-    def too_large(self, images: int, dtype: torch.dtype) -> str:
-        """What to say when a microbatch does not fit."""
+    def out_of_memory_message(self, images: int, dtype: torch.dtype) -> str:
+        """For a microbatch of `images` that does not fit into memory."""
         run = self.run
         peak = ""
         if self.context.device.type == "cuda":

@@ -1,4 +1,5 @@
-"""What a worker is given to do, how it answers, and how it may end."""
+"""What a worker needs to train: the run, its data and device, the callbacks through which it
+reports and is told to stop, and the errors it may end with."""
 
 from __future__ import annotations
 
@@ -20,8 +21,7 @@ class DivergedError(RuntimeError):
 
 
 class OutOfMemoryError(RuntimeError):
-    """The device cannot hold a microbatch; the message has the numbers and the setting to
-    change."""
+    """The device cannot hold a microbatch; the message has sizes and the setting to change."""
 
 
 class InterruptedTrainingError(RuntimeError):

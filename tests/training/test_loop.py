@@ -317,7 +317,8 @@ def test_out_of_memory_says_what_to_change(digits, tmp_path, monkeypatch):
     monkeypatch.setattr(loop.Training, "microbatch", too_much)
     with pytest.raises(
         loop.OutOfMemoryError,
-        match=r"step 0 with a microbatch of 4 images of 32 px in float32.*--train.microbatch-size to 2",
+        match=r"step 0 with a microbatch of 4 images of 32 px in float32"
+        r".*--train.microbatch-size to 2",
     ):
         train(WorkerContext(recipe(), digits, str(tmp_path)))
 

@@ -15,7 +15,8 @@ if sys.argv[1] == "keep":
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    tensors = [torch.ones(megabytes << 18) for megabytes in (3, 40, 9, 70, 1)]  # as a step's activations and gradients: alive together, freed together
+    # As a step's activations and gradients: alive together, freed together.
+    tensors = [torch.ones(megabytes << 18) for megabytes in (3, 40, 9, 70, 1)]
     del tensors
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
