@@ -30,6 +30,7 @@ from ftlib.storage import join
 from ftlib.track.lineage import run_tags
 from ftlib.track.logged_params import params_of
 from ftlib.track.tracking import TrackedRun, Tracking, open_tracking, warm_up
+from ftlib.track.views import phases_view
 from ftlib.track.writer import Writer
 from ftlib.training import checkpoint, seen_rows
 from ftlib.training.initial_weights import materialize
@@ -150,6 +151,7 @@ class ActiveRun:
             best_dir=self._best_folder(result),
             mlflow_run_id=self.tracked.run_id,
             mlflow_url=self.tracked.url,
+            compare_url=self.tracked.view_url(phases_view()),
             gates=gates.check(run.gates, metrics, start),
             start_top1=start,
             figures=self._figures(result) if self.options.kind == "train" else [],
@@ -267,7 +269,7 @@ def open_run(prepared: PreparedRun, options: LaunchOptions) -> Iterator[ActiveRu
             finalize.log_start(active.writer, run, prepared.dataset, options.kind)
             options.say(
                 summary.starting(
-                    run, run_dir, tracked.url, placement, resumed=prepared.record is not None
+                    run, run_dir, tracked.charts_url, placement, resumed=prepared.record is not None
                 )
             )
             yield active

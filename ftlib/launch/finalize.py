@@ -47,7 +47,7 @@ def best_folder(run_dir: str) -> str:
 
 
 def log_start(writer: Writer, run: Run, dataset: Dataset, kind: str = "train") -> None:
-    """At the run's start: the whole recipe, the data set and the saved view of its phases.
+    """At the run's start: the whole recipe, the data set and the saved view of all phases.
 
     `kind` is the MLflow tag. Trials are not in that view; their sweep has views of its own.
     """
@@ -57,7 +57,7 @@ def log_start(writer: Writer, run: Run, dataset: Dataset, kind: str = "train") -
     writer.dataset(dataset.name, dataset.digest, dataset.path, "training")
     if kind != "train":
         return
-    view = phases_view("tuning" if run.data.tuning_fraction else "val")
+    view = phases_view()
     writer.put({"op": "view", "key": view.key, "name": view.name, "state": dict(view.state)})
 
 

@@ -39,6 +39,9 @@ class Outcome:
     """Folder of the best model's weights; empty where none was kept."""
     mlflow_run_id: str = ""
     mlflow_url: str = ""
+    """The run's page, with its note."""
+    compare_url: str = ""
+    """The charts of all training runs on this data set."""
     gates: Sequence[Gate] = ()
     start_top1: float | None = None
     """Validation top-1 of the model that the run started from."""

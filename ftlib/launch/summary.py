@@ -81,17 +81,20 @@ def _places(outcome: Outcome) -> list[str]:
         lines.append(f"  figures     {outcome.figures[0].rsplit('/', 1)[0]}")
     if outcome.mlflow_url:
         lines.append(f"  MLflow      {outcome.mlflow_url}")
+    if outcome.compare_url:
+        lines.append(f"  all runs    {outcome.compare_url}")
     return lines
 
 
 def note(outcome: Outcome, source: InitialWeights | None, report_link: str) -> str:
     """Markdown for the run's page: the result first, then where it comes from and where it is."""
-    lines = [f"**{scores(outcome)}**", ""]
+    lines = [f"**{scores(outcome)}**  "]  # two spaces: the page cuts the note after few lines
+    if report_link:
+        lines.append(f"[Report of its errors and its calibration]({report_link})")
+    lines.append("")
     lines += [f"- {gate}" for gate in outcome.gates]
     if source is not None:
         lines.append(f"- started from {source.label}")
-    if report_link:
-        lines.append(f"- [Report of its errors and its calibration]({report_link})")
     lines += [
         f"- best model: `{outcome.best_dir}`",
         f"- run folder: `{outcome.run_dir}`",

@@ -613,6 +613,7 @@ def _check_artifacts(uri: str, experiment: str, location: str) -> None:
     raise TrackingError(
         f"the MLflow server {redact_address(uri)} keeps the artifacts of the experiment "
         f"{experiment} in {folder}, a folder on its own disk that this machine cannot write. "
-        "Start the server with --artifacts-destination FOLDER instead of --default-artifact-root, "
-        "so that it takes artifacts over HTTP, and set track.experiment to a new name; or mount that folder here"
+        "Start the server with --artifacts-destination FOLDER instead of "
+        "--default-artifact-root, so that it takes artifacts over HTTP, and set track.experiment "
+        "to a new name; or mount that folder here"
     )

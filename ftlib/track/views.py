@@ -26,7 +26,11 @@ TAG = "mlflow.sharedViewState."
 OLDEST, NEWEST = (3, 15), (3, 99)
 """MLflow versions whose pages read this format."""
 LARGEST_TAG = 20000
+COLUMN_WIDTH = 110
+"""Pixels; MLflow's own width shows half as many columns."""
 PHASES = "ftlib-phases"
+OBSOLETE = ("ftlib-phases-tuning",)
+"""Keys of views that older versions wrote; they are removed."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +154,8 @@ def _state(
         "datasetsFilter": [],
         "modelVersionFilter": "All Runs",
         "selectedColumns": list(columns),
-        "columnOrder": [],
-        "columnWidths": {},
+        "columnOrder": list(columns),  # otherwise each group is in alphabetical order
+        "columnWidths": dict.fromkeys(columns, COLUMN_WIDTH),
         "runsHiddenMode": "SHOW_ALL",
         "runsHidden": [],
         "runsVisibilityMap": {},
@@ -190,24 +194,21 @@ def _state(
 # --- the views ------------------------------------------------------------------------------------
 
 
-def phases_view(split: str = "val") -> View:
-    """Training runs side by side: the phases' scores, curves, gap and settings.
-
-    Args:
-        split: `val`, or `tuning` for runs scored on a tuning split.
-    """
-    score = f"best/{split}_top1"
+def phases_view() -> View:
+    """All training runs side by side: scores, gain over the starting model, curves and settings."""
+    score = "best/val_top1"
     columns = [
         metric(score),
+        metric("best/gain"),
         metric("best/epoch"),
-        metric(f"{split}/top5"),
-        metric("train/top1"),
-        metric("train/gap"),
+        param("epochs"),
+        tag("dataset"),
+        metric("best/val_top5"),
+        metric("best/gap"),
         tag("stage"),
         tag("outcome"),
         param("arch"),
         param("size"),
-        param("epochs"),
         param("subset"),
         param("lr"),
         param("optimizer"),
@@ -217,40 +218,30 @@ def phases_view(split: str = "val") -> View:
         param("randaugment_m"),
         param("init_from"),
         param("seed"),
-        tag("dataset"),
     ]
+    result = [bar("", score), bar("", "best/gain"), bar("", "best/val_top5")]
+    curves = [
+        line("", "val/top1"),
+        line("", "train/top1"),
+        line("", "train/gap"),
+        line("", "val/loss"),
+        line("", "train/loss"),
+        line("", "train/lr", log_scale=True),
+    ]
+    speed = [line("", "train/images_per_s"), line("", "step/loss"), line("", "step/lr")]
     sections = [
-        ("Result", 3, 260, [bar("", score), bar("", f"{split}/top5"), bar("", "best/epoch")]),
-        (
-            "Learning curves",
-            3,
-            340,
-            [
-                line("", f"{split}/top1"),
-                line("", "train/top1"),
-                line("", "train/gap"),
-                line("", f"{split}/loss"),
-                line("", "train/loss"),
-                line("", "train/lr", log_scale=True),
-            ],
-        ),
+        ("Result", 3, 260, result),
+        ("Learning curves", 3, 340, curves),
         ("What differs", 1, 480, [table("", "Settings and results")]),
-        (
-            "Speed",
-            3,
-            280,
-            [line("", "train/images_per_s"), line("", "step/loss"), line("", "step/lr")],
-        ),
+        ("Speed", 3, 280, speed),
     ]
-    return View(
-        PHASES if split == "val" else f"{PHASES}-{split}",
-        "Phases side by side" + ("" if split == "val" else f", {split} split"),
-        _state("tags.kind = 'train'", "attributes.start_time", columns, sections, ascending=True),
-    )
+    search = "tags.kind = 'train'"
+    state = _state(search, "attributes.start_time", columns, sections, ascending=True)
+    return View(PHASES, "Phases side by side", state)
 
 
 def sweep_view(
-    sweep: str, params: Sequence[str], split: str = "tuning", finished_only: bool = True
+    sweep: str, params: Sequence[str], split: str = "tuning", finished_only: bool = False
 ) -> View:
     """A sweep's trials: scores against settings, learning curves, leaderboard.
 
@@ -260,9 +251,9 @@ def sweep_view(
         finished_only: leave out trials that were stopped early or failed, which squash the axes.
     """
     score = f"best/{split}_top1"
-    search = f"tags.sweep = '{sweep}' and tags.kind = 'trial'" + (
-        " and tags.outcome = 'completed'" if finished_only else ""
-    )
+    search = f"tags.sweep = '{sweep}' and tags.kind = 'trial'"
+    if finished_only:
+        search += " and tags.outcome = 'completed'"
     columns = [
         metric(score),
         *[param(p) for p in params],
@@ -272,29 +263,22 @@ def sweep_view(
         tag("reason"),
         param("seed"),
     ]
+    columns_per_row = 2 if len(params) in (2, 4) else 3
+    scatters = [scatter("", p, score) for p in params]
+    curves = [line("", f"{split}/top1"), line("", "train/top1"), line("", f"{split}/loss")]
     sections = [
         ("Which settings win", 1, 400, [parallel("", params, score)]),
-        (
-            "Score against each setting",
-            2 if len(params) in (2, 4) else 3,
-            300,
-            [scatter("", p, score) for p in params],
-        ),
-        (
-            "Learning curves",
-            3,
-            340,
-            [line("", f"{split}/top1"), line("", "train/top1"), line("", f"{split}/loss")],
-        ),
+        ("Score against each setting", columns_per_row, 300, scatters),
+        ("Learning curves", 3, 340, curves),
         ("Leaderboard", 1, 400, [bar("", score)]),
         ("What differs", 1, 480, [table("", "Trials compared")]),
     ]
-    every = "" if finished_only else "-all"
-    return View(
-        view_key(sweep) + every,
-        f"Sweep {sweep}" + ("" if finished_only else ", all trials"),
-        _state(search, metric(score), columns, sections),
-    )
+    key, name = view_key(sweep), f"Sweep {sweep}"
+    if finished_only:
+        name += ", finished trials"
+    else:
+        key += "-all"
+    return View(key, name, _state(search, metric(score), columns, sections))
 
 
 def view_key(sweep: str) -> str:
@@ -346,6 +330,9 @@ def server_version(uri: str) -> str:
 def save(mlflow: MlflowClient, experiment_id: str, view: View) -> bool:
     """Write a view, unless a person has changed it since. Returns whether it was written."""
     tags = mlflow.get_experiment(experiment_id).tags
+    for key in OBSOLETE:
+        if TAG + key in tags:
+            mlflow.delete_experiment_tag(experiment_id, TAG + key)
     value, mark = tags.get(TAG + view.key), tags.get(f"ftlib.view.{view.key}")
     now = int(time.time() * 1000)
     created = now

@@ -197,8 +197,8 @@ def _run(plan: Sweep, group: TrialGroup, title: str, hooks: Hooks) -> SweepResul
     tracking, parent = _open(plan, group, hooks.open_tracking)
     with tracking:
         table.say(f"{title}; {resources if left > 0 else 'nothing left to run'}")
-        if parent.url:
-            table.say(f"MLflow: {parent.url}")
+        if charts := parent.view_url(_view(plan)):
+            table.say(f"MLflow: {charts}")
         finished = True
         if left > 0:
             store.save_about(slots=resources.slots)
@@ -277,7 +277,7 @@ def _halving(plan: Sweep, store: TrialStore) -> AsynchronousHalving | None:
     return halving
 
 
-def _view(plan: Sweep, *, finished_only: bool = True) -> View:
+def _view(plan: Sweep, *, finished_only: bool = False) -> View:
     from ftlib.track.views import sweep_view
 
     params = [param_name(a.path) for a in plan.space.axes]
@@ -300,7 +300,7 @@ def _open(
     tracking, parent = open_parent(group, run, open_tracking)
     if goes_on:
         parent.writer().tags({"reason": ""})
-    for view in (_view(plan), _view(plan, finished_only=False)):
+    for view in (_view(plan), _view(plan, finished_only=True)):
         parent.save_view(view)
     return tracking, parent
 
@@ -335,7 +335,7 @@ def _conclude(plan: Sweep, store: TrialStore, parent: TrackedRun, seconds: float
         metrics[f"trials/{outcome}"] = float(count)
     writer.metrics({k: v for k, v in metrics.items() if v is not None}, step=0)
     writer.tags({"best_trial": best.name})
-    view = parent.view_link(_view(plan, finished_only=False))
+    view = parent.view_link(_view(plan))
     parent.finish(
         "completed",
         note(store, plan.space, view, parent.artifact_link("report/index.html")),

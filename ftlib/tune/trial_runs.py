@@ -206,12 +206,22 @@ class TrialTracker:
     def ended(self, trial: Trial, end: TrialEnd) -> None:
         if end.outcome in ("pruned", "interrupted"):
             self._stopped.append((trial, "pruned" if end.outcome == "pruned" else "killed"))
+        if end.outcome in ("pruned", "interrupted"):
+            self._worker.submit(self._log_best, trial)
         if end.outcome == "failed":
             self._worker.submit(self._finish_failed, trial)
         elif end.outcome == "completed" and end.result.get("found"):
             self._worker.submit(self._finish_found, trial)
         elif end.outcome == "pruned" and not self.local:
             self._worker.submit(self._finish_pruned, trial)
+
+    def _log_best(self, trial: Trial) -> None:
+        """The best score of a trial that was stopped, so that charts of all trials show it."""
+        if not trial.history:
+            return
+        best = max(trial.history, key=lambda point: point["score"])
+        values = {f"best/{self.group.split}_top1": best["score"], "best/epoch": best["epoch"]}
+        self.tracking.writer_of(self.group.title(trial)).metrics(values, step=0)
 
     def close(self) -> None:
         """End what is still open, once no trial runs any more."""

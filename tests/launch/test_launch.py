@@ -60,6 +60,11 @@ class Recorder:
     def writer(self):
         return self
 
+    charts_url = "http://x/charts"
+
+    def view_url(self, view):
+        return f"http://x/{view.key}"
+
     def artifact_link(self, path):
         return f"http://x/{path}"
 

@@ -12,9 +12,8 @@ from ftlib.track.logged_params import PARAMS
     "view",
     [
         views.phases_view(),
-        views.phases_view("tuning"),
         views.sweep_view("reg 11/22", ["dropout", "mixup_alpha"]),
-        views.sweep_view("x", list(PARAMS), finished_only=False),
+        views.sweep_view("x", list(PARAMS), finished_only=True),
     ],
 )
 def test_views_survive_the_round_trip_and_fit_into_a_tag(view):
@@ -47,7 +46,7 @@ def test_searches_are_ones_that_mlflow_takes(store, mlflow):
     for view in (
         views.phases_view(),
         views.sweep_view("s", ["dropout"]),
-        views.sweep_view("s", ["dropout"], finished_only=False),
+        views.sweep_view("s", ["dropout"], finished_only=True),
     ):
         order = view.state["orderByKey"] + (" ASC" if view.state["orderByAsc"] else " DESC")
         assert (
@@ -86,3 +85,34 @@ def test_a_view_is_written_once_and_renewed_unless_a_person_changed_it(store, ml
 )
 def test_only_for_versions_whose_format_is_known(version, is_known):
     assert views.is_known_version(version) is is_known
+
+
+def test_the_view_of_phases_begins_with_score_gain_epochs_and_data():
+    columns = views.phases_view().state["columnOrder"]
+    assert [c.split("`")[1] for c in columns[:5]] == [
+        "best/val_top1",
+        "best/gain",
+        "best/epoch",
+        "epochs",
+        "dataset",
+    ]
+    assert set(columns) == set(views.phases_view().state["selectedColumns"])
+
+
+def test_a_sweep_shows_all_trials_and_has_a_view_of_the_finished_ones():
+    every, finished = (
+        views.sweep_view("s", ["lr"]),
+        views.sweep_view("s", ["lr"], finished_only=True),
+    )
+    assert (every.name, finished.name) == ("Sweep s", "Sweep s, finished trials")
+    assert every.key != finished.key
+    assert "outcome" not in every.state["searchFilter"]
+    assert "outcome = 'completed'" in finished.state["searchFilter"]
+
+
+def test_views_of_older_versions_that_are_now_one_are_removed(store, mlflow):
+    experiment = mlflow.create_experiment("e")
+    old = views.TAG + views.OBSOLETE[0]
+    mlflow.set_experiment_tag(experiment, old, "{}")
+    views.save(mlflow, experiment, views.phases_view())
+    assert old not in mlflow.get_experiment(experiment).tags
