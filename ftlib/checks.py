@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from ftlib.config import Run
 from ftlib.paths import data_path, home, runs_root, spaces_folder
+from ftlib.runs import NOT_A_STAGE, best_of_stage
 from ftlib.settings import ConfigError, nearest
-from ftlib.storage import DamagedError, folders, is_remote, join, read_json
+from ftlib.storage import folders, is_remote
 
-NOT_A_STAGE = ("scratch", "imagenet", "pretrained")
-"""Values of model.init_from that name no earlier run."""
 LOCAL_MODEL = "a package's folder, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID/model"
 
 
@@ -90,43 +88,7 @@ def _check_stage(run: Run, digest: str) -> None:
     stage, root = run.model.init_from, runs_root(run)
     if stage in NOT_A_STAGE or ":" in stage or "/" in stage or is_remote(root):
         return
-    finished = _finished_runs(root)
-    if any(of == stage and on == digest for _, of, _, on in finished):
-        return
-    others = [f"{name} (on {on})" for name, of, on, _ in finished if of == stage]
-    stages = {of for _, of, _, _ in finished}
-    raise ConfigError(_no_stage(stage, run.data.path, root, others, stages))
-
-
-def _no_stage(stage: str, data: str, root: str, others: Sequence[str], stages: set[str]) -> str:
-    near = nearest(stage, [*sorted(stages), *NOT_A_STAGE]) if not others else ""
-    known = ""
-    if others:
-        known = (
-            f" Finished {stage} runs on other data: {', '.join(sorted(others)[:5])}; "
-            "name one as run:NAME with --model.reset-head."
-        )
-    return (
-        f"model.init_from = {stage}: there is no finished {stage} run on the data set {data!r} "
-        f"below {root}.{near} Make one with: python jobs/{stage}.py --data.path {data}.{known} "
-        "Or start from weights trained on ImageNet: --model.init-from pretrained"
-    )
-
-
-def _finished_runs(root: str) -> list[tuple[str, str, str, str]]:
-    """(name, stage, name and digest of its data) of each finished run below `root`."""
-    found = []
-    for name in folders(root):
-        try:
-            about = read_json(join(root, name, "run.json"))
-            result = read_json(join(root, name, "result.json"))
-        except DamagedError:
-            continue
-        if about and (result or {}).get("status") == "completed":
-            data = about.get("data", {})
-            stage = about.get("run", {}).get("stage", "")
-            found.append((name, stage, str(data.get("name")), str(data.get("digest"))))
-    return found
+    best_of_stage(stage, run.data.path, digest, root)
 
 
 def check_space(name: str) -> None:

@@ -82,7 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             ],
         )
     if not found.finished:
-        raise SystemExit(130)
+        from ftlib.tune.ray_tune import exit_code
+
+        raise SystemExit(exit_code())
 
 
 def known_sweeps(root: str, wanted: str) -> list[str]:

@@ -65,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             best = found.best
             result["best"] = {"trial": best.name, "score": best.score, "values": best.values}
     if not found.finished:
-        raise SystemExit(130)
+        from ftlib.tune.ray_tune import exit_code
+
+        raise SystemExit(exit_code())
     if found.best is None:
         raise SystemExit(1)
 

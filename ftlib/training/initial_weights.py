@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ftlib import settings, storage
 from ftlib.config import IMAGENET_MEAN, IMAGENET_STD, Evaluate, Run
+from ftlib.runs import best_of_stage
 from ftlib.settings import ConfigError
 from ftlib.storage import DamagedError, StorageError, join
 from ftlib.training import checkpoint, hub, models, weight_files
@@ -146,7 +147,7 @@ def _find(
         return _read_source(fetch(wanted), wanted)
     if ":" in wanted or "/" in wanted:
         raise ConfigError(f"model.init_from = {wanted}: use {FORMS}")
-    return _of_run(_best_of_stage(wanted, data, digest, runs_root), wanted)
+    return _of_run(best_of_stage(wanted, data, digest, runs_root), wanted)
 
 
 def _published(arch: str) -> InitialWeights:
@@ -187,39 +188,6 @@ def _from_hub(arch: str, wanted: str) -> InitialWeights:
         name=f"hf-hub:{wanted}",
         classes=int(classes) if isinstance(classes, int) else None,
         preprocessing=preprocessing,
-    )
-
-
-def _best_of_stage(stage: str, data: str, digest: str, runs_root: str) -> str:
-    """The folder of the best finished run of `stage` on this data set."""
-    best: tuple[float, str] | None = None
-    other: list[str] = []
-    for name in storage.folders(runs_root):
-        try:
-            about = storage.read_json(join(runs_root, name, "run.json")) or {}
-            result = storage.read_json(join(runs_root, name, "result.json")) or {}
-        except DamagedError:
-            continue
-        finished = result.get("status") == "completed"
-        if not finished or about.get("run", {}).get("stage") != stage:
-            continue
-        if about.get("data", {}).get("digest") != digest:
-            other.append(f"{name} (on {about.get('data', {}).get('name')})")
-            continue
-        score = float(result.get("metrics", {}).get("best/val_top1", float("-inf")))
-        best = max(best or (score, name), (score, name))
-    if best is not None:
-        return join(runs_root, best[1])
-    known = ""
-    if other:
-        known = (
-            f" Finished {stage} runs on other data: {', '.join(sorted(other))}; name one as "
-            "run:NAME with --model.reset-head."
-        )
-    raise ConfigError(
-        f"model.init_from = {stage}: there is no finished {stage} run on the data set {data!r} "
-        f"below {runs_root}. Make one with: python jobs/{stage}.py --data.path {data}{known} "
-        "Or start from published weights with --model.init-from pretrained"
     )
 
 

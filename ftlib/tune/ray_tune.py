@@ -43,6 +43,8 @@ UNWIND_SECONDS = 60
 Tune's default of 2 s would also kill the next trial of that process."""
 
 _interrupt = threading.Event()
+_signal: int = signal.SIGINT
+"""The signal that has set `_interrupt`."""
 
 
 @dataclass(frozen=True)
@@ -310,6 +312,11 @@ class _Interrupted(tune.Stopper):
         return _interrupt.is_set()
 
 
+def exit_code() -> int:
+    """The exit code of a process whose sweep was ended by a signal: 130 or 143."""
+    return 128 + _signal
+
+
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
     """The first Ctrl-C or SIGTERM ends the sweep in order; a second one ends it at once."""
@@ -319,6 +326,8 @@ def _signals() -> Iterator[None]:
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def handler(number: int, frame: Any) -> None:
+        global _signal
+        _signal = number
         _interrupt.set()
         signal.signal(number, before[signal.Signals(number)])
 

@@ -1,5 +1,6 @@
 """Holds the tests of the command lines of sweep, promote and compare."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -98,3 +99,13 @@ def test_recipes_by_name_file_and_setting(tmp_path):
     with pytest.raises(ConfigError, match="PATH=VALUE"):
         recipes.load("phase2", ["mix.off_epochs"])
     assert "phase2" in recipes.available() and isinstance(recipes.load("phase3"), Run)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_exit_code_says_which_signal_ended_a_sweep(number, code):
+    from ftlib.tune import ray_tune
+
+    with ray_tune._signals():
+        signal.raise_signal(number)
+    ray_tune._interrupt.clear()
+    assert ray_tune.exit_code() == code
