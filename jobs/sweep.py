@@ -29,7 +29,7 @@ class Options(ResultOptions, SweepOptions):
     recipe: Annotated[str, Metavar("RECIPE")]
     """phase2, sample-phase2 and so on, or a recipe in a .json file."""
     space: Annotated[str, Metavar("SPACE")]
-    """augmentation, optimisation, quick, regularisation, or a .py file with SPACE."""
+    """A file of tune_spaces/ by its name, such as regularisation, or a path to a .py file."""
     set: Annotated[tuple[str, ...], Repeatable, Metavar("PATH=VALUE")] = ()
     """Change the recipe: --set mix.off_epochs=2 is --mix.off-epochs 2. May be repeated."""
 

@@ -1,5 +1,9 @@
 """Holds the tests of compare.py and stored_predictions.py."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -107,8 +111,6 @@ def test_unfinished_and_missing_runs(finished, tmp_path):
 
 
 def test_predictions_of_a_tuning_split_do_not_count_as_validation(finished, tmp_path):
-    from pathlib import Path
-
     folder = Path(finished("a", BASE, changes={"data.tuning_fraction": 0.1}))
     best = folder / "best" / "step-00000003"
     best.mkdir(parents=True)
@@ -121,7 +123,7 @@ def test_predictions_of_a_tuning_split_do_not_count_as_validation(finished, tmp_
         correct=found["correct"],
     )
     assert stored_predictions(str(folder)) is None
-    other = Path(finished("b", BASE))
+    other = Path(finished("b", np.ones(2000, bool)))
     best = other / "best" / "step-00000003"
     best.mkdir(parents=True)
     np.savez(
@@ -134,3 +136,39 @@ def test_predictions_of_a_tuning_split_do_not_count_as_validation(finished, tmp_
     assert stored_predictions(str(other)).correct.all()
     (best / "predictions.npz").write_bytes((best / "predictions.npz").read_bytes()[:-500])
     assert stored_predictions(str(other)) is None, "a damaged file is made again"
+
+
+def test_predictions_of_other_weights_are_made_again(finished, tmp_path):
+    folder = Path(finished("a", BASE))
+    best = folder / "best" / "step-00000003"
+    best.mkdir(parents=True)
+
+    def weights(sha256):
+        manifest = {"files": {"model.safetensors": {"sha256": sha256}}}
+        (best / "manifest.json").write_text(json.dumps(manifest))
+
+    weights("one")
+    known = dict(np.load(folder / "predictions.npz"))
+    np.savez(folder / "predictions.npz", **known, weights="one")
+    assert stored_predictions(str(folder)) is not None
+    weights("two")
+    assert stored_predictions(str(folder)) is None
+
+
+def test_predictions_must_have_the_score_that_the_run_reports(finished, monkeypatch):
+    folder = finished("a", BASE)
+    wrong = ~BASE
+    np.savez(Path(folder) / "predictions.npz", **_arrays(wrong))
+    assert stored_predictions(folder) is None
+    other = SimpleNamespace(**_arrays(wrong), logits=np.zeros((len(BASE), 10)))
+    monkeypatch.setattr("ftlib.tune.stored_predictions._predict", lambda run_dir: other)
+    with pytest.raises(ComparisonError, match="reports .* best model has"):
+        predictions(folder)
+    right = SimpleNamespace(**_arrays(BASE), logits=np.zeros((len(BASE), 10)))
+    monkeypatch.setattr("ftlib.tune.stored_predictions._predict", lambda run_dir: right)
+    assert predictions(folder).top1 == pytest.approx(100 * BASE.mean())
+
+
+def _arrays(correct):
+    rows = np.arange(len(correct))
+    return {"rows": rows, "labels": rows % 10, "correct": correct}
