@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from ftlib import storage
 from ftlib.config import Run
@@ -93,12 +95,35 @@ def plan(run: Run, dataset: Dataset) -> RunPlan:
     model = models.build_on_meta(run.model, len(dataset.classes), run.augment.size)
     parameters = sum(p.numel() for p in model.parameters())
     size = 4 * parameters * (run.optimizer.state_copies + bool(run.train.ema_decay))
+    _check_single_images(run, model)
     steps = sampler.steps_per_epoch(images, run.train.batch_size)
     # Published weights and bare files are copied into the run's folder.
     copied = run.model.init_from.startswith(("pretrained", "imagenet", "hf-hub:", "file:"))
     models_kept = run.checkpoint.keep_best + 1 + copied
     disk = size * (run.checkpoint.keep_last + 1) + 4 * parameters * models_kept
     return RunPlan(images, scored, steps, steps * run.train.epochs, parameters, disk)
+
+
+def _check_single_images(run: Run, model: nn.Module) -> None:
+    """Refuse microbatches of one image where a BatchNorm would see a single value per channel.
+
+    That is BatchNorm over 1x1 pixels; torch would refuse it at the first step. Microbatches of one
+    image come only from train.microbatch_size = 1: a rest is never split so far.
+    """
+    if run.train.microbatch_size > 1:
+        return
+    size = run.augment.size
+    try:
+        model.train()(torch.empty(1, 3, size, size, device="meta"))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ConfigError(
+            f"train.microbatch_size = 1: BatchNorm in {run.model.arch} cannot be trained on a "
+            f"single image of {size} px, of which one pixel is left. Set it to 2 or more"
+        ) from None
+    except (RuntimeError, NotImplementedError):
+        return  # an operation that has no size-only form; nothing is known then
 
 
 def check_storage(run_dir: str, needed_bytes: int) -> None:
