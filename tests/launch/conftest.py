@@ -112,7 +112,7 @@ class Jobs:
         return {**kept, "FTLIB_HOME": str(self.home), "OMP_NUM_THREADS": "1", **more}
 
     @contextlib.contextmanager
-    def started(self, *flags, job="phase1", cwd="/", env=None):
+    def started(self, *flags, job="phase1", cwd="/", env=None, start_new_session=False):
         """The job as a process whose `log()` is what it has printed; killed at the end."""
         log = self.home / f"log-{time.monotonic_ns()}"
         with open(log, "w") as out:
@@ -130,6 +130,7 @@ class Jobs:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 text=True,
+                start_new_session=start_new_session,
             )
             process.log = log.read_text
             try:

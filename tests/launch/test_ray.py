@@ -16,6 +16,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 
 # Short runs of six steps with a checkpoint after each.
@@ -40,6 +41,7 @@ def test_two_workers_killed_and_started_again_end_as_one_undisturbed(jobs, home)
     Its weights are those of one worker that nobody disturbed.
     """
     strict = ("--cluster.strict-elastic", "--cluster.cpus-per-worker", "1")
+    # One worker trains in the job's own process, two on a cluster.
     with jobs.started(*FLAGS, "--name", "whole", *strict) as whole:
         assert whole.wait(300) == 0, whole.log()
     longer = ("--name", "torn", "--cluster.workers", "2", *strict)
@@ -73,20 +75,60 @@ def test_two_workers_killed_and_started_again_end_as_one_undisturbed(jobs, home)
         assert again.wait(120) == 0 and "is finished already" in again.log()
 
 
-def test_sigterm_ends_with_a_checkpoint_and_143(jobs, home):
-    with jobs.started(*FLAGS, "--name", "stopped", "--train.epochs", "400") as process:
+def runs_in_mlflow(home):
+    with contextlib.closing(sqlite3.connect(home / "mlflow.db")) as db:
+        return dict(db.execute("select name, status from runs").fetchall())
+
+
+LOCAL = ("--data.loader-workers", "1")
+CLUSTER = ("--cluster.local", "false")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sent", "code", "group"),
+    [
+        (LOCAL, signal.SIGTERM, 143, False),
+        (LOCAL, signal.SIGTERM, 143, True),
+        (LOCAL, signal.SIGINT, 130, True),
+        (CLUSTER, signal.SIGTERM, 143, False),
+        (CLUSTER, signal.SIGTERM, 143, True),
+        (CLUSTER, signal.SIGINT, 130, True),
+    ],
+)
+def test_a_signal_ends_with_a_checkpoint_and_a_killed_mlflow_run(
+    jobs, home, flags, sent, code, group
+):
+    """To the job alone or to its process group, as a terminal, Slurm and containers send it."""
+    given = (*FLAGS, "--name", "stopped", "--train.epochs", "4000", *flags)
+    with jobs.started(*given, start_new_session=True) as process:
         jobs.until(lambda: "loss" in process.log(), process)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(90) == 143, process.log()
-        step = int(
-            re.search(r"stopped at step (\d+) of 800 on request, with a checkpoint", process.log())[
-                1
-            ]
-        )
-    assert (
-        home / "runs" / "stopped" / "checkpoints" / f"step-{step:08d}" / "manifest.json"
-    ).is_file()
+        os.killpg(process.pid, sent) if group else process.send_signal(sent)
+        assert process.wait(90) == code, process.log()
+        said = re.search(r"stopped at step (\d+) of 8000 on request, with a check", process.log())
+        assert said, process.log()
+    step = home / "runs" / "stopped" / "checkpoints" / f"step-{int(said[1]):08d}"
+    assert (step / "manifest.json").is_file()
     assert not (home / "runs" / "stopped" / "lease.json").exists()
+    assert runs_in_mlflow(home) == {"stopped": "KILLED"}
+    assert "Traceback" not in process.log(), process.log()
+
+
+def ray_processes(process, name):
+    return [c for c in psutil.Process(process.pid).children() if name in c.name()]
+
+
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+def test_a_driver_whose_ray_died_ends_and_leaves_nothing(jobs, home, name):
+    given = (*FLAGS, "--name", "orphan", "--train.epochs", "4000", *CLUSTER)
+    with jobs.started(*given) as process:
+        jobs.until(lambda: "loss" in process.log(), process)
+        family = psutil.Process(process.pid).children(recursive=True)
+        (victim,) = ray_processes(process, name)
+        victim.kill()
+        assert process.wait(60) == 1, process.log()
+        assert f"error: Ray's {name} has ended while the run was training" in process.log()
+    _, alive = psutil.wait_procs(family, 30)
+    assert alive == [] and runs_in_mlflow(home) == {"orphan": "FAILED"}
 
 
 def test_an_error_that_would_come_again_is_not_retried(jobs, home):
