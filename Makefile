@@ -14,6 +14,7 @@ SOURCES := ftlib jobs tests tune_spaces
 PORT ?= 5000
 KILLS ?= 30
 SEED ?= 0
+FAULTS ?= kill
 # TORCH=cpu installs torch's CPU build (200 MB instead of 5 GB), without the lock's hashes.
 TORCH ?=
 
@@ -72,8 +73,8 @@ format: $(DEV_STAMP)  ## Lay the code out and mend what the linter can
 ui: $(STAMP)  ## Open MLflow's UI on this machine's runs (PORT=5000)
 	$(BIN)/python jobs/track.py ui --port $(PORT)
 
-soak: $(DEV_STAMP)  ## Kill training at random moments and compare with an undisturbed run (KILLS=30 SEED=0)
-	$(BIN)/python tests/soak.py --kills $(KILLS) --seed $(SEED)
+soak: $(DEV_STAMP)  ## Break training at random moments and compare (KILLS=30 SEED=0 FAULTS=kill,stop,disk,clock,loader)
+	$(BIN)/python tests/soak.py --kills $(KILLS) --seed $(SEED) --faults $(FAULTS)
 
 lock: $(DEV_STAMP)  ## Bring requirements.lock up to date (UPGRADE=1: newest versions of everything below)
 	$(BIN)/python -m uv pip compile --quiet --generate-hashes --no-header --no-annotate \

@@ -1,94 +1,159 @@
-"""A chaos soak: train the same small run with kill -9 at random moments until it gets through, and compare with an undisturbed run.
+"""A chaos soak: break a small run at random moments until it gets through.
 
-    make soak KILLS=30 SEED=0
+    make soak KILLS=30 SEED=0 FAULTS=kill,stop,disk,clock,loader
 
-Every life draws its number of workers (1 or 2, strictly elastic), and is killed at a random time after its start: while starting, restoring,
-stepping, writing a checkpoint, scoring. The end must be bit-identical: weights, weight average, optimizer, metrics history.
+Every life draws its number of workers (1 or 2, strictly elastic), and faults of the kinds that were
+asked for, at random times: while starting, restoring, stepping, writing a checkpoint, scoring.
+
+    kill     kill -9 of all workers; the next life resumes
+    stop     SIGSTOP of one worker for up to a second, then SIGCONT
+    disk     every write fails for up to a second, as on a full disk
+    clock    the wall clock is off by up to an hour, forward or back
+    loader   kill -9 of a loader process
+
+The end must be bit-identical to that of an undisturbed run: weights, weight average, optimizer,
+metrics history. The exit code is 1 if it is not.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import random
+import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
+
+import psutil
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE / "training"), str(HERE.parent)]
 
 from test_workers import Workers
 
+FAULTS = ("kill", "stop", "disk", "clock", "loader")
 
-def main() -> None:
+
+class Soak:
+    """One run, broken again and again."""
+
+    def __init__(self, folder, rng, changes):
+        self.folder, self.rng, self.changes = folder, rng, changes
+        self.control = folder / "control"
+        self.control.mkdir(parents=True)
+        self.drawn = Counter()
+
+    def start(self):
+        world = self.rng.choice((1, 2))
+        return Workers(self.folder / "run", world, self.changes, faults=self.control)
+
+    def inject(self, kind, workers):
+        """Break `workers` in one way. Returns whether they live on."""
+        self.drawn[kind] += 1
+        if kind == "kill":
+            workers.kill()
+            return False
+        if kind == "stop":
+            pid = self.rng.choice(workers.processes).pid
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(self.rng.uniform(0, 1))
+                os.kill(pid, signal.SIGCONT)
+        elif kind == "disk":
+            (self.control / "disk").touch()
+            time.sleep(self.rng.uniform(0, 1))
+            (self.control / "disk").unlink()
+        elif kind == "clock":
+            (self.control / "clock").write_text(str(self.rng.uniform(-3600, 3600)))
+        elif kind == "loader":
+            for loader in self.loaders(workers)[:1]:
+                with contextlib.suppress(psutil.Error):
+                    loader.kill()
+        return True
+
+    def loaders(self, workers):
+        """The loader processes: grandchildren of a worker, below its fork server."""
+        found = []
+        for process in workers.processes:
+            with contextlib.suppress(psutil.Error):
+                for server in psutil.Process(process.pid).children():
+                    found += server.children()
+        self.rng.shuffle(found)
+        return found
+
+    def run(self, count, kinds):
+        """Draw `count` faults, or fewer if the run gets through before."""
+        workers = self.start()
+        for number in range(1, count + 1):
+            if self.rng.random() < 0.8:
+                workers.wait_for(1)
+            time.sleep(self.rng.expovariate(1 / 0.8))
+            if not workers.processes[0].is_alive():
+                if workers.processes[0].exitcode == 0:
+                    return
+                workers.kill()  # a fault ended one worker: the others end too, and all start again
+                workers = self.start()
+            kind = self.rng.choice(kinds)
+            lives = self.inject(kind, workers)
+            print(f"{number:3d} of {count}: {kind:<7} {self.progress(workers)}", flush=True)
+            if not lives:
+                workers = self.start()
+        workers.kill()
+
+    def progress(self, workers):
+        lines = [s for s in workers.lines.read_text().splitlines() if s.startswith("step")]
+        reached = lines[-1] if lines else "before its first step"
+        return f"{len(workers.processes)} worker(s), {reached}"
+
+
+def scores(result):
+    """The part of a history that does not depend on the machine's speed."""
+    kept = ("train/loss", "train/top1", "val/loss", "val/top")
+    return [{k: v for k, v in row.items() if k.startswith(kept)} for row in result["history"]]
+
+
+def options():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--kills", type=int, default=30, help="faults to draw")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--faults", default="kill", help=f"of {','.join(FAULTS)}")
     asked = parser.parse_args()
-    rng = random.Random(asked.seed)
+    asked.faults = asked.faults.split(",")
+    if unknown := set(asked.faults) - set(FAULTS):
+        parser.error(f"--faults {','.join(sorted(unknown))}: there are {', '.join(FAULTS)}")
+    return asked
+
+
+def main():
+    asked = options()
     changes = {
         "cluster.strict_elastic": True,
         "checkpoint.every_steps": 2,
         "train.epochs": max(2, asked.kills // 3),
+        "data.loader_workers": int("loader" in asked.faults),
     }
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
         truth = Workers(Path(folder, "undisturbed"), changes=changes).finish()
-        print(
-            f"undisturbed: {time.monotonic() - started:.1f} s, {changes['train.epochs'] * 7} steps, state {truth['digest'][:16]}",
-            flush=True,
-        )
-        kills, finished_early = 0, 0
-        while kills < asked.kills:
-            world = rng.choice((1, 2))
-            workers = Workers(Path(folder, "soak"), world, changes)
-            if rng.random() < 0.8:
-                workers.wait_for(1)
-            time.sleep(rng.expovariate(1 / 0.8))
-            if not workers.processes[0].is_alive():
-                finished_early += 1
-                break
-            workers.kill()
-            kills += 1
-            last = [
-                line for line in workers.lines.read_text().splitlines() if line.startswith("step")
-            ]
-            print(
-                f"kill {kills:2d} of {asked.kills}: {world} worker(s), {last[-1] if last else 'before its first step'}",
-                flush=True,
-            )
-        result = Workers(Path(folder, "soak"), changes=changes).finish()
-    same = result["digest"] == truth["digest"]
-    history = [
-        {
-            k: v
-            for k, v in row.items()
-            if k.startswith(("train/loss", "train/top1", "val/loss", "val/top"))
-        }
-        for row in result["history"]
-    ]
-    expected = [
-        {
-            k: v
-            for k, v in row.items()
-            if k.startswith(("train/loss", "train/top1", "val/loss", "val/top"))
-        }
-        for row in truth["history"]
-    ]
-    print(
-        json.dumps(
-            {
-                "kills": kills,
-                "seed": asked.seed,
-                "identical_state": same,
-                "identical_history": history == expected,
-                "seconds": round(time.monotonic() - started, 1),
-            }
-        )
-    )
-    sys.exit(0 if same and history == expected else 1)
+        steps = changes["train.epochs"] * 7
+        print(f"undisturbed: {steps} steps, state {truth['digest'][:16]}", flush=True)
+        soak = Soak(Path(folder, "soak"), random.Random(asked.seed), changes)
+        soak.run(asked.kills, asked.faults)
+        result = Workers(soak.folder / "run", changes=changes).finish()
+    report = {
+        "faults": dict(soak.drawn),
+        "seed": asked.seed,
+        "identical_state": result["digest"] == truth["digest"],
+        "identical_history": scores(result) == scores(truth),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    print(json.dumps(report))
+    sys.exit(0 if report["identical_state"] and report["identical_history"] else 1)
 
 
 if __name__ == "__main__":

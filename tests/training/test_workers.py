@@ -28,7 +28,7 @@ FORK.set_forkserver_preload(
 class Workers:
     """`world` worker processes of one run in `run_dir`."""
 
-    def __init__(self, run_dir, world=1, changes=None):
+    def __init__(self, run_dir, world=1, changes=None, faults=""):
         run_dir.mkdir(parents=True, exist_ok=True)
         stamp = time.monotonic_ns()
         self.lines = run_dir / f"lines-{stamp}"
@@ -37,6 +37,7 @@ class Workers:
             "dir": str(run_dir),
             "world": world,
             "changes": changes or {},
+            "faults": str(faults),
             "rendezvous": str(run_dir / f"rendezvous-{stamp}"),
         }
         self.processes = [

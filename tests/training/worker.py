@@ -79,6 +79,10 @@ def main(spec):
     from ftlib.settings import override
     from ftlib.training.loop import InterruptedTrainingError, WorkerContext, train
 
+    if spec.get("faults"):
+        import faults
+
+        faults.install(spec["faults"])
     torch.set_num_threads(1)
     rank, world = spec.get("rank", 0), spec.get("world", 1)
     with open(spec["lines"], "a", buffering=1) as lines:
