@@ -18,7 +18,7 @@ from ftlib import storage
 from ftlib.launch import lease
 from ftlib.launch.errors import LaunchError, LeaseLostError
 from ftlib.launch.lease import Fence, Lease, heartbeat_file
-from ftlib.process_identity import ProcessIdentity
+from ftlib.process_identity import ProcessIdentity, is_suspended
 from ftlib.storage import StorageError
 
 ROOT = str(Path(lease.__file__).parents[2])
@@ -121,6 +121,8 @@ def test_a_clock_that_steps_does_not_make_a_live_holder_dead(tmp_path, holder, m
 
 def test_a_suspended_holder_keeps_its_lease_and_the_message_says_how_to_wake_it(tmp_path, holder):
     holder.send_signal(signal.SIGSTOP)
+    while not is_suspended(holder.pid):
+        time.sleep(0.01)
     with pytest.raises(LaunchError, match=f"It is suspended: resume it .kill -CONT {holder.pid}"):
         Lease(str(tmp_path), "r").take()
     holder.send_signal(signal.SIGCONT)
