@@ -6,6 +6,7 @@
     python jobs/benchmark.py --what sides --source FOLDER_OF_PICTURES    # which --max-side to use
     python jobs/benchmark.py --what accuracy --source FOLDER --size 32   # ftlib's and others' ops
     python jobs/benchmark.py --what scale                                # up to a million rows
+    python jobs/benchmark.py --what serve --rounds 3                     # good and hostile clients
 
 Cases are measured in turn, over several rounds; what counts is the ratio within a round, and its
 spread. Peers (timm, FFCV, DALI) are measured where they are installed; none is needed. It takes
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from ftlib.benchmark.measure import Part
 
 WHAT = ("loader", "step", "scaling", "checkpoint", "startup")
-BY_NAME_ONLY = ("sides", "accuracy", "scale")
+BY_NAME_ONLY = ("sides", "accuracy", "scale", "serve")
 Pixels = Annotated[AtLeastOne, Metavar("PIXELS")]
 
 
@@ -39,7 +40,7 @@ Pixels = Annotated[AtLeastOne, Metavar("PIXELS")]
 class Options(ResultOptions):
     what: Annotated[tuple[str, ...], Commas, Metavar("NAMES")] = ("all",)
     """One or more of loader, step, scaling, checkpoint and startup, or all of these; and, by name
-    only, sides, accuracy and scale."""
+    only, sides, accuracy, scale and serve."""
     source: Annotated[str, Metavar("FOLDER")] = ""
     """Pictures in class folders. By default generated ones of about 375 x 500 pixels."""
     rounds: AtLeastOne = 5
@@ -55,9 +56,9 @@ class Options(ResultOptions):
     only: Annotated[tuple[str, ...], Metavar("WORDS")] = ()
     """Only the loaders whose name contains one of these: --only timm 'ftlib Phase 2'."""
     arch: Annotated[str, Metavar("NAME")] = "resnet18"
-    """Model of the training steps."""
+    """Model of the training steps and of serve."""
     step_size: Pixels = 64
-    """Side of the pictures in the training steps."""
+    """Side of the pictures in the training steps and of serve's input."""
     batch: AtLeastOne = 32
     """Images per training step."""
     steps: AtLeastOne = 8
@@ -122,6 +123,12 @@ def measure(name: str, asked: Options, scratch: Path) -> "Part":
     say: Callable[[str], None] = show_progress
     if name == "scale":
         return scale.benchmark(scratch / name, workers=asked.workers, say=say)
+    if name == "serve":
+        from ftlib.benchmark import serving
+
+        return serving.benchmark(
+            scratch / name, arch=asked.arch, size=asked.step_size, rounds=asked.rounds, say=say
+        )
     if name == "sides":
         return pictures.sides(
             scratch / name,

@@ -56,12 +56,15 @@ def large_png(side: int = 7000) -> bytes:
     return start + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-def many_pages(pages: int = 40_000) -> bytes:
-    """A TIFF whose chain of pages is long: 0.9 MB."""
-    page = struct.pack("<H", 1) + struct.pack("<HHIHH", 256, 3, 1, 8, 0)
-    size = len(page) + 4
-    chain = b"".join(page + struct.pack("<I", 8 + (i + 1) * size) for i in range(pages - 1))
-    return b"II*\0" + struct.pack("<I", 8) + chain + page + bytes(4)
+def many_pages(pages: int = 8_000) -> bytes:
+    """A TIFF of 8 x 8 pixels and a long chain of pages that all show them: 0.9 MB."""
+    fields = {256: 8, 257: 8, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 8, 279: 64}
+    page = struct.pack("<H", len(fields))
+    page += b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
+    at, step = 8 + 64, len(page) + 4  # the chain begins behind the file's header and the pixels
+    nexts = [at + (i + 1) * step for i in range(pages - 1)]
+    chain = b"".join(page + struct.pack("<I", next_page) for next_page in nexts)
+    return b"II*\0" + struct.pack("<I", at) + bytes(64) + chain + page + bytes(4)
 
 
 BODIES: dict[str, Callable[[], bytes]] = {
