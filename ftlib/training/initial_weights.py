@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,8 +28,6 @@ from ftlib.settings import ConfigError
 from ftlib.storage import DamagedError, StorageError, join
 from ftlib.training import checkpoint, hub, models, weight_files
 from ftlib.training.weight_files import WeightFileError
-
-log = logging.getLogger("ftlib.training")
 
 FORMS = (
     "scratch, pretrained, a stage such as phase1, run:NAME, mlflow:RUN_ID, models:/NAME@ALIAS, "
@@ -135,7 +133,7 @@ def _find(
     if scheme == "hf-hub":
         return _from_hub(run.model.arch, rest)
     if scheme == "file":
-        return _read_source(rest, wanted)
+        return _read_source(os.path.expanduser(rest), wanted)
     if scheme == "run":
         return _of_run(join(runs_root, rest), wanted)
     if wanted.startswith(("mlflow:", "models:/")):
@@ -313,7 +311,7 @@ def _fitted(
         )
     except ValueError as error:
         hint = _other_library(run.model.arch, state)
-        if not hint and source.kind == "run":
+        if not hint and source.kind == "run" and not run.model.reset_head:
             hint = " If only the classifier differs, add --model.reset-head"
         raise ConfigError(
             f"model.init_from = {run.model.init_from}: the weights in {source.uri} do not fit a "

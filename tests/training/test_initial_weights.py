@@ -97,6 +97,8 @@ def test_no_earlier_phase_says_the_command_that_makes_it(tmp_path):
         ("file:/none", "never finished"),
         ("file:/none.safetensors", "there is no file"),
         ("ftp://x", "use scratch, pretrained"),
+        ("pretraind", r"Did you mean pretrained\?"),
+        ("file:~/none.pth", "there is no file /"),
         ("file:/none.txt", r"file that ends in .safetensors, .pth"),
         ("mlflow:abc", "no tracking server"),
     ],
