@@ -2,7 +2,7 @@
 
 Each run keeps a bitmap over the rows of its train split in `seen_rows.json`: the rows it trains on
 itself, and those that its starting weights were trained on. A score that chooses settings must
-come from other images. On images that the starting weights have learnt, it is too high, and it is
+come from other images: on images that the starting weights have learnt it can be too high, and
 highest for the settings that forget least.
 """
 

@@ -2,7 +2,7 @@
 not seen.
 
 Trials that start from Phase 1 would otherwise be scored on images that their weights have learnt.
-Such scores are too high, and highest for the trials that forget least.
+Such scores can be too high, and highest for the trials that forget least.
 """
 
 from __future__ import annotations
