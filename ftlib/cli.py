@@ -624,8 +624,16 @@ def _answer_help(
         if stray:
             near = nearest(stray[0], _sections(recipe))
             raise ConfigError(f"--help-all {stray[0]}: there is no such section.{near}")
-    about = (about or Run.__doc__ or "").strip()
-    print("\n".join(_help(own, recipe, about, command, everything, only, defaults)))
+    lines = _help(
+        own,
+        recipe,
+        (about or Run.__doc__ or "").strip(),
+        usage=flags_.usage(f"{program()} {command}".strip(), own),
+        everything=everything,
+        only=only,
+        defaults=defaults,
+    )
+    print("\n".join(lines))
     raise SystemExit(0)
 
 
@@ -638,7 +646,8 @@ def _help(
     own: Sequence[Flag],
     recipe: Run | None,
     about: str,
-    command: str,
+    *,
+    usage: str,
     everything: bool,
     only: Sequence[str],
     defaults: bool,
@@ -654,7 +663,7 @@ def _help(
     if recipe is not None and only:
         yield from _all_settings(recipe, settings, only)
         return
-    yield from (flags_.usage(f"{program()} {command}".strip(), own), "", about)
+    yield from (usage, "", about)
     first = flags_.by_importance([flag for flag in own if flag.path not in LAST])
     if first:
         yield from ("", "options:", *flags_.describe(first))

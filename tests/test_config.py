@@ -116,3 +116,13 @@ def test_help_texts_are_sentences():
 )
 def test_shared_fields_stay_settable_by_their_path(changes):
     assert override(Run(), changes) != Run()
+
+
+def test_a_recipe_of_an_earlier_version_reads_and_keeps_its_fingerprint():
+    """Settings that were added since stand at their defaults, and make no other run of it."""
+    from ftlib.launch.run_record import fingerprint
+
+    run = from_json(Run, (Path(__file__).parent / "assets" / "phase2-2026-11.json").read_text())
+    expected = "58c09fd59fb8f10f8327188ac64fe47168f8cb69cc883a6e5ed08cf6bff43f99"
+    assert run.stage == "phase2" and run.mix.mixup_alpha == 0.2
+    assert fingerprint(run, "0" * 64, "1" * 64) == expected

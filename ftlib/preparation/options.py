@@ -22,9 +22,9 @@ class PrepareOptions:
     """What to do with a picture. All of it enters the identity of the prepared set."""
 
     max_side: int | None = None
-    """Longer sides are reduced to this many pixels; None leaves the size."""
+    """Reduce longer sides to this many pixels. By default the size stays."""
     quality: int | None = None
-    """JPEG quality at which every picture is encoded again; None keeps original bytes."""
+    """Encode every picture again at this JPEG quality. By default the original bytes stay."""
     subsampling: str | None = None
     """Chroma of pictures that are encoded again for `max_side` or `quality`.
 
@@ -38,9 +38,8 @@ class PrepareOptions:
     accept_warnings: bool = False
     """Take JPEGs that decode only with a warning, encoded again from what could be decoded."""
     tiles: bool = False
-    """Store JPEGs that would keep their bytes as tiles, without loss.
-
-    Training then decodes only what it crops (`ftlib.preparation.transcode`)."""
+    """Store JPEGs that would keep their bytes as tiles, without loss, so that training decodes only
+    what it crops."""
     depth_range: tuple[float, float] | None = None
     """Sample values shown as black and as white, for pictures of more than 8 bits per channel.
 
