@@ -23,13 +23,16 @@ SAMPLE = "sample-"
 
 def available() -> list[str]:
     """Names that `load` takes, less paths."""
-    jobs = sorted(path.stem for path in jobs_folder().glob("phase*.py"))
-    sample = jobs_folder() / "sample.py"
-    text = sample.read_text(encoding="utf-8") if sample.exists() else ""
-    defined = re.findall(r"^([A-Z0-9_]+) *=", text, re.MULTILINE)
-    small = [SAMPLE + name for name in jobs if name.upper() in defined]
+    defined = {path.stem: _constants(path) for path in jobs_folder().glob("[!_]*.py")}
+    jobs = sorted(job for job, names in defined.items() if job.upper() in names)
+    small = [SAMPLE + job for job in jobs if job.upper() in defined.get("sample", ())]
     files = {path.stem for folder in _json_folders() for path in folder.glob("*.json")}
     return jobs + small + sorted(files)
+
+
+def _constants(path: Path) -> list[str]:
+    """Names in capitals that a job assigns; read from its text, which takes no import."""
+    return re.findall(r"^([A-Z0-9_]+)(?:: \w+)? *=", path.read_text("utf-8"), re.MULTILINE)
 
 
 def load(name: str, settings: Sequence[str] = ()) -> Run:
