@@ -193,7 +193,11 @@ def crop_box(
 
 def _decoder_shrink(factor: float) -> int:
     """The largest reduction of the JPEG decoder (1, 2, 4 or 8) that is at most `factor`."""
-    return next((shrink for shrink in (8, 4, 2) if factor >= shrink), 1)
+    if factor < 2:
+        return 1
+    if factor < 4:
+        return 2
+    return 4 if factor < 8 else 8
 
 
 def crop_and_resize(

@@ -511,9 +511,9 @@ class _Processes(Iterator["Pixels | Failure"]):
             raise _ProcessDiedError(how) from None
 
     def close(self) -> None:
-        for worker in self._items._workers:
-            if worker.is_alive():
-                worker.terminate()  # one may wait for a lock that a dead one holds
+        if any(not worker.is_alive() for worker in self._items._workers):
+            for worker in self._items._workers:
+                worker.terminate()  # it may wait for a lock that a dead one holds
         self._items._shutdown_workers()
 
 
