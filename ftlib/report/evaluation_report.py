@@ -89,13 +89,15 @@ def write(
     """
     out.mkdir(parents=True, exist_ok=True)
     first, classes = all_scored[0], loaded.classes
-    probabilities = softmax(first.calibration.scaled)
+    # Of a single picture: what the packaged model says. The calibration figure, like the scores,
+    # divides by temperatures that were fitted on other pictures.
+    probabilities = softmax(first.logits.astype(np.float64) / first.calibration.temperature)
     predicted = probabilities.argmax(axis=1)
     matrix = confusion(predicted, first.labels, len(classes))
     by_class = per_class(matrix)
     pixels = _Pixels(first, loaded)
     cards, tiles = _worst_cards(loaded, first, probabilities, pixels)
-    drawn = _figures(first, probabilities, matrix, classes)
+    drawn = _figures(first, softmax(first.calibration.scaled), matrix, classes)
     if tiles:
         drawn["worst.png"] = misclassified.sheet(
             tiles, ("picture", "for the true class", "for the prediction")

@@ -68,3 +68,26 @@ def test_a_model_without_mistakes_is_reported_too(shapes, shapes_run, tmp_path):
         "every picture was classified correctly" in written.page.read_text()
         and not (tmp_path / "worst.png").exists()
     )
+
+
+def test_it_shows_the_probabilities_that_the_packaged_model_gives(
+    written, shapes, shapes_run, tmp_path
+):
+    from ftlib.packaging.package import load, package
+
+    loaded = evaluation.load(str(shapes_run))
+    temperature = written.scored.calibration.temperature
+    folder = package(
+        loaded.model.cpu(), loaded.run, loaded.classes, {}, temperature, tmp_path / "model"
+    )
+    split = shapes.split("val")
+    pictures = [bytes(split.image(int(row))) for row in written.scored.rows]
+    answers = load(str(folder)).predict(pictures, params={"top_k": 3})
+    wrong = [
+        answer
+        for answer, label in zip(answers, written.scored.labels)
+        if answer["class"] != loaded.classes[label]
+    ]
+    packaged = {f"{t['class']}: {t['probability']:.1%}" for answer in wrong for t in answer["top"]}
+    shown = set(re.findall(r"\b(?:disc|frame|stripes): \d+\.\d%", written.page.read_text()))
+    assert wrong and shown and shown <= packaged
