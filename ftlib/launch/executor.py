@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from ftlib import settings, storage
 from ftlib.config import Run
+from ftlib.data.fork_server import LoaderProcessError
 from ftlib.data.shards import Dataset
 from ftlib.launch import cluster, own_ray, worker
 from ftlib.launch.driver_actor import (
@@ -80,8 +81,9 @@ class TrainingTask:
 def run_local(task: TrainingTask, display: ProgressDisplay) -> TrainingResult:
     """Train in this process. Raises what training raises, and StoppedError after a signal.
 
-    As on a cluster, storage that failed is tried again from the newest checkpoint, up to
-    cluster.max_failures times. A crash of this process is not survived.
+    As on a cluster, training starts again from the newest checkpoint after storage failed or loader
+    processes died, up to cluster.max_failures times; and an error of the data is a failure of the
+    run (RunFailedError), not wrong input. A crash of this process is not survived.
     """
     train, torch_train = _ray_train()
     actor = _LocalActor(display, task.lease)
@@ -96,11 +98,14 @@ def run_local(task: TrainingTask, display: ProgressDisplay) -> TrainingResult:
             )
             try:
                 return _result(trainer.fit().return_value, signals)
-            except StorageError as error:
-                most = task.run.cluster.max_failures
-                if signals.count or failures > most:
+            except (StorageError, LoaderProcessError) as error:
+                if signals.count or failures > task.run.cluster.max_failures:
                     raise
                 display.say(f"{error}. Starting again from the newest checkpoint")
+            except ValueError as error:
+                if not worker.is_final(error):
+                    raise
+                raise RunFailedError(str(error)) from error
     raise AssertionError("unreachable")
 
 

@@ -16,7 +16,7 @@ import pytest
 from ftlib.config import Gates, Model
 from ftlib.data.shards import DataError
 from ftlib.launch import lease, preflight
-from ftlib.launch.errors import LaunchError, LeaseLostError, StoppedError
+from ftlib.launch.errors import LaunchError, LeaseLostError, RunFailedError, StoppedError
 from ftlib.launch.launch import launch, prepare_run
 from ftlib.settings import ConfigError, override
 from ftlib.storage import StorageError
@@ -444,3 +444,28 @@ def test_storage_that_fails_for_a_while_is_tried_again_from_the_newest_checkpoin
     failed.clear()
     with pytest.raises(StorageError):
         run_it(override(tiny, {"name": "over", "cluster.max_failures": 1}), tracking)
+
+
+def test_loader_processes_that_die_are_survived_and_damaged_data_is_a_failure(
+    tiny, tracking, monkeypatch
+):
+    """A dead process or damaged data is a failure of the run (exit code 1), not wrong input (2)."""
+    from ftlib.data.fork_server import LoaderProcessError
+    from ftlib.data.loader import LoadError
+    from ftlib.training.loop import Training
+
+    real, errors = Training.finish_epoch, []
+
+    def finish_epoch(self):
+        real(self)
+        if errors:
+            raise errors.pop()
+
+    monkeypatch.setattr(Training, "finish_epoch", finish_epoch)
+    errors.append(LoaderProcessError("killed by SIGKILL"))
+    assert run_it(override(tiny, {"name": "dead"}), tracking).status == "completed"
+    errors.append(LoadError("picture 7 of shard 3 is damaged"))
+    with pytest.raises(RunFailedError, match="picture 7 of shard 3") as failed:
+        run_it(override(tiny, {"name": "damaged"}), tracking)
+    assert not isinstance(failed.value, ValueError)
+    assert tracking.outcomes[-1][0] == "failed"
