@@ -52,8 +52,8 @@ def prepare(source: str | Path, name: str, **options: Any) -> Dataset:
     Args:
         source: a folder, archive, label table or address (docs/data.md), or `digits`.
         name: the data set's name below $FTLIB_HOME/data, or a path.
-        options: fields of `ftlib.preparation.options.PrepareOptions` and keywords of
-            `ftlib.preparation.prepare.prepare`, such as `val_fraction=0.1`.
+        options: the options of jobs/prepare.py, such as `val_fraction=0.1`, `layout="table"` or
+            `max_side=352`, and keywords of `ftlib.preparation.prepare.prepare`.
 
     Returns the data set: `.classes`, `.split("train")`, `.digest`.
 
@@ -64,11 +64,15 @@ def prepare(source: str | Path, name: str, **options: Any) -> Dataset:
 
     from ftlib.preparation.options import PrepareOptions
     from ftlib.preparation.prepare import prepare as prepare_pictures
+    from ftlib.preparation.sources.options import SourceOptions
 
-    known = {f.name for f in dataclasses.fields(PrepareOptions)}
-    rules = PrepareOptions(**{k: v for k, v in options.items() if k in known})
-    rest = {k: v for k, v in options.items() if k not in known}
-    return prepare_pictures(str(source), out=name, rules=rules, **rest).dataset
+    def taken(cls: type[Any]) -> dict[str, Any]:
+        names = {field.name for field in dataclasses.fields(cls)}
+        return {name: options.pop(name) for name in names & options.keys()}
+
+    rules, reading = PrepareOptions(**taken(PrepareOptions)), SourceOptions(**taken(SourceOptions))
+    done = prepare_pictures(str(source), out=name, rules=rules, reading=reading, **options)
+    return done.dataset
 
 
 def train(run: Run, *, quiet: bool = False) -> TrainedRun:

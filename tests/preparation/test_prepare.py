@@ -543,6 +543,9 @@ def test_the_command(pictures: Path, tmp_path: Path) -> None:
         "every file has the size and sha256"
         in job("--verify", str(tmp_path / "set"), cwd=tmp_path).stdout
     )
+    look = job("--source", "pictures", "--dry-run", "--out", "looked", cwd=tmp_path)
+    assert look.returncode == 0 and not (tmp_path / "looked").exists()
+    assert "train 60 pictures (train/)" in look.stdout and "Nothing was written" in look.stdout
     wrong = job("--source", "pictures/train", cwd=tmp_path)
     assert (
         wrong.returncode == 2

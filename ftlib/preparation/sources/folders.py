@@ -252,7 +252,10 @@ def _refuse_none(found: LabelledFiles) -> None:
             f"be followed (first: {printable(first.path)}: {first.why}). Add --follow-links to "
             "take what they lead to, or copy the pictures into the source"
         )
+    loose = sum(is_picture(file) for file in found.tree.files)
+    outside = f" ({counted(loose, 'picture')} outside them)" if loose else ""
     raise DataError(
-        f"{found.tree.root} holds no pictures in class folders. It needs train/<class>/* and "
+        f"{found.tree.root} holds no pictures in class folders{outside}. It needs "
+        "train/<class>/* and "
         "val/<class>/*, or <class>/* with --val-fraction, or a file with labels (--labels FILE)"
     )

@@ -133,12 +133,15 @@ def understand(tree: Tree, options: SourceOptions) -> LabelledFiles:
     try:
         found = Folders().read(tree, options)
     except DataError as error:
-        if table.detect(tree, options):
+        tables, problems = usable_tables(unwrapped(tree)[0], options)
+        if tables:
             return table.read(tree, options)
-        raise error
+        if problems:
+            raise DataError(f"{error}. A table of labels is of no use: {problems[0]}") from None
+        raise
     if len({row.label for row in found.rows}) < 2 and table.detect(tree, options):
         return table.read(tree, options)
-    if others := usable_tables(found.tree, options):
+    if others := usable_tables(found.tree, options)[0]:
         found.notes.append(
             f"labels come from the folders; {listed([t.name for t in others])} names pictures too "
             "(--layout table reads it)"

@@ -80,7 +80,7 @@ class Table:
     name = "table"
 
     def detect(self, tree: Tree, options: SourceOptions) -> bool:
-        return bool(options.labels) or bool(usable_tables(unwrapped(tree)[0], options))
+        return bool(options.labels) or bool(usable_tables(unwrapped(tree)[0], options)[0])
 
     def read(self, tree: Tree, options: SourceOptions) -> LabelledFiles:
         if not options.labels:
@@ -89,12 +89,13 @@ class Table:
         if options.labels:
             tables = [load_table(options.labels)]
         else:
-            tables = usable_tables(tree, options)
-        if not tables:
-            raise DataError(
-                f"{tree.root} has no table that names its pictures and their labels. Name it: "
-                "--labels FILE, with --file-column and --label-column where they are not clear"
-            )
+            tables, problems = usable_tables(tree, options)
+            if not tables:
+                raise DataError(
+                    f"{tree.root} has no table that names its pictures and their labels. Name it: "
+                    "--labels FILE, with --file-column and --label-column where they are not clear"
+                    + "".join(f". {problem}" for problem in problems[:3])
+                )
         if len(tables) > 1 and len({split_in(Path(t.name).stem) for t in tables}) < len(tables):
             found = [table.name for table in tables]
             raise DataError(
@@ -109,12 +110,13 @@ class Table:
         return found
 
 
-def usable_tables(tree: Tree, options: SourceOptions) -> list[LabelTable]:
-    """The tables of a source whose names fit its pictures and that have labels."""
+def usable_tables(tree: Tree, options: SourceOptions) -> tuple[list[LabelTable], list[str]]:
+    """(the tables of a source that name its pictures and their labels, why others do not)."""
     names = FileNames(tree)
     found: list[LabelTable] = []
+    problems: list[str] = []
     if not names.count:
-        return found
+        return found, problems
     for file in tree.files:
         stem = file.name.rpartition(".")[0].lower()
         if file.extension not in ENDINGS or file.path.count("/") > 1 or "submission" in stem:
@@ -122,11 +124,12 @@ def usable_tables(tree: Tree, options: SourceOptions) -> list[LabelTable]:
         try:
             table = parse_table(tree.read(file, LARGEST_TABLE), file.path)
             columns = Columns.of(table, names, options)
-        except (DataError, OSError):
+        except (DataError, OSError) as error:
+            problems.append(str(error))
             continue
         if columns.label or columns.one_hot:
             found.append(table)
-    return found
+    return found, problems
 
 
 class FileNames:
@@ -136,10 +139,13 @@ class FileNames:
         self.count = 0
         self._by_name: dict[str, list[File]] = defaultdict(list)
         self._by_stem: dict[str, list[File]] = defaultdict(list)
+        self._by_lower: dict[str, list[File]] = defaultdict(list)
+        """Names in lower case: tables and cameras differ about `.jpg` and `.JPG`."""
         for file in tree.files:
             if is_picture(file) or "." not in file.name:
                 self.count += 1
                 self._by_name[file.name].append(file)
+                self._by_lower[file.name.lower()].append(file)
                 if "." in file.name:
                     self._by_stem[file.name.rpartition(".")[0]].append(file)
 
@@ -147,7 +153,11 @@ class FileNames:
         """The files that a value names: one, none, or several that it cannot tell apart."""
         value = value.strip().replace("\\", "/").removeprefix("./").strip("/")
         name = value.rpartition("/")[2]
-        found = self._by_name.get(name) or self._by_stem.get(name) or []
+        found = (
+            self._by_name.get(name) or self._by_stem.get(name) or self._by_lower.get(name.lower())
+        )
+        if not found:
+            return []
         if "/" in value:
             found = [f for f in found if _ends_with(f.path, value)]
         if len(found) > 1:
@@ -161,8 +171,8 @@ class FileNames:
 
 
 def _ends_with(path: str, value: str) -> bool:
-    whole = f"/{path}"
-    return whole.endswith(f"/{value}") or whole.rpartition(".")[0].endswith(f"/{value}")
+    whole, wanted = f"/{path}".lower(), f"/{value}".lower()
+    return whole.endswith(wanted) or whole.rpartition(".")[0].endswith(wanted)
 
 
 # --- reading tables ---

@@ -63,7 +63,7 @@ def test_no_validation_at_all_must_be_asked_for(tmp_path: Path) -> None:
     ("files", "message"),
     [
         ([], "holds no pictures in class folders"),
-        (["a.jpg"], "holds no pictures in class folders"),
+        (["a.jpg"], r"holds no pictures in class folders \(1 picture outside them"),
         (many("a"), "one class .a.*at least two"),
         ([*many("a", "b"), "c/"], "1 of 3 classes is empty .c"),
         ([*many("a", "b"), "c/notes.txt"], "1 of 3 classes is empty .c"),

@@ -88,7 +88,7 @@ def test_every_form_of_a_table_gives_the_same_labels(flat: Path, form: str) -> N
 
 
 @pytest.mark.parametrize(
-    "value", ["c0.jpg", "c0", "images/c0.jpg", "./images/c0", "images\\c0.jpg"]
+    "value", ["C0.JPG", "c0.jpg", "c0", "images/c0.jpg", "./images/c0", "images\\c0.jpg"]
 )
 def test_names_fit_with_or_without_folder_and_extension(flat: Path, value: str) -> None:
     records = [(value, "cat"), *ROWS[1:]]
@@ -136,6 +136,14 @@ def test_numbers_are_ordered_by_value_and_named_by_a_list(flat: Path, tmp_path: 
     names.write_text("one\n")
     with pytest.raises(DataError, match=r"no name for 2 classes of 2 \(2, 10\)"):
         scan(flat, options(class_names=str(names)))
+
+
+def test_why_a_table_beside_flat_pictures_is_of_no_use_is_said(flat: Path) -> None:
+    (flat / "labels.csv").write_text("image,a,b\nc0.jpg,1,2\nd0.jpg,3,4\n")
+    with pytest.raises(DataError, match=r"of no use: labels.csv.*columns: a, b.*--label-column"):
+        scan(flat, options())
+    found = scan(flat, options(label_column="a"))
+    assert found.classes == ("1", "3")
 
 
 def test_one_hot_columns_are_labels(flat: Path) -> None:
