@@ -65,6 +65,8 @@ class LabelledFiles:
     rejected: list[Rejected] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    hint: str = ""
+    """Why a table beside the pictures is not used, for the message where there is one class."""
     keep_order: bool = False
     """Keep the rows' order within a split: another one would read the source many times over."""
 

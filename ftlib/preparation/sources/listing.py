@@ -139,9 +139,12 @@ def understand(tree: Tree, options: SourceOptions) -> LabelledFiles:
         if problems:
             raise DataError(f"{error}. A table of labels is of no use: {problems[0]}") from None
         raise
-    if len({row.label for row in found.rows}) < 2 and table.detect(tree, options):
-        return table.read(tree, options)
-    if others := usable_tables(found.tree, options)[0]:
+    others, problems = usable_tables(found.tree, options)
+    if len({row.label for row in found.rows}) < 2:
+        if others:
+            return table.read(tree, options)
+        found.hint = f". A table of labels is of no use: {problems[0]}" if problems else ""
+    elif others:
         found.notes.append(
             f"labels come from the folders; {listed([t.name for t in others])} names pictures too "
             "(--layout table reads it)"
@@ -294,7 +297,7 @@ def _check_classes(root: str, found: LabelledFiles, labels: tuple[str, ...], add
     if len(train) < 2:
         raise DataError(
             f"{root} has one class ({printable(next(iter(train)))}). A classifier needs at least "
-            "two, such as two folders of pictures"
+            f"two, such as two folders of pictures{found.hint}"
         )
     for split in ("val", "test"):
         for name in sorted(of_split[split] - train):

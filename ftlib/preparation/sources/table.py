@@ -56,6 +56,10 @@ SAMPLE = 200
 ENOUGH = 0.5
 """Share of a column's values that must name files for it to be the column of file names."""
 LARGEST_TABLE = 1 << 30
+LARGEST_GUESS = 128 << 20
+"""Bytes of a table that is read without being named."""
+MOST_TABLES = 20
+"""More of them are taken for something else, such as a file for each class."""
 LARGEST_FIELD = 1 << 20
 
 
@@ -111,18 +115,27 @@ class Table:
 
 
 def usable_tables(tree: Tree, options: SourceOptions) -> tuple[list[LabelTable], list[str]]:
-    """(the tables of a source that name its pictures and their labels, why others do not)."""
-    names = FileNames(tree)
+    """(the tables of a source that name its pictures and their labels, why others do not).
+
+    Looks at the source's folder and those in it. Samples of a competition's answers are no labels.
+    """
     found: list[LabelTable] = []
     problems: list[str] = []
-    if not names.count:
+    candidates = [
+        file
+        for file in tree.files
+        if file.extension in ENDINGS
+        and file.path.count("/") <= 1
+        and "submission" not in file.name.lower()
+    ]
+    if not candidates or len(candidates) > MOST_TABLES:
         return found, problems
-    for file in tree.files:
-        stem = file.name.rpartition(".")[0].lower()
-        if file.extension not in ENDINGS or file.path.count("/") > 1 or "submission" in stem:
-            continue
+    names = FileNames(tree)
+    for file in candidates if names.count else []:
         try:
-            table = parse_table(tree.read(file, LARGEST_TABLE), file.path)
+            if file.bytes > LARGEST_GUESS:
+                raise DataError(f"{file.path} has {file.bytes:,} bytes; name it with --labels")
+            table = parse_table(tree.read(file), file.path)
             columns = Columns.of(table, names, options)
         except (DataError, OSError) as error:
             problems.append(str(error))
