@@ -15,6 +15,7 @@ from ftlib.text import printable
 IMAGE_FOLDERS = frozenset({"images", "image", "imgs", "img", "pictures", "photos", "jpegimages"})
 """Names of folders between a class and its pictures."""
 DEEPEST_WRAPPER = 4
+ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
 
 
 class Folders:
@@ -251,6 +252,13 @@ def _refuse_none(found: LabelledFiles) -> None:
             f"{found.tree.root} holds no pictures but {counted(len(links), 'link')} that cannot "
             f"be followed (first: {printable(first.path)}: {first.why}). Add --follow-links to "
             "take what they lead to, or copy the pictures into the source"
+        )
+    packed = [f.path for f in found.tree.files if f.path.lower().endswith(ARCHIVES) and not f.place]
+    if packed:
+        raise DataError(
+            f"{found.tree.root} holds no pictures in class folders but "
+            f"{counted(len(packed), 'archive')} ({listed(packed, 3)}). Name one of them as the "
+            "source, or unpack them"
         )
     loose = sum(is_picture(file) for file in found.tree.files)
     outside = f" ({counted(loose, 'picture')} outside them)" if loose else ""

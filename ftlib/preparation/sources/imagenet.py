@@ -175,8 +175,9 @@ def _read_val(tree: Tree, outer: Tree, options: SourceOptions, found: LabelledFi
 
 
 def _table_labels(options: SourceOptions, tree: Tree) -> dict[str, str]:
-    table = load_table(options.labels)
-    columns = Columns.of(table, FileNames(tree), options)
+    names = FileNames(tree)
+    table = load_table(options.labels).fitted(names)
+    columns = Columns.of(table, names, options)
     label = table.column(columns.label) if columns.label else []
     return {n.rpartition("/")[2]: v.split()[0] for n, v in zip(table.column(columns.file), label)}
 

@@ -73,6 +73,18 @@ class LabelTable:
     folder: str = ""
     """Where the table lies below the source's root, for names given from there."""
 
+    @property
+    def split(self) -> str:
+        """The split that the table's name or folder means, as in train.csv or val/metadata.csv."""
+        return split_in(Path(self.name).stem) or split_of(self.folder.rpartition("/")[2])
+
+    def fitted(self, names: FileNames) -> LabelTable:
+        """The same table; with a header made up where the first row already names a file."""
+        if not any(names.find(cell, self.folder, self.split) for cell in self.columns):
+            return self
+        header = tuple(f"column {i + 1}" for i in range(len(self.columns)))
+        return LabelTable(self.name, header, [self.columns, *self.rows], self.folder)
+
     def column(self, name: str) -> list[str]:
         at = self.columns.index(name)
         return [row[at] for row in self.rows]
@@ -100,7 +112,7 @@ class Table:
                     "--labels FILE, with --file-column and --label-column where they are not clear"
                     + "".join(f". {problem}" for problem in problems[:3])
                 )
-        if len(tables) > 1 and len({split_in(Path(t.name).stem) for t in tables}) < len(tables):
+        if len(tables) > 1 and len({table.split for table in tables}) < len(tables):
             found = [table.name for table in tables]
             raise DataError(
                 f"{tree.root} has {counted(len(found), 'table')} that name pictures "
@@ -108,8 +120,8 @@ class Table:
             )
         found = LabelledFiles(f"table of labels ({listed([t.name for t in tables])})", tree, [])
         for table in tables:
-            split = split_in(Path(table.name).stem) if len(tables) > 1 else ""
-            _read_table(table, names, options, found, split)
+            split = table.split if len(tables) > 1 else ""
+            _read_table(table.fitted(names), names, options, found, split)
         _finish(found)
         return found
 
@@ -135,7 +147,7 @@ def usable_tables(tree: Tree, options: SourceOptions) -> tuple[list[LabelTable],
         try:
             if file.bytes > LARGEST_GUESS:
                 raise DataError(f"{file.path} has {file.bytes:,} bytes; name it with --labels")
-            table = parse_table(tree.read(file), file.path)
+            table = parse_table(tree.read(file), file.path).fitted(names)
             columns = Columns.of(table, names, options)
         except (DataError, OSError) as error:
             problems.append(str(error))
@@ -240,8 +252,6 @@ def _separated(data: bytes, ending: str) -> tuple[tuple[str, ...], list[tuple[st
         raise ValueError(
             f"row {uneven[0] + 1} has {len(rows[uneven[0]])} columns, the first row {width}"
         )
-    if _has_no_header(rows[0]):
-        return tuple(f"column {i + 1}" for i in range(width)), rows
     return _distinct(rows[0]), rows[1:]
 
 
@@ -252,10 +262,6 @@ def _decoded(data: bytes) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start:,}") from None
-
-
-def _has_no_header(first: Sequence[str]) -> bool:
-    return any(re.search(r"\.(jpe?g|png|webp|bmp|tiff?|gif)$", cell.lower()) for cell in first)
 
 
 def _distinct(names: Sequence[str]) -> tuple[str, ...]:
@@ -346,7 +352,8 @@ def _file_column(table: LabelTable, names: FileNames) -> str:
     shares = {}
     for at, column in enumerate(table.columns):
         values = [row[at] for row in table.rows[:SAMPLE]]
-        shares[column] = sum(bool(names.find(v, table.folder)) for v in values) / len(values)
+        fitting = [value for value in values if names.find(value, table.folder, table.split)]
+        shares[column] = len(fitting) / len(values)
     best = max(shares.values())
     if best < ENOUGH:
         raise DataError(
@@ -442,7 +449,7 @@ def _read_table(
     unclear: list[tuple[str, list[File]]] = []
     rows = zip(table.column(columns.file), _labels(table, columns), splits, groups)
     for value, label, of_split, group in rows:
-        files = names.find(value, table.folder, split_in(Path(table.name).stem))
+        files = names.find(value, table.folder, table.split)
         meant = split_of(of_split)
         if of_split and not meant:
             raise DataError(

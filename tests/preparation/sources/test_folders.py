@@ -212,3 +212,8 @@ def test_any_names_are_kept_as_they_are_or_refused_with_a_reason(
         assert set(found.classes) <= set(usable) and len(found.entries) == len(found.classes)
         for file, (_, name) in labels(found).items():
             assert file.split("/")[-2] == name
+
+
+def test_a_folder_of_archives_says_what_to_name(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"2 archives .train.zip, val.zip.. Name one of them"):
+        scan(tree(tmp_path, "train.zip", "val.zip"), options(val_fraction=0))

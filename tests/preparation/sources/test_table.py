@@ -261,3 +261,19 @@ def test_csv_and_json_of_the_same_rows_read_the_same(records: list[tuple[str, st
     assert as_csv.columns == as_json.columns
     kept = [row for row in as_json.rows if any(row)]
     assert [row for row in as_csv.rows if any(row)] == kept
+
+
+def test_a_table_in_each_split_folder(tmp_path: Path) -> None:
+    for split in ("train", "valid", "test"):
+        root = tree(tmp_path, *(f"{split}/{name}" for name, _ in ROWS))
+        records = [(name, str(int(v == "cat")), str(int(v == "dog"))) for name, v in ROWS]
+        (root / split / "_classes.csv").write_text(csv_of(records, "filename", "cat", "dog"))
+    found = scan(tmp_path)
+    assert found.counts == {"train": 4, "val": 4, "test": 4}
+    assert labels(found)["valid/d0.jpg"] == ("val", "dog")
+
+
+def test_a_list_without_a_header_and_with_spaces(flat: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trainval.txt"
+    path.write_text("".join(f"{name[:-4]} {label}\n" for name, label in ROWS))
+    assert rows(scan(flat, options(labels=str(path))))[0] == ("train", "cat", "images/c0.jpg")
