@@ -206,14 +206,15 @@ class TrialTracker:
     def ended(self, trial: Trial, end: TrialEnd) -> None:
         if end.outcome in ("pruned", "interrupted"):
             self._stopped.append((trial, "pruned" if end.outcome == "pruned" else "killed"))
-        if end.outcome in ("pruned", "interrupted"):
-            self._worker.submit(self._log_best, trial)
+            if not self.local:  # in local mode the trial's own process logs it
+                self._worker.submit(self._log_best, trial)
         if end.outcome == "failed":
             self._worker.submit(self._finish_failed, trial)
         elif end.outcome == "completed" and end.result.get("found"):
             self._worker.submit(self._finish_found, trial)
         elif end.outcome == "pruned" and not self.local:
-            self._worker.submit(self._finish_pruned, trial)
+            title = self.group.title(trial)
+            self._worker.submit(self.tracking.end_orphan, title, "pruned", end.reason)
 
     def _log_best(self, trial: Trial) -> None:
         """The best score of a trial that was stopped, so that charts of all trials show it."""
@@ -245,14 +246,6 @@ class TrialTracker:
         metrics = trial.result.get("metrics", {})
         run.writer().metrics({k: v for k, v in metrics.items() if isinstance(v, float)}, step=0)
         run.finish("completed")
-
-    def _finish_pruned(self, trial: Trial) -> None:
-        """Its driver was killed. In local mode the trial's own process ends its run."""
-        title = self.group.title(trial)
-        best = max(trial.history, key=lambda point: point["score"])
-        scores = {f"best/{self.group.split}_top1": best["score"], "best/epoch": best["epoch"]}
-        self.tracking.writer_of(title).metrics(scores, step=0)
-        self.tracking.end_orphan(title, "pruned", trial.reason)
 
     def _finish_failed(self, trial: Trial) -> None:
         """Say in MLflow why it failed, in a new run if it failed before it had one."""

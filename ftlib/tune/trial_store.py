@@ -125,15 +125,9 @@ class TrialStore:
         Raises ConfigError when the name belongs to another sweep, saying what differs.
         """
         if self.read():
-            known = dict(self.about["identity"])
-            known["recipe"] = {**(defaults or {}), **known.get("recipe", {})}
-            known["recipe"] = {
-                path: value
-                for path, value in known["recipe"].items()
-                if path in self.about["identity"].get("recipe", {})
-                or path in identity.get("recipe", {})
-            }
-            differ = _differences(known, json.loads(json.dumps(identity)))
+            asked = json.loads(json.dumps(identity))
+            known = _with_new_settings(self.about["identity"], asked, defaults or {})
+            differ = _differences(known, asked)
             if differ:
                 kind = self.about.get("kind", "sweep")
                 raise ConfigError(
@@ -220,6 +214,16 @@ def leaf_defaults(run: Run) -> dict[str, Any]:
 
     visit(run, "")
     return json.loads(json.dumps(found))
+
+
+def _with_new_settings(
+    known: Mapping[str, Any], asked: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`known` with the recipe's settings that it lacks, at their defaults."""
+    if "recipe" not in known:
+        return dict(known)
+    new = [p for p in asked.get("recipe", {}) if p not in known["recipe"] and p in defaults]
+    return {**known, "recipe": {**known["recipe"], **{p: defaults[p] for p in new}}}
 
 
 def _differences(known: Mapping[str, Any], asked: Mapping[str, Any], where: str = "") -> list[str]:

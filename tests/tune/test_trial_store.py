@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -7,6 +8,10 @@ from pathlib import Path
 import pytest
 
 from ftlib.settings import ConfigError
+from ftlib.storage import StorageError
+from ftlib.tune import trial_store
+from ftlib.tune.ray_tune import TrialEnd
+from ftlib.tune.trial_runs import TrialStoreWriter
 from ftlib.tune.trial_store import Trial, TrialStore
 
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -96,3 +101,45 @@ def test_a_store_of_a_newer_ftlib_is_refused(tmp_path):
     store.save_about(schema=99)
     with pytest.raises(ConfigError, match="newer ftlib"):
         TrialStore(str(tmp_path), "s").read()
+
+
+def drive(root):
+    """A sweep of three trials of two epochs, which goes on from what is on disk."""
+    store = TrialStore(str(root), "s")
+    store.open({}, {})
+    writer = TrialStoreWriter(store)
+    for number in range(3):
+        if number not in store.trials:
+            store.add(Trial(number, {"model.dropout": number / 10}, "tpe"))
+        trial = store.trials[number]
+        if trial.outcome:
+            continue
+        for epoch in range(trial.epoch + 1, 3):
+            writer.progressed(trial, {"epoch": epoch, "score": 50.0 + number + epoch})
+        writer.ended(trial, TrialEnd("completed", "", {"run_dir": f"t{number}"}))
+    return store
+
+
+@pytest.mark.parametrize("in_a_row", [1, 3])
+def test_a_sweep_goes_on_after_any_failed_write(tmp_path, monkeypatch, in_a_row):
+    expected = drive(tmp_path / "whole").trials
+    write, count, failing = trial_store.write_file, [0], [range(0)]
+
+    def write_file(uri, data):
+        count[0] += 1
+        if count[0] in failing[0]:
+            raise StorageError("the disk is full")
+        write(uri, data)
+
+    monkeypatch.setattr(trial_store, "write_file", write_file)
+    drive(tmp_path / "counted")
+    writes = count[0]
+    assert writes > 10
+    for first in range(1, writes + 1):
+        count[0], failing[0] = 0, range(first, first + in_a_row)
+        root = tmp_path / f"{in_a_row}-{first}"
+        for _ in range(in_a_row + 1):
+            with contextlib.suppress(StorageError):
+                drive(root)
+        store = TrialStore(str(root), "s")
+        assert store.read() and store.trials == expected, f"write {first} failed"
