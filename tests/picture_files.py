@@ -15,7 +15,7 @@ HEIGHT, WIDTH = 48, 64
 
 
 def scene(height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> np.ndarray:
-    """uint8[height, width, 3]: smooth colors with a bright corner, so that a turn or a cut shows."""
+    """uint8[height, width, 3]: smooth colors with a bright corner, so that a turn shows."""
     rng = np.random.default_rng(seed)
     small = rng.integers(30, 200, (6, 8, 3), dtype=np.uint8)
     picture = cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)

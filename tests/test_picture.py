@@ -1,4 +1,4 @@
-"""One definition of a picture: preparation and the package give the same pixels of the same file."""
+"""One definition of a picture: preparation and the package give the same pixels."""
 
 from __future__ import annotations
 

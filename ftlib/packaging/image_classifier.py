@@ -1,18 +1,19 @@
 """The code inside a packaged model: picture files in, class names and calibrated probabilities out.
 
-This file and `picture.py` (`ftlib.picture`) are copied into every package and run without ftlib. They
-need mlflow, numpy, pillow and torch. Beside them lie `program.pt2` (torch.export: uint8[b, S, S, 3] ->
-logits float32[b, C], normalization inside) and `meta.json` (class names, S, how pictures are read and
-cut, the temperature). Nothing in a package is a pickle, and one that was smuggled in is refused.
+This file and `picture.py` (`ftlib.picture`) are copied into every package and run without ftlib.
+They need mlflow, numpy, pillow and torch. Beside them lie `program.pt2` (torch.export: uint8[b,
+S, S, 3] -> logits float32[b, C], normalization inside) and `meta.json` (class names, S, how
+pictures are read and cut, the temperature). Nothing in a package is a pickle, and one that was
+smuggled in is refused.
 
     model = mlflow.pyfunc.load_model("models:/NAME@champion")
     model.predict([open("cat.jpg", "rb").read()], params={"top_k": 3})
     -> [{"class": "cat", "probability": 0.93, "top": [{"class": "cat", "probability": 0.93}, ...]}]
 
-A picture is the bytes of a file (JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF, JPEG 2000, PPM, or HEIC where
-pillow-heif is installed), a `pathlib.Path`, or a base64 text, which is what comes over HTTP:
-`POST /invocations` with {"inputs": ["<base64>"], "params": {"top_k": 3}}. A plain text is never taken
-for a path, so that a server does not read files for whoever asks.
+A picture is the bytes of a file (JPEG, PNG, WebP, BMP, TIFF, GIF, AVIF, JPEG 2000, PPM, or HEIC
+where pillow-heif is installed), a `pathlib.Path`, or a base64 text, which is what comes over
+HTTP: `POST /invocations` with {"inputs": ["<base64>"], "params": {"top_k": 3}}. A plain text is
+never taken for a path, so that a server does not read files for whoever asks.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ BATCH = 32
 def _picture_module() -> ModuleType:
     """The copy of `picture.py` beside this file; ftlib's own where this file is ftlib's own.
 
-    Each copy is loaded under a name of its own, so that packages of different versions keep their own
-    pixels in one process.
+    Each copy is loaded under a name of its own, so that packages of different versions keep their
+    own pixels in one process.
     """
     beside = Path(__file__).with_name("picture.py")
     if not beside.exists():
@@ -131,8 +132,8 @@ class ImageClassifier(mlflow.pyfunc.PythonModel):  # type: ignore[name-defined]
     ):  # type: ignore[no-untyped-def]  # mlflow warns about a result type with Any
         """A list with one dict per picture: class, probability, and `top`, a list of such pairs.
 
-        params: `top_k` (5), how many classes to name; `on_error` ("raise"): with "row" a picture that
-        cannot be read gives {"error": why} and the others go on.
+        params: `top_k` (5), how many classes to name; `on_error` ("raise"): with "row" a picture
+        that cannot be read gives {"error": why} and the others go on.
         """
         options = {"top_k": 5, "on_error": "raise", **(params or {})}
         top_k = min(int(options["top_k"]), len(self.classes))

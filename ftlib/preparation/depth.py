@@ -1,8 +1,8 @@
 """Find out how many bits a data set's pictures of more than 8 bits really use.
 
-Cameras, scanners and X-ray detectors store 10 or 12 bits in files of 16. Scaled by all 16 they would
-become nearly black. The files rarely say how many bits they use, so the set is asked: the brightest
-sample of its deep pictures, rounded up to a power of two.
+Cameras, scanners and X-ray detectors store 10 or 12 bits in files of 16. Scaled by all 16 they
+would become nearly black. The files rarely say how many bits they use, so the set is asked: the
+brightest sample of its deep pictures, rounded up to a power of two.
 """
 
 from __future__ import annotations

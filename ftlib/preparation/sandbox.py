@@ -25,7 +25,10 @@ MAX_BYTES = 1 << 30
 
 
 class DecoderSandbox:
-    """One child process. Its methods raise ImageRejectedError (the picture) or OSError (the storage)."""
+    """One child process.
+
+    Its methods raise ImageRejectedError for the picture, and OSError for the storage.
+    """
 
     def __init__(self, rules: PrepareOptions, seconds_per_file: float = SECONDS_PER_FILE) -> None:
         self._rules = rules

@@ -99,7 +99,7 @@ def test_a_killed_job_goes_on_where_it_stopped(model, folder, tmp_path, monkeypa
     assert B.predict_folder(str(model), folder, tmp_path / "out.parquet").equals(table)
 
 
-def test_what_cannot_be_done_is_said_so(model, folder, tmp_path):
+def test_impossible_requests_are_explained(model, folder, tmp_path):
     with pytest.raises(B.PredictError, match="no such folder"):
         B.predict_folder(str(model), tmp_path / "nowhere", tmp_path / "a.parquet")
     (tmp_path / "empty").mkdir()

@@ -72,14 +72,14 @@ def test_a_body_that_is_too_large_is_read_to_its_end(announced: bool) -> None:
     assert caught.value.status == 413 and caught.value.taken == 5 and limits.held == 0
 
 
-def test_who_asks_first_is_answered_before_sending() -> None:
+def test_a_client_that_expects_100_continue_is_refused_before_it_sends() -> None:
     headers = {"content_length": "300000", "expect": "100-continue"}
     with pytest.raises(RequestError) as caught:
         read([bytes(300_000)], BodyLimits(1000), **headers)
     assert caught.value.status == 413 and caught.value.taken == 0
 
 
-def test_draining_has_bounds() -> None:
+def test_draining_is_bounded_in_bytes_and_seconds() -> None:
     limits = BodyLimits(1000, drained_bytes=100_000)
     with pytest.raises(RequestError) as caught:
         read([bytes(60_000)] * 50, limits, content_length="3000000")

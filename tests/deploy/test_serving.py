@@ -123,7 +123,7 @@ def ask(address, body=None, method=None):
             return error.code, error.read()
 
 
-def test_it_answers_what_the_package_answers(server, folder):
+def test_the_server_answers_what_the_package_answers(server, folder):
     jpeg = picture()
     status, body = ask(f"{server}/predict?top_k=3", jpeg)
     answer, direct = json.loads(body), load(str(folder)).predict([jpeg], params={"top_k": 3})[0]
@@ -317,7 +317,7 @@ def test_the_job_serves_and_ends_with_ctrl_c(folder, replicas):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def test_a_model_that_is_not_there_is_said_before_anything_starts(tmp_path):
+def test_a_missing_model_is_reported_before_anything_starts(tmp_path):
     job = Path(__file__).parents[2] / "jobs" / "serve.py"
     done = subprocess.run(
         [sys.executable, str(job), "--model", str(tmp_path)],

@@ -1,4 +1,4 @@
-"""Packages: the same pixels and scores as evaluation, no ftlib and no pickle needed, clear words for what is not a picture."""
+"""Packages: the pixels and scores of evaluation, without ftlib and without a pickle."""
 
 import base64
 import io
@@ -143,7 +143,7 @@ def test_a_text_is_never_read_as_a_path(loaded, tmp_path):
         loaded.predict([str(tmp_path / "a.jpg")])
 
 
-def test_other_kinds_of_pictures(loaded):
+def test_kind_orientation_alpha_and_depth_do_not_change_the_answer(loaded):
     upright = photo(48, 64)
     sure = loaded.predict([encoded(upright, "PNG")])[0]
     assert loaded.predict([encoded(upright, "BMP")])[0] == sure
@@ -189,7 +189,7 @@ def bomb():
         (pathlib.Path("/nowhere/a.jpg"), "cannot be read"),
     ],
 )
-def test_what_is_no_picture_is_said_so(loaded, picture, says):
+def test_files_that_are_no_pictures_are_explained(loaded, picture, says):
     good = encoded(photo(40, 40))
     with pytest.raises(Exception, match=rf"picture 1: .*{says}"):
         loaded.predict([good, picture])
@@ -304,7 +304,7 @@ def test_a_program_with_a_smuggled_pickle_is_not_loaded(folder, tmp_path):
         code.program(target)
 
 
-def test_weights_go_back_into_the_model(folder, model):
+def test_the_weights_file_loads_into_the_model(folder, model):
     again = models.build(RUN.model, len(CLASSES))
     again.load_state_dict(load_file(folder / "artifacts" / "model.safetensors"))
     assert all(
@@ -334,14 +334,14 @@ def test_the_card_and_the_metadata_say_what_it_is(folder):
     )
 
 
-def test_the_served_form_takes_its_own_example(folder, loaded):
+def test_the_serving_example_of_the_package_is_classified(folder, loaded):
     """What `mlflow models serve` is sent: base64 texts."""
     body = json.loads((folder / "serving_input_example.json").read_text())
     answers = loaded.predict(body["inputs"], params=body["params"])
     assert answers == loaded.predict([P.example()])
 
 
-def test_an_occupied_folder_and_a_missing_package_are_said_so(folder, model, tmp_path):
+def test_an_occupied_folder_and_a_missing_package_are_explained(folder, model, tmp_path):
     with pytest.raises(ValueError, match="not empty"):
         P.package(model, RUN, CLASSES, {}, 1.0, folder)
     with pytest.raises(ValueError, match="cannot be loaded as a packaged model"):

@@ -1,4 +1,4 @@
-"""A set of deep pictures is scaled by the bits that it uses, and says so in manifest and package."""
+"""A set of deep pictures is scaled by the bits that it uses, and its manifest says so."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Signs of damage in JPEGs that decode without a warning; and that undamaged ones, however extreme, show none."""
+"""Damage in JPEGs that decode without a warning is found; undamaged ones show none."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def test_extreme_but_healthy_pictures_show_no_fault(quality: int) -> None:
     ] * 2 * len(pictures)
 
 
-def test_a_shift_of_brightness_is_noticed() -> None:
-    """Twice the quantizer of the mean brightness, as one flipped bit makes it: the picture leaves the range by up to 100 %."""
+def test_a_shift_of_brightness_counts_as_damage() -> None:
+    """Twice the quantizer of the mean brightness, as one flipped bit makes it."""
     picture = cv2.resize(
         np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8),
         (128, 128),
@@ -65,7 +65,7 @@ def test_a_shift_of_brightness_is_noticed() -> None:
     assert "brightness leaves the range" in (fault(bytes(data)) or "")
 
 
-def test_tables_no_encoder_writes() -> None:
+def test_tables_that_no_encoder_writes_count_as_damage() -> None:
     data = bytearray(encoded(drawing(0), 90))
     quantizer, codes = data.index(b"\xff\xdb") + 5, data.index(b"\xff\xc4") + 5
     zero = data.copy()
@@ -76,7 +76,7 @@ def test_tables_no_encoder_writes() -> None:
     assert "names a symbol twice" in (fault(bytes(twice)) or "")
 
 
-def test_anything_may_be_asked_about() -> None:
+def test_bytes_that_are_no_jpeg_raise_nothing() -> None:
     rng = np.random.default_rng(0)
     for data in (
         b"",

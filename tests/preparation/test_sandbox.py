@@ -1,4 +1,4 @@
-"""A decoder that crashes or hangs costs one file: shown with a simplejpeg that does both on command."""
+"""A decoder that crashes or hangs costs one file: a fake simplejpeg does both."""
 
 from __future__ import annotations
 

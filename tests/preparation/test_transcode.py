@@ -1,4 +1,4 @@
-"""Transcoded files have every decoder's pixels, and crops of them are decoded from few of their bytes."""
+"""Transcoded files keep every pixel, and crops are decoded from few of their bytes."""
 
 import io
 
@@ -36,7 +36,7 @@ def jpeg(pixels=PHOTO, quality=90, **options):
     st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_the_pixels_stay_whatever_the_size_and_the_tables(
+def test_transcoding_keeps_every_pixel_for_any_size_and_tables(
     height, width, top, subsampling, quality, optimize
 ):
     before = jpeg(
@@ -74,7 +74,7 @@ def test_crops_decode_alone_in_every_subsampling(subsampling, factors):
     )
 
 
-def test_other_decoders_agree_and_metadata_stay():
+def test_other_decoders_agree_and_metadata_is_kept():
     exif = Image.Exif()
     exif[271] = "a camera"
     before = jpeg(exif=exif, comment=b"a comment", icc_profile=b"not really one")
@@ -103,8 +103,8 @@ def categories(data):
     }
 
 
-def test_values_without_a_code_get_one():
-    """A slow ramp: differences between neighbours are all alike, so tables made for it have no codes for most of its values."""
+def test_values_without_a_huffman_code_get_one():
+    """In a slow ramp all differences are alike: its tables have no codes for most values."""
     ramp = np.repeat(np.linspace(0, 255, 512, dtype=np.uint8)[None, :, None], 64, 0).repeat(3, 2)
     before = jpeg(ramp, 95, optimize=True)
     after = tiled(before)
@@ -127,11 +127,11 @@ def test_values_without_a_code_get_one():
         ("nothing", b""),
     ],
 )
-def test_others_are_left_as_they_are(name, data):
+def test_other_files_come_back_unchanged(name, data):
     assert tiled(data) == data
 
 
-def test_own_tiles_are_left_as_they_are():
+def test_tiles_come_back_unchanged():
     assert tiled(encode(PHOTO, 90)) == encode(PHOTO, 90)
 
 
@@ -142,17 +142,17 @@ SMALL = jpeg(PHOTO[:64, :80])
     st.lists(st.tuples(st.integers(2, len(SMALL) - 1), st.integers(0, 255)), min_size=1, max_size=4)
 )
 @settings(max_examples=150, deadline=None)
-def test_damage_ends_in_bytes_not_in_an_error(changes):
+def test_damaged_jpegs_raise_nothing(changes):
     data = bytearray(SMALL)
     for at, value in changes:
         data[at] = value
     assert isinstance(tiled(bytes(data)), bytes)
 
 
-# --- admission --------------------------------------------------------------------------------------------------------------------
+# --- preparation ---------------------------------------------------------------------------------
 
 
-def test_admitted_as_tiles():
+def test_preparation_stores_tiles_on_request():
     data = jpeg(quality=85)
     plain, tiles = (
         admit(data, "a.jpg", PrepareOptions()),
@@ -168,7 +168,7 @@ def test_admitted_as_tiles():
 @pytest.mark.parametrize(
     "wrong", [lambda data: jpeg(quality=60), lambda data: data[:-500], lambda data: b"no JPEG"]
 )
-def test_tiles_that_show_anything_else_are_not_stored(monkeypatch, wrong):
+def test_tiles_with_other_pixels_are_not_stored(monkeypatch, wrong):
     monkeypatch.setattr(admission, "tiled", wrong)
     data = jpeg(quality=85)
     assert admit(data, "a.jpg", PrepareOptions(tiles=True)).jpeg is data

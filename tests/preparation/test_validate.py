@@ -1,4 +1,4 @@
-"""What preparation takes, repairs and refuses: a corpus of odd and damaged files, against PIL and OpenCV as outside oracles."""
+"""What preparation takes, repairs and refuses, with Pillow and OpenCV as oracles."""
 
 from __future__ import annotations
 
@@ -15,43 +15,11 @@ from PIL import Image, ImageOps
 from ftlib.preparation import validate as admission
 from ftlib.preparation.options import ImageRejectedError, PrepareOptions
 from ftlib.preparation.validate import admit
-
-
-def scene(height: int = 48, width: int = 64, seed: int = 0) -> np.ndarray:
-    """A smooth picture with a bright corner, so that a turn or a cut shows."""
-    rng = np.random.default_rng(seed)
-    small = rng.integers(30, 200, (6, 8, 3), dtype=np.uint8)
-    picture = cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
-    picture[: height // 4, : width // 4] = (250, 40, 10)
-    return picture
-
-
-def file(picture: np.ndarray | Image.Image, kind: str = "JPEG", **options: object) -> bytes:
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    if kind == "JPEG":
-        options = {"quality": 95, "subsampling": 0, **options}
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+from tests.picture_files import exif, file, frames, scene
 
 
 def pixels(jpeg: bytes) -> np.ndarray:
     return simplejpeg.decode_jpeg(jpeg, "RGB", strict=True).astype(int)
-
-
-def exif(orientation: int) -> Image.Exif:
-    block = Image.Exif()
-    block[274] = orientation
-    return block
-
-
-def frames(kind: str) -> bytes:
-    return file(
-        Image.fromarray(scene()),
-        kind,
-        save_all=True,
-        append_images=[Image.fromarray(scene(seed=1))],
-    )
 
 
 def resized_header(jpeg: bytes, height: int, width: int | None = None) -> bytes:
@@ -84,7 +52,7 @@ def sixteen_bit(channels: int) -> tuple[bytes, np.ndarray]:
     return encoded, narrow
 
 
-def hidden_colours(mode: str) -> tuple[bytes, np.ndarray]:
+def hidden_colors(mode: str) -> tuple[bytes, np.ndarray]:
     """Magenta below alpha 0: what an alpha-blind decoder would show."""
     picture = np.dstack([scene(), np.full(scene().shape[:2], 255, np.uint8)])
     picture[:, 32:] = (255, 0, 255, 0)
@@ -105,7 +73,7 @@ KEPT = {
     "restart markers": cv2.imencode(".jpg", scene(), [cv2.IMWRITE_JPEG_RST_INTERVAL, 2])[
         1
     ].tobytes(),
-    "colour profile": file(scene(), icc_profile=b"\0" * 3000),
+    "color profile": file(scene(), icc_profile=b"\0" * 3000),
     "EXIF upright": file(scene(), exif=exif(1)),
     "EXIF orientation 99": file(scene(), exif=exif(99)),
     "bytes after the end": file(scene()) + b"a vendor's second picture",
@@ -122,7 +90,7 @@ def test_what_needs_no_repair_keeps_its_bytes(name: str) -> None:
 
 @pytest.mark.parametrize("orientation", range(2, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
-def test_exif_orientation_is_baked_in_as_pil_does(orientation: int, kind: str) -> None:
+def test_exif_orientation_is_applied_as_pillow_does(orientation: int, kind: str) -> None:
     data = file(scene(), kind, exif=exif(orientation))
     taken = admit(data, "x", PrepareOptions())
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))).astype(int)
@@ -133,9 +101,9 @@ def test_exif_orientation_is_baked_in_as_pil_does(orientation: int, kind: str) -
 
 REPAIRED: dict[str, tuple[bytes, np.ndarray, set[str]]] = {
     "16-bit grey PNG": (*sixteen_bit(1), {"from_png", "16_bit", "grey"}),
-    "16-bit colour PNG": (*sixteen_bit(3), {"from_png", "16_bit"}),
-    "alpha with hidden colours": (*hidden_colours("RGBA"), {"from_png", "alpha"}),
-    "grey with alpha": (*hidden_colours("LA"), {"from_png", "alpha"}),
+    "16-bit color PNG": (*sixteen_bit(3), {"from_png", "16_bit"}),
+    "alpha with hidden colors": (*hidden_colors("RGBA"), {"from_png", "alpha"}),
+    "grey with alpha": (*hidden_colors("LA"), {"from_png", "alpha"}),
     "palette": (
         file(Image.fromarray(scene()).quantize(64), "PNG"),
         np.asarray(Image.fromarray(scene()).quantize(64).convert("RGB")),
@@ -263,14 +231,14 @@ def test_what_is_over_the_limit_is_never_decoded(monkeypatch: pytest.MonkeyPatch
                 admit(data, name, PrepareOptions())
 
 
-def test_limits_are_the_rules() -> None:
+def test_the_megapixel_limit_is_an_option() -> None:
     with pytest.raises(
         ImageRejectedError, match=r"0.0 megapixels, more than 0.001 \(--max-megapixels\)"
     ):
         admit(KEPT["baseline 4:4:4"], "x.jpg", PrepareOptions(max_megapixels=0.001))
 
 
-def test_strict_rejects_are_taken_on_request_and_then_decode_strictly() -> None:
+def test_accept_warnings_stores_damaged_jpegs_that_then_decode_strictly() -> None:
     taken = admit(
         REFUSED["half a JPEG with an end"][0], "x.jpg", PrepareOptions(accept_warnings=True)
     )
@@ -334,12 +302,12 @@ def test_max_side_and_quality_encode_again() -> None:
         {"background": (1, 2, 300)},
     ],
 )
-def test_impossible_rules_are_refused(wrong: dict[str, object]) -> None:
+def test_impossible_options_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         PrepareOptions(**wrong)  # type: ignore[arg-type]
 
 
-def test_moments_are_those_of_the_pixels() -> None:
+def test_moments_match_the_pixels() -> None:
     taken = admit(CLEAN, "x.jpg", PrepareOptions())
     real = pixels(CLEAN).reshape(-1, 3) / 255
     np.testing.assert_allclose(
@@ -347,7 +315,7 @@ def test_moments_are_those_of_the_pixels() -> None:
     )
 
 
-def test_the_last_step_decides_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_of_finalise_is_stored_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     other = file(scene(48, 64, seed=3))
     monkeypatch.setattr(admission, "finalise", lambda jpeg: other)
     assert admit(KEPT["progressive"], "x.jpg", PrepareOptions()).jpeg == other
@@ -413,7 +381,7 @@ def test_at_most_five_percent_of_damaged_jpegs_pass_visibly_damaged(
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP"])
-def test_other_damaged_files_are_refused_and_nothing_else_happens(kind: str) -> None:
+def test_damaged_files_of_other_kinds_raise_only_rejections(kind: str) -> None:
     data = file(scene(), kind)
     rng = np.random.default_rng(1)
     passed = damaged = 0
