@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from pathlib import Path
@@ -241,3 +242,57 @@ def test_damaged_headers_end_in_a_picture_error_or_a_header(name: str, draw: st.
             picture.header(damaged)
         except PictureError as error:
             assert error.detail
+
+
+# --- golden pixels --------------------------------------------------------------------------------
+
+
+def plain() -> np.ndarray:
+    """uint8[24, 32, 3] by integer arithmetic, the same with every version of every library."""
+    y, x = np.mgrid[:24, :32]
+    return np.stack([x * 8, y * 10, (x * y) % 256], axis=-1).astype(np.uint8)
+
+
+def golden_files() -> dict[str, bytes]:
+    image = Image.fromarray(plain())
+    gray = Image.fromarray(plain()[:, :, 2])
+    palette = Image.fromarray((plain()[:, :, 0] // 16).astype(np.uint8), "P")
+    palette.putpalette([value for i in range(256) for value in (i, 255 - i, i * 7 % 256)])
+    clear = image.copy()
+    clear.putalpha(gray)
+    return {
+        "PNG": file(image, "PNG"),
+        "gray PNG": file(gray, "PNG"),
+        "palette PNG": file(palette, "PNG"),
+        "transparent PNG": file(clear, "PNG"),
+        "transparent gray PNG": file(clear.convert("LA"), "PNG"),
+        "GIF": file(palette, "GIF"),
+        "BMP": file(image, "BMP"),
+        "TIFF": file(image, "TIFF"),
+        "CMYK TIFF": file(image.convert("CMYK"), "TIFF"),
+        "PPM": file(image, "PPM"),
+        "lossless WebP": file(image, "WEBP", lossless=True),
+    }
+
+
+GOLDEN = {
+    "PNG": "0f43f49ef959f442",
+    "gray PNG": "341e41db25593454",
+    "palette PNG": "2b4c294d420a9fcc",
+    "transparent PNG": "79f6cf990e155ad3",
+    "transparent gray PNG": "f4a73d741a37752f",
+    "GIF": "2b4c294d420a9fcc",
+    "BMP": "0f43f49ef959f442",
+    "TIFF": "0f43f49ef959f442",
+    "CMYK TIFF": "0f43f49ef959f442",
+    "PPM": "0f43f49ef959f442",
+    "lossless WebP": "0f43f49ef959f442",
+}
+"""sha256 of the pixels that preparation gave these files before `ftlib.picture` existed."""
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's mode argument, for pictures with a palette
+@pytest.mark.parametrize("name", GOLDEN)
+def test_pixels_of_8_bit_pictures_never_change(name: str) -> None:
+    seen = rgb(golden_files()[name], Rules(background=(10, 200, 30)))
+    assert hashlib.sha256(seen.tobytes()).hexdigest()[:16] == GOLDEN[name]
