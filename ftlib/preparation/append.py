@@ -104,7 +104,15 @@ class Addition:
         return len(self._split(split).get("shards", ()))
 
     def unchanged(self) -> Dataset | None:
-        """The set, where the source adds nothing to it."""
+        """The set, where the source adds nothing to it.
+
+        Raises DataError where it is no longer the set that was read; call it under the set's lock.
+        """
+        if Dataset.open(self.dataset.path).digest != self.dataset.digest:
+            raise DataError(
+                f"{self.dataset.path} was changed by another process meanwhile. Give the same "
+                "command again"
+            )
         return None if self.listing.entries else self.dataset
 
     def add_per_class(self, per_class: dict[str, list[int]]) -> dict[str, list[int]]:

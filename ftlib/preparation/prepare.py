@@ -122,13 +122,7 @@ def prepare(
     """
     started = time.monotonic()
     executor.choose(engine)
-    if not 0 <= max_bad_fraction < 1:
-        raise DataError(
-            f"--max-bad-fraction {max_bad_fraction:g}: needs to be from 0 to below 1, such as "
-            f"{MAX_BAD_FRACTION}"
-        )
-    if overwrite and append:
-        raise DataError("--overwrite and --append: give one of them")
+    _check_request(max_bad_fraction, overwrite and append)
     reading = reading or SourceOptions(val_fraction=val_fraction, seed=seed)
     name, listing = list_source(source, reading, adding=append)
     out = paths.data_path(str(out)) if out else str(paths.home() / "data" / name)
@@ -138,14 +132,7 @@ def prepare(
         listing, rules = addition.listing, addition.rules(rules)
     understood(listing)
     rules = with_depth_bits(rules or PrepareOptions(), *_depth_sample(listing))
-    tasks = plan(
-        listing.root,
-        out,
-        listing.classes,
-        listing.entries,
-        rules,
-        addition.first_shards if addition else None,
-    )
+    tasks = _plan(listing, out, rules, addition)
     inputs = _inputs(listing, [task.digest for task in tasks])
     older = _inputs(listing, [task.digest_of(VALIDATION_VERSION - 1) for task in tasks])
     with _writing(out):
@@ -156,19 +143,56 @@ def prepare(
         _check_space(out, listing, FREE_SPACE_FOR_TILES if rules.tiles else FREE_SPACE)
         with Progress(len(listing.entries), f"preparing {name}", progress) as bar:
             records = executor.run(tasks, engine, workers, bar.advance, connect_ray)
-        made = {
-            "source": name,
-            "folder": listing.root,
-            "rules": rules.to_dict(),
-            "val_fraction": reading.val_fraction,
-            "seed": reading.seed if reading.val_fraction else None,
-            "reading": reading.changed(),
-            "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "versions": {p: version(p) for p in ("pyarrow", "simplejpeg", "pillow", "numpy")},
-        }
-        finish = _Finish(out, listing, tasks, records, inputs, made, addition)
+        finish = _Finish(
+            out=out,
+            listing=listing,
+            tasks=tasks,
+            records=records,
+            inputs=inputs,
+            made=_made(name, listing, rules, reading),
+            addition=addition,
+        )
         dataset, report = finish.write(max_bad_fraction)
     return PreparationResult(out, dataset, report.summary, False, time.monotonic() - started)
+
+
+def _check_request(max_bad_fraction: float, both: bool) -> None:
+    if not 0 <= max_bad_fraction < 1:
+        raise DataError(
+            f"--max-bad-fraction {max_bad_fraction:g}: needs to be from 0 to below 1, such as "
+            f"{MAX_BAD_FRACTION}"
+        )
+    if both:
+        raise DataError("--overwrite and --append: give one of them")
+
+
+def _plan(
+    listing: Listing, out: str, rules: PrepareOptions, addition: Addition | None
+) -> list[ShardTask]:
+    return plan(
+        listing.root,
+        out,
+        listing.classes,
+        listing.entries,
+        rules=rules,
+        first=addition.first_shards if addition else None,
+    )
+
+
+def _made(
+    name: str, listing: Listing, rules: PrepareOptions, reading: SourceOptions
+) -> dict[str, Any]:
+    """How a set was made, for its manifest."""
+    return {
+        "source": name,
+        "folder": listing.root,
+        "rules": rules.to_dict(),
+        "val_fraction": reading.val_fraction,
+        "seed": reading.seed if reading.val_fraction else None,
+        "reading": reading.changed(),
+        "at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {p: version(p) for p in ("pyarrow", "simplejpeg", "pillow", "numpy")},
+    }
 
 
 def list_source(

@@ -137,10 +137,12 @@ class PreparationReport:
             )
         share = len(self.refused) / max(1, self.files)
         if share > self._limit:
+            links = sum("link leads out" in row[4] for row in self.refused)
+            follow = f" {counted(links, 'link')} can be taken with --follow-links." if links else ""
             raise DataError(
                 f"{len(self.refused):,} of {self.files:,} files were refused "
                 f"({100 * share:.3g} %), "
-                f"more than --max-bad-fraction {self._limit:g} allows. First: {first}. {where}. "
+                f"more than --max-bad-fraction {self._limit:g} allows. First: {first}. {where}.{follow} "
                 "Repair or delete them, or raise --max-bad-fraction; the same command goes on "
                 "where it stopped"
             )
@@ -233,6 +235,11 @@ def text(
         lines.append(f"    {printable(row['file'])}: {printable(row['detail'])}")
     if report["refused"] > 5:
         lines.append(f"    ... and {report['refused'] - 5:,} more")
+    if before := dataset.manifest["made"].get("before"):
+        lines.append(
+            f"  added to {before['digest'][:12]}: runs on that set go on with a copy of it alone; "
+            "new runs see all pictures"
+        )
     if bits := dataset.manifest["made"].get("rules", {}).get("depth_bits"):
         lines.append(
             f"  pictures of more than 8 bits: {bits} bits are used, so 0 to {(1 << bits) - 1:,} "

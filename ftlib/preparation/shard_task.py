@@ -118,7 +118,8 @@ def plan(
                 or size + entry.bytes > BYTES_PER_SHARD
             ):
                 name = f"{split}-{number:05d}"
-                tasks.append(ShardTask(name, root, out, classes, tuple(waiting), rules))
+                batch = tuple(waiting)
+                tasks.append(ShardTask(name, root, out, classes, entries=batch, rules=rules))
                 waiting, size, number = [], 0, number + 1
             if entry is not None:
                 waiting.append(entry)
@@ -207,7 +208,7 @@ def _build(
         for entry, data in _read_ahead(task):
             if stopped():
                 raise DataError("stopped")
-            _add(task, entry, data, sandbox, writer, outcome)
+            _add(task, entry, data, sandbox=sandbox, writer=writer, outcome=outcome)
             tick(1)
         written = writer.finish()
     finally:
@@ -243,6 +244,7 @@ def _add(
     task: ShardTask,
     entry: Entry,
     data: bytes | Exception | None,
+    *,
     sandbox: DecoderSandbox,
     writer: ShardWriter,
     outcome: _Outcome,

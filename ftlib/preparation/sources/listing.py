@@ -165,12 +165,12 @@ def _assemble(found: LabelledFiles, options: SourceOptions, adding: bool) -> Lis
     number = {label: i for i, label in enumerate(labels)}
     entries = [
         Entry(
-            row.file.path,
-            row.split,
-            number[row.label],
-            row.file.bytes,
-            row.file.mtime_ns,
-            row.file.place,
+            file=row.file.path,
+            split=row.split,
+            label=number[row.label],
+            bytes=row.file.bytes,
+            mtime_ns=row.file.mtime_ns,
+            place=row.file.place,
         )
         for row in rows
     ]
@@ -184,22 +184,27 @@ def _assemble(found: LabelledFiles, options: SourceOptions, adding: bool) -> Lis
             f"{counted(len(mapped), 'file name')} not UTF-8 (first: {printable(mapped[0])}): the "
             "bytes that are none are stored as U+FFFD"
         )
+    return Listing(
+        root=root,
+        layout=found.layout,
+        classes=classes,
+        entries=tuple(entries),
+        aside=dict(sorted((found.aside + found.tree.skipped).items())),
+        rejected=tuple(found.rejected),
+        notes=tuple(found.notes),
+        warnings=tuple(warnings),
+        split_origins=_origins(found, entries, options),
+    )
+
+
+def _origins(found: LabelledFiles, entries: list[Entry], options: SourceOptions) -> dict[str, str]:
+    """Split -> what it was read from, or how it was split off."""
     origins = dict(found.split_origins)
     if options.val_fraction and any(e.split == "val" for e in entries):
-        of = "whole groups, about" if options.group_column or options.group_pattern else ""
+        groups = options.group_column or options.group_pattern
         share = f"{100 * options.val_fraction:g} % of each class"
-        origins["val"] = " ".join(filter(None, [of, share, f"chosen by --seed {options.seed}"]))
-    return Listing(
-        root,
-        found.layout,
-        classes,
-        tuple(entries),
-        dict(sorted((found.aside + found.tree.skipped).items())),
-        tuple(found.rejected),
-        tuple(found.notes),
-        tuple(warnings),
-        origins,
-    )
+        origins["val"] = f"{'whole groups, about ' if groups else ''}{share}, --seed {options.seed}"
+    return origins
 
 
 def _labels(found: LabelledFiles, adding: bool) -> tuple[str, ...]:

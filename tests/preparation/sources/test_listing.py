@@ -74,7 +74,7 @@ def test_what_was_understood_is_printed_with_numbers(tmp_path: Path) -> None:
     assert shown.splitlines() == [
         f"Source: {root} (folders of splits and classes)",
         "  train 108 pictures (Training/)",
-        "  val   12 pictures (10 % of each class chosen by --seed 42)",
+        "  val   12 pictures (10 % of each class, --seed 42)",
         "  test  2 pictures (Testing/)",
         "  12 classes: " + ", ".join(names[:10]) + " ... (12 in all)",
         "  cannot be read: 1 file (first: Training/class 01/host.jpg: the link leads out of the "
