@@ -142,7 +142,8 @@ class PreparationReport:
             raise DataError(
                 f"{len(self.refused):,} of {self.files:,} files were refused "
                 f"({100 * share:.3g} %), "
-                f"more than --max-bad-fraction {self._limit:g} allows. First: {first}. {where}.{follow} "
+                f"more than --max-bad-fraction {self._limit:g} allows. First: {first}. {where}."
+                f"{follow} "
                 "Repair or delete them, or raise --max-bad-fraction; the same command goes on "
                 "where it stopped"
             )
