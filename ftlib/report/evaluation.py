@@ -238,7 +238,7 @@ def has_unseen_tuning_split(loaded: LoadedModel, dataset: Dataset) -> bool:
     if not loaded.run.data.tuning_fraction:
         return False
     run_dir = loaded.folder.rstrip("/").rsplit("/", 2)[0]
-    seen = seen_rows.of_run(run_dir, run_dir.rsplit("/", 1)[0])
+    seen = seen_rows.of_run(run_dir, run_dir.rsplit("/", 1)[0], dataset)
     _, rows = rows_of(loaded.run, dataset, "tuning")
     return seen is None or not seen.mask(dataset)[rows].any()
 

@@ -157,11 +157,15 @@ def of_weights(
     source: InitialWeights | None,
     init_from: str,
     runs_root: str,
+    dataset: Dataset | None = None,
     later: tuple[str, ...] = (),
 ) -> SeenRows:
     """What the starting weights of a run have seen.
 
-    init_from: the weights as the run names them. later: folders of runs that come from this one.
+    Args:
+        init_from: the weights as the run names them.
+        dataset: the data set at hand, which may have been moved since a run was trained on it.
+        later: folders of runs that come from these weights.
     """
     if source is None:
         return SeenRows(unknown=() if init_from == "scratch" else (init_from,))
@@ -171,16 +175,21 @@ def of_weights(
     for run_dir in candidates:
         if source.kind != "run" or run_dir in later:
             continue
-        if (found := of_run(run_dir, runs_root, later)) is not None:
+        if (found := of_run(run_dir, runs_root, dataset, later)) is not None:
             return found
     return SeenRows(unknown=(source.label,))
 
 
-def of_run(run_dir: str, runs_root: str, later: tuple[str, ...] = ()) -> SeenRows | None:
+def of_run(
+    run_dir: str,
+    runs_root: str,
+    dataset: Dataset | None = None,
+    later: tuple[str, ...] = (),
+) -> SeenRows | None:
     """What the weights of the run in `run_dir` have seen; None where there is no run.
 
     Runs of earlier versions kept no bitmap. Theirs is computed from their settings, if their data
-    set still lies where it was.
+    set is the one at hand or still lies where it was. Arguments as of `of_weights`.
     """
     try:
         if (stored := read_json(join(run_dir, FILE))) is not None:
@@ -196,15 +205,18 @@ def of_run(run_dir: str, runs_root: str, later: tuple[str, ...] = ()) -> SeenRow
     name = run_dir.rstrip("/").rsplit("/", 1)[-1]
     try:
         run = from_dict(Run, about["run"])
-        dataset = Dataset.open(about["data"]["path"])
-        if dataset.digest != about["data"]["digest"]:
-            raise DataError(f"{dataset.path} holds another data set now")
+        digest = about["data"]["digest"]
+        own = dataset
+        if own is None or own.digest != digest:
+            own = Dataset.open(about["data"]["path"])
+        if own.digest != digest:
+            raise DataError(f"{own.path} holds another data set now")
     except (ConfigError, DataError, KeyError):
         return SeenRows(unknown=(name,))
     source = InitialWeights.from_dict(about["init"]) if about.get("init") else None
-    before = of_weights(source, run.model.init_from, runs_root, (run_dir, *later))
-    rows, _ = sampler.run_rows(dataset.split("train").labels, run.data)
-    return before.trained(name, dataset, rows)
+    before = of_weights(source, run.model.init_from, runs_root, dataset, (run_dir, *later))
+    rows, _ = sampler.run_rows(own.split("train").labels, run.data)
+    return before.trained(name, own, rows)
 
 
 def record(
@@ -216,7 +228,7 @@ def record(
             return SeenRows.from_json(stored)
     except DamagedError:
         pass
-    before = of_weights(source, run.model.init_from, runs_root)
+    before = of_weights(source, run.model.init_from, runs_root, dataset)
     rows, _ = sampler.run_rows(dataset.split("train").labels, run.data)
     seen = before.trained(run.name, dataset, rows)
     write_file(join(run_dir, FILE), seen.to_json())

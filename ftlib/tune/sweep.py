@@ -168,7 +168,8 @@ def sweep(plan: Sweep, hooks: Hooks = DEFAULT_HOOKS) -> SweepResult:
         searched = ", ".join(spaces.short_names(plan.space).values())
         title = (
             f"sweep {plan.name}: {'goes on with ' if resumed else ''}{plan.trials} trials of "
-            f"{base.train.epochs} epochs over {searched}; {tuning_split.describe(split)}"
+            f"{base.train.epochs} epochs over {searched}; "
+            f"{tuning_split.describe(split, inputs.unchecked)}"
         )
         result = _run(plan, group, title, hooks)
     return replace(result, seconds=time.monotonic() - started)

@@ -148,7 +148,7 @@ def check(run: Run) -> SweepInputs:
 
     ready = prepare_run(replace(run, name=""))
     source, dataset = ready.source, ready.dataset
-    seen = seen_rows.of_weights(source, run.model.init_from, runs_root(run))
+    seen = seen_rows.of_weights(source, run.model.init_from, runs_root(run), dataset)
     in_train, unchecked = seen.in_split(dataset, "train")
     in_val, _ = seen.in_split(dataset, "val")
     return SweepInputs(

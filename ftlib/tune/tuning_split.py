@@ -7,7 +7,7 @@ Such scores can be too high, and highest for the trials that forget least.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -103,10 +103,16 @@ def _candidates(
         yield "subset", FRACTION
 
 
-def describe(split: TuningSplit) -> str:
-    """Such as `scored on 144 training images that no weights have seen`."""
+def describe(split: TuningSplit, unchecked: Sequence[str] = ()) -> str:
+    """Such as `scored on 144 training images that no weights have seen`.
+
+    unchecked: weights and data sets whose images are not known.
+    """
     if not split.seen:
-        return f"scored on {split.images:,} training images that no weights have seen"
+        text = f"scored on {split.images:,} training images that no weights have seen"
+        if unchecked:
+            text += f" (what {', '.join(unchecked)} saw is not known)"
+        return text
     return (
         f"scored on {split.images:,} training images, of which the starting weights have seen "
         f"{split.seen:,}: the scores are too high. Start a sweep under another --name for "

@@ -80,6 +80,11 @@ def test_the_rows_of_a_run_without_a_record_come_from_its_settings(shapes, tmp_p
     found = seen_rows.of_run(f"{root}/old", root)
     assert np.array_equal(np.flatnonzero(found.mask(shapes)), np.sort(rows_of(shapes, run)))
     assert found.unknown == ("older",), "its own ancestor is gone"
+    about["data"]["path"] = "/moved"
+    Path(root, "old", "run.json").write_text(json.dumps(about))
+    assert seen_rows.of_run(f"{root}/old", root).unknown == ("old",)
+    again = seen_rows.of_run(f"{root}/old", root, shapes)
+    assert again.digest == found.digest, "the data set at hand is the one that was moved"
     about["data"]["digest"] = "other"
     Path(root, "old", "run.json").write_text(json.dumps(about))
     assert seen_rows.of_run(f"{root}/old", root).unknown == ("old",)

@@ -83,3 +83,9 @@ def test_fractions_are_checked():
     for fraction in (0.6, -1):
         with pytest.raises(ConfigError, match="between 0 and 0.5"):
             tuning_split.choose(Data(), inputs(), fraction)
+
+
+def test_weights_whose_images_are_not_known_are_named():
+    split = tuning_split.choose(Data(), inputs())
+    assert tuning_split.describe(split).endswith("that no weights have seen")
+    assert "what timm:resnet18 saw is not known" in tuning_split.describe(split, ["timm:resnet18"])
