@@ -9,6 +9,7 @@ computed as one batch. It listens on this machine only: --host 0.0.0.0 opens it 
 where it does not ask who they are.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -40,6 +41,7 @@ class Options(JobOptions):
 def main(argv: Sequence[str] | None = None) -> None:
     asked = options(Options, __doc__, argv)
     check_model_folder(asked.model)
+    print("looking for the model ...", file=sys.stderr, flush=True)
     from ftlib.packaging.package import check, locate
 
     model, tracking = locate(asked.model, asked.tracking_uri)

@@ -1,4 +1,7 @@
-"""Decoding in bounded processes: the package's pixels, and no picture that harms the next one."""
+"""Decoding in bounded processes: the package's pixels, and no picture harms the next one.
+
+Holds `ftlib.deploy.decoding` and `decoder_process`.
+"""
 
 from __future__ import annotations
 

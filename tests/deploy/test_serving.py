@@ -1,4 +1,7 @@
-"""The service over real HTTP, its page in a real browser, and the whole on Ray Serve."""
+"""The service over real HTTP, its page in a real browser, in one process and on Ray Serve.
+
+Holds `ftlib.deploy.serving`, `explainer`, `errors` and `ray_server`.
+"""
 
 import asyncio
 import base64

@@ -1,4 +1,7 @@
-"""What preparation takes, repairs and refuses, with Pillow and OpenCV as oracles."""
+"""What preparation takes, repairs and refuses, with Pillow and OpenCV as oracles.
+
+Holds `ftlib.preparation.validate` and `options`.
+"""
 
 from __future__ import annotations
 
