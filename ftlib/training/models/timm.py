@@ -257,7 +257,7 @@ def _acting_arguments(name: str) -> frozenset[str]:
             dropout = isinstance(m, nn.modules.dropout._DropoutNd) and m.p == PROBE
             if argument == "drop_rate" and (dropout or getattr(m, "drop_rate", 0.0) == PROBE):
                 found.add(argument)
-            if argument == "drop_path_rate" and getattr(m, "drop_prob", 0):
+            if argument == "drop_path_rate" and getattr(m, "drop_prob", False):
                 found.add(argument)
     return frozenset(found)
 
