@@ -176,16 +176,15 @@ class TrainedRun:
 
     def _package_into(self, out: Path) -> Path:
         """The folder of the packaged model, written unless it is there already."""
-        from ftlib.data.shards import Dataset
+        from ftlib.data.shards import open_dataset
         from ftlib.packaging.package import package
-        from ftlib.paths import data_path
         from ftlib.report.evaluation import load as load_model
         from ftlib.report.evaluation import score
 
         if (out / "MLmodel").is_file():
             return out
         loaded = load_model(self.folder, "best")
-        dataset = Dataset.open(data_path(self.recipe.data.path))
+        dataset = open_dataset(self.recipe.data)
         calibration = score(loaded, dataset, limit=2000).calibration
         loaded.model.cpu()
         return package(

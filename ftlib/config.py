@@ -171,7 +171,7 @@ def pipeline_text(pipeline: str) -> str:
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"augment.pipeline: {name} cannot be read ({error}). Name a YAML or JSON file that "
-                "albumentations.save wrote"
+                "albumentations.save wrote, or give its text; a run keeps that in its run.json"
             ) from None
     if len(text) > MAX_PIPELINE_BYTES:
         raise ConfigError(f"augment.pipeline: {name} is longer than {MAX_PIPELINE_BYTES:,} bytes")

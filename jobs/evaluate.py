@@ -61,14 +61,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_dir = run_folder(asked.run)
     if asked.data:
         check_data(asked.data)
-    from ftlib.data.shards import Dataset
+    from ftlib.data.shards import Dataset, open_dataset
     from ftlib.report.evaluation import load
 
     with reporting(asked) as result:
         loaded = load(run_dir, asked.weights)
         own = None
         if not asked.data or loaded.run.data.tuning_fraction:
-            own = Dataset.open(data_path(loaded.run.data.path))
+            own = open_dataset(loaded.run.data)
         dataset = Dataset.open(data_path(asked.data)) if asked.data else own
         assert dataset is not None
         scored = score_sizes(asked, loaded, dataset, own)

@@ -20,7 +20,7 @@ from ftlib import storage
 from ftlib.cli import ResultOptions, job, options, reporting
 from ftlib.config import Positive
 from ftlib.flags import Commas, Metavar, Position
-from ftlib.paths import data_path, run_folder
+from ftlib.paths import run_folder
 from ftlib.settings import ConfigError
 
 if TYPE_CHECKING:
@@ -84,10 +84,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def fit_temperature(loaded: "LoadedModel") -> tuple[float, str]:
     """(temperature, the pictures it was fitted on). Leaves the model on the CPU."""
-    from ftlib.data.shards import Dataset
+    from ftlib.data.shards import open_dataset
     from ftlib.report.evaluation import score
 
-    dataset = Dataset.open(data_path(loaded.run.data.path))
+    dataset = open_dataset(loaded.run.data)
     calibration = score(loaded, dataset, limit=2000).calibration
     loaded.model.cpu()
     return calibration.temperature, calibration.fitted_on

@@ -56,13 +56,13 @@ def find(asked: Options, run: Run) -> dict[str, object]:
     """Run the range test, print what it says and write the files."""
     import torch
 
-    from ftlib.data.shards import Dataset
-    from ftlib.paths import data_path, runs_root
+    from ftlib.data.shards import open_dataset
+    from ftlib.paths import runs_root
     from ftlib.report.lr_figure import lr_figure
     from ftlib.training import lr_finder
     from ftlib.training.initial_weights import resolve_init, with_preprocessing
 
-    dataset = Dataset.open(data_path(run.data.path))
+    dataset = open_dataset(run.data)
     source = resolve_init(run, dataset.name, dataset.digest, dataset.classes, runs_root(run))
     run = with_preprocessing(run, source)
     workers = run.data.loader_workers

@@ -17,7 +17,6 @@ from ftlib.checks import check_data
 from ftlib.cli import ResultOptions, job, options_and_recipe, reporting
 from ftlib.config import Count
 from ftlib.flags import Metavar, Position
-from ftlib.paths import data_path
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         Options, __doc__, lambda asked: recipes.load(asked.recipe), argv
     )
     check_data(run.data.path)
-    from ftlib.data.shards import Dataset
+    from ftlib.data.shards import open_dataset
     from ftlib.report.contact_sheet import contact_sheet
 
     with reporting(asked) as result:
-        dataset = Dataset.open(data_path(run.data.path))
+        dataset = open_dataset(run.data)
         file = asked.out or f"preview-{run.stage}-{dataset.name}.png"
         out = contact_sheet(dataset, run, file, asked.step)
         print(f"{out}: {run.stage} on {dataset.name}")

@@ -31,7 +31,9 @@ from typing import Any, TypedDict
 import numpy as np
 
 from ftlib import storage
+from ftlib.config import Data
 from ftlib.data.cache import Cache
+from ftlib.paths import data_path
 
 FORMAT = "ftlib-dataset"
 SCHEMA = 1
@@ -334,6 +336,12 @@ class Dataset:
             except OSError as error:
                 raise DataError(f"{path} is missing ({error.strerror}). {_REMEDY}") from None
             _check_size(path, size, entry["bytes"])
+
+
+def open_dataset(data: Data) -> Dataset:
+    """The set that a recipe's `data` names, below its `cache_limit`. Raises as `Dataset.open`, and
+    ConfigError where no set is named."""
+    return Dataset.open(data_path(data.path), limit=data.cache_limit)
 
 
 _REMEDY = (

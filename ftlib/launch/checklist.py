@@ -11,10 +11,10 @@ import psutil
 import torch
 
 from ftlib.config import Run
-from ftlib.data.shards import Dataset
+from ftlib.data.shards import Dataset, open_dataset
 from ftlib.launch import cluster, preflight
 from ftlib.launch.prepared_run import PreparedRun, prepare_run
-from ftlib.paths import data_path, runs_root
+from ftlib.paths import runs_root
 from ftlib.storage import StorageError, is_remote
 from ftlib.track.redact import redact
 from ftlib.track.store import TrackingError, reach, resolve_uri, sqlite_path
@@ -82,7 +82,7 @@ def check(run: Run) -> Checklist:
 
 
 def _data(run: Run, found: list[Dataset]) -> tuple[State, str]:
-    dataset = Dataset.open(data_path(run.data.path))
+    dataset = open_dataset(run.data)
     dataset.verify()
     found.append(dataset)
     train, val = len(dataset.split("train")), len(dataset.split("val"))

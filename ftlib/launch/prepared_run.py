@@ -8,10 +8,10 @@ from typing import Any
 
 from ftlib import storage
 from ftlib.config import Run
-from ftlib.data.shards import Dataset
+from ftlib.data.shards import Dataset, open_dataset
 from ftlib.launch import finalize, gates, preflight, run_record
 from ftlib.launch.outcome import Outcome
-from ftlib.paths import data_path, runs_root
+from ftlib.paths import runs_root
 from ftlib.storage import join
 from ftlib.training import checkpoint
 from ftlib.training.initial_weights import InitialWeights, resolve_init, with_preprocessing
@@ -77,7 +77,7 @@ def prepare_run(run: Run) -> PreparedRun:
     Starts nothing and writes nothing. Raises ConfigError, DataError or LaunchError (all
     ValueErrors) with what to do.
     """
-    dataset = Dataset.open(data_path(run.data.path), limit=run.data.cache_limit)
+    dataset = open_dataset(run.data)
     plan = preflight.plan(run, dataset)
     root = runs_root(run)
     if run.name:

@@ -16,7 +16,7 @@ from ftlib.launch.run_record import (
     refuse_other_settings,
     with_ops,
 )
-from ftlib.settings import flat, override, to_dict
+from ftlib.settings import flat, from_dict, override, to_dict
 
 RUN = Run(stage="phase1")
 
@@ -102,6 +102,16 @@ def test_the_contents_of_a_pipeline_count_and_not_its_file(tmp_path):
         file.write_text(json.dumps({"__version__": "2.0.8", "transform": transform}))
         prints.add(fingerprint(override(RUN, {"augment.pipeline": str(file)}), "d", None))
     assert len(prints) == 2 and fingerprint(RUN, "d", None) not in prints
+
+
+def test_a_run_keeps_its_pipeline_when_the_file_is_gone(tmp_path):
+    file = tmp_path / "p.json"
+    file.write_text('{"transform": {"__class_fullname__": "RandomFog", "p": 0.5}}')
+    run = override(RUN, {"augment.pipeline": str(file)})
+    RunRecord(to_dict(run), "f", {"name": "digits", "digest": "d"}).write(str(tmp_path))
+    file.unlink()
+    again = from_dict(Run, RunRecord.read(str(tmp_path)).run)
+    assert again == run and fingerprint(again, "d", None) == fingerprint(run, "d", None)
 
 
 @pytest.fixture
