@@ -172,7 +172,7 @@ def _watch(
 
 def _without_ray(process: str, signals: Signals) -> BaseException:
     """The end of a run whose Ray is gone: nothing can be asked of it any more."""
-    own_ray.abandon()
+    own_ray.end_processes()
     if signals.number:
         return StoppedError(
             signals.number,

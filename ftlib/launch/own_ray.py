@@ -7,7 +7,6 @@ with a checkpoint. Ray's processes still end with this one: the kernel kills the
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import os
@@ -71,20 +70,11 @@ def gone() -> str:
     return ""
 
 
-def abandon() -> None:
-    """End what is left of a Ray that has lost a process, without asking it.
-
-    Ray's own shutdown would wait a minute for an answer, so it is not called, neither here nor when
-    this process ends.
-    """
-    import ray
-
-    atexit.unregister(ray.shutdown)
-    end_processes()
-
-
 def end_processes() -> None:
-    """Kill what is left of the Ray that this process started, with its children."""
+    """Kill what is left of the Ray that this process started, with its children.
+
+    Where Ray has lost a process, its own shutdown then takes seconds instead of a minute.
+    """
     family: list[psutil.Process] = []
     for started in _processes:
         with contextlib.suppress(psutil.Error):
