@@ -35,6 +35,8 @@ LOOK_SECONDS = 0.3
 """How often the driver looks at its workers."""
 DRAIN_SECONDS = 1.0
 """How often the driver asks Ray for nodes that are about to go."""
+SILENT_SECONDS = 8.0
+"""A stop waits no longer than this for a Ray that does not answer."""
 START_ATTEMPTS = 10
 """Times Ray may fail to start the workers (30 s each) before the run fails; enough to replace a
 node by hand."""
@@ -127,9 +129,9 @@ def run_on_cluster(task: TrainingTask, display: ProgressDisplay) -> TrainingResu
 
     # In a thread, so that signals come to us: Ray's handler ends the workers without a checkpoint.
     thread = threading.Thread(target=fit, name="fit", daemon=True)
-    with Signals(raise_second=False) as signals:
+    with Signals(raise_second=False) as signals, _Messages(channel, display) as messages:
         thread.start()
-        _watch(thread, channel, display, signals, task.lease)
+        _watch(thread, messages, signals, task.lease)
     _show(channel, display)
     failure = ignore_errors(lambda: channel.call("failure"))
     ignore_errors(lambda: _kill(channel))
@@ -138,36 +140,71 @@ def run_on_cluster(task: TrainingTask, display: ProgressDisplay) -> TrainingResu
     return _result(done[0], signals)
 
 
-def _watch(
-    thread: threading.Thread,
-    channel: ActorChannel,
-    display: ProgressDisplay,
-    signals: Signals,
-    lease: Lease,
-) -> None:
-    """Until `thread` ends: show progress, pass on stop requests and drain notices."""
-    stop_requested, drains_checked = 0.0, 0.0
+class _Messages:
+    """Exchanges messages with the workers in a thread, while it is entered.
+
+    A Ray that is dying may not answer for a minute; the driver itself must never wait for it.
+    """
+
+    def __init__(self, channel: ActorChannel, display: ProgressDisplay) -> None:
+        self.channel, self.display = channel, display
+        self._answered = time.monotonic()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._exchange, name="messages", daemon=True)
+
+    def __enter__(self) -> _Messages:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join(LOOK_SECONDS)
+
+    @property
+    def silence(self) -> float:
+        """Seconds since Ray answered last."""
+        return time.monotonic() - self._answered
+
+    def _exchange(self) -> None:
+        drains_checked = 0.0
+        while not self._end.wait(LOOK_SECONDS):
+            if _show(self.channel, self.display):
+                self._answered = time.monotonic()
+            if time.monotonic() - drains_checked > DRAIN_SECONDS:
+                drains_checked = time.monotonic()
+                _pass_on_drains(self.channel)
+
+
+def _watch(thread: threading.Thread, messages: _Messages, signals: Signals, lease: Lease) -> None:
+    """Until `thread` ends: notice stop requests, a lost lease and a lost Ray."""
+    stop_requested = 0.0
     while thread.is_alive():
         thread.join(LOOK_SECONDS)
         lease.check()
         if thread.is_alive() and (process := own_ray.gone()):
             raise _without_ray(process, signals)
-        _show(channel, display)
         now = time.monotonic()
         if signals.count and not stop_requested:
             stop_requested = now
-            display.say(f"{signals.name}: stopping with a checkpoint (once more stops at once)")
-            channel.send("request_stop")
-        impatient = signals.count > 1 or now - stop_requested > grace_seconds()
-        if stop_requested and impatient and thread.is_alive():
+            messages.display.say(
+                f"{signals.name}: stopping with a checkpoint (once more stops at once)"
+            )
+            messages.channel.send("request_stop")
+        if not (stop_requested and thread.is_alive()):
+            continue
+        if messages.silence > SILENT_SECONDS:
+            own_ray.end_processes()
+            raise StoppedError(
+                signals.number or 15,
+                "stopped without a checkpoint, because Ray does not answer; the same command "
+                "resumes from the newest one",
+            )
+        if signals.count > 1 or now - stop_requested > grace_seconds():
             raise StoppedError(
                 signals.number or 15,
                 "stopped without waiting for a checkpoint; the same command resumes from the "
                 "newest one",
             )
-        if now - drains_checked > DRAIN_SECONDS:
-            drains_checked = now
-            _pass_on_drains(channel)
 
 
 def _without_ray(process: str, signals: Signals) -> BaseException:
@@ -262,12 +299,15 @@ def _explained(error: BaseException, failure: tuple[str, str] | None) -> Excepti
     return RunFailedError(f"training failed: {error}")
 
 
-def _show(channel: ActorChannel, display: ProgressDisplay) -> None:
-    for item in ignore_errors(lambda: channel.call("take_output")) or []:
+def _show(channel: ActorChannel, display: ProgressDisplay) -> bool:
+    """Show what the workers have sent. Returns whether Ray answered."""
+    items = ignore_errors(lambda: channel.call("take_output"))
+    for item in items or []:
         if isinstance(item, str):
             display.say(item)
         else:
             display.show(item)
+    return items is not None
 
 
 def _pass_on_drains(channel: ActorChannel) -> None:
