@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from ftlib.data.shards import DataError
+from ftlib.preparation.prepare import prepare
 from ftlib.report import evaluation
 from ftlib.report.metrics import softmax
 from tests.deploy import made
@@ -52,6 +54,22 @@ def test_the_temperature_comes_from_the_tuning_split_where_there_is_one(shapes, 
         softmax(scored.logits / scored.calibration.temperature),
         rtol=1e-5,
     )
+
+
+def test_a_test_split_is_scored_with_the_temperature_of_val(shapes, shapes_run, tmp_path):
+    for split, source in (("train", "train"), ("val", "val"), ("test", "val")):
+        part = shapes.split(source)
+        for row in range(len(part)):
+            folder = tmp_path / "pictures" / split / shapes.classes[part.labels[row]]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{row}.jpg").write_bytes(part.image(row))
+    held = prepare(tmp_path / "pictures", tmp_path / "set", progress=False).dataset
+    loaded = evaluation.load(str(shapes_run))
+    scored = evaluation.score(loaded, held, "test")
+    assert len(scored.rows) == len(shapes.split("val"))
+    assert f"{len(shapes.split('val'))} images of the val split" in scored.calibration.fitted_on
+    with pytest.raises(DataError, match=r"splits train and val, not 'test'"):
+        evaluation.score(loaded, shapes, "test")
 
 
 def test_what_cannot_be_evaluated_is_said_so(shapes, shapes_run, tmp_path):

@@ -23,6 +23,7 @@ from ftlib import paths
 from ftlib.data.shards import DataError
 from ftlib.preparation.sources.places import ATTEMPTS, FIRST_WAIT, filesystem, retried
 from ftlib.preparation.sources.tree import File, Tree, is_junk
+from ftlib.text import hide_password
 
 REQUESTS_AT_ONCE = 16
 """Folders listed at a time."""
@@ -101,8 +102,8 @@ def fetch(address: str) -> Path:
                 refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
                 if refused or attempt + 1 == ATTEMPTS:
                     raise DataError(
-                        f"--source {address} cannot be fetched ({error}). Check the address and "
-                        "the network; the same command goes on where the copy stopped"
+                        f"--source {hide_password(address)} cannot be fetched ({error}). Check the "
+                        "address and the network; the same command goes on where the copy stopped"
                     ) from error
             time.sleep(wait_for)
             wait_for *= 2

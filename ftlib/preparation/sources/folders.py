@@ -102,7 +102,8 @@ def _refuse_split_names(tree: Tree, names: list[str]) -> None:
         raise DataError(
             f"{tree.root}: {listed(called)} {'is' if len(called) == 1 else 'are'} called like "
             "splits of a data set, not like classes. Put class folders into train/ and val/, name "
-            "the file that has the labels (--labels FILE), or rename what is a class"
+            "the file that has the labels (--labels FILE), or say that they are classes: --layout "
+            "folders"
         )
 
 
@@ -184,8 +185,9 @@ def _read_classes(tree: Tree, found: LabelledFiles, options: SourceOptions) -> N
     branch = _branch(tree, "", options.nested)
     _take_links(found, "", "")
     with_pictures = [name for name, files in branch.classes.items() if files]
-    if len(with_pictures) > 0 and branch.classes:
-        _refuse_split_names(tree, sorted(n.partition(".")[0] for n in branch.classes))
+    if with_pictures and options.layout == "auto":
+        tops = {path.partition("/")[0] for path in tree.folders}
+        _refuse_split_names(tree, sorted(tops))
     if branch.loose and with_pictures:
         remedy = "Move them into class folders or out of the source; if a file has their labels, "
         _refuse_loose(tree.root, branch, remedy + "name it with --labels")

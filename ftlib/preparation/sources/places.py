@@ -14,7 +14,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import IO, Any, Protocol
 
 from ftlib import storage
@@ -188,16 +187,29 @@ def retried(read: Any) -> Any:
     raise AssertionError("unreachable")
 
 
-@lru_cache(maxsize=2)
 def _row_group(container: str, column: str, group: int) -> Any:
-    """One column of a row group. Rows are read in their order, so that two are kept."""
+    """One column of a row group. Rows are read in their order, so each thread keeps the last."""
     import pyarrow.parquet as pq
+
+    key = (container, _version(container), column, group)
+    if getattr(_ROW_GROUP, "key", None) == key:
+        return _ROW_GROUP.values
 
     def read() -> Any:
         with opened(container) as file, pq.ParquetFile(file) as parquet:
             return parquet.read_row_group(group, columns=[column]).column(0)
 
-    return retried(read) if storage.is_remote(container) else read()
+    values = retried(read) if storage.is_remote(container) else read()
+    _ROW_GROUP.key, _ROW_GROUP.values = key, values
+    return values
+
+
+_ROW_GROUP = threading.local()
+
+
+def _version(container: str) -> int:
+    """What changes when a file on disk does; 0 at an address."""
+    return 0 if storage.is_remote(container) else os.stat(container).st_mtime_ns
 
 
 # --- gzip ---
@@ -286,8 +298,7 @@ _READERS = threading.local()
 
 def gzip_reader(container: str) -> GzipReader:
     """This thread's reader of a file."""
-    local = not storage.is_remote(container)
-    key = (container, os.stat(container).st_mtime_ns if local else 0)
+    key = (container, _version(container))
     if getattr(_READERS, "key", None) != key:
         with _POINTS_LOCK:
             points = _POINTS.setdefault(key, [])

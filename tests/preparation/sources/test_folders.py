@@ -214,6 +214,13 @@ def test_any_names_are_kept_as_they_are_or_refused_with_a_reason(
             assert file.split("/")[-2] == name
 
 
+def test_folders_called_like_splits_are_classes_on_request(tmp_path: Path) -> None:
+    root = tree(tmp_path, *many("test1", "test2"))
+    with pytest.raises(DataError, match=r"test1, test2 are called like splits.*--layout folders"):
+        scan(root, options(val_fraction=0))
+    assert scan(root, options(val_fraction=0, layout="folders")).classes == ("test1", "test2")
+
+
 def test_a_folder_of_archives_says_what_to_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2 archives .train.zip, val.zip.. Name one of them"):
         scan(tree(tmp_path, "train.zip", "val.zip"), options(val_fraction=0))
