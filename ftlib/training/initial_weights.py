@@ -445,6 +445,8 @@ def start(run: Run, classes: tuple[str, ...], source: InitialWeights | None) -> 
     model = models.build(run.model, len(classes), run.augment.size)
     if source is None:
         return model
+    if source.kind != "run":
+        models.zero_head(model)  # what stays of it where the classifier starts anew
     models.load_state(model, _fitted(run, model, source, _read(source).state))
     return model
 

@@ -56,6 +56,7 @@ __all__ = [
     "undecayed",
     "usual_preprocessing",
     "without_tag",
+    "zero_head",
 ]
 
 TIMM = "timm/"
@@ -175,6 +176,18 @@ def head_rows(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
     model's own name."""
     weight = state.get(f"{head_name(model)}.weight")
     return None if weight is None else len(weight)
+
+
+def zero_head(model: nn.Module) -> None:
+    """Let the classifier start at zero: every class equally likely, a loss of log C.
+
+    Libraries draw it for training from scratch. timm's EfficientNets take +-0.7 for two classes,
+    which on pretrained features makes confident nonsense that the backbone is then bent to
+    (zeros as in Kolesnikov et al. 2020, Big Transfer).
+    """
+    for name in _source_of(model).head_names(model):
+        for parameter in model.get_submodule(name).parameters():
+            nn.init.zeros_(parameter)
 
 
 def backbone_parameters(model: nn.Module) -> set[str]:
