@@ -29,7 +29,13 @@ from ftlib.paths import local_run_folder, runs_root
 from ftlib.storage import join
 from ftlib.track.lineage import run_tags
 from ftlib.track.logged_params import params_of
-from ftlib.track.tracking import TrackedRun, Tracking, open_tracking, warm_up
+from ftlib.track.tracking import (
+    TrackedRun,
+    Tracking,
+    check_addresses,
+    open_tracking,
+    warm_up,
+)
 from ftlib.track.views import phases_view
 from ftlib.track.writer import Writer
 from ftlib.training import checkpoint, seen_rows
@@ -237,6 +243,8 @@ def open_run(prepared: PreparedRun, options: LaunchOptions) -> Iterator[ActiveRu
     """
     run, run_dir = prepared.run, prepared.run_dir
     preflight.check_storage(run_dir, prepared.plan.disk_bytes)
+    if options.tracking is None:
+        check_addresses(run.track)
     with Lease(run_dir, run.name) as lease, contextlib.ExitStack() as stack:
         options.say(f"{run.name}: {prepared.plan}")
         if options.tracking is None:

@@ -5,9 +5,11 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -248,32 +250,55 @@ except ImportError:
     pass
 model = mlflow.pyfunc.load_model(sys.argv[1])
 print(json.dumps(model.predict([open(sys.argv[2], "rb").read()], params={"top_k": 3})))
-assert "torchvision" not in sys.modules and "ftlib" not in sys.modules
+assert not {"torchvision", "timm", "ftlib"} & set(sys.modules)
 """
 
 
-def test_a_copied_package_works_in_a_fresh_process_without_ftlib_and_without_pickle(
-    folder, loaded, tmp_path
-):
-    import shutil
-
-    shutil.copytree(folder, tmp_path / "elsewhere")
-    jpeg = encoded(photo(50, 50))
-    (tmp_path / "a.jpg").write_bytes(jpeg)
+def answer_alone(folder, jpeg, cwd):
+    """What a copy of the package answers in a process that finds no ftlib."""
+    (cwd / "a.jpg").write_bytes(jpeg)
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     done = subprocess.run(
-        [sys.executable, "-I", "-c", ALONE, str(tmp_path / "elsewhere"), str(tmp_path / "a.jpg")],
-        cwd=tmp_path,
+        [sys.executable, "-I", "-c", ALONE, str(folder), str(cwd / "a.jpg")],
+        cwd=cwd,
         env=env,
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == loaded.predict([jpeg], params={"top_k": 3})
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_package_of_a_timm_model_needs_no_timm(tmp_path):
+    torch.manual_seed(0)
+    run = replace(RUN, model=Model(arch="timm/test_vit"), augment=Augment(size=160))
+    model = models.build(run.model, len(CLASSES)).eval()
+    folder = P.package(model, run, CLASSES, {}, 1.0, tmp_path / "model")
+    jpeg = encoded(photo(200, 180))
+    pixels = P.load(str(folder)).unwrap_python_model().prepare(jpeg)
+    with torch.inference_mode():
+        scale = normalize(torch.tensor(pixels)[None], run.data.mean, run.data.std)
+        expected = torch.softmax(model(scale).double(), 1)[0]
+    (answer,) = answer_alone(folder, jpeg, tmp_path)
+    for entry in answer["top"]:
+        assert entry["probability"] == pytest.approx(
+            float(expected[CLASSES.index(entry["class"])]), abs=1e-5
+        )
+    assert f"{P.size_bytes(folder / 'artifacts') / 1e6:.0f}" != "0"
+    assert " MB and runs on a CPU" in (folder / "README.md").read_text()
+
+
+def test_a_copied_package_works_in_a_fresh_process_without_ftlib_and_without_pickle(
+    folder, loaded, tmp_path
+):
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    jpeg = encoded(photo(50, 50))
+    answer = answer_alone(tmp_path / "elsewhere", jpeg, tmp_path)
+    assert answer == loaded.predict([jpeg], params={"top_k": 3})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jpg", "elsewhere"], (
         "loading left files behind"
     )
