@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ftlib.clock import now_ms
 from ftlib.config import Plateau, Run
 from ftlib.data import rng, sampler
+from ftlib.data.fetch_ahead import shard_blocks
 from ftlib.data.loader import Batch, Batches, eval_batches, train_batches
 from ftlib.storage import join
 from ftlib.training import checkpoint, initial_weights, losses, mixing, models, optim, schedule
@@ -62,6 +63,8 @@ class Training:
         self.context, self.run = context, run
         self.classes = len(context.dataset.classes)
         self.rows, self.scored_rows, self.split = context.rows
+        train = context.dataset.split("train")
+        self.blocks = shard_blocks(train, self.rows, run.data.cache_limit)
         self.steps_per_epoch = sampler.steps_per_epoch(len(self.rows), run.train.batch_size)
         self.total = self.steps_per_epoch * run.train.epochs
         self.dtype = precision(run, device)
@@ -193,7 +196,12 @@ class Training:
         """
         run, splitter = self.run, self.splitter
         plan = sampler.step_plan(
-            run.seed, self.state.step, self.rows, run.train.batch_size, run.train.microbatch_size
+            run.seed,
+            self.state.step,
+            self.rows,
+            run.train.batch_size,
+            run.train.microbatch_size,
+            blocks=self.blocks,
         )
         own = sampler.owned(plan, self.context.rank, self.context.world)
         buffer.zero()

@@ -12,6 +12,7 @@ import torch
 
 from ftlib.clock import now_ms
 from ftlib.data import sampler
+from ftlib.data.fetch_ahead import shard_blocks
 from ftlib.settings import to_dict
 from ftlib.training.state import TrainState
 from ftlib.training.worker_context import WorkerContext
@@ -145,14 +146,15 @@ class RunLog:
     def nonfinite_message(self, bad: list[int]) -> str:
         """For too many steps that were not finite; `bad` are the latest."""
         step = bad[0]
+        train = self.context.dataset.split("train")
         plan = sampler.step_plan(
             self.run.seed,
             step,
             self.rows,
             self.run.train.batch_size,
             self.run.train.microbatch_size,
+            blocks=shard_blocks(train, self.rows, self.run.data.cache_limit),
         )
-        train = self.context.dataset.split("train")
         names = [train.path(int(row)) for m in plan for row in m.rows[:2]][:8]
         return (
             f"the loss or its gradient was not finite in {self.state.nonfinite} steps (at most "

@@ -3,6 +3,7 @@
 Also `ftlib.data.fetch_ahead`.
 """
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -23,9 +24,11 @@ from ftlib.data import cache
 from ftlib.data.cache import Cache
 from ftlib.data.fetch_ahead import FetchAhead, shard_blocks
 from ftlib.data.loader import train_batches
-from ftlib.data.sampler import Microbatch
+from ftlib.data.sampler import Microbatch, step_plan
 from ftlib.data.shards import BLOCKS_IN_CACHE, DataError, Dataset
-from ftlib.settings import ConfigError
+from ftlib.settings import ConfigError, override
+from ftlib.training import loop
+from ftlib.training.worker_context import WorkerContext
 
 SHARDS = 6
 RUN = config.Run(
@@ -182,6 +185,32 @@ def test_training_below_a_limit_sees_every_image_once_and_stays_below_it(store, 
     shards = [file for file in store.opened if file.startswith("train-0")]
     assert set(shards) == {f"train-0000{i}.parquet" for i in range(SHARDS)}
     assert len(shards) <= 2 * SHARDS + 2
+
+
+def test_a_run_below_a_limit_trains_on_the_images_of_its_blocks(made, tmp_path, monkeypatch):
+    limit = limit_for(made, BLOCKS_IN_CACHE)
+    run = override(
+        RUN,
+        {
+            "data.cache_limit": limit,
+            "data.subset": 0.2,
+            "train.epochs": 1,
+            "model.arch": "resnet18",
+        },
+    )
+    dataset, seen = Dataset.open(str(made), limit=limit), []
+    monkeypatch.setattr(
+        loop.Training, "microbatch", lambda self, batch, *_: seen.append(batch.rows.numpy())
+    )
+    training = loop.Training(WorkerContext(run, dataset, str(tmp_path)))
+    training.update_frozen(0)
+    split = dataset.split("train")
+    blocks = shard_blocks(split, training.rows, limit)
+    with contextlib.closing(training.batches()) as batches:
+        training.train_step(batches, ask=False)
+    plan = step_plan(run.seed, 0, training.rows, 512, 256, blocks)
+    assert [rows.tolist() for rows in seen] == [mb.rows.tolist() for mb in plan]
+    assert split.path(int(plan[0].rows[0])) in training.log.nonfinite_message([0])
 
 
 def test_mappings_of_earlier_blocks_are_given_up(store, made):
