@@ -12,6 +12,7 @@ uint8[S, S, 3], or `-` and JSON with reason and detail.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -28,10 +29,10 @@ def main(fd: int) -> None:
     settings = json.loads(receive(connection) or b"{}")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server decides when to stop
     preprocess, refused = load(settings["picture_code"], settings["meta"])
+    one_thread_per_picture()
     os.nice(settings["niceness"])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    most = address_space() + settings["memory_bytes"]
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    limit_memory(settings["memory_bytes"])
     send(connection, b"+")
     while (data := receive(connection)) is not None:
         signal.setitimer(signal.ITIMER_PROF, settings["cpu_seconds"])  # ends the process
@@ -55,9 +56,23 @@ def load(code: str, meta: dict[str, Any]) -> tuple[Callable[[bytes], Any], Any]:
     return picture.Preprocessing(meta), picture.PictureError
 
 
-def address_space() -> int:
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[0]) * resource.getpagesize()
+def limit_memory(n: int) -> None:
+    """Let this process take `n` bytes more than it has now; without effect outside Linux."""
+    if sys.platform == "linux":
+        with open("/proc/self/statm") as statm:
+            most = int(statm.read().split()[0]) * resource.getpagesize() + n
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def one_thread_per_picture() -> None:
+    """Decoders with threads of their own would take the CPUs of other clients' pictures."""
+    from PIL import AvifImagePlugin
+
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.options.DECODE_THREADS = 1
 
 
 def refusal(reason: str, detail: str) -> bytes:

@@ -26,6 +26,7 @@ from ftlib.deploy.errors import RequestError
 from ftlib.picture import Header
 
 CHILD = Path(__file__).with_name("decoder_process.py")
+CHILD_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
 SECONDS_TO_START = 60.0
 FAST_MEGAPIXELS = 4.0
 """Pictures that cost more to decode than so many megapixels of a PNG go to the slow lane."""
@@ -171,7 +172,7 @@ class _Child:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                env={**os.environ, **CHILD_ENVIRONMENT},
             )
         self._reader, self._writer = await asyncio.open_connection(sock=ours)
         try:
