@@ -163,8 +163,9 @@ class ActiveRun:
             figures=self._figures(result) if self.options.kind == "train" else [],
             seconds=time.monotonic() - self._started,
         )
-        self._write_result(result, outcome)
         report = finalize.log_end(self.tracked, self.writer, run, prepared.dataset, outcome)
+        # Last, since it makes the run a finished one: what is stopped before is done again.
+        self._write_result(result, outcome)
         outcome = dataclasses.replace(outcome, figures=outcome.figures + report)
         written = any(file.endswith("/report.html") for file in report)
         link = self.tracked.artifact_link("report/report.html") if written else ""

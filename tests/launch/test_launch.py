@@ -469,3 +469,26 @@ def test_loader_processes_that_die_are_survived_and_damaged_data_is_a_failure(
         run_it(override(tiny, {"name": "damaged"}), tracking)
     assert not isinstance(failed.value, ValueError)
     assert tracking.outcomes[-1][0] == "failed"
+
+
+def test_a_run_that_is_stopped_while_it_finishes_is_finished_by_the_same_command(
+    tiny, tracking, monkeypatch
+):
+    """Trained to its last step, but not yet reported and packaged: that is done again."""
+    from ftlib.launch import finalize
+
+    real, stops = finalize.log_end, [143]
+
+    def log_end(*given):
+        if stops:
+            raise StoppedError(stops.pop() - 128, "stopped")
+        return real(*given)
+
+    monkeypatch.setattr(finalize, "log_end", log_end)
+    run = override(tiny, {"name": "late", "train.epochs": 1})
+    with pytest.raises(StoppedError):
+        run_it(run, tracking)
+    assert tracking.outcomes[-1][0] == "killed"
+    done = run_it(run, tracking)
+    assert done.status == "completed" and tracking.outcomes[-1][0] == "completed"
+    assert run_it(run, tracking).status == "finished"
