@@ -40,7 +40,7 @@ def recipe(name: str, data: str = "", **settings: Any) -> Run:
         settings: dotted paths into the recipe: `**{"mix.mixup_alpha": 0.4, "train.epochs": 5}`.
 
     Raises:
-        ConfigError: an unknown recipe or setting, or a value that does not fit, with the nearest name.
+        ConfigError: an unknown recipe or setting (with the nearest name), or a wrong value.
     """
     changes = {**({"data.path": data} if data else {}), **settings}
     return override(recipes.load(name), changes)

@@ -251,6 +251,9 @@ class Model(Settings):
     unfreeze_every: Count = 0
     """After freeze_epochs, thaw the backbone from its end: one stage more every this many epochs
     (Howard and Ruder 2018). 0: all of it at once."""
+    freeze_norm: bool = False
+    """Normalize with the statistics that BatchNorm came with, in training too. Those of a few
+    hundred pictures, in small microbatches, are worse than ImageNet's."""
 
     def check(self) -> None:
         if self.reset_head and self.init_from == "scratch":
@@ -264,6 +267,12 @@ class Model(Settings):
                 "unfreeze_every",
                 "it would do nothing because model.freeze_epochs is -1, which freezes the backbone "
                 "for the whole run. Set model.freeze_epochs to 0 or more",
+            )
+        if self.freeze_norm and self.init_from == "scratch":
+            self.refuse(
+                "freeze_norm",
+                "BatchNorm has no statistics yet because model.init_from is scratch. "
+                "Leave it out, or name the weights to start from",
             )
         if self.dropout_in != "both" and self.dropout == 0:
             self.refuse(
@@ -740,6 +749,7 @@ NOT_IN_FINGERPRINT_AT_DEFAULT = (
     "augment.rotate90",
     "augment.pipeline",
     "model.unfreeze_every",
+    "model.freeze_norm",
     "optimizer.layer_decay",
     "optimizer.head_lr",
     "evaluate.interpolation",

@@ -68,6 +68,8 @@ class LaunchOptions:
     on_report: Callable[[dict[str, float]], None] | None = None
     callbacks: Sequence[Any] = ()
     quiet: bool = False
+    announce: bool = True
+    """Say how large the run is, and how and where it trains."""
 
     def say(self, text: str) -> None:
         """Print `text`, unless the launch is quiet."""
@@ -247,7 +249,8 @@ def open_run(prepared: PreparedRun, options: LaunchOptions) -> Iterator[ActiveRu
     if options.tracking is None:
         check_addresses(run.track)
     with Lease(run_dir, run.name) as lease, contextlib.ExitStack() as stack:
-        options.say(f"{run.name}: {prepared.plan}")
+        if options.announce:
+            options.say(f"{run.name}: {prepared.plan}")
         if options.tracking is None:
             stack.callback(warm_up(run.track).join)
         prepared = _with_copied_weights(prepared, options)
@@ -276,11 +279,11 @@ def open_run(prepared: PreparedRun, options: LaunchOptions) -> Iterator[ActiveRu
             seen = seen_rows.record(run_dir, run, prepared.dataset, prepared.source, runs_root(run))
             _new_record(prepared, tracked, seen).write(run_dir)
             finalize.log_start(active.writer, run, prepared.dataset, options.kind)
-            options.say(
-                summary.starting(
-                    run, run_dir, tracked.charts_url, placement, resumed=prepared.record is not None
+            if options.announce:
+                resumed = prepared.record is not None
+                options.say(
+                    summary.starting(run, run_dir, tracked.charts_url, placement, resumed=resumed)
                 )
-            )
             yield active
         except BaseException as error:
             active.end_after(error)

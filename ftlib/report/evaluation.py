@@ -17,10 +17,11 @@ from ftlib.data.shards import Dataset, Split
 from ftlib.report.calibration import Calibration, cross_fitted, held_out
 from ftlib.report.metrics import Floats, IntervalEstimate, Ints, scores
 from ftlib.storage import join
-from ftlib.training import checkpoint, models, seen_rows
-from ftlib.training.evaluate import normalize, predict
+from ftlib.training import checkpoint, seen_rows
+from ftlib.training.evaluate import predict
 from ftlib.training.initial_weights import LoadedModel, load_run_model
 from ftlib.training.loop import precision
+from ftlib.training.probe import compute_features
 
 Weights = Literal["best", "last", "raw"]
 
@@ -165,7 +166,8 @@ def score(
         calibration_data: where the run's tuning split lies, if `dataset` is another one.
 
     The temperature comes from the tuning split where the run has one that no weights have seen (and
-    that is not itself what is scored), for `test` else from `val`, else from the other half of the scored pictures.
+    that is not itself what is scored), for `test` else from `val`, else from the other half of the
+    scored pictures.
     """
     same_classes(loaded, dataset)
     run = loaded.run
@@ -251,29 +253,17 @@ def features_of(
 
     The data may have other classes than the model.
     """
-    run = loaded.run
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = loaded.model.to(device)
-    kept: list[Floats] = []
-    hook = models.head(model).register_forward_pre_hook(
-        lambda module, inputs: kept.append(inputs[0].flatten(1).float().cpu().numpy())
+    return np.concatenate(
+        [
+            compute_features(
+                loaded.model,
+                loaded.run,
+                split,
+                np.arange(len(split)),
+                device=device,
+                loader_workers=workers,
+            )
+            for split in (dataset.split("train"), dataset.split("val"))
+        ]
     )
-    try:
-        for name in ("train", "val"):
-            split = dataset.split(name)
-            with contextlib.closing(
-                eval_batches(
-                    split,
-                    np.arange(len(split)),
-                    size=run.eval_size,
-                    crop=run.evaluate.crop,
-                    batch_size=run.evaluate.batch_size,
-                    workers=workers,
-                    interpolation=run.evaluate.interpolation,
-                )
-            ) as batches:
-                for batch in batches:
-                    model(normalize(batch.images.to(device), run.data.mean, run.data.std))
-    finally:
-        hook.remove()
-    return np.concatenate(kept)

@@ -452,7 +452,7 @@ class Training:
         if self.buffer is not None:
             self.buffer.release()
         self.model.train()
-        models.freeze(self.model, trained)
+        models.freeze(self.model, trained, norm_statistics=self.run.model.freeze_norm)
         context = self.context
         self.buffer = GradientBuffer(
             self.model, context.rank, context.world, self.run.cluster.strict_elastic
@@ -503,9 +503,9 @@ class Training:
                 dtype=self.dtype,
                 world=context.world,
             )
-        if self.trained is not None:
+        if self.trained is not None or self.run.model.freeze_norm:
             # Evaluating switched the frozen BatchNorm back to training.
-            models.freeze(self.model, self.trained)
+            models.freeze(self.model, self.trained, norm_statistics=self.run.model.freeze_norm)
         return counts
 
     def checkpoint_uri(self) -> str:

@@ -120,28 +120,13 @@ class RunLog:
 
     def about(self, epoch: int, scores: dict[str, float]) -> dict[str, Any]:
         """model.json: what a reader of the best weights needs to know."""
-        run, data = self.run, self.context.dataset
-        return {
-            "arch": run.model.arch,
-            "model": to_dict(run.model),
-            "classes": list(data.classes),
-            "size": run.eval_size,
-            "crop": run.evaluate.crop,
-            "interpolation": run.evaluate.interpolation,
-            "mean": list(run.data.mean),
-            "std": list(run.data.std),
-            "epoch": epoch,
-            "step": self.state.step,
-            "scores": scores,
-            "data": {
-                "name": data.name,
-                "digest": data.digest,
-                "rules": data.rules,
-            },
-            "run": self.context.run_dir.rstrip("/").rsplit("/", 1)[-1],
-            "stage": run.stage,
-            "ema": self.state.ema is not None,
-        }
+        return describe_model(
+            self.context,
+            epoch=epoch,
+            step=self.state.step,
+            scores=scores,
+            ema=self.state.ema is not None,
+        )
 
     def nonfinite_message(self, bad: list[int]) -> str:
         """For too many steps that were not finite; `bad` are the latest."""
@@ -178,3 +163,34 @@ class RunLog:
             f"BatchNorm then sees {half} images, so it is another run), "
             "or use --train.precision bf16 or a smaller --augment.size"
         )
+
+
+def describe_model(
+    context: WorkerContext, *, epoch: int, step: int, scores: dict[str, float], ema: bool
+) -> dict[str, Any]:
+    """The contents of model.json: what a reader of some weights needs to know.
+
+    ema: whether the weights are an exponential moving average.
+    """
+    run, data = context.run, context.dataset
+    return {
+        "arch": run.model.arch,
+        "model": to_dict(run.model),
+        "classes": list(data.classes),
+        "size": run.eval_size,
+        "crop": run.evaluate.crop,
+        "interpolation": run.evaluate.interpolation,
+        "mean": list(run.data.mean),
+        "std": list(run.data.std),
+        "epoch": epoch,
+        "step": step,
+        "scores": scores,
+        "data": {
+            "name": data.name,
+            "digest": data.digest,
+            "rules": data.rules,
+        },
+        "run": context.run_dir.rstrip("/").rsplit("/", 1)[-1],
+        "stage": run.stage,
+        "ema": ema,
+    }

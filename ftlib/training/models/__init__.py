@@ -226,12 +226,14 @@ def token_layer(model: nn.Module) -> TokenLayer | None:
 # --- freezing -------------------------------------------------------------------------------------
 
 
-def freeze(model: nn.Module, trained: Collection[str] | None) -> None:
+def freeze(
+    model: nn.Module, trained: Collection[str] | None, *, norm_statistics: bool = False
+) -> None:
     """Let only the parameters named in `trained` change; None: all of them.
 
     The others get no gradient, and a BatchNorm whose parameters are all frozen is in eval mode, so
-    that its statistics stay too. Call it after model.train(), which would set BatchNorm back.
-    Dropout goes on as it is set.
+    that its statistics stay too; with `norm_statistics` every BatchNorm is. Call it after
+    model.train(), which would set BatchNorm back. Dropout goes on as it is set.
     """
     for name, p in model.named_parameters():
         p.requires_grad_(trained is None or name in trained)
@@ -239,7 +241,7 @@ def freeze(model: nn.Module, trained: Collection[str] | None) -> None:
         if isinstance(m, nn.modules.batchnorm._NormBase):
             own = [f"{name}.{part}" for part, _ in m.named_parameters(recurse=False)]
             frozen = trained is not None and not any(n in trained for n in own)
-            m.train(model.training and not frozen)
+            m.train(model.training and not frozen and not norm_statistics)
 
 
 def freeze_backbone(model: nn.Module, frozen: bool) -> None:
