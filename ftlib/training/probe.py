@@ -89,7 +89,13 @@ def head_inputs(model: nn.Module) -> Iterator[list[Floats]]:
     kept: list[Floats] = []
 
     def keep(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        kept.append(inputs[0].flatten(1).float().cpu().numpy())
+        features = inputs[0]
+        if features.ndim == 4 and features.shape[2:] != (1, 1):
+            raise ConfigError(
+                f"a {type(model).__name__} classifies maps, not features, so it has no linear "
+                "probe. Set model.arch to another architecture, or fine-tune with --no-probe"
+            )
+        kept.append(features.flatten(1).float().cpu().numpy())
 
     hook = models.head(model).register_forward_pre_hook(keep)
     try:
@@ -204,7 +210,8 @@ def fit_head(features: Floats, labels: Ints, classes: int, c: float) -> LinearHe
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a fit that stopped early still is a fit
         model.fit((features - mean) / std, labels)
-    weight, bias = np.float32(model.coef_), np.float32(model.intercept_)
+    weight = np.asarray(model.coef_, np.float32)
+    bias = np.asarray(model.intercept_, np.float32)
     if len(model.classes_) == 2:  # one row for two classes; half of it each way is the same model
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     weight = weight / std
