@@ -12,8 +12,11 @@ from ftlib.report.misclassified import BLUE, GREY, RED, axes, png
 class Curve(Protocol):
     """`ftlib.training.lr_finder.Curve`: rates and losses of equal length."""
 
-    rates: np.ndarray
-    losses: np.ndarray
+    @property
+    def rates(self) -> np.ndarray: ...
+
+    @property
+    def losses(self) -> np.ndarray: ...
 
     @property
     def smooth(self) -> np.ndarray: ...
