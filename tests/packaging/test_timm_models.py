@@ -38,7 +38,10 @@ def made(arch):
     return models.build(run.model, 4, 32).eval(), run
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "arch",
+    [ARCHITECTURES[0], *(pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES[1:])],
+)
 def test_torch_export_computes_what_the_model_computes(arch, tmp_path):
     model, run = made(arch)
     assert export.write(model, run, "abcd", 1.0, tmp_path, ["torch"])["torch"] < 1e-4
