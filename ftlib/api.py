@@ -62,6 +62,7 @@ def prepare(source: str | Path, name: str, **options: Any) -> Dataset:
     """
     import dataclasses
 
+    from ftlib.launch.cluster import connect
     from ftlib.preparation.options import PrepareOptions
     from ftlib.preparation.prepare import prepare as prepare_pictures
     from ftlib.preparation.sources.options import SourceOptions
@@ -71,6 +72,7 @@ def prepare(source: str | Path, name: str, **options: Any) -> Dataset:
         return {name: options.pop(name) for name in names & options.keys()}
 
     rules, reading = PrepareOptions(**taken(PrepareOptions)), SourceOptions(**taken(SourceOptions))
+    options.setdefault("connect_ray", connect)
     done = prepare_pictures(str(source), out=name, rules=rules, reading=reading, **options)
     return done.dataset
 

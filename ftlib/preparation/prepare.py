@@ -409,9 +409,9 @@ class _Finish:
     def _manifest(
         self, indexes: dict[str, np.ndarray], report: PreparationReport
     ) -> dict[str, Any]:
-        splits = {}
+        splits: dict[str, dict[str, Any]] = {}
+        keys = ("file", "rows", "bytes", "sha256", "content")
         for split, index in indexes.items():
-            keys = ("file", "rows", "bytes", "sha256", "content")
             splits[split] = {
                 "rows": len(index),
                 "per_class": self._per_class(index),

@@ -196,7 +196,7 @@ def list_tar(path: str, inner: tuple[int, int] | None = None) -> Tree:
         source.seek(start)
         with tarfile.open(fileobj=source, mode="r:", errorlevel=1) as archive:
             for member in archive:
-                archive.members = []  # tarfile would keep all of them in memory
+                archive.members = []  # type: ignore[attr-defined]  # it would keep all of them
                 if member.isdir():
                     if not junk_in(clean(member.name) or "."):
                         lister.add_folders(clean(member.name))

@@ -148,11 +148,11 @@ def _read_val(tree: Tree, outer: Tree, options: SourceOptions, found: LabelledFi
     flat = _flat(tree, "", "val")
     if not flat:
         return
-    lookup = _lookup(tree, outer)
+    labels: dict[str, str] | None = None
     if options.labels:
         labels, said = _table_labels(options, tree), options.labels
     else:
-        labels, said = _val_labels(lookup, flat, outer)
+        labels, said = _val_labels(_lookup(tree, outer), flat, outer)
     if labels is None:
         raise DataError(
             f"{tree.root}/val holds {counted(len(flat), 'picture')} outside class folders, and no "
@@ -210,10 +210,16 @@ def _devkit(tree: Tree) -> tuple[bytes | None, dict[int, str]]:
         if re.fullmatch(r"ILSVRC2012_devkit.*\.tar\.gz", file.name) and file.bytes <= LARGEST_LIST:
             with tarfile.open(fileobj=io.BytesIO(tree.read(file)), mode="r:gz") as kit:
                 members = {Path(m.name).name: m for m in kit if m.isreg() and m.size < LARGEST_LIST}
-                truth = kit.extractfile(members[GROUND_TRUTH]) if GROUND_TRUTH in members else None
-                meta = kit.extractfile(members["meta.mat"]) if "meta.mat" in members else None
-                return truth and truth.read(), _devkit_synsets(meta and meta.read())
+                return (
+                    _member(kit, members.get(GROUND_TRUTH)),
+                    _devkit_synsets(_member(kit, members.get("meta.mat"))),
+                )
     return None, {}
+
+
+def _member(tar: tarfile.TarFile, member: tarfile.TarInfo | None) -> bytes | None:
+    file = tar.extractfile(member) if member else None
+    return file.read() if file else None
 
 
 def _devkit_synsets(data: bytes | None) -> dict[int, str]:

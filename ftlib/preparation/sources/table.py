@@ -113,10 +113,9 @@ class Table:
                     + "".join(f". {problem}" for problem in problems[:3])
                 )
         if len(tables) > 1 and len({table.split for table in tables}) < len(tables):
-            found = [table.name for table in tables]
             raise DataError(
-                f"{tree.root} has {counted(len(found), 'table')} that name pictures "
-                f"({listed(found)}). Choose one with --labels FILE"
+                f"{tree.root} has {counted(len(tables), 'table')} that name pictures "
+                f"({listed([table.name for table in tables])}). Choose one with --labels FILE"
             )
         found = LabelledFiles(f"table of labels ({listed([t.name for t in tables])})", tree, [])
         for table in tables:
