@@ -78,9 +78,10 @@ def classify_file(asked: Options, source: Path) -> dict[str, Any]:
     row = predict_file(asked.model, source, predict_options(asked))
     if row["error"]:
         raise PredictError(f"{source}: {row['error']}")
-    width = max(len(name) for name in row["top_classes"])
-    print(f"{printable(str(source))}: {row['class']}, {row['probability']:.1%}")
-    for name, probability in zip(row["top_classes"], row["top_probabilities"]):
+    names = [printable(name) for name in row["top_classes"]]
+    width = max(map(len, names))
+    print(f"{printable(str(source))}: {names[0]}, {row['probability']:.1%}")
+    for name, probability in zip(names, row["top_probabilities"]):
         print(f"  {name:{width}}  {probability:6.1%}  {'#' * round(40 * probability)}".rstrip())
     return row
 

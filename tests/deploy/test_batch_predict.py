@@ -2,7 +2,9 @@
 
 import csv
 import os
+import runpy
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -162,6 +164,34 @@ def test_every_kind_of_file_is_read_as_the_package_does(model, tmp_path):
     assert [row["error"] for row in rows] == [None] * len(TAKEN)
     for row, answer in zip(rows, direct):
         assert row["probability"] == pytest.approx(answer["probability"], abs=1e-6)
+
+
+@pytest.fixture
+def predict_job(model):
+    """Run jobs/predict.py with the model and further arguments."""
+    path = Path(__file__).parents[2] / "jobs" / "predict.py"
+    module = runpy.run_path(str(path))
+    return lambda *words: module["main"](["--model", str(model), *map(str, words)])
+
+
+def test_the_job_prints_the_classes_of_one_picture(predict_job, folder, capsys):
+    predict_job("--source", folder / "sub1" / "1.png", "--top-k", 2)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and lines[0].endswith("%") and "1.png: " in lines[0]
+    assert lines[0].split(": ")[1].split(",")[0] == lines[1].split()[0]
+    with pytest.raises(ValueError, match="its end is missing"):
+        predict_job("--source", folder / "broken.jpg")
+    with pytest.raises(ValueError, match="--out is missing"):
+        predict_job("--source", folder)
+
+
+def test_the_job_counts_what_it_leaves_aside(predict_job, folder, tmp_path, capsys):
+    (folder / ".hidden").write_text("")
+    predict_job("--source", folder, "--out", tmp_path / "out.csv")
+    printed = capsys.readouterr().out
+    assert "10 pictures, 1 of which could not be read" in printed
+    assert "left aside 2 files that are no pictures (" in printed
+    assert "1 .txt" in printed and "1 hidden" in printed
 
 
 @pytest.mark.slow
