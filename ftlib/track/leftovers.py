@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ftlib.clock import now_ms
+from ftlib.track import background, library_log
 from ftlib.track import journal as journals
-from ftlib.track import library_log
 from ftlib.track.journal import State, close_journal, encode, journal_at, opening, read_all
 from ftlib.track.orphans import is_this_machine
 from ftlib.track.redact import HIDDEN, redact_address
@@ -143,6 +143,7 @@ def deliver_run(journal_folder: Path, uri: str = "") -> str:
     Args:
         uri: the run's own tracking address, if its recipe names one.
     """
+    background.stop()  # it may be delivering this very journal
     try:
         waiting = journals.undelivered(journal_folder)
         if not waiting:
