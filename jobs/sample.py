@@ -46,7 +46,7 @@ def train_sample(quiet: bool) -> dict[str, object]:
     from ftlib.track.links import ui_command
     from ftlib.track.store import resolve_uri
 
-    prepare("digits", engine="here")
+    prepare("digits", engine="local")
     # A worker per core trains a small network faster than one worker with two threads. The
     # pictures and the mathematics are the same.
     workers = {"cluster.workers": str(min(len(os.sched_getaffinity(0)), 2))}

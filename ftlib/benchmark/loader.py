@@ -213,7 +213,7 @@ def prepared(folder: Path, out: Path, rules: PrepareOptions, val_fraction: float
         out,
         val_fraction=None if split else val_fraction,
         rules=rules,
-        engine="here",
+        engine="local",
         progress=False,
         max_bad_fraction=0.5,
     ).dataset

@@ -272,7 +272,7 @@ def startup(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
 
     photos(scratch / "few", PHOTOS)
     prepare(
-        scratch / "few", scratch / "few-prepared", val_fraction=0.25, engine="here", progress=False
+        scratch / "few", scratch / "few-prepared", val_fraction=0.25, engine="local", progress=False
     )
     here, jobs = str(scratch), jobs_folder()
     commands = {

@@ -275,8 +275,7 @@ def next_steps(path: str, dataset: Dataset) -> list[str]:
     small = [f"python jobs/probe.py {named}", f"python jobs/finetune.py --data.path {named}"]
     large = [f"python jobs/phase1.py --data.path {named}"]
     commands = small if len(dataset.split("train")) < LARGE else large
-    there = [c for c in commands if (paths.jobs_folder() / c.split()[1][5:]).exists()] or large
-    return [f"{'Next: ' if i == 0 else '      '}{command}" for i, command in enumerate(there)]
+    return [f"{'Next: ' if i == 0 else '      '}{command}" for i, command in enumerate(commands)]
 
 
 def _floats(values: list[float]) -> str:

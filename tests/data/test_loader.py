@@ -51,7 +51,7 @@ def dataset(tmp_path_factory):
                 Image.fromarray(photo[10 * i : 10 * i + 90, 30 * i : 30 * i + 120 + i]).save(
                     folder / f"{i}.jpg", quality=90
                 )
-    return prepare(root / "source", root / "set", engine="here", workers=1, progress=False).dataset
+    return prepare(root / "source", root / "set", engine="local", workers=1, progress=False).dataset
 
 
 @pytest.fixture(scope="module")

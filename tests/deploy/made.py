@@ -48,7 +48,7 @@ def dataset(root: Path, **kwargs) -> Dataset:
     return prepare(
         folders(root / "pictures", **kwargs),
         root / "shapes",
-        engine="here",
+        engine="local",
         workers=1,
         progress=False,
     ).dataset

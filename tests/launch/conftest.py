@@ -36,7 +36,7 @@ def shapes(tmp_path_factory):
                 image[:, half] += 150
                 cv2.imwrite(str(folder / f"{i:02d}.jpg"), image)
     out = root / "prepared"
-    prepare(str(root / "shapes"), str(out), engine="here", progress=False)
+    prepare(str(root / "shapes"), str(out), engine="local", progress=False)
     return str(out)
 
 

@@ -35,7 +35,7 @@ def pictures(tmp_path_factory):
                 Image.fromarray((x[i].reshape(8, 8) * 15).astype(np.uint8)).resize(
                     (24, 24)
                 ).convert("RGB").save(folder / f"{i}.jpg")
-    prepare(root / "source", root / "set", engine="here", workers=1, progress=False)
+    prepare(root / "source", root / "set", engine="local", workers=1, progress=False)
     return str(root / "set")
 
 

@@ -379,7 +379,7 @@ def test_other_classes_need_a_new_head(tiny, tracking, tmp_path):
                     str(tmp_path / "p" / split / name / f"{i}.jpg"),
                     np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8),
                 )
-    prepare_data(str(tmp_path / "p"), str(tmp_path / "abc"), engine="here", progress=False)
+    prepare_data(str(tmp_path / "p"), str(tmp_path / "abc"), engine="local", progress=False)
     other = override(
         tiny,
         {

@@ -129,7 +129,7 @@ def planted(tmp_path_factory):
         Image.fromarray(np.full((64, 64, 3), 200 if split == "train" else 190, np.uint8)).save(
             p / split / "left" / "blank.jpg"
         )
-    return prepare(p, root / "set", engine="here", workers=1, progress=False).dataset
+    return prepare(p, root / "set", engine="local", workers=1, progress=False).dataset
 
 
 @pytest.fixture(scope="module")

@@ -118,7 +118,7 @@ def test_images_are_recognized_in_another_data_set(shapes, tmp_path):
     other = prepare(
         folders(tmp_path / "pictures", train=9, val=6, seed=0),
         tmp_path / "again",
-        engine="here",
+        engine="local",
         workers=1,
         progress=False,
     ).dataset
