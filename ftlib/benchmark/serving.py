@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,7 +110,10 @@ def served(package: Path, log: Path) -> Iterator[ServedModel]:
                 raise BenchmarkError(f"the server did not start: {said.strip()[-500:]}")
             time.sleep(0.05)
         port = int(said.partition("serving at http://127.0.0.1:")[2].split()[0])
-        yield ServedModel(psutil.Process(child.pid), port, time.perf_counter() - started)
+        ready = time.perf_counter() - started
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/about") as about:
+            about.read()  # it waits for what is loaded after the start
+        yield ServedModel(psutil.Process(child.pid), port, ready)
     finally:
         child.terminate()
         child.wait(30)
@@ -140,6 +144,7 @@ def benchmark(scratch: Path, *, arch: str, size: int, rounds: int, say: Say) -> 
     loads: dict[str, list[Load]] = {BUSY: [], QUIET: [], BESIDE: []}
     threads = torch.get_num_threads()
     with served(package, scratch / "server.log") as server:
+        server.load(2, good=MANY)  # a warm-up
         first_memory = server.memory()
         for n in range(rounds):
             torch.set_num_threads(1)
@@ -154,7 +159,7 @@ def benchmark(scratch: Path, *, arch: str, size: int, rounds: int, say: Say) -> 
         notes = [
             f"ready after {server.ready_seconds:.1f} s, of which importing torch takes "
             f"{importing_torch():.1f} s",
-            f"memory {first_memory:,.0f} MB when ready, {server.memory():,.0f} MB at the end",
+            f"memory {first_memory:,.0f} MB after the warm-up, {server.memory():,.0f} MB at the end",
             f"answers beside hostile clients: {json.dumps(loads[BESIDE][-1].statuses)}",
             *(
                 f"{name}: median {1e3 * load_.median:.0f} ms, p99 {1e3 * load_.p99:.0f} ms"
