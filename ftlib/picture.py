@@ -323,6 +323,7 @@ def open_image(data: bytes, rules: Rules) -> Opened:
         if kind == "JPEG":  # Image.open would make another class of a file of several pictures
             image: Image.Image = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
         else:
+            _raise_pillows_limit(rules.max_megapixels)
             image = Image.open(io.BytesIO(data), formats=[kind])
         animated = kind not in ("JPEG", "HEIF") and bool(getattr(image, "is_animated", False))
     except Image.DecompressionBombError:
@@ -336,6 +337,13 @@ def open_image(data: bytes, rules: Rules) -> Opened:
         raise _animated(kind)
     raw_modes = {str(_raw_mode(tile.args)) for tile in getattr(image, "tile", ())}
     return Opened(data, kind, image, raw_modes.pop() if len(raw_modes) == 1 else "")
+
+
+def _raise_pillows_limit(megapixels: float) -> None:
+    """Raise Pillow's own limit, 179 megapixels, where the data set has a higher one."""
+    allowed = Image.MAX_IMAGE_PIXELS
+    if allowed is not None and megapixels * 1e6 > allowed:
+        Image.MAX_IMAGE_PIXELS = None if megapixels == float("inf") else int(megapixels * 1e6)
 
 
 def _raw_mode(args: Any) -> Any:

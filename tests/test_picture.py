@@ -96,6 +96,14 @@ def test_a_heic_picture_without_its_library_says_what_to_install(
         picture.open_image(data, Rules())
 
 
+def test_the_data_sets_own_limit_of_megapixels_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # Pillow itself would refuse above 1,000
+    data = file(scene(), "PNG")
+    with pytest.raises(PictureError, match=r"more than 0\.001"):
+        rgb(data, Rules(max_megapixels=0.001))
+    assert rgb(data, Rules(max_megapixels=0.01)).shape == (HEIGHT, WIDTH, 3)
+
+
 # --- depth ----------------------------------------------------------------------------------------
 
 

@@ -159,7 +159,8 @@ def benchmark(scratch: Path, *, arch: str, size: int, rounds: int, say: Say) -> 
         notes = [
             f"ready after {server.ready_seconds:.1f} s, of which importing torch takes "
             f"{importing_torch():.1f} s",
-            f"memory {first_memory:,.0f} MB after the warm-up, {server.memory():,.0f} MB at the end",
+            f"memory {first_memory:,.0f} MB after the warm-up, {server.memory():,.0f} MB at the "
+            "end",
             f"answers beside hostile clients: {json.dumps(loads[BESIDE][-1].statuses)}",
             *(
                 f"{name}: median {1e3 * load_.median:.0f} ms, p99 {1e3 * load_.p99:.0f} ms"
