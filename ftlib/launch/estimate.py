@@ -344,10 +344,10 @@ def _evaluation(training: Training, workers: int, processes: int, seconds: float
                 training.state.scored_model,
                 batches,
                 training.classes,
-                job.device,
-                run.data.mean,
-                run.data.std,
-                training.dtype,
+                device=job.device,
+                mean=run.data.mean,
+                std=run.data.std,
+                dtype=training.dtype,
             )
         return timing.synchronize(job.device) - began
 
@@ -403,7 +403,16 @@ def _largest_microbatch(training: Training, limit: int = 4096) -> int:
             labels = torch.zeros(n, dtype=torch.int64)
             assert training.buffer is not None
             training.buffer.zero()
-            training.microbatch(Batch(0, 0, 0, n, labels, labels, images), training.buffer)
+            batch = Batch(
+                step=0,
+                epoch=0,
+                index=0,
+                images_in_step=n,
+                rows=labels,
+                labels=labels,
+                images=images,
+            )
+            training.microbatch(batch, training.buffer)
             torch.cuda.synchronize(device)
         except (torch.cuda.OutOfMemoryError, OutOfMemoryError):
             return False

@@ -101,7 +101,14 @@ def plan(run: Run, dataset: Dataset) -> RunPlan:
     copied = run.model.init_from.startswith(("pretrained", "imagenet", "hf-hub:", "file:"))
     models_kept = run.checkpoint.keep_best + 1 + copied
     disk = size * (run.checkpoint.keep_last + 1) + 4 * parameters * models_kept
-    return RunPlan(images, scored, steps, steps * run.train.epochs, parameters, disk)
+    return RunPlan(
+        images=images,
+        scored=scored,
+        steps_per_epoch=steps,
+        steps=steps * run.train.epochs,
+        parameters=parameters,
+        disk_bytes=disk,
+    )
 
 
 def _check_single_images(run: Run, model: nn.Module) -> None:

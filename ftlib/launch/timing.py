@@ -38,13 +38,13 @@ def constant_batches(training: Training, step: int = 0) -> Iterator[Batch]:
             context.world,
         ):
             yield Batch(
-                mb.step,
-                mb.epoch,
-                mb.index,
-                mb.images_in_step,
-                torch.from_numpy(mb.rows.copy()),
-                torch.from_numpy(labels[mb.rows].copy()),
-                images[: len(mb.rows)],
+                step=mb.step,
+                epoch=mb.epoch,
+                index=mb.index,
+                images_in_step=mb.images_in_step,
+                rows=torch.from_numpy(mb.rows.copy()),
+                labels=torch.from_numpy(labels[mb.rows].copy()),
+                images=images[: len(mb.rows)],
             )
         step += 1
 
