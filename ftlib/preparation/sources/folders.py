@@ -14,6 +14,8 @@ from ftlib.text import printable
 
 IMAGE_FOLDERS = frozenset({"images", "image", "imgs", "img", "pictures", "photos", "jpegimages"})
 """Names of folders between a class and its pictures."""
+LABEL_FILES = frozenset({"csv", "tsv", "json", "jsonl", "ndjson", "parquet"})
+"""Extensions of files that may hold the labels of what lies in the folders beside them."""
 DEEPEST_WRAPPER = 4
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
 
@@ -55,7 +57,8 @@ def unwrapped(tree: Tree) -> tuple[Tree, str]:
         tops = {name.partition("/")[0] for name in tree.folders}
         loose = any("/" not in f.path and is_picture(f) for f in tree.files)
         linked = any("/" not in link.path for link in tree.links)
-        if len(tops) != 1 or loose or linked:
+        table = any("/" not in f.path and f.extension in LABEL_FILES for f in tree.files)
+        if len(tops) != 1 or loose or linked or table:
             break
         top = next(iter(tops))
         below = [n for n in tree.folders if n.count("/") == 1]

@@ -34,7 +34,7 @@ from ftlib.preparation.sources.splits import (
     with_groups,
 )
 from ftlib.preparation.sources.table import ENDINGS as TABLES
-from ftlib.preparation.sources.table import Table, usable_tables
+from ftlib.preparation.sources.table import LabelTable, Table, usable_tables
 from ftlib.preparation.sources.tree import File, Tree, walk
 from ftlib.preparation.sources.webdataset import WebDataset
 from ftlib.settings import nearest
@@ -145,11 +145,36 @@ def understand(tree: Tree, options: SourceOptions) -> LabelledFiles:
             return table.read(tree, options)
         found.hint = f". A table of labels is of no use: {problems[0]}" if problems else ""
     elif others:
-        found.notes.append(
-            f"labels come from the folders; {listed([t.name for t in others])} names pictures too "
-            "(--layout table reads it)"
-        )
+        _compare(found, others, options)
     return found
+
+
+def _compare(found: LabelledFiles, tables: list[LabelTable], options: SourceOptions) -> None:
+    """Note that a table names the pictures of class folders too.
+
+    Raises DataError where it names most of them and sorts them differently: the folders may be
+    parts of a set, or the table may be about something else.
+    """
+    shown = listed([table.name for table in tables])
+    try:
+        labelled = Table().read(found.tree, options)
+    except DataError:
+        labelled = None
+    folder_of = {row.file.path: row.label for row in found.rows}
+    rows = labelled.rows if labelled else []
+    pairs = {(folder_of[row.file.path], row.label) for row in rows if row.file.path in folder_of}
+    same = len(pairs) == len({one for one, _ in pairs}) == len({other for _, other in pairs})
+    if len(rows) >= len(found.rows) / 2 and not same:
+        folders = sorted({one for one, _ in pairs})
+        labels = sorted({other for _, other in pairs})
+        raise DataError(
+            f"{found.tree.root}: the folders ({listed(folders, 5)}) and {shown} "
+            f"({listed(labels, 5)}) give the pictures different classes. Say which are meant: "
+            "--layout folders or --layout table"
+        )
+    found.notes.append(
+        f"labels come from the folders; {shown} names pictures too (--layout table reads it)"
+    )
 
 
 def _assemble(found: LabelledFiles, options: SourceOptions, adding: bool) -> Listing:

@@ -170,6 +170,19 @@ def test_plain_class_folders_win_over_a_table_beside_them(tmp_path: Path) -> Non
     assert scan(root, options(layout="table", labels=f"{root}/labels.csv")).classes == ("x", "y")
 
 
+def test_folders_and_a_table_that_disagree_are_refused(tmp_path: Path) -> None:
+    root = tree(tmp_path, *many("images/part1", "images/part2", n=2))
+    records = [(f"part{p}/0{i}.jpg", "cat" if i else "dog") for p in (1, 2) for i in (0, 1)]
+    (root / "labels.csv").write_text(csv_of(records, "file", "label"))
+    assert scan(root, options()).classes == ("cat", "dog")  # one folder of parts: no class folders
+    with pytest.raises(DataError, match=r"part1, part2.*labels.csv .cat, dog.*--layout folders or"):
+        inner = root / "images"
+        (root / "labels.csv").rename(inner / "labels.csv")
+        scan(inner, options())
+    assert scan(inner, options(layout="table")).classes == ("cat", "dog")
+    assert scan(inner, options(layout="folders")).classes == ("part1", "part2")
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
