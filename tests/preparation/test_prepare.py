@@ -30,6 +30,7 @@ from ftlib.preparation import executor, shard_task
 from ftlib.preparation import prepare as preparing
 from ftlib.preparation.options import PrepareOptions
 from ftlib.preparation.prepare import prepare
+from ftlib.preparation.report import next_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -525,6 +526,37 @@ def job(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
     )
+
+
+@pytest.mark.parametrize(
+    ("pictures_in_train", "commands"),
+    [
+        (300, ["probe.py pets", "finetune.py --data.path pets"]),
+        (1_281_167, ["phase1.py --data.path pets"]),
+    ],
+)
+def test_the_next_commands_fit_the_size_of_the_set(
+    home: Path, pictures_in_train: int, commands: list[str]
+) -> None:
+    class FakeSet:
+        def split(self, name: str) -> range:
+            return range(pictures_in_train)
+
+    lines = next_steps(str(home / "data" / "pets"), FakeSet())  # type: ignore[arg-type]
+    assert [line.partition("python jobs/")[2] for line in lines] == commands
+    elsewhere = next_steps("/mnt/my sets/pets", FakeSet())  # type: ignore[arg-type]
+    assert "'/mnt/my sets/pets'" in elsewhere[0]
+
+
+def test_names_that_would_be_formulas_are_quoted_in_the_table(
+    pictures: Path, tmp_path: Path
+) -> None:
+    (pictures / "train" / "ant" / "x.jpg").write_bytes(b"")
+    (pictures / "train" / "ant").rename(pictures / "train" / "=cmd()")
+    (pictures / "val" / "ant").rename(pictures / "val" / "=cmd()")
+    prepare(pictures, tmp_path / "set", max_bad_fraction=0.1, progress=False)
+    row = (tmp_path / "set" / "report.csv").read_text().splitlines()[1]
+    assert row.startswith("refused,train/=cmd()/x.jpg,train,'=cmd(),empty_file,")
 
 
 def test_the_command(pictures: Path, tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Folders of classes: what is a class and a split, what is left aside, what is refused."""
+"""Folders of classes: what is a class and a split, what is left aside, what is refused.
+
+Also the tests of `tree`, which lists a folder on disk.
+"""
 
 from __future__ import annotations
 

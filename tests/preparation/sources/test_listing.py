@@ -1,4 +1,7 @@
-"""A source as a whole: names that cannot be used, names for classes, and what is printed."""
+"""A source as a whole: names that cannot be used, names for classes, and what is printed.
+
+Also the tests of `naming` and `options`.
+"""
 
 from __future__ import annotations
 
