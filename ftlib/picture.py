@@ -53,6 +53,9 @@ FOREIGN_EXTENSIONS = ("jxl", "dcm", "dicom", "svg", "psd", "raw", "dng", "cr2", 
 MAX_MEGAPIXELS = 50.0
 """Larger pictures are refused from their header, before they are decoded."""
 
+ROWS_AT_ONCE = 256
+"""Rows that are scaled to 8 bits at a time, so that a large picture needs little memory for it."""
+
 _TIFF_MODES = frozenset("1 L LA P PA RGB RGBA CMYK YCbCr LAB I;16 I;16B I;16L".split())  # noqa: SIM905
 _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 
@@ -519,12 +522,19 @@ def used_bits(data: bytes) -> int | None:
 
 def scaled(samples: np.ndarray, low: float, high: float) -> np.ndarray:
     """uint8 of samples of any depth: `low` becomes 0, `high` 255, others are cut off."""
+    narrow = np.empty(samples.shape, np.uint8)
+    for start in range(0, len(samples), ROWS_AT_ONCE):
+        rows = slice(start, start + ROWS_AT_ONCE)
+        narrow[rows] = _scaled_rows(samples[rows], low, high)
+    return narrow
+
+
+def _scaled_rows(samples: np.ndarray, low: float, high: float) -> np.ndarray:
     if samples.dtype == np.uint16 and low == 0 and float(high).is_integer():
         white = int(high)
-        narrow = (np.minimum(samples, white).astype(np.uint32) * 255 + white // 2) // white
-        return narrow.astype(np.uint8)
+        return (np.minimum(samples, white).astype(np.uint32) * 255 + white // 2) // white
     wide = (np.nan_to_num(samples.astype(np.float64)) - low) * (255 / (high - low))
-    return np.clip(np.rint(wide), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(wide), 0, 255)
 
 
 def _deep_samples(opened: Opened) -> np.ndarray | None:

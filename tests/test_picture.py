@@ -151,6 +151,13 @@ def test_a_given_range_wins_and_reads_32_bits_too() -> None:
     )
 
 
+def test_scaling_in_pieces_is_scaling_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    for samples, low, high in ((deep(12, 3), 0, 4095), (deep(12).astype(np.float32), 7, 900)):
+        whole = picture.scaled(samples, low, high)
+        monkeypatch.setattr(picture, "ROWS_AT_ONCE", 7)
+        np.testing.assert_array_equal(picture.scaled(samples, low, high), whole)
+
+
 def test_pictures_of_8_bits_use_no_more() -> None:
     for name in ("PNG", "TIFF", "baseline JPEG", "WebP", "palette PNG"):
         assert picture.used_bits(TAKEN[name]()) is None
