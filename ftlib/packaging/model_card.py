@@ -8,6 +8,15 @@ from typing import Any
 from ftlib.config import Run
 
 CLASSES_SHOWN = 30
+LIMITS = (
+    "- It always names one of the classes above, also for pictures of anything else. A low "
+    "probability hints that a picture is foreign but does not prove it.",
+    "- The scores hold for pictures like those of the data above. With other cameras, "
+    "places, crops or qualities they can be worse, and the probabilities too high.",
+    "- It sees only the center of a picture: the far ends of a wide or tall one are cut off.",
+    "- The run's report has scores per class and the worst mistakes. Read it before you rely "
+    "on a class.",
+)
 
 
 def model_card(
@@ -63,13 +72,7 @@ def model_card(
         _probabilities(temperature, calibrated_on),
         "",
         "## Limits",
-        "- It always names one of the classes above, also for pictures of anything else. A low "
-        "probability hints that a picture is foreign but does not prove it.",
-        "- The scores hold for pictures like those of the data above. With other cameras, "
-        "places, crops or qualities they can be worse, and the probabilities too high.",
-        "- It sees only the center of a picture: the far ends of a wide or tall one are cut off.",
-        "- The run's report has scores per class and the worst mistakes. Read it before you rely "
-        "on a class.",
+        *LIMITS,
     ]
     return "\n".join(lines) + "\n"
 

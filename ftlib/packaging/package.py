@@ -125,22 +125,7 @@ def package(
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise PackageError(f"{out} is not empty. A package needs a folder of its own")
-    size, short = evaluation_size(run)
-    meta = {
-        "classes": list(classes),
-        "size": size,
-        "short": short,
-        "interpolation": run.evaluate.interpolation,
-        "temperature": temperature,
-        **picture_rules(data or {}),
-        "mean": list(run.data.mean),
-        "std": list(run.data.std),
-        "arch": run.model.arch,
-        "run": run.name,
-        "data": {key: value for key, value in (data or {}).items() if key != "rules"},
-        "scores": {k: float(v) for k, v in scores.items()},
-        "recipe": to_dict(run),
-    }
+    meta = _metadata(run, classes, scores=scores, temperature=temperature, data=data or {})
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         torch.export.save(export(model, run), str(here / "program.pt2"))
@@ -161,7 +146,11 @@ def package(
                     "weights": str(here / "model.safetensors"),
                 },
                 input_example=([example()], {"top_k": 5, "on_error": "raise"}),
-                metadata={"arch": run.model.arch, "classes": len(classes), "input_size": size},
+                metadata={
+                    "arch": run.model.arch,
+                    "classes": len(classes),
+                    "input_size": meta["size"],
+                },
             )
     _forget_paths(out)
     shutil.copyfile(PICTURE_CODE, out / "picture.py")
@@ -181,6 +170,33 @@ def package(
 def size_bytes(folder: Path) -> int:
     """Bytes of all files of a package."""
     return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+
+
+def _metadata(
+    run: Run,
+    classes: Sequence[str],
+    *,
+    scores: Mapping[str, float],
+    temperature: float,
+    data: Mapping[str, Any],
+) -> dict[str, Any]:
+    """meta.json: what the classifier needs, and what the model is."""
+    size, short = evaluation_size(run)
+    return {
+        "classes": list(classes),
+        "size": size,
+        "short": short,
+        "interpolation": run.evaluate.interpolation,
+        "temperature": temperature,
+        **picture_rules(data),
+        "mean": list(run.data.mean),
+        "std": list(run.data.std),
+        "arch": run.model.arch,
+        "run": run.name,
+        "data": {key: value for key, value in data.items() if key != "rules"},
+        "scores": {k: float(v) for k, v in scores.items()},
+        "recipe": to_dict(run),
+    }
 
 
 def picture_rules(data: Mapping[str, Any]) -> dict[str, Any]:

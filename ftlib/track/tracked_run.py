@@ -276,7 +276,15 @@ class TrackerHandle:
 
         The run's id may come a little later; `wait_seconds` waits for it.
         """
-        start = RunStart(name, self.experiment, self.uri, tags, params, parent, run_id)
+        start = RunStart(
+            name=name,
+            experiment=self.experiment,
+            uri=self.uri,
+            tags=tags,
+            params=params,
+            parent=parent,
+            run_id=run_id,
+        )
         tracked = begin(start, self.location)
         deadline = time.monotonic() + wait_seconds
         while time.monotonic() < deadline and not tracked.run_id:

@@ -144,7 +144,15 @@ class Tracking:
         """
         path = journal_file(self.folder, name)
         existed = opening(path) is not None
-        start = RunStart(name, self.experiment, self.uri, tags, params, parent, run_id)
+        start = RunStart(
+            name=name,
+            experiment=self.experiment,
+            uri=self.uri,
+            tags=tags,
+            params=params,
+            parent=parent,
+            run_id=run_id,
+        )
         tracked = begin(start, self.location())
         tracked.deliverer = self
         delivery = self.delivery.run_delivery(path)
