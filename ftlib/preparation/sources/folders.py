@@ -184,6 +184,36 @@ def _refuse_loose(where: str, branch: _Branch, remedy: str) -> None:
     )
 
 
+def has_flat_split(tree: Tree) -> bool:
+    """Whether train/ has class folders while val/ or test/ is one heap of pictures."""
+    try:
+        folders = _split_folders(tree)
+    except DataError:
+        return False
+    branches = {split: _branch(tree, folder, False) for split, folder in folders.items()}
+    train = branches.pop("train", _Branch())
+    flat = [branch for branch in branches.values() if branch.loose]
+    return bool(flat) and not train.loose and any(train.classes.values())
+
+
+def _label_loose(found: LabelledFiles, branch: _Branch, split: str, options: SourceOptions) -> None:
+    """Take the pictures outside class folders with the labels of a table."""
+    from ftlib.preparation.sources.table import labels_by_name  # which reads folders itself
+
+    labels = labels_by_name(found.tree, options)
+    missing = 0
+    for file in branch.loose:
+        label = labels.get(file.name) or labels.get(file.name.rpartition(".")[0])
+        if label:
+            found.rows.append(Labelled(file, split, label))
+        else:
+            missing += 1
+    if missing == len(branch.loose):
+        _refuse_loose(found.tree.root, branch, f"{options.labels} names none of them")
+    if missing:
+        found.aside[f"pictures of {split} that the table does not name"] += missing
+
+
 def _read_classes(tree: Tree, found: LabelledFiles, options: SourceOptions) -> None:
     branch = _branch(tree, "", options.nested)
     _take_links(found, "", "")
@@ -191,6 +221,13 @@ def _read_classes(tree: Tree, found: LabelledFiles, options: SourceOptions) -> N
     if with_pictures and options.layout == "auto":
         tops = {path.partition("/")[0] for path in tree.folders}
         _refuse_split_names(tree, sorted(tops))
+    inner = [f"{name}/{f}" for name in branch.below for f in branch.below[name] if split_of(f)]
+    if inner and options.layout == "auto":
+        raise DataError(
+            f"{tree.root}: {listed(sorted(inner), 4)} are called like splits but lie below the "
+            "classes. Sort the pictures into train/<class>/ and test/<class>/, or take all of them "
+            "for their class: --layout folders --val-fraction 0.1"
+        )
     if branch.loose and with_pictures:
         remedy = "Move them into class folders or out of the source; if a file has their labels, "
         _refuse_loose(tree.root, branch, remedy + "name it with --labels")
@@ -206,10 +243,12 @@ def _read_splits(
         branch = _branch(tree, folder, options.nested)
         with_pictures = [name for name, files in branch.classes.items() if files]
         where = f"{tree.root}/{folder}"
-        if split == "test" and not with_pictures:
+        if split == "test" and not with_pictures and not options.labels:
             found.aside[f"pictures without labels in {folder}/"] += len(branch.loose)
             continue
-        if branch.loose:
+        if branch.loose and split != "train" and options.labels:
+            _label_loose(found, branch, split, options)
+        elif branch.loose:
             remedy = f"Sort them into {folder}/<class>/, or name the file that has their labels: "
             _refuse_loose(where, branch, remedy + "--labels FILE")
         _take_links(found, folder, split)

@@ -24,7 +24,7 @@ from ftlib.preparation.sources.layout import Labelled, LabelledFiles
 from ftlib.preparation.sources.naming import counted, listed
 from ftlib.preparation.sources.options import SourceOptions
 from ftlib.preparation.sources.places import Span
-from ftlib.preparation.sources.table import Columns, FileNames, load_table
+from ftlib.preparation.sources.table import labels_by_name
 from ftlib.preparation.sources.tree import File, Tree, parents_of
 
 SYNSET = re.compile(r"n[0-9]{8}")
@@ -150,7 +150,8 @@ def _read_val(tree: Tree, outer: Tree, options: SourceOptions, found: LabelledFi
         return
     labels: dict[str, str] | None = None
     if options.labels:
-        labels, said = _table_labels(options, tree), options.labels
+        named, said = labels_by_name(tree, options), options.labels
+        labels = {name: label.split()[0] for name, label in named.items() if label}
     else:
         labels, said = _val_labels(_lookup(tree, outer), flat, outer)
     if labels is None:
@@ -172,14 +173,6 @@ def _read_val(tree: Tree, outer: Tree, options: SourceOptions, found: LabelledFi
             f"{listed(missing, 3)})"
         )
     found.split_origins["val"] = f"val/, labels from {said}"
-
-
-def _table_labels(options: SourceOptions, tree: Tree) -> dict[str, str]:
-    names = FileNames(tree)
-    table = load_table(options.labels).fitted(names)
-    columns = Columns.of(table, names, options)
-    label = table.column(columns.label) if columns.label else []
-    return {n.rpartition("/")[2]: v.split()[0] for n, v in zip(table.column(columns.file), label)}
 
 
 def _val_labels(lookup: Lookup, flat: list[File], outer: Tree) -> tuple[dict[str, str] | None, str]:

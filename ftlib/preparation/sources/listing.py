@@ -15,7 +15,7 @@ from ftlib.data.shards import SPLITS, DataError
 from ftlib.preparation.sources.address import fetch, list_address
 from ftlib.preparation.sources.archive import ENDINGS, is_archive, list_archive
 from ftlib.preparation.sources.builtin import names
-from ftlib.preparation.sources.folders import Folders, unwrapped
+from ftlib.preparation.sources.folders import Folders, has_flat_split, unwrapped
 from ftlib.preparation.sources.imagenet import ImageNet
 from ftlib.preparation.sources.layout import Entry, Labelled, LabelledFiles, Layout, Rejected
 from ftlib.preparation.sources.naming import (
@@ -128,7 +128,7 @@ def understand(tree: Tree, options: SourceOptions) -> LabelledFiles:
             if layout.detect(candidate, options):
                 return layout.read(candidate, options)
     table = Table()
-    if options.labels:
+    if options.labels and not has_flat_split(unwrapped(tree)[0]):
         return table.read(tree, options)
     try:
         found = Folders().read(tree, options)

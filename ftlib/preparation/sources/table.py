@@ -316,6 +316,15 @@ def _cell(value: Any) -> str:
     return str(value).strip()
 
 
+def labels_by_name(tree: Tree, options: SourceOptions) -> dict[str, str]:
+    """File name, without folders -> label, of the table named with --labels. Raises DataError."""
+    names = FileNames(tree)
+    table = load_table(options.labels).fitted(names)
+    columns = Columns.of(table, names, options)
+    files = [value.replace("\\", "/").rpartition("/")[2] for value in table.column(columns.file)]
+    return dict(zip(files, _labels(table, columns)))
+
+
 # --- columns ---
 
 

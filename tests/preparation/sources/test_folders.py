@@ -217,6 +217,26 @@ def test_any_names_are_kept_as_they_are_or_refused_with_a_reason(
             assert file.split("/")[-2] == name
 
 
+def test_a_flat_val_beside_class_folders_takes_its_labels_from_a_table(tmp_path: Path) -> None:
+    root = tree(tmp_path / "set", *many("train/a", "train/b c", n=2), "val/1.jpg", "val/2.jpg")
+    table = tmp_path / "val.csv"
+    table.write_text("image,label\n1.jpg,a\n2,b c\n")
+    found = scan(root, options(labels=str(table)))
+    assert found.counts == {"train": 4, "val": 2}
+    assert labels(found)["val/2.jpg"] == ("val", "b c")
+    table.write_text("image,label\n1.jpg,c\n2,b c\n")
+    with pytest.raises(DataError, match=r"val has the class 'c', which train does not have"):
+        scan(root, options(labels=str(table)))
+
+
+def test_splits_below_the_classes_are_refused(tmp_path: Path) -> None:
+    root = tree(tmp_path, *many("a/train", "a/test", "b/train", "b/test", n=2))
+    with pytest.raises(DataError, match=r"a/test.*called like splits.*--layout folders"):
+        scan(root, options(val_fraction=0))
+    found = scan(root, options(val_fraction=0, layout="folders"))
+    assert found.counts == {"train": 8}
+
+
 def test_folders_called_like_splits_are_classes_on_request(tmp_path: Path) -> None:
     root = tree(tmp_path, *many("test1", "test2"))
     with pytest.raises(DataError, match=r"test1, test2 are called like splits.*--layout folders"):
