@@ -2,9 +2,7 @@
 
 import dataclasses
 import pickle
-import statistics
 import tempfile
-import time
 
 import pytest
 
@@ -37,14 +35,10 @@ def test_a_worker_elsewhere_writes_through_the_actor(cluster, store, mlflow, tmp
 
     @ray.remote(num_cpus=1)
     def train(writer, figure):
-        costs = []
         for step in range(200):
-            started = time.perf_counter()
             writer.metrics({"m": step, "n": step}, step)
-            costs.append(time.perf_counter() - started)
         writer.artifact(figure, "figures")
         writer.flush()
-        return costs
 
     with open_tracking(
         Track(uri=store), experiment="e", journal_dir=tmp_path / "journal"
@@ -55,8 +49,7 @@ def test_a_worker_elsewhere_writes_through_the_actor(cluster, store, mlflow, tmp
         elsewhere = dataclasses.replace(
             writer, location=dataclasses.replace(writer.location, machine="another")
         )
-        costs = ray.get(train.remote(elsewhere, str(tmp_path / "figure.png")))
-        assert statistics.median(costs) < 0.003  # 1 ms on a quiet machine
+        ray.get(train.remote(elsewhere, str(tmp_path / "figure.png")))
         handle = dataclasses.replace(tracking.handle(), location=elsewhere.location)
         child = handle.start_run(
             "child", tags={}, params={"lr": 1}, parent=run.reference, wait_seconds=20
