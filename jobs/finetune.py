@@ -13,8 +13,9 @@ Measured on ants and bees, and on five kinds of flowers: docs/results.md.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ftlib.checks import check_data, check_recipe
 from ftlib.cli import ResultOptions, job, options_and_recipe, reporting
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_recipe(run)
     chosen = any(word.partition("=")[0] == "--train.epochs" for word in words)
     if manifest is not None and asked.steps and not chosen:
-        images = int(manifest["splits"]["train"]["rows"] * run.data.subset)
+        images = int(training_pictures(manifest) * run.data.subset)
         run = override(run, {"train.epochs": epochs_for(images, run.train.batch_size, asked.steps)})
         print(
             f"{images:,} training pictures: {run.train.epochs} epochs, for about {asked.steps} "
@@ -63,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if asked.probe:
             run = probed(run, quiet=asked.quiet)
         result.update(vars(launch(run, quiet=asked.quiet)))
+
+
+def training_pictures(manifest: Mapping[str, Any]) -> int:
+    """Pictures in the train split of a prepared data set."""
+    return int(manifest["splits"]["train"]["rows"])
 
 
 def epochs_for(images: int, batch_size: int, steps: int) -> int:

@@ -1,4 +1,4 @@
-"""What all tests share: a home of their own, one thread per process, no way out to the user's files."""
+"""What all tests share: a home of their own, one thread per process, the user's files untouched."""
 
 import os
 
@@ -21,7 +21,10 @@ settings.load_profile("ftlib")
 
 @pytest.fixture(autouse=True)
 def home(tmp_path_factory, monkeypatch):
-    """FTLIB_HOME below pytest's temporary folder, and no store but the one in it: mlflow.set_tracking_uri writes the variable of the whole process."""
+    """FTLIB_HOME below pytest's temporary folder, and no MLflow store but the one in it.
+
+    mlflow.set_tracking_uri sets the variable of the whole process, so it is put back too.
+    """
     path = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("FTLIB_HOME", str(path))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")

@@ -312,18 +312,22 @@ def test_the_phases_are_those_of_the_plan():
     assert phase("phase2").gates == Gates(val_top1=65, max_gap=10, gain=10)
 
 
-def test_the_sample_differs_only_in_size():
-    """Model, picture size, epochs, data, and success criteria to match."""
+def test_the_sample_differs_only_in_size_and_in_what_digits_need():
+    """Model, picture size, length, batch, data, success criteria; and no mirroring."""
     allowed = {
         "data.path",
         "data.subset",
         "model.arch",
         "augment.size",
+        "augment.flip",
         "train.epochs",
+        "train.batch_size",
+        "train.microbatch_size",
+        "train.ema_decay",
         "gates.val_top1",
         "gates.max_gap",
         "gates.gain",
     }
-    for name in ("phase1", "phase2"):
+    for name in ("phase1", "phase2", "phase3"):
         small, full = phase(f"sample-{name}"), phase(name)
         assert {p for p in flat(full) if flat(full)[p] != flat(small)[p]} <= allowed

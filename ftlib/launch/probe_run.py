@@ -74,6 +74,7 @@ def launch_probe(run: Run, *, quiet: bool = False) -> Outcome:
         return outcome
     with open_run(prepared, options) as active:
         outcome = active.finish(_probe(active, options))
+    options.say(summary.finished(outcome))
     return outcome
 
 

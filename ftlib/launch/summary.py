@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from ftlib.config import Run
 from ftlib.launch.cluster import Placement
@@ -103,30 +105,46 @@ def note(outcome: Outcome, source: InitialWeights | None, report_link: str) -> s
     return "\n".join(lines)
 
 
+class Gain(Protocol):
+    """The paired difference of two models' scores, in points, with its 95 % interval."""
+
+    @property
+    def points(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+
+
 def sample(
-    phase1: Outcome,
-    phase2: Outcome,
-    tracking_uri: str,
-    commands: list[tuple[str, str]],
+    phases: Mapping[str, Outcome],
+    changes: Mapping[str, str],
+    gains: Sequence[Gain],
+    commands: Sequence[tuple[str, str]],
     seconds: float,
 ) -> str:
-    """The end of `make run`."""
-    one, two = phase1.metrics["best/val_top1"], phase2.metrics["best/val_top1"]
-    rows = [
-        ("Phase 1", f"{one:6.2f} % top-1", phase1),
-        ("Phase 2", f"{two:6.2f} % top-1   ({two - one:+.2f} points)", phase2),
-    ]
-    lines = ["", f"Done in {duration(seconds)}: scikit-learn's digits, held-out images", ""]
-    lines += [f"  {name}  {text}" for name, text, _ in rows]
+    """The end of `make run`.
+
+    Args:
+        phases: what came of each phase, in order.
+        changes: what each phase does, in words.
+        gains: of each phase but the first over the one before.
+        commands: what to do next, and how.
+    """
+    lines = ["", f"Done in {duration(seconds)}: top-1 on the held-out digits", ""]
+    for number, (name, outcome) in enumerate(phases.items()):
+        gained = ""
+        if number:
+            gain = gains[number - 1]
+            gained = f"{gain.points:+.2f} [{gain.low:+.2f} to {gain.high:+.2f}]"
+        top1 = outcome.metrics["best/val_top1"]
+        lines.append(f"  {name}  {top1:6.2f} %  {gained:<24}  {changes[name]}")
+    lines += ["", "  In brackets: 95 % interval of the gain, in points, over the held-out digits."]
     lines += ["", "Where it is", f"  home         {home()}"]
-    for name, _, outcome in rows:
-        shown = [f for f in outcome.figures if f.endswith((".png", ".html"))]
-        lines += [
-            f"  {name}      {outcome.run_dir}/",
-            f"    best model {os.path.relpath(outcome.best_dir, outcome.run_dir)}",
-            "    to resume  checkpoints/",
-            f"    figures    {', '.join(os.path.relpath(f, outcome.run_dir) for f in shown)}",
-        ]
-    lines += [f"  MLflow       {tracking_uri}", "", "What next"]
+    for name, outcome in phases.items():
+        shown = [f for f in outcome.figures if f.endswith(".html")]
+        report = os.path.relpath(shown[0], outcome.run_dir) if shown else "report/"
+        lines.append(f"  {name}      {outcome.run_dir}/ ({report}, checkpoints/, best/)")
+    lines += ["", "What next"]
     lines += [f"  {what:<28} {command}" for what, command in commands]
     return "\n".join(lines)

@@ -213,9 +213,10 @@ def fit_head(features: Floats, labels: Ints, classes: int, c: float) -> LinearHe
     weight = np.asarray(model.coef_, np.float32)
     bias = np.asarray(model.intercept_, np.float32)
     if len(model.classes_) == 2:  # one row for two classes; half of it each way is the same model
-        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    weight = weight / std
-    bias = bias - weight @ mean
+        weight = np.concatenate([-weight, weight]) * np.float32(0.5)
+        bias = np.concatenate([-bias, bias]) * np.float32(0.5)
+    weight = (weight / std).astype(np.float32)
+    bias = (bias - weight @ mean).astype(np.float32)
     whole = LinearHead(
         np.zeros((classes, features.shape[1]), np.float32),
         np.full(classes, bias.min() - 10, np.float32),

@@ -466,7 +466,7 @@ def test_remote_storage(
 def test_digits(home: Path) -> None:
     done = prepare("digits", progress=False)
     assert done.path == str(home / "data" / "digits")
-    assert len(done.dataset.split("train")) == 1438 and len(done.dataset.split("val")) == 359
+    assert len(done.dataset.split("train")) == 1078 and len(done.dataset.split("val")) == 719
     assert done.report["refused"] == done.report["repaired"] == 0
     assert prepare("digits", progress=False).already_done
 

@@ -19,7 +19,7 @@ from ftlib.settings import nearest
 
 DIGITS_SIDE = 32
 DIGITS_QUALITY = 95
-DIGITS_VAL = 0.2
+DIGITS_VAL = 0.4
 DIGITS_SEED = 42
 
 
