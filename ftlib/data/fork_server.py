@@ -71,7 +71,7 @@ def context(module: str) -> multiprocessing.context.ForkServerContext:
     """
     remove_leftovers(tempfile.gettempdir(), *SHORT_FOLDERS)
     found = _Context()
-    found.set_forkserver_preload([module])
+    found.set_forkserver_preload(["ftlib.data.own_session", module])
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     with environment_variables(PYTHONPATH=path):

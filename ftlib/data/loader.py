@@ -566,10 +566,6 @@ def _unchanged(item: Any) -> Any:
 def _start_worker(_: int) -> None:
     """In a new loader process: one thread each, and an end with the training process."""
     signal.signal(signal.SIGBUS, signal.SIG_DFL)  # torch's handler would blame shared memory
-    # Not in the job's session: a signal to its process group must reach only the training process,
-    # which then needs its loaders for the steps up to its last checkpoint.
-    with contextlib.suppress(OSError):
-        os.setsid()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()

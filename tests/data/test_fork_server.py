@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,18 @@ def test_only_leftovers_of_dead_processes_of_this_machine_are_removed(tmp_path, 
         (tmp_path / name).touch()
     remove_leftovers()
     assert {p.name for p in tmp_path.iterdir()} == stay
+
+
+def test_loader_processes_are_in_another_session_than_the_job():
+    """A signal to the job's process group must not reach them."""
+    from multiprocessing import forkserver
+
+    started = fork_server.context("ftlib.data.loader").Process(target=time.sleep, args=(60,))
+    started.start()
+    try:
+        server = forkserver._forkserver._forkserver_pid
+        assert os.getsid(started.pid) == os.getsid(server) != os.getsid(0)
+        assert os.getpgid(started.pid) != os.getpgid(0)
+    finally:
+        started.kill()
+        started.join()
