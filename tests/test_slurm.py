@@ -16,6 +16,7 @@ SCRIPT = Path(__file__).parents[1] / "slurm.sh"
 STAND_INS = {
     "srun": """#!/bin/bash
 echo "srun $*" >> "$LOG"
+echo "srun cpus ${SRUN_CPUS_PER_TASK:-}" >> "$LOG"
 while [[ $1 == --* ]]; do shift; done
 exec "$@"
 """,
@@ -26,22 +27,27 @@ if [[ $1 == show ]]; then printf 'one\\ntwo\\n'; fi
     "hostname": "#!/bin/bash\necho 10.0.0.1 172.17.0.1\n",
     "ray": """#!/bin/bash
 echo "ray $* $RAY_AUTH_MODE ${#RAY_AUTH_TOKEN}" >> "$LOG"
-if [[ $1 == start ]]; then exec sleep 60; fi
+if [[ $1 == start ]]; then [[ -z ${RAY_BROKEN:-} ]] || exit 1; exec sleep 60; fi
+[[ -z ${RAY_SLOW:-} ]]
 """,
 }
 JOB = """
-import os, signal, sys, time
+import os, re, signal, sys, time
 def stop(number, frame):
     print("checkpoint", flush=True)
     sys.exit(128 + number)
 signal.signal(signal.SIGTERM, stop)
 print("training", os.environ["RAY_ADDRESS"], *sys.argv[1:], flush=True)
+while not re.search("ray start .*--address", open(os.environ["LOG"]).read()):
+    time.sleep(0.05)
 time.sleep(float(os.environ.get("JOB_SECONDS", "60")))
 sys.exit(int(os.environ.get("JOB_EXIT", "0")))
 """
 
 
 class Slurm:
+    """A folder with the stand-ins, first on the PATH of what is submitted."""
+
     def __init__(self, folder):
         self.folder, self.log = folder, folder / "log"
         self.log.touch()
@@ -63,9 +69,21 @@ class Slurm:
             **more,
         }
         command = [str(SCRIPT), sys.executable, str(self.folder / "job.py"), *flags]
-        return subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True
-        )
+        with (self.folder / "stderr").open("w") as stderr:
+            return subprocess.Popen(
+                command,
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                start_new_session=True,
+            )
+
+    def wait_for(self, text):
+        deadline = time.monotonic() + 30
+        while text not in self.log.read_text():
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.05)
 
 
 @pytest.fixture
@@ -87,21 +105,23 @@ def ended(process):
 
 
 @pytest.mark.parametrize("code", [0, 2])
-def test_the_job_s_exit_code_is_slurm_s(slurm, code):
+def test_the_script_exits_with_the_code_of_the_job(slurm, code):
     process = slurm.submit("--seed", "%a", JOB_SECONDS="0", JOB_EXIT=str(code))
     out = ended(process)
     assert process.returncode == code
     assert out.startswith("training 10.0.0.1:23456 --seed 7"), "20000 + job id % 20000"
-    said = slurm.log.read_text()
-    assert "ray start --block --disable-usage-stats --num-cpus 3 --head --node-ip-address" in said
-    assert "ray start --block --disable-usage-stats --num-cpus 3 --address 10.0.0.1:23456" in said
-    assert "token 64" in said and "requeue" not in said
+    log = slurm.log.read_text()
+    start = "ray start --block --disable-usage-stats --num-cpus 3"
+    assert f"{start} --head --node-ip-address 10.0.0.1 --port 23456" in log
+    assert "--dashboard-host 127.0.0.1 --dashboard-port 43456" in log
+    assert f"{start} --address 10.0.0.1:23456" in log
+    assert "token 64" in log and "requeue" not in log
 
 
 @pytest.mark.parametrize(
     ("sent", "code", "requeued"), [(signal.SIGUSR1, 0, True), (signal.SIGTERM, 143, False)]
 )
-def test_a_signal_stops_the_job_with_a_checkpoint_and_the_time_limit_queues_it_again(
+def test_a_signal_stops_the_job_with_a_checkpoint_and_only_the_time_limit_requeues_it(
     slurm, sent, code, requeued
 ):
     process = slurm.submit()
@@ -110,6 +130,32 @@ def test_a_signal_stops_the_job_with_a_checkpoint_and_the_time_limit_queues_it_a
     out = ended(process)
     assert process.returncode == code and "checkpoint" in out
     assert ("scontrol requeue 123456" in slurm.log.read_text()) is requeued
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "requeued"), [(signal.SIGUSR1, 0, True), (signal.SIGTERM, 143, False)]
+)
+def test_a_signal_while_ray_starts_ends_the_script_before_the_job(slurm, sent, code, requeued):
+    process = slurm.submit(RAY_SLOW="1")
+    slurm.wait_for("ray health-check")
+    process.send_signal(sent)
+    out = ended(process)
+    assert process.returncode == code and "training" not in out
+    assert ("scontrol requeue 123456" in slurm.log.read_text()) is requeued
+
+
+def test_a_head_that_does_not_start_is_one_message(slurm):
+    process = slurm.submit(RAY_BROKEN="1", RAY_SLOW="1")
+    out = ended(process)
+    assert process.returncode == 1 and "training" not in out
+    assert (
+        "error: Ray did not start on one at 10.0.0.1:23456" in (slurm.folder / "stderr").read_text()
+    )
+
+
+def test_steps_get_the_cpus_of_the_job(slurm):
+    ended(slurm.submit(JOB_SECONDS="0"))
+    assert "srun cpus 3" in slurm.log.read_text()
 
 
 def test_no_command_is_wrong_input():
