@@ -192,10 +192,10 @@ class TrainedRun:
         return package(
             loaded.model,
             loaded.run,
-            loaded.classes,
-            loaded.about.get("scores", {}),
-            calibration.temperature,
-            out,
+            classes=loaded.classes,
+            scores=loaded.about.get("scores", {}),
+            temperature=calibration.temperature,
+            out=out,
             data=loaded.about.get("data"),
             calibrated_on=calibration.fitted_on,
         )

@@ -37,7 +37,6 @@ from ftlib.config import Run
 from ftlib.flags import Commas, Flag, FormerValue, OptionalFile, Repeatable, flags_of
 from ftlib.settings import ConfigError, Settings, from_json, hints, nearest, override, to_json
 from ftlib.text import hide_password, printable, shorten
-from ftlib.track import background
 
 UNIONS = ("loss", "optimizer", "schedule")
 MOST_USED = (
@@ -108,6 +107,8 @@ def job(main: Callable[[], Any], *, deliver_leftovers: bool = True) -> None:
     _end_on_sigterm()
     try:
         _same_checkout(main)
+        from ftlib.track import background  # a job that ends at once does without it
+
         with background.delivery() if deliver_leftovers else contextlib.nullcontext():
             code = main()
         sys.stdout.flush()

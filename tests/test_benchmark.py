@@ -1,4 +1,8 @@
-"""The benchmark runs in its smallest form and its report is whole. No time is asserted."""
+"""The benchmark runs in its smallest form and its report is whole. No time is asserted.
+
+Modules of ftlib.benchmark: baselines, loader, measure, pictures, show, small_run, training,
+two_workers.
+"""
 
 import importlib.util
 import io

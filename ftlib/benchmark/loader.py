@@ -138,18 +138,9 @@ def benchmark(
         f"{size} px, {workers} loader processes, batches of {batch}, {images} images per case and "
         "round",
     ]
-    absent = []
-    for name, make in (
-        (TIMM, lambda: baselines.timm_reference(size, files, batch, workers)),
-        (FFCV, lambda: baselines.ffcv(small, scratch, size, batch, workers)),
-        (DALI, lambda: baselines.dali(small, size, batch, workers)),
-    ):
-        try:
-            opened, ahead = make()
-        except ImportError:
-            absent.append(name.split()[0].strip(","))
-        else:
-            making[name] = partial(Case, name, partial(stream_cost, opened, images, ahead))
+    optional, absent = _optional_peers(files, small, scratch, size, batch=batch, workers=workers)
+    for name, (opened, ahead) in optional.items():
+        making[name] = partial(Case, name, partial(stream_cost, opened, images, ahead))
     if absent:
         notes.append(f"not installed, so not measured: {', '.join(absent)}")
     wanted = [
@@ -165,6 +156,23 @@ def benchmark(
         return by_turns(
             "Input pipeline", "image", cases, goals=GOALS, rounds=rounds, say=say, notes=notes
         )
+
+
+def _optional_peers(
+    files: list[Path], small: list[Path], scratch: Path, size: int, *, batch: int, workers: int
+) -> tuple[dict[str, tuple[baselines.Opened, int]], list[str]]:
+    """(loaders of packages that are installed, names of those that are not)."""
+    found, absent = {}, []
+    for name, make in (
+        (TIMM, lambda: baselines.timm_reference(size, files, batch, workers)),
+        (FFCV, lambda: baselines.ffcv(small, scratch, size, batch, workers)),
+        (DALI, lambda: baselines.dali(small, size, batch, workers)),
+    ):
+        try:
+            found[name] = make()
+        except ImportError:
+            absent.append(name.split()[0].strip(","))
+    return found, absent
 
 
 def pictures_of(source: Path | None, scratch: Path, count: int) -> Path:

@@ -63,7 +63,7 @@ def sides(
     kept = prepared(folder, scratch / "originals", PrepareOptions())
     batch = min(32, len(kept.split("train")))
     augment = sized(PHASE2, size)
-    cases = [ours("originals", kept, augment, batch, workers, images)]
+    cases = [ours("originals", kept, augment=augment, batch=batch, workers=workers, images=images)]
     notes = [f"originals: {_kilobytes(kept.split('train')):.0f} kB a picture"]
     for i, rules in enumerate(WAYS):
         name = (
@@ -71,7 +71,7 @@ def sides(
         ) + (", whole chroma kept" if rules.subsampling else "")
         say(f"preparing: {name}")
         made = prepared(folder, scratch / f"way-{i}", rules)
-        cases.append(ours(name, made, augment, batch, workers, images))
+        cases.append(ours(name, made, augment=augment, batch=batch, workers=workers, images=images))
         kilobytes = _kilobytes(made.split("train"))
         psnr = crop_psnr(kept.split("train"), made.split("train"), size)
         notes.append(
@@ -218,11 +218,11 @@ def _plain_batches(training: Training, dataset: Dataset) -> Iterator[Batch]:
         ):
             pictures = [chain(image=decode(split.image(int(row))))["image"] for row in mb.rows]
             yield Batch(
-                mb.step,
-                mb.epoch,
-                mb.index,
-                mb.images_in_step,
-                torch.from_numpy(mb.rows.copy()),
-                torch.from_numpy(split.labels[mb.rows].copy()),
-                torch.from_numpy(np.stack(pictures)),
+                step=mb.step,
+                epoch=mb.epoch,
+                index=mb.index,
+                images_in_step=mb.images_in_step,
+                rows=torch.from_numpy(mb.rows.copy()),
+                labels=torch.from_numpy(split.labels[mb.rows].copy()),
+                images=torch.from_numpy(np.stack(pictures)),
             )

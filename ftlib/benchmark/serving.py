@@ -127,7 +127,14 @@ def make_package(folder: Path, arch: str, size: int, classes: int = 10) -> Path:
 
     run = Run(name="served", model=Model(arch=arch), augment=Augment(size=size))
     names = [f"class {i}" for i in range(classes)]
-    return package(models.build(run.model, classes).eval(), run, names, {}, 1.0, folder / "model")
+    return package(
+        models.build(run.model, classes).eval(),
+        run,
+        classes=names,
+        scores={},
+        temperature=1.0,
+        out=folder / "model",
+    )
 
 
 def benchmark(scratch: Path, *, arch: str, size: int, rounds: int, say: Say) -> Part:

@@ -93,7 +93,9 @@ def training(s: BenchmarkSettings, run_dir: str = "", rank: int = 0, world: int 
         train=Train(epochs=10_000, batch_size=s.batch * world, microbatch_size=s.batch),
         checkpoint=Checkpoint(every_seconds=0),
     )
-    return Training(WorkerContext(run, Pictures(), run_dir, device(), rank, world))  # type: ignore[arg-type]
+    return Training(
+        WorkerContext(run, Pictures(), run_dir=run_dir, device=device(), rank=rank, world=world)
+    )  # type: ignore[arg-type]
 
 
 def plain_step(

@@ -292,4 +292,12 @@ def _layout(data: memoryview) -> _Layout | None:
         across, down = 1, 1
     if height == 0 or -(-width // (8 * across)) % spacing:
         return None
-    return _Layout(frame, at + 2 + length, height, width, 8 * down, 8 * across, spacing)
+    return _Layout(
+        size_at=frame,
+        data_at=at + 2 + length,
+        height=height,
+        width=width,
+        mcu_height=8 * down,
+        mcu_width=8 * across,
+        interval=spacing,
+    )

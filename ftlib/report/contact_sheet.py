@@ -160,7 +160,15 @@ def mixing_section(dataset: Dataset, run: Run) -> Section:
     examples = _examples(dataset, run, COLUMNS)
     images = np.stack([whole(split.image(row)) for row in examples])
     labels = torch.from_numpy(split.labels[np.array(examples)])
-    batch = Batch(0, 0, 0, len(examples), torch.tensor(examples), labels, torch.from_numpy(images))
+    batch = Batch(
+        step=0,
+        epoch=0,
+        index=0,
+        images_in_step=len(examples),
+        rows=torch.tensor(examples),
+        labels=labels,
+        images=torch.from_numpy(images),
+    )
     rows = []
     for kind, alpha, usual, share in (
         ("mixup", run.mix.mixup_alpha, 0.2, 0.0),

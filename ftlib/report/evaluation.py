@@ -170,55 +170,27 @@ def score(
     scored pictures.
     """
     same_classes(loaded, dataset)
-    run = loaded.run
-    size = size or run.eval_size
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen, rows = rows_of(run, dataset, split)
+    predictor = _Predictor(
+        loaded,
+        size=size or loaded.run.eval_size,
+        flip=flip,
+        workers=workers,
+        device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    chosen, rows = rows_of(loaded.run, dataset, split)
     rows = thinned(rows, limit)
     if not len(rows):
         raise EvaluationError(
             f"{dataset.name} has no picture in its {split} split. Choose another with --split"
         )
-
-    def answers(of: Split, which: Ints) -> tuple[Ints, Floats]:
-        with contextlib.closing(
-            eval_batches(
-                of,
-                which,
-                size=size,
-                crop=run.evaluate.crop,
-                batch_size=run.evaluate.batch_size,
-                workers=workers,
-                interpolation=run.evaluate.interpolation,
-            )
-        ) as batches:
-            try:
-                found = predict(
-                    loaded.model.to(device),
-                    batches,
-                    device,
-                    run.data.mean,
-                    run.data.std,
-                    precision(run, device),
-                    flip,
-                )
-            except (RuntimeError, AssertionError) as error:
-                if size == run.eval_size:
-                    raise
-                raise EvaluationError(
-                    f"--sizes {size}: a {run.model.arch} trained at {run.eval_size} px does not "
-                    f"take it ({str(error).splitlines()[0]}). Choose another size"
-                ) from None
-        return found.labels, found.logits
-
-    labels, logits = answers(chosen, rows)
+    labels, logits = predictor(chosen, rows)
     home = calibration_data or dataset
     held = "tuning" if split != "tuning" and has_unseen_tuning_split(loaded, home) else ""
     if not held and split == "test" and len(home.split("val")):
         held = "val"
     if held:
-        tuning_split, tuning_rows = rows_of(run, home, held)
-        tuning_labels, tuning_logits = answers(tuning_split, thinned(tuning_rows, limit))
+        tuning_split, tuning_rows = rows_of(loaded.run, home, held)
+        tuning_labels, tuning_logits = predictor(tuning_split, thinned(tuning_rows, limit))
         calibration = held_out(logits, labels, tuning_logits, tuning_labels, held)
     else:
         calibration = cross_fitted(logits, labels)
@@ -227,12 +199,55 @@ def score(
         rows=rows,
         labels=labels,
         logits=logits,
-        size=size,
+        size=predictor.size,
         flip=flip,
         calibration=calibration,
         before=scores(logits, labels),
         after=scores(calibration.scaled, labels),
     )
+
+
+@dataclass(frozen=True)
+class _Predictor:
+    """Predicts pictures of a split as the run's evaluation would, at a size of its own."""
+
+    loaded: LoadedModel
+    size: int
+    flip: bool
+    workers: int
+    device: torch.device
+
+    def __call__(self, split: Split, rows: Ints) -> tuple[Ints, Floats]:
+        """(labels int64[n], logits float32[n, C]) of the rows."""
+        run = self.loaded.run
+        batches = eval_batches(
+            split,
+            rows,
+            size=self.size,
+            crop=run.evaluate.crop,
+            batch_size=run.evaluate.batch_size,
+            workers=self.workers,
+            interpolation=run.evaluate.interpolation,
+        )
+        with contextlib.closing(batches):
+            try:
+                found = predict(
+                    self.loaded.model.to(self.device),
+                    batches,
+                    self.device,
+                    mean=run.data.mean,
+                    std=run.data.std,
+                    dtype=precision(run, self.device),
+                    flip=self.flip,
+                )
+            except (RuntimeError, AssertionError) as error:
+                if self.size == run.eval_size:
+                    raise
+                raise EvaluationError(
+                    f"--sizes {self.size}: a {run.model.arch} trained at {run.eval_size} px does "
+                    f"not take it ({str(error).splitlines()[0]}). Choose another size"
+                ) from None
+        return found.labels, found.logits
 
 
 def has_unseen_tuning_split(loaded: LoadedModel, dataset: Dataset) -> bool:

@@ -104,12 +104,12 @@ def count(
     model.train(training)
     values = sums.cpu().numpy()
     return Counts(
-        float(values[0]),
-        int(values[1]),
-        int(values[2]),
-        int(values[3]),
-        values[4 : 4 + classes].astype(np.int64),
-        values[4 + classes :].astype(np.int64),
+        loss=float(values[0]),
+        top1=int(values[1]),
+        top5=int(values[2]),
+        images=int(values[3]),
+        class_top1=values[4 : 4 + classes].astype(np.int64),
+        class_images=values[4 + classes :].astype(np.int64),
     )
 
 

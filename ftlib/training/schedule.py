@@ -59,7 +59,14 @@ def learning_rate(
                 return base_lr * warmup_factor(step, warmup)
             return cosine(base_lr, cfg.min_lr, step - warmup, total_steps - warmup)
         case config.OneCycle():
-            return one_cycle(base_lr * cfg.peak, step, total_steps, cfg.up, cfg.div, cfg.final_div)
+            return one_cycle(
+                base_lr * cfg.peak,
+                step,
+                steps=total_steps,
+                up=cfg.up,
+                div=cfg.div,
+                final_div=cfg.final_div,
+            )
         case config.Step():
             drops = step // steps_per_epoch // cfg.every_epochs
             return (

@@ -47,4 +47,11 @@ class StepMonitor:
         flags = torch.stack(self._finite).tolist()
         self._finite.clear()
         bad = [first + i for i, ok in enumerate(flags) if not ok]
-        return StepReport(loss, correct, images, int(checkpoints), bool(stops), bad)
+        return StepReport(
+            loss=loss,
+            correct=correct,
+            images=images,
+            checkpoint_requests=int(checkpoints),
+            stop_requested=bool(stops),
+            bad_steps=bad,
+        )

@@ -1,5 +1,8 @@
 """The table of ops: against PIL and torchvision where those have the op, else against the
-statistics that it promises."""
+statistics that it promises.
+
+Modules: ops, color.
+"""
 
 import ast
 import hashlib

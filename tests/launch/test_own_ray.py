@@ -1,4 +1,7 @@
-"""A Ray of this process's own: what is checked before it, and that nothing is left of it."""
+"""A Ray of this process's own: what is checked before it, and that nothing is left of it.
+
+Modules: cluster, signals.
+"""
 
 import os
 import signal

@@ -1,4 +1,7 @@
-"""Packages: the pixels and scores of evaluation, without ftlib and without a pickle."""
+"""Packages: the pixels and scores of evaluation, without ftlib and without a pickle.
+
+Modules: package, image_classifier.
+"""
 
 import base64
 import io

@@ -1,0 +1,102 @@
+"""What keeps the code readable: short functions, named arguments, imports that point one way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "ftlib").rglob("*.py")) + sorted((ROOT / "jobs").glob("*.py"))
+LONGEST, MOST_POSITIONAL = 60, 5
+LONG_FOR_A_REASON = {
+    "mixing_section": "one row per kind of mixing, in the order of the sheet",
+    "package": "one package, written file by file in the order that a reader finds them",
+    "prepare": "most of it is the documentation of its arguments",
+    "score": "half of it is the documentation of its arguments",
+    "benchmark": "the table of loaders is read as a whole",
+    "execute": "Tune's settings, each with the reason for its value",
+    "paired_difference": "one derivation, step by step",
+}
+FLOORS = [
+    {"settings", "text", "clock", "process_identity", "picture"},
+    {"storage", "config"},
+    {"paths", "checks", "recipes", "flags", "cli", "command", "runs", "settings_reference"},
+    {"data"},
+    {"preparation", "training"},
+    {"track", "packaging", "report"},
+    {"launch", "deploy"},
+    {"tune"},
+    {"benchmark", "api"},
+]
+"""Rooms from the ground up. A room imports its own floor and those below; jobs import all."""
+
+
+def functions():
+    for file in SOURCES:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield file.relative_to(ROOT), node
+
+
+def test_no_function_is_long_without_a_reason():
+    long = {
+        f"{file}:{node.name} {node.end_lineno - node.lineno + 1}"
+        for file, node in functions()
+        if node.end_lineno - node.lineno + 1 > LONGEST and node.name not in LONG_FOR_A_REASON
+    }
+    assert not long
+
+
+def test_no_call_has_more_than_five_positional_arguments():
+    piles = []
+    for file in SOURCES:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or ast.unparse(node.func) == "struct.pack":
+                continue
+            starred = any(isinstance(a, ast.Starred) for a in node.args)
+            if len(node.args) > MOST_POSITIONAL and not starred:
+                piles.append(f"{file.relative_to(ROOT)}:{node.lineno} {ast.unparse(node.func)}")
+    assert not piles
+
+
+def imported_rooms(file):
+    """Rooms of ftlib that a file imports at its top level, not inside functions."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ftlib":
+            parts = node.module.split(".")
+            yield from [parts[1]] if len(parts) > 1 else [a.name for a in node.names]
+
+
+@pytest.mark.parametrize("floor", range(len(FLOORS)))
+def test_imports_point_down(floor):
+    allowed = set().union(*FLOORS[: floor + 1]) | {"__version__"}
+    upward = []
+    for room in FLOORS[floor]:
+        file, folder = ROOT / "ftlib" / f"{room}.py", ROOT / "ftlib" / room
+        for source in [file] if file.exists() else sorted(folder.rglob("*.py")):
+            above = set(imported_rooms(source)) - allowed
+            upward += [f"{source.relative_to(ROOT)} imports {name}" for name in sorted(above)]
+    assert not upward
+
+
+def test_every_room_has_its_floor():
+    rooms = {p.stem for p in (ROOT / "ftlib").glob("*.py")} - {"__init__"}
+    rooms |= {p.parent.name for p in (ROOT / "ftlib").glob("*/__init__.py")}
+    assert rooms == set().union(*FLOORS)
+
+
+def test_every_module_has_its_tests():
+    """By its name, or named in the docstring of a test file."""
+    named = {p.stem.removeprefix("test_") for p in (ROOT / "tests").rglob("test_*.py")}
+    words = " ".join(
+        (ast.get_docstring(ast.parse(p.read_text(encoding="utf-8"))) or "")
+        for p in (ROOT / "tests").rglob("*.py")
+    )
+    missing = [
+        str(file.relative_to(ROOT))
+        for file in SOURCES
+        if file.is_relative_to(ROOT / "ftlib")
+        and file.stem not in named | {"__init__"}
+        and file.stem not in words
+    ]
+    assert not missing
