@@ -156,7 +156,7 @@ def predict_folder(
         )
     parts = out.with_name(f".{out.name}.parts-{job[:12]}")
     parts.mkdir(parents=True, exist_ok=True)
-    _predict_parts(model, source, names, options, parts, tick)
+    _predict_parts(model, source, names, options=options, parts=parts, tick=tick)
     tables = [pq.read_table(part) for part in parts.glob("part-*.parquet")]
     metadata = {b"ftlib.job": job.encode(), b"ftlib.model": model.encode()}
     whole = pa.concat_tables(tables).sort_by("path").replace_schema_metadata(metadata)
@@ -168,7 +168,7 @@ def predict_folder(
 
 
 def _predict_parts(
-    model: str, source: Path, names: list[str], options: PredictOptions, parts: Path, tick: Tick
+    model: str, source: Path, names: list[str], *, options: PredictOptions, parts: Path, tick: Tick
 ) -> None:
     """Classify what no finished part holds yet."""
     done = {

@@ -148,7 +148,7 @@ def promote(
                 f"{recipe.train.epochs} epochs each over {seeds} seeds: {len(runs)} runs; "
                 f"{opened.resources if any(not t.outcome for t in runs) else 'all done'}"
             )
-            return _confirm(sweep, opened, runs, chosen, hooks, files or RecipeFiles())
+            return _confirm(sweep, opened, runs, chosen, hooks=hooks, files=files or RecipeFiles())
 
 
 def _open(
@@ -181,6 +181,7 @@ def _confirm(
     opened: OpenGroup,
     runs: Sequence[Trial],
     chosen: Sequence[Trial],
+    *,
     hooks: Hooks,
     files: RecipeFiles,
 ) -> Promotion:
@@ -223,7 +224,14 @@ def _confirm(
     if recipe_file:
         lines.append(f"recipe: {recipe_file}")
     table.say("\n".join(lines))
-    return Promotion(True, store, parent.url, judgement, recipe_file, report)
+    return Promotion(
+        finished=True,
+        store=store,
+        mlflow_url=parent.url,
+        judgement=judgement,
+        recipe_file=recipe_file,
+        report=report,
+    )
 
 
 def _folder(sweep: TrialStore) -> Path:

@@ -1,6 +1,6 @@
 """Packages: the pixels and scores of evaluation, without ftlib and without a pickle.
 
-Modules: package, image_classifier.
+Modules: package, image_classifier, model_card.
 """
 
 import base64

@@ -1,6 +1,8 @@
 """From folders to a set, whole: results, refusals, kills, full disks and bad storage.
 
 Holds the tests of `prepare`, `executor`, `shard_task` and `report`; sources have their own.
+
+Modules: prepare, executor, shard_task, shard_writer, report.
 """
 
 from __future__ import annotations

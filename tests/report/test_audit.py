@@ -1,4 +1,7 @@
-"""The audit finds what was planted, and nothing in clean data."""
+"""The audit finds what was planted, and nothing in clean data.
+
+Modules: audit, audit_page.
+"""
 
 import argparse
 import csv

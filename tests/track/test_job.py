@@ -1,4 +1,7 @@
-"""jobs/track.py says what waits, delivers it and ends dead runs."""
+"""jobs/track.py says what waits, delivers it and ends dead runs.
+
+Modules: commands.
+"""
 
 import importlib.util
 import subprocess

@@ -1,4 +1,7 @@
-"""Journals that were left behind are delivered by the next job on the home, to the right store."""
+"""Journals that were left behind are delivered by the next job on the home, to the right store.
+
+Modules: leftovers, background.
+"""
 
 import os
 import shutil

@@ -1,5 +1,8 @@
 """The loop in one process: against plain torch, against itself restarted, and where numbers go
-wrong."""
+wrong.
+
+Modules: loop, evaluate, oom, run_log, state, step_monitor, worker_context.
+"""
 
 import contextlib
 import sys

@@ -1,4 +1,7 @@
-"""The range test on problems whose answer is known beforehand."""
+"""The range test on problems whose answer is known beforehand.
+
+Modules: lr_finder, lr_figure.
+"""
 
 import numpy as np
 import pytest

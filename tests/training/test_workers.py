@@ -1,5 +1,8 @@
 """Several worker processes under gloo: one curve for every number of workers, and kills that
-leave no trace."""
+leave no trace.
+
+Modules: data_parallel.
+"""
 
 import json
 import multiprocessing

@@ -1,6 +1,8 @@
 """A source as a whole: names that cannot be used, names for classes, and what is printed.
 
 Also the tests of `naming` and `options`.
+
+Modules: listing, layout.
 """
 
 from __future__ import annotations
