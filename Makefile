@@ -19,7 +19,7 @@ FAULTS ?= kill
 TORCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow check format ui soak lock install install-dev clean
+.PHONY: help run test test-slow check format ui soak docs-images lock install install-dev clean
 
 help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -75,6 +75,9 @@ ui: $(STAMP)  ## Open MLflow's UI on this machine's runs (PORT=5000)
 
 soak: $(DEV_STAMP)  ## Break training at random moments and compare (KILLS=30 SEED=0 FAULTS=kill,stop,disk,clock,loader)
 	$(BIN)/python tests/soak.py --kills $(KILLS) --seed $(SEED) --faults $(FAULTS)
+
+docs-images: $(DEV_STAMP)  ## Make the pictures in docs/images that show reports and figures again
+	PYTHONPATH=. $(BIN)/python tests/docs_images.py
 
 lock: $(DEV_STAMP)  ## Bring requirements.lock up to date (UPGRADE=1: newest versions of everything below)
 	$(BIN)/python -m uv pip compile --quiet --generate-hashes --no-header --no-annotate \

@@ -8,8 +8,7 @@ It starts from published ImageNet weights with the classifier of a linear probe 
 which it runs first where that is missing), and trains all layers: the earlier a layer, the lower
 its learning rate. BatchNorm keeps the statistics that it came with. The length is a number of
 optimizer steps (--steps), so that small sets get more epochs than large ones.
-The same command resumes a run that was interrupted.
-Measured on ants and bees, and on five kinds of flowers: docs/results.md.
+The same command resumes a run that was interrupted. docs/finetuning.md says why each value is so.
 """
 
 import sys
