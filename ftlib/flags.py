@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from ftlib.settings import Settings, hints
+from ftlib.settings import Settings, differences, hints, override
 
 WIDTH = 100
 """Columns of a help text."""
@@ -134,6 +134,36 @@ def flags_of(cls: type, default: Any = None, prefix: str = "") -> list[Flag]:
             text = texts.get(field.name, "")
             found.append(dataclasses.replace(flag, text=text, inherited=inherited))
     return [flag for flag in found if Hidden not in flag.extras]
+
+
+def words_for(base: Settings, changed: Settings) -> list[str]:
+    """The words on a command line that turn `base` into `changed`, of the same class.
+
+    Another kind of a union (`--optimizer sgd`) comes first, since it brings its own defaults.
+    """
+    other_kinds = {
+        path: kind
+        for path, (_, kind) in differences(base, changed).items()
+        if isinstance(getattr(changed, path, None), Settings)
+    }
+    words = [word for path, kind in other_kinds.items() for word in (f"--{path}", kind.lower())]
+    known = {flag.path: flag for flag in flags_of(type(changed), changed)}
+    for path, (_, value) in differences(override(base, other_kinds), changed).items():
+        if path in known:
+            words += _as_typed(known[path], value)
+    return words
+
+
+def _as_typed(flag: Flag, value: Any) -> list[str]:
+    if flag.hint is bool:
+        return [flag.names[0 if value else 1]]
+    if not isinstance(value, tuple):
+        return [flag.name, str(value)]
+    if Commas in flag.extras:
+        return [flag.name, ",".join(map(str, value))]
+    if Repeatable in flag.extras:
+        return [word for entry in value for word in (flag.name, str(entry))]
+    return [flag.name, *map(str, value)]
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

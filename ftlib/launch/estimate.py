@@ -24,10 +24,12 @@ from ftlib.config import Run
 from ftlib.data import sampler
 from ftlib.data.loader import PREFETCH, Batch, eval_batches, train_batches
 from ftlib.launch import cluster, timing
+from ftlib.launch.cluster_cost import Workload
 from ftlib.launch.prepared_run import PreparedRun
-from ftlib.launch.progress import duration
+from ftlib.launch.prices import Price
+from ftlib.launch.progress import duration, duration_short
 from ftlib.launch.worker import loader_workers, training_threads
-from ftlib.settings import ConfigError, nearest, override
+from ftlib.settings import override
 from ftlib.training import checkpoint
 from ftlib.training.evaluate import count
 from ftlib.training.initial_weights import keeps_classifier
@@ -38,30 +40,6 @@ WARM_UP = 2
 LEAST_STEPS = 4
 SHARES = {"whole": 0.45, "device": 0.2, "loader": 0.2, "evaluation": 0.15}
 """Shares of the measuring time."""
-
-
-@dataclass(frozen=True)
-class Price:
-    """A machine to rent."""
-
-    usd_per_hour: float
-    gpus: int
-    what: str
-
-
-PRICES = {
-    "g4dn.xlarge": Price(0.526, 1, "AWS, 1 T4, 4 vCPU"),
-    "g4dn.12xlarge": Price(3.912, 4, "AWS, 4 T4, 48 vCPU"),
-    "g5.xlarge": Price(1.006, 1, "AWS, 1 A10G, 4 vCPU"),
-    "g5.2xlarge": Price(1.212, 1, "AWS, 1 A10G, 8 vCPU"),
-    "g5.12xlarge": Price(5.672, 4, "AWS, 4 A10G, 48 vCPU"),
-    "g6.xlarge": Price(0.805, 1, "AWS, 1 L4, 4 vCPU"),
-    "g6.2xlarge": Price(0.978, 1, "AWS, 1 L4, 8 vCPU"),
-    "p4d.24xlarge": Price(21.96, 8, "AWS, 8 A100, 96 vCPU"),
-    "p5.48xlarge": Price(55.04, 8, "AWS, 8 H100, 192 vCPU"),
-    "c7i.4xlarge": Price(0.714, 0, "AWS, 16 vCPU, no GPU"),
-}
-"""On demand in us-east-1, in USD, as of 2025. They change: --price takes today's."""
 
 
 # --- measuring ---
@@ -94,6 +72,8 @@ class CostEstimate:
     memory: dict[str, int] = field(default_factory=dict)
     """Peak bytes: device (on a GPU), process, loaders."""
     largest_microbatch: int | None = None
+    gradient_bytes: int = 0
+    """Bytes that the workers sum in every step."""
 
     @property
     def epoch_s(self) -> float:
@@ -194,6 +174,7 @@ def measure(
         spread=spread,
         memory=memory,
         largest_microbatch=largest,
+        gradient_bytes=training.buffer.flat.nbytes if training.buffer is not None else 0,
     )
 
 
@@ -423,6 +404,19 @@ def _largest_microbatch(training: Training, limit: int = 4096) -> int:
     return largest(fits, training.run.train.microbatch_size, limit)
 
 
+def workload(found: CostEstimate, run: Run) -> Workload:
+    """What the cost on a cluster follows from. A worker was timed with its share of each batch."""
+    mine = -(-run.train.microbatches // found.workers)
+    return Workload(
+        microbatches=run.train.microbatches,
+        microbatch_s=found.step_s / mine,
+        gradient_bytes=found.gradient_bytes,
+        steps_per_epoch=found.steps_per_epoch,
+        checkpoint_s=found.checkpoint_s,
+        strict=run.cluster.strict_elastic,
+    )
+
+
 # --- text ---
 
 
@@ -431,16 +425,6 @@ def machines(placement: cluster.Placement, workers: int, price: Price) -> int:
     if not (price.gpus and placement.gpus):
         return 1
     return max(1, -(-int(np.ceil(workers * placement.gpus)) // price.gpus))
-
-
-def price_of(name: str) -> Price:
-    """Raises ConfigError with the nearest name."""
-    if name not in PRICES:
-        raise ConfigError(
-            f"--machine {name}: its price is not known.{nearest(name, list(PRICES))} "
-            f"There are {', '.join(PRICES)}; or give --price USD_PER_HOUR"
-        )
-    return PRICES[name]
 
 
 def text(
@@ -500,8 +484,3 @@ def _memory_text(memory: dict[str, int]) -> str:
     return ", ".join(
         f"{memory[k] / 1e9:.2g} GB {text}" for k, text in where.items() if memory.get(k)
     )
-
-
-def duration_short(seconds: float) -> str:
-    """Such as 3.2 s, or 0:03:20 from a minute on."""
-    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)

@@ -89,3 +89,8 @@ def sentence(values: dict[str, float], ends_epoch: bool = False) -> str:
 def duration(seconds: float) -> str:
     """Such as 0:03:20."""
     return str(timedelta(seconds=round(min(max(seconds, 0), 1e9))))
+
+
+def duration_short(seconds: float) -> str:
+    """Such as 3.2 s, or 0:03:20 from a minute on."""
+    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)

@@ -6,6 +6,7 @@ Holds the tests of checklist, estimate and timing.
 import dataclasses
 import importlib.util
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from ftlib import cli, recipes
 from ftlib.config import Augment, Cluster, Data, Model, Run, Track, Train
-from ftlib.launch import checklist, cluster, estimate, launch, timing
+from ftlib.launch import checklist, cluster, estimate, launch, prices, timing
 from ftlib.preparation.prepare import prepare
 from ftlib.settings import ConfigError, override
 from ftlib.training.loop import Training, WorkerContext
@@ -223,13 +225,11 @@ def test_largest_microbatch(most):
 
 def test_price():
     assert (
-        estimate.machines(cluster.Placement(6, 6, 1.0, 4), 6, estimate.PRICES["g4dn.12xlarge"]) == 2
+        estimate.machines(cluster.Placement(6, 6, 1.0, 4), 6, prices.PRICES["g4dn.12xlarge"]) == 2
     )
-    assert (
-        estimate.machines(cluster.Placement(1, 1, 0.0, 4), 1, estimate.PRICES["c7i.4xlarge"]) == 1
-    )
+    assert estimate.machines(cluster.Placement(1, 1, 0.0, 4), 1, prices.PRICES["c7i.4xlarge"]) == 1
     with pytest.raises(ConfigError, match=r"Did you mean g5\.xlarge"):
-        estimate.price_of("g5.xlagre")
+        prices.price_of("g5.xlagre")
 
 
 @pytest.fixture(scope="module")
@@ -285,3 +285,43 @@ def test_the_command_fails_with_exit_code_1(job, pictures, capsys):
         job.main(["phase2", "--data.path", pictures, *FLAGS, "--checks-only"]) == 1
     )  # there is no Phase 1 model
     assert "fail  starting model" in capsys.readouterr().out
+
+
+def test_the_command_prices_an_epoch_on_a_cluster_and_prints_how_to_submit(job, pictures, capsys):
+    settings = str(JOB.parents[1] / "cluster.yaml")
+    assert (
+        job.main(
+            [
+                "phase1",
+                "--data.path",
+                pictures,
+                *FLAGS,
+                "--seconds",
+                "0.5",
+                "--cluster.gpus-per-worker",
+                "0",
+                "--cluster",
+                settings,
+            ]
+        )
+        == 0
+    )
+    text = capsys.readouterr().out
+    assert "gpu: g4dn.2xlarge (AWS, 1 T4, 8 vCPU, 10 Gbit/s), asked for spot" in text
+    assert f"ray job submit --working-dir . -- python jobs/phase1.py --data.path {pictures}" in text
+    assert "Prices of " in text
+
+
+def test_the_submitted_command_has_the_flags_that_differ_from_the_job_s_own(job):
+    run = override(recipes.load("phase2"), {"seed": 7, "mix.mixup_alpha": 0.0})
+    assert job.submit_line("phase2", run, 4) == (
+        "ray job submit --working-dir . -- python jobs/phase2.py --seed 7 --mix.mixup-alpha 0.0 "
+        "--cluster.workers 1:4"
+    )
+    chosen = override(run, {"cluster.workers": "2"})
+    assert job.submit_line("phase2", chosen, 4).endswith(" --cluster.workers 2")
+    sample = recipes.load("sample-phase2")
+    words = job.submit_line("sample-phase2", sample, 1).partition("jobs/phase2.py ")[2]
+    assert cli.parse(recipes.load("phase2"), shlex.split(words)) == override(
+        sample, {"cluster.workers": "1:1"}
+    )
