@@ -272,6 +272,12 @@ def placement(cluster: Cluster, capacity: Capacity) -> Placement:
             "CPUs, or submit the job to a cluster with GPUs"
         )
     if capacity.unknown:  # the autoscaler decides; ask for what was said
+        if cluster.gpus_per_worker < 0 and not workers_that_fit(nodes, gpus, 1):
+            raise LaunchError(
+                "no worker node has started yet, so nobody can see here whether they have GPUs. "
+                "Say what a worker reserves: --cluster.gpus-per-worker 1 (0 to train on CPUs) and "
+                "--cluster.cpus-per-worker N"
+            )
         return Placement(cluster.low, cluster.high, gpus, cluster.cpus_per_worker or 1)
     most = workers_that_fit(nodes, gpus, cluster.cpus_per_worker or 1)
     if most < cluster.low:

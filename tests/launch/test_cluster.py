@@ -68,6 +68,16 @@ def test_what_an_autoscaler_may_start_counts():
     )
 
 
+def test_workers_are_not_put_on_cpus_because_no_gpu_node_has_started_yet():
+    """On Kubernetes the autoscaler's limits cannot be seen, and the head has no CPUs to give."""
+    empty = Capacity((Node(0, 0),), unknown=True)
+    with pytest.raises(LaunchError, match="--cluster.gpus-per-worker 1"):
+        placement(Cluster(workers="1:4"), empty)
+    assert placement(Cluster(workers="1:4", gpus_per_worker=0), empty).gpus == 0
+    started = Capacity((Node(0, 0), Node(7, 1)), unknown=True)
+    assert placement(Cluster(workers="1:4"), started).gpus == 1
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 64), st.integers(0, 8)), min_size=1, max_size=6),
