@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,9 +94,9 @@ def training(s: BenchmarkSettings, run_dir: str = "", rank: int = 0, world: int 
         train=Train(epochs=10_000, batch_size=s.batch * world, microbatch_size=s.batch),
         checkpoint=Checkpoint(every_seconds=0),
     )
-    return Training(
-        WorkerContext(run, Pictures(), run_dir=run_dir, device=device(), rank=rank, world=world)
-    )  # type: ignore[arg-type]
+    pictures: Any = Pictures()
+    context = WorkerContext(run, pictures, run_dir=run_dir, device=device(), rank=rank, world=world)
+    return Training(context)
 
 
 def plain_step(
