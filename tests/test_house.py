@@ -10,6 +10,7 @@ SOURCES = sorted((ROOT / "ftlib").rglob("*.py")) + sorted((ROOT / "jobs").glob("
 LONGEST, MOST_POSITIONAL = 60, 5
 LONG_FOR_A_REASON = {
     "mixing_section": "one row per kind of mixing, in the order of the sheet",
+    "measure": "the pieces of an epoch, measured one after the other",
     "package": "one package, written file by file in the order that a reader finds them",
     "prepare": "most of it is the documentation of its arguments",
     "score": "half of it is the documentation of its arguments",

@@ -1,4 +1,7 @@
-"""Where the loader's processes come from: long TMPDIRs, and what killed processes leave behind."""
+"""Where the loader's processes come from: long TMPDIRs, and what killed processes leave behind.
+
+Modules: fork_server, own_session.
+"""
 
 import contextlib
 import os
