@@ -93,6 +93,27 @@ def train(run: Run, *, quiet: bool = False) -> TrainedRun:
     return load(launch(run, quiet=quiet).run_dir)
 
 
+def finetune(
+    data: str, *, steps: int = 300, probe: bool = True, quiet: bool = False, **settings: Any
+) -> TrainedRun:
+    """Fine-tune a pretrained model on the data set `data`, as jobs/finetune.py does.
+
+    Args:
+        data: a prepared data set: the name given to `prepare`, a folder or an address.
+        steps: optimizer steps that the number of epochs is chosen for; 0 keeps `train.epochs`.
+        probe: start with the classifier of a linear probe, which is made where it is missing.
+        quiet: print nothing but problems.
+        settings: dotted paths into the recipe, as for `recipe`.
+
+    Raises what `train` raises.
+    """
+    from ftlib.launch.fine_tune import fine_tune
+
+    run = recipe("finetune", data=data, **settings)
+    steps = 0 if "train.epochs" in settings else steps
+    return load(fine_tune(run, steps=steps, probe=probe, quiet=quiet).run_dir)
+
+
 def load(run: str | Path) -> TrainedRun:
     """A finished run by its name below $FTLIB_HOME/runs, or by its folder or address.
 

@@ -12,14 +12,12 @@ The same command resumes a run that was interrupted. docs/finetuning.md says why
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from ftlib.checks import check_data, check_recipe
+from ftlib.checks import check_recipe
 from ftlib.cli import ResultOptions, job, options_and_recipe, reporting
 from ftlib.config import AdamW, Augment, Cosine, Count, CrossEntropy, Model, Run, Train
-from ftlib.settings import override
 
 FINETUNE = Run(
     stage="finetune",
@@ -31,7 +29,6 @@ FINETUNE = Run(
     schedule=Cosine(min_lr=1e-6, warmup_epochs=1.0),
     train=Train(epochs=12, batch_size=32, microbatch_size=32, ema_decay=0.98),
 )
-FEWEST_EPOCHS, MOST_EPOCHS = 3, 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,34 +43,15 @@ class Options(ResultOptions):
 def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     asked, run = options_and_recipe(Options, __doc__, lambda _: FINETUNE, words, shown=FINETUNE)
-    manifest = check_data(run.data.path)
     check_recipe(run)
     chosen = any(word.partition("=")[0] == "--train.epochs" for word in words)
-    if manifest is not None and asked.steps and not chosen:
-        images = int(training_pictures(manifest) * run.data.subset)
-        run = override(run, {"train.epochs": epochs_for(images, run.train.batch_size, asked.steps)})
-        print(
-            f"{images:,} training pictures: {run.train.epochs} epochs, for about {asked.steps} "
-            "optimizer steps (--steps)"
-        )
-    from ftlib.launch.launch import launch  # imports torch
-    from ftlib.launch.probe_run import probed
+    from ftlib.launch.fine_tune import fine_tune  # imports torch
 
     with reporting(asked) as result:
-        if asked.probe:
-            run = probed(run, quiet=asked.quiet)
-        result.update(vars(launch(run, quiet=asked.quiet)))
-
-
-def training_pictures(manifest: Mapping[str, Any]) -> int:
-    """Pictures in the train split of a prepared data set."""
-    return int(manifest["splits"]["train"]["rows"])
-
-
-def epochs_for(images: int, batch_size: int, steps: int) -> int:
-    """Epochs that take about `steps` optimizer steps, within bounds."""
-    each = max(1, -(-images // batch_size))
-    return min(max(round(steps / each), FEWEST_EPOCHS), MOST_EPOCHS)
+        outcome = fine_tune(
+            run, steps=0 if chosen else asked.steps, probe=asked.probe, quiet=asked.quiet
+        )
+        result.update(vars(outcome))
 
 
 if __name__ == "__main__":

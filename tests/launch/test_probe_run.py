@@ -1,4 +1,7 @@
-"""The probe as a run, and the training that starts from it, with real ImageNet weights."""
+"""The probe as a run, and the training that starts from it, with real ImageNet weights.
+
+Modules: probe_run, fine_tune.
+"""
 
 import dataclasses
 import json
@@ -8,7 +11,7 @@ import pytest
 import torch
 
 from ftlib.config import AdamW
-from ftlib.launch import probe_run
+from ftlib.launch import fine_tune, probe_run
 from ftlib.launch.launch import launch
 from ftlib.report import evaluation
 from ftlib.settings import from_dict, override
@@ -91,3 +94,17 @@ def test_recipes_that_differ_in_training_only_share_a_probe(lite0):
     assert one == other and from_dict(
         type(one), json.loads(json.dumps(probe_run.settings.to_dict(one)))
     )
+
+
+def test_fine_tuning_probes_and_trains_for_about_the_asked_steps(lite0):
+    outcome = fine_tune.fine_tune(lite0, steps=6, quiet=True)
+    result = json.loads((Path(outcome.run_dir) / "result.json").read_text())
+    assert result["epochs"] == 3 and result["start_top1"] is not None
+    plain = fine_tune.fine_tune(lite0, steps=0, probe=False, quiet=True)
+    result = json.loads((Path(plain.run_dir) / "result.json").read_text())
+    assert result["epochs"] == 1 and result["start_top1"] is None
+
+
+@pytest.mark.parametrize(("images", "epochs"), [(10, 20), (960, 10), (3200, 3), (1_000_000, 3)])
+def test_small_sets_get_more_epochs(images, epochs):
+    assert fine_tune.epochs_for(images, 32, 300) == epochs
