@@ -9,14 +9,13 @@ from ftlib.data.shards import SPLITS, DataError
 from ftlib.preparation.sources.layout import Labelled, LabelledFiles, Rejected
 from ftlib.preparation.sources.naming import counted, is_like_a_split, listed, split_of
 from ftlib.preparation.sources.options import SourceOptions
-from ftlib.preparation.sources.tree import NOT_PICTURES, File, Link, Tree, is_picture_name
+from ftlib.preparation.sources.table import labels_by_name
+from ftlib.preparation.sources.tree import NOT_PICTURES, File, Link, Tree
+from ftlib.preparation.sources.wrapping import is_picture, unwrapped
 from ftlib.text import printable
 
 IMAGE_FOLDERS = frozenset({"images", "image", "imgs", "img", "pictures", "photos", "jpegimages"})
 """Names of folders between a class and its pictures."""
-LABEL_FILES = frozenset({"csv", "tsv", "json", "jsonl", "ndjson", "parquet"})
-"""Extensions of files that may hold the labels of what lies in the folders beside them."""
-DEEPEST_WRAPPER = 4
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")
 
 
@@ -48,35 +47,6 @@ class Folders:
         else:
             _read_classes(tree, found, options)
         return found
-
-
-def unwrapped(tree: Tree) -> tuple[Tree, str]:
-    """(the tree, the folder it was found in), past folders that hold nothing but one folder."""
-    wrapper = ""
-    for _ in range(DEEPEST_WRAPPER):
-        tops = {name.partition("/")[0] for name in tree.folders}
-        loose = any("/" not in f.path and is_picture(f) for f in tree.files)
-        linked = any("/" not in link.path for link in tree.links)
-        table = any("/" not in f.path and f.extension in LABEL_FILES for f in tree.files)
-        if len(tops) != 1 or loose or linked or table:
-            break
-        top = next(iter(tops))
-        below = [n for n in tree.folders if n.count("/") == 1]
-        pictures_in_it = any(f.path.count("/") == 1 and is_picture(f) for f in tree.files)
-        if split_of(top) or pictures_in_it or not below:
-            break
-        if len(below) == 1 and not split_of(below[0].partition("/")[2]):
-            inner = [n for n in tree.folders if n.count("/") == 2]
-            if not inner:
-                break
-        tree = tree.within(top)
-        wrapper = f"{wrapper}/{top}" if wrapper else top
-    return tree, wrapper
-
-
-def is_picture(file: File) -> bool:
-    """Whether a file is a picture by its name."""
-    return is_picture_name(file.path)
 
 
 def _split_folders(tree: Tree) -> dict[str, str]:
@@ -198,7 +168,6 @@ def has_flat_split(tree: Tree) -> bool:
 
 def _label_loose(found: LabelledFiles, branch: _Branch, split: str, options: SourceOptions) -> None:
     """Take the pictures outside class folders with the labels of a table."""
-    from ftlib.preparation.sources.table import labels_by_name  # which reads folders itself
 
     labels = labels_by_name(found.tree, options)
     missing = 0

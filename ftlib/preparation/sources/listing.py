@@ -15,7 +15,7 @@ from ftlib.data.shards import SPLITS, DataError
 from ftlib.preparation.sources.address import fetch, list_address
 from ftlib.preparation.sources.archive import ENDINGS, is_archive, list_archive
 from ftlib.preparation.sources.builtin import names
-from ftlib.preparation.sources.folders import Folders, has_flat_split, unwrapped
+from ftlib.preparation.sources.folders import Folders, has_flat_split
 from ftlib.preparation.sources.imagenet import ImageNet
 from ftlib.preparation.sources.layout import Entry, Labelled, LabelledFiles, Layout, Rejected
 from ftlib.preparation.sources.naming import (
@@ -37,6 +37,7 @@ from ftlib.preparation.sources.table import ENDINGS as TABLES
 from ftlib.preparation.sources.table import LabelTable, Table, usable_tables
 from ftlib.preparation.sources.tree import File, Tree, walk
 from ftlib.preparation.sources.webdataset import WebDataset
+from ftlib.preparation.sources.wrapping import unwrapped
 from ftlib.settings import nearest
 from ftlib.text import printable
 

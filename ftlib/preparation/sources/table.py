@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from ftlib.data.shards import DataError
-from ftlib.preparation.sources.folders import is_picture, unwrapped
 from ftlib.preparation.sources.layout import Labelled, LabelledFiles, Rejected
 from ftlib.preparation.sources.naming import (
     counted,
@@ -29,6 +28,7 @@ from ftlib.preparation.sources.naming import (
 )
 from ftlib.preparation.sources.options import SourceOptions
 from ftlib.preparation.sources.tree import File, Tree
+from ftlib.preparation.sources.wrapping import is_picture, unwrapped
 from ftlib.text import printable
 
 ENDINGS = ("csv", "tsv", "json", "jsonl", "ndjson", "parquet")

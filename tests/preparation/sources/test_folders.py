@@ -1,6 +1,8 @@
 """Folders of classes: what is a class and a split, what is left aside, what is refused.
 
 Also the tests of `tree`, which lists a folder on disk.
+
+Modules: folders, wrapping.
 """
 
 from __future__ import annotations
