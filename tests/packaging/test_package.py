@@ -246,14 +246,10 @@ import io, json, pickle, sys
 def refuse(*a, **k): raise AssertionError("something was unpickled")
 import mlflow, torch
 torch.load = pickle.load = pickle.loads = refuse
-try:
-    import ftlib
-    raise SystemExit("ftlib is on the path")
-except ImportError:
-    pass
+sys.modules["ftlib"] = None  # installed or not, it cannot be imported
 model = mlflow.pyfunc.load_model(sys.argv[1])
 print(json.dumps(model.predict([open(sys.argv[2], "rb").read()], params={"top_k": 3})))
-assert not {"torchvision", "timm", "ftlib"} & set(sys.modules)
+assert not {"torchvision", "timm"} & set(sys.modules)
 """
 
 
