@@ -412,7 +412,9 @@ def test_a_launch_that_lost_its_run_stops_writes_nothing_and_leaves_the_mlflow_r
 
     def hook(metrics):
         values = {**json.loads(file.read_text()), "token": "successor", "host": "elsewhere"}
-        file.write_text(json.dumps(values))
+        new = file.with_name("lease.new")
+        new.write_text(json.dumps(values))
+        new.replace(file)  # as a successor does: a half-written lease would count as a missing one
 
     run = override(tiny, {"name": "lost", "train.epochs": 50})
     with pytest.raises(LeaseLostError, match="on elsewhere has taken it over"):
