@@ -76,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def audit_pictures(asked: Options, run: str) -> "Audit":
-    from rich.progress import Progress
-
+    from ftlib.console import Progress
     from ftlib.data.shards import Dataset
     from ftlib.report.audit_page import audit
 
@@ -89,14 +88,15 @@ def audit_pictures(asked: Options, run: str) -> "Audit":
         loaded = load(run)
         features = lambda data: features_of(loaded, data)  # noqa: E731
     pictures = len(dataset.split("train")) + len(dataset.split("val"))
-    with Progress(transient=True, disable=asked.quiet or not sys.stderr.isatty()) as progress:
-        task = progress.add_task(f"checking {dataset.name}", total=pictures)
+    with Progress(
+        pictures, f"checking {dataset.name}", unit="pictures", shown=not asked.quiet
+    ) as progress:
         return audit(
             dataset,
             features=features,
             label_sample=asked.label_sample,
             workers=asked.workers or os.cpu_count() or 1,
-            tick=lambda: progress.advance(task),
+            tick=progress.advance,
         )
 
 

@@ -11,7 +11,6 @@ pictures on it is a Ray Data job, on the cluster at RAY_ADDRESS (whose nodes mus
 on this machine.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,28 +87,20 @@ def classify_file(asked: Options, source: Path) -> dict[str, Any]:
 
 def classify_folder(asked: Options, source: Path) -> dict[str, Any]:
     """Write the answers of a folder."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
+    from ftlib.console import Progress
     from ftlib.deploy.batch_predict import pictures_of, predict_folder
 
     found = pictures_of(source)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    hidden = asked.quiet or not sys.stderr.isatty()
-    with Progress(*columns, TimeRemainingColumn(), transient=True, disable=hidden) as progress:
-        task = progress.add_task("classifying", total=None)
+    with Progress(
+        len(found.files), "classifying", unit="pictures", shown=not asked.quiet
+    ) as progress:
         answers = predict_folder(
             asked.model,
             source,
             asked.out,
             predict_options(asked),
             files=found.files,
-            tick=lambda done, total: progress.update(task, completed=done, total=total),
+            tick=progress.update,
         )
     unreadable = answers.num_rows - answers["error"].null_count
     print(

@@ -19,9 +19,19 @@ LONG_FOR_A_REASON = {
     "paired_difference": "one derivation, step by step",
 }
 FLOORS = [
-    {"settings", "text", "clock", "process_identity", "picture"},
+    {"console", "settings", "text", "clock", "process_identity", "picture"},
     {"storage", "config"},
-    {"paths", "checks", "recipes", "flags", "cli", "command", "runs", "settings_reference"},
+    {
+        "console",
+        "paths",
+        "checks",
+        "recipes",
+        "flags",
+        "cli",
+        "command",
+        "runs",
+        "settings_reference",
+    },
     {"data"},
     {"preparation", "training"},
     {"track", "packaging", "report"},

@@ -7,7 +7,8 @@ import time
 from datetime import timedelta
 from typing import Any, TextIO
 
-LINE_SECONDS = 10.0
+from ftlib.console import LINE_SECONDS, live_bar
+
 """Shortest time between two plain lines within an epoch."""
 
 
@@ -24,17 +25,9 @@ class ProgressDisplay:
         self._task: Any = None
 
     def __enter__(self) -> ProgressDisplay:
-        if self.out.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(None),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                console=Console(file=self.out),
-            )
+        columns = ("{task.description}", "bar", "share", "{task.fields[numbers]}")
+        self._bar = live_bar(self.out, *columns)
+        if self._bar is not None:
             self._bar.start()
         return self
 

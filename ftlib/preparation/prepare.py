@@ -26,6 +26,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ftlib import paths, storage
+from ftlib.console import Progress
 from ftlib.data.shards import (
     FORMAT,
     INDEX,
@@ -42,7 +43,7 @@ from ftlib.preparation import executor
 from ftlib.preparation.append import Addition, merged
 from ftlib.preparation.depth import with_depth_bits
 from ftlib.preparation.options import PrepareOptions
-from ftlib.preparation.report import PreparationReport, Progress
+from ftlib.preparation.report import PreparationReport
 from ftlib.preparation.shard_task import (
     PART,
     VALIDATION_VERSION,
@@ -141,7 +142,7 @@ def prepare(
             report = json.loads(storage.read_file(storage.join(out, "report.json")) or b"{}")
             return PreparationResult(out, done, report, True, time.monotonic() - started)
         _check_space(out, listing, FREE_SPACE_FOR_TILES if rules.tiles else FREE_SPACE)
-        with Progress(len(listing.entries), f"preparing {name}", progress) as bar:
+        with Progress(len(listing.entries), f"preparing {name}", shown=progress) as bar:
             records = executor.run(tasks, engine, workers, bar.advance, connect_ray)
         finish = _Finish(
             out=out,

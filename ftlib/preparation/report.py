@@ -6,11 +6,8 @@ import csv
 import io
 import json
 import shlex
-import sys
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -288,62 +285,3 @@ def _size(n: float) -> str:
         n /= 1000
         del units[0]
     return f"{n:.0f} {units[0]}" if units[0] == "bytes" or n >= 100 else f"{n:.1f} {units[0]}"
-
-
-class Progress:
-    """A bar on a terminal; elsewhere a line every ten seconds and at the end."""
-
-    def __init__(self, total: int, title: str, shown: bool) -> None:
-        self._total, self._title, self._shown = total, title, shown
-        self._done, self._started, self._last = 0, time.monotonic(), time.monotonic()
-        self._bar: Any = None
-        self._task: Any = None
-
-    def __enter__(self) -> Progress:
-        if self._shown and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            self._bar = Bar(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[speed]}"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self._bar.start()
-            self._task = self._bar.add_task(self._title, total=self._total, speed="")
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        elif self._shown and kind is None:
-            self._line()
-
-    def advance(self, n: int) -> None:
-        self._done += n
-        if self._bar is not None:
-            self._bar.update(
-                self._task, completed=self._done, speed=f"{self._speed():,.0f} files/s"
-            )
-        elif self._shown and time.monotonic() - self._last >= 10:
-            self._line()
-
-    def _speed(self) -> float:
-        return self._done / max(1e-3, time.monotonic() - self._started)
-
-    def _line(self) -> None:
-        self._last = time.monotonic()
-        print(
-            f"{self._title}: {self._done:,} of {self._total:,} files, {self._speed():,.0f} files/s",
-            file=sys.stderr,
-            flush=True,
-        )
