@@ -129,19 +129,15 @@ def table(loaded: "LoadedModel", dataset: "Dataset", split: str, scored: Sequenc
         f"weights of step {about.get('step', '?')} ({averaged}), "
         f"on {len(scored[0].rows):,} pictures of {dataset.name} ({split})"
     )
-    rows = [("input", "top-1 %", "top-5 %", "NLL", "ECE", "NLL calibrated", "ECE calibrated", "T")]
+    rows: list[tuple[str, ...]] = [
+        ("input", "top-1 %", "top-5 %", "NLL", "ECE", "NLL calibrated", "ECE calibrated", "T")
+    ]
     for s in scored:
         mirrored = " + mirror" if s.flip else ""
         rows.append(
             (
                 f"{s.size} px{mirrored}",
-                s.before["top1"].show(),
-                s.before["top5"].show(),
-                s.before["nll"].show(3),
-                s.before["ece"].show(3),
-                s.after["nll"].show(3),
-                s.after["ece"].show(3),
-                f"{s.calibration.temperature:.3f}",
+                *s.cells,
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -65,9 +65,8 @@ def predict_options(asked: Options) -> "PredictOptions":
     from ftlib.deploy.batch_predict import PredictOptions
     from ftlib.packaging.package import locate
 
-    engine = "here" if asked.engine == "local" else asked.engine
     _, tracking = locate(asked.model, asked.tracking_uri)
-    return PredictOptions(tracking, asked.top_k, engine, asked.workers)
+    return PredictOptions(tracking, asked.top_k, asked.engine, asked.workers)
 
 
 def classify_file(asked: Options, source: Path) -> dict[str, Any]:

@@ -136,8 +136,8 @@ def predict_folder(
         files: the files below `source`; by default those of `pictures_of`.
     """
     source, out = Path(source).absolute(), Path(out).absolute()
-    if options.engine not in ("auto", "here", "ray"):
-        raise PredictError(f"--engine {options.engine}: needs to be auto, here or ray")
+    if options.engine not in ("auto", "local", "ray"):
+        raise PredictError(f"--engine {options.engine}: needs to be auto, local or ray")
     if out.suffix not in (".parquet", ".csv"):
         raise PredictError(f"--out {out.name}: the file's name must end in .parquet or .csv")
     names = list(files) if files is not None else pictures_of(source).files

@@ -32,8 +32,6 @@ Connect = Callable[[], object]
 
 def choose(engine: str) -> str:
     """`local` or `ray`; `auto` takes Ray where RAY_ADDRESS names a cluster. Raises DataError."""
-    if engine == "here":  # the name before
-        engine = "local"
     if engine not in ENGINES:
         raise DataError(f"--engine {engine}: needs to be one of {', '.join(ENGINES)}")
     if engine == "auto":

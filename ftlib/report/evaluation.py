@@ -50,6 +50,19 @@ class Scored:
     """The same after temperature scaling; the temperature was fitted on other images."""
 
     @property
+    def cells(self) -> tuple[str, ...]:
+        """A table's row: top-1, top-5, NLL, ECE, both calibrated, and the temperature."""
+        return (
+            self.before["top1"].show(),
+            self.before["top5"].show(),
+            self.before["nll"].show(3),
+            self.before["ece"].show(3),
+            self.after["nll"].show(3),
+            self.after["ece"].show(3),
+            f"{self.calibration.temperature:.3f}",
+        )
+
+    @property
     def plain(self) -> dict[str, float]:
         """Metric name -> value: top1, top5, nll, ece, nll_calibrated, ece_calibrated,
         temperature."""

@@ -201,13 +201,7 @@ def _score_table(all_scored: Sequence[Scored]) -> str:
         [
             (
                 f"{s.size} px{', with mirror' if s.flip else ''}",
-                s.before["top1"].show(),
-                s.before["top5"].show(),
-                s.before["nll"].show(3),
-                s.before["ece"].show(3),
-                s.after["nll"].show(3),
-                s.after["ece"].show(3),
-                f"{s.calibration.temperature:.3f}",
+                *s.cells,
             )
             for s in all_scored
         ],

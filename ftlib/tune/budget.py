@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from ftlib.tune.live_table import duration
+from ftlib.launch.progress import duration
 from ftlib.tune.trial_store import Trial, TrialStore
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
+from ftlib.launch.progress import duration
 from ftlib.tune.trial_store import Trial
 
 if TYPE_CHECKING:
@@ -172,9 +173,3 @@ class TrialTable:
 
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def duration(seconds: float) -> str:
-    """Such as 0:03:20."""
-    seconds = int(max(seconds, 0))
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
-from ftlib.tune.live_table import duration
+from ftlib.launch.progress import duration
 from ftlib.tune.trial_store import Trial, TrialStore
 
 MOST_CANDIDATES = 3

@@ -9,10 +9,10 @@ from pathlib import Path
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from ftlib.launch.progress import duration
 from ftlib.report import html
 from ftlib.tune import figures, spaces
 from ftlib.tune.importance import Importance, importance
-from ftlib.tune.live_table import duration
 from ftlib.tune.promotion_plan import plan_promotion
 from ftlib.tune.spaces import Space
 from ftlib.tune.suggest import describe

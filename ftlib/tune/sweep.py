@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftlib.config import NOT_IN_FINGERPRINT, Run
+from ftlib.launch.progress import duration
 from ftlib.paths import local_run_folder, runs_root
 from ftlib.settings import flat, override, to_dict, to_json
 from ftlib.storage import is_remote, join, write_file
 from ftlib.tune import optuna_journal, spaces, suggest, tuning_split
 from ftlib.tune.budget import TimeBudget
-from ftlib.tune.live_table import TrialTable, duration
+from ftlib.tune.live_table import TrialTable
 from ftlib.tune.options import SweepOptions
 from ftlib.tune.optuna_journal import OptunaJournal
 from ftlib.tune.promotion_plan import plan_promotion

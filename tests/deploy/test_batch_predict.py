@@ -218,7 +218,7 @@ def test_ray_data_gives_the_same_rows(model, folder, tmp_path, monkeypatch):
         ray.shutdown()
         shutil.rmtree(temporary, ignore_errors=True)
     here = B.predict_folder(
-        str(model), folder, tmp_path / "here.parquet", B.PredictOptions(engine="here")
+        str(model), folder, tmp_path / "here.parquet", B.PredictOptions(engine="local")
     )
     assert (
         by_ray["path"].equals(here["path"])

@@ -1,6 +1,7 @@
 import io
 
-from ftlib.tune.live_table import TrialTable, duration
+from ftlib.launch.progress import duration
+from ftlib.tune.live_table import TrialTable
 from ftlib.tune.ray_tune import TrialEnd
 from ftlib.tune.trial_store import Trial
 
