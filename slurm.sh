@@ -52,9 +52,27 @@ start_ray() { # NODE, then the options of `ray start`
   ray_steps+=("$!")
 }
 
+# End Ray: again after a second, since a step that was only just started may not have seen the
+# first TERM, and at last by force.
+stop_ray() {
+  local attempt step alive
+  for attempt in $(seq 0 99); do
+    alive=false
+    for step in "${ray_steps[@]}"; do
+      kill -0 "$step" 2>/dev/null || continue
+      alive=true
+      if ((attempt % 10 == 0)); then kill -TERM "$step" 2>/dev/null || true; fi
+    done
+    [[ $alive == true ]] || return 0
+    sleep 0.1
+  done
+  for step in "${ray_steps[@]}"; do kill -KILL "$step" 2>/dev/null || true; done
+}
+
 # End Ray, then this script with CODE; or queue it again if the time limit stopped the job.
 finish() { # CODE
-  for step in "${ray_steps[@]}"; do kill -TERM "$step" 2>/dev/null || true; done
+  trap '' USR1 TERM INT
+  stop_ray
   if [[ $requeue == true && $1 == 143 ]]; then
     echo "the time limit is near: queued again, to resume from the checkpoint"
     scontrol requeue "$SLURM_JOB_ID"

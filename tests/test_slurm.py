@@ -1,5 +1,6 @@
 """slurm.sh against stand-ins of Slurm's and Ray's commands."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -50,6 +51,7 @@ class Slurm:
 
     def __init__(self, folder):
         self.folder, self.log = folder, folder / "log"
+        self.processes = []
         self.log.touch()
         for name, text in STAND_INS.items():
             file = folder / name
@@ -70,7 +72,7 @@ class Slurm:
         }
         command = [str(SCRIPT), sys.executable, str(self.folder / "job.py"), *flags]
         with (self.folder / "stderr").open("w") as stderr:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command,
                 env=env,
                 stdout=subprocess.PIPE,
@@ -78,6 +80,16 @@ class Slurm:
                 text=True,
                 start_new_session=True,
             )
+        self.processes.append(process)
+        return process
+
+    def close(self):
+        """End what a failed test left, which would hold its pipe open in the next one."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            process.stdout.close()
 
     def wait_for(self, text):
         deadline = time.monotonic() + 30
@@ -88,7 +100,9 @@ class Slurm:
 
 @pytest.fixture
 def slurm(tmp_path):
-    return Slurm(tmp_path)
+    slurm = Slurm(tmp_path)
+    yield slurm
+    slurm.close()
 
 
 def ended(process):
