@@ -1,6 +1,7 @@
 """What keeps the code readable: short functions, named arguments, imports that point one way."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,30 @@ def test_imports_point_down(floor):
             above = set(imported_rooms(source)) - allowed
             upward += [f"{source.relative_to(ROOT)} imports {name}" for name in sorted(above)]
     assert not upward
+
+
+def imported_modules(tree, modules):
+    """Names of the modules that a file imports when it is imported or later, not for types only."""
+    typing = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n)]
+    skipped = {id(node) for block in typing for node in ast.walk(block)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or id(node) in skipped or node.level:
+            continue
+        for alias in node.names:
+            yield from {node.module, f"{node.module}.{alias.name}"} & modules
+
+
+def test_no_imports_go_in_a_circle():
+    files = {".".join(f.relative_to(ROOT).with_suffix("").parts): f for f in SOURCES}
+    graph = {
+        name: set(imported_modules(ast.parse(file.read_text(encoding="utf-8")), set(files)))
+        - {name}
+        for name, file in files.items()
+    }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 def test_every_room_has_its_floor():

@@ -28,12 +28,11 @@ from typing import Any, Protocol
 
 import ray
 from ray import tune
-from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.search import Searcher
 
 from ftlib.paths import environment_variables
 from ftlib.tune.asha import AsynchronousHalving
-from ftlib.tune.train_trial import TrainTrial, TrialConfig, TrialStoppedError, epoch_point
+from ftlib.tune.train_trial import TrainTrial, TrialConfig, TrialStoppedError
 from ftlib.tune.trial_store import Trial
 
 WORKER_DEATHS = 2
@@ -444,28 +443,3 @@ def free_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-
-
-class TrainReportCallback(TuneReportCallback):
-    """For a trial that trains in workers of its own: passes rank 0's epochs on to Tune.
-
-    Made in the trial's process, called in the process of Ray Train's controller.
-    """
-
-    def __init__(self, split: str) -> None:
-        super().__init__()
-        self.split, self.last = split, time.time()
-
-    def after_report(
-        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
-    ) -> None:
-        # An exception here would end the run for good. A missed epoch does not matter.
-        with contextlib.suppress(Exception):
-            values = metrics[0]
-            if f"{self.split}/top1" not in values:
-                return
-            now = time.time()
-            point = epoch_point(values, self.split)
-            epoch = {"epoch": int(values["epoch"]), "seconds": now - self.last}
-            self._training_actor_item_queue.put({**point, **epoch})
-            self.last = now

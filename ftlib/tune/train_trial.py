@@ -18,6 +18,7 @@ from ftlib.config import Gates, Run
 from ftlib.paths import runs_root
 from ftlib.settings import from_dict, override
 from ftlib.storage import join, read_json
+from ftlib.tune.epoch_report import TrainReportCallback, epoch_point, epoch_seconds
 
 if TYPE_CHECKING:
     from ftlib.track.tracked_run import TrackedRun, TrackerHandle
@@ -42,8 +43,6 @@ ABBREVIATIONS = {
 }
 TITLE_LENGTH = 30
 """MLflow's table shows about the first 22 characters of a run's name."""
-EPOCH_METRICS = ("loss", "top1", "top5")
-"""Metrics of an epoch that the trial store keeps, of the scored split and of training."""
 
 
 class TrialStoppedError(Exception):
@@ -89,13 +88,6 @@ class TrainTrial(Protocol):
     """Trains a trial: `train_run` with its context bound, or a stand-in in tests."""
 
     def __call__(self, config: TrialConfig, report: Report) -> TrialResult: ...
-
-
-def epoch_point(metrics: Mapping[str, float], split: str) -> dict[str, float]:
-    """The part of an epoch's metrics that the trial store keeps, with `score`."""
-    names = [f"{part}/{name}" for part in (split, "train") for name in EPOCH_METRICS]
-    kept = {name: metrics[name] for name in names if name in metrics}
-    return {"score": metrics[f"{split}/top1"], **kept}
 
 
 @dataclass(frozen=True)
@@ -243,8 +235,6 @@ def train_run(context: TrialContext, config: TrialConfig, report: Report) -> Tri
     split = context.split
     callbacks: list[Any] = []
     if not context.local:
-        from ftlib.tune.ray_tune import TrainReportCallback
-
         callbacks = [TrainReportCallback(split)]
 
     def on_report(metrics: Mapping[str, float]) -> None:
@@ -301,11 +291,6 @@ def train_within_tune() -> Iterator[None]:
         yield
     finally:
         trainable_fn_utils._in_tune_session = known
-
-
-def epoch_seconds(row: Mapping[str, float], split: str) -> float:
-    """Seconds of an epoch's training and evaluation."""
-    return row.get("train/epoch_s", 0.0) + row.get(f"{split}/seconds", 0.0)
 
 
 def title(name: str, values: Mapping[str, Any]) -> str:
