@@ -118,8 +118,10 @@ def test_a_run_keeps_its_pipeline_when_the_file_is_gone(tmp_path):
 
 @pytest.fixture
 def grown_table(monkeypatch):
-    """The table of ops with one more op, and another version of `blur`."""
-    changed = [dataclasses.replace(op, version=2) if op.name == "blur" else op for op in ops.OPS]
+    """The table of ops of 2026-11 that becomes one with one more op and another `blur`."""
+    known = [op for op in ops.OPS if op.name in ops.TABLE_2026_11]
+    monkeypatch.setattr(ops, "OPS", tuple(known))
+    changed = [dataclasses.replace(op, version=2) if op.name == "blur" else op for op in known]
     new = dataclasses.replace(ops.OPS[0], name="twirl")
     return lambda table=(*changed, new): monkeypatch.setattr(ops, "OPS", tuple(table))
 
