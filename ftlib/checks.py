@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from ftlib.config import Run
-from ftlib.paths import data_path, home, runs_root, spaces_folder
+from ftlib.paths import data_path, home, runs_root, space_names
 from ftlib.runs import NOT_A_STAGE, best_of_stage
 from ftlib.settings import ConfigError, nearest
 from ftlib.storage import folders, is_remote
@@ -96,10 +96,10 @@ def check_space(name: str) -> None:
     if name.endswith(".py"):
         known, there = [], Path(name).is_file()
     else:
-        known = sorted(path.stem for path in spaces_folder().glob("[!_]*.py"))
+        known = space_names()
         there = name in known
     if not there:
         raise ConfigError(
-            f"unknown space {name}.{nearest(name, known)} There are: {', '.join(known)}. "
+            f"unknown space {name}.{nearest(name, known)} There are: {', '.join(space_names())}. "
             "A path to a .py file works too"
         )

@@ -243,8 +243,13 @@ def _constant(node: ast.stmt) -> str:
 def usage(program: str, flags: Sequence[Flag]) -> str:
     """The first line of every help text."""
     words = [_word(flag) for flag in flags if flag.position]
-    needed = [f"{f.name} {f.metavar}" for f in flags if f.needed and not f.position]
+    needed = [f"{f.name} {_short_metavar(f)}" for f in flags if f.needed and not f.position]
     return " ".join(["usage:", program, *words, *needed, "[OPTIONS]"])
+
+
+def _short_metavar(flag: Flag) -> str:
+    """A list of choices stands at the flag's own line."""
+    return flag.name.lstrip("-").upper() if "|" in flag.metavar else flag.metavar
 
 
 def _word(flag: Flag) -> str:

@@ -32,6 +32,11 @@ def spaces_folder() -> Path:
     return _beside_or_inside("tune_spaces")
 
 
+def space_names() -> list[str]:
+    """Names of the tune spaces that are there."""
+    return sorted(path.stem for path in spaces_folder().glob("[!_]*.py"))
+
+
 def _beside_or_inside(name: str) -> Path:
     package = Path(ftlib.__file__).resolve().parent
     inside = package / name

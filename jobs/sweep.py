@@ -21,6 +21,7 @@ from ftlib import recipes
 from ftlib.checks import check_recipe, check_space
 from ftlib.cli import ResultOptions, job, options_and_recipe, reporting
 from ftlib.flags import Metavar, Repeatable
+from ftlib.paths import space_names
 from ftlib.tune.options import SweepOptions
 
 
@@ -28,8 +29,8 @@ from ftlib.tune.options import SweepOptions
 class Options(ResultOptions, SweepOptions):
     recipe: Annotated[str, Metavar("RECIPE")]
     """phase2, sample-phase2 and so on, or a recipe in a .json file."""
-    space: Annotated[str, Metavar("SPACE")]
-    """A file of tune_spaces/ by its name, such as regularisation, or a path to a .py file."""
+    space: Annotated[str, Metavar("|".join((*space_names(), "FILE.py")))]
+    """A file of tune_spaces/ by its name, or a path to such a file."""
     set: Annotated[tuple[str, ...], Repeatable, Metavar("PATH=VALUE")] = ()
     """Change the recipe: --set mix.off_epochs=2 is --mix.off-epochs 2. May be repeated."""
 

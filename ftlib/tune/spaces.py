@@ -33,6 +33,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import numpy as np
 
+from ftlib.checks import check_space
 from ftlib.config import Run
 from ftlib.paths import spaces_folder
 from ftlib.settings import ConfigError, Settings, checked, flat, hints, nearest, override
@@ -173,22 +174,13 @@ class Space:
 # --- loading ---------------------------------------------------------------------------------
 
 
-def available() -> list[str]:
-    return sorted(p.stem for p in spaces_folder().glob("*.py") if not p.stem.startswith("_"))
-
-
 def load(name: str) -> Space:
     """The space `name` of tune_spaces/, or a path to such a file.
 
     Raises ConfigError with the nearest name, or with what is wrong in the file.
     """
+    check_space(name)
     path = Path(name) if name.endswith(".py") else spaces_folder() / f"{name}.py"
-    if not path.is_file():
-        near = nearest(name, available()) if not name.endswith(".py") else ""
-        raise ConfigError(
-            f"unknown space {name}.{near} There are: {', '.join(available())}. "
-            "A path to a .py file works too"
-        )
     spec = importlib.util.spec_from_file_location(f"tune_spaces.{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from ray import tune
 
 from ftlib.config import Augment, Cosine, Data, Mix, Model, OneCycle, Run, Train
+from ftlib.paths import space_names
 from ftlib.settings import ConfigError, differences, flat
 from ftlib.tune import spaces
 from ftlib.tune.spaces import KEEP, When
@@ -22,7 +23,7 @@ PHASE2 = Run(
 )
 
 
-@pytest.mark.parametrize("name", spaces.available())
+@pytest.mark.parametrize("name", space_names())
 def test_every_space_loads_and_its_values_survive_a_recipe(name):
     space = spaces.load(name)
     assert space.purpose and space.axes
@@ -39,7 +40,7 @@ def test_every_space_loads_and_its_values_survive_a_recipe(name):
 
 
 def test_the_documented_spaces_exist():
-    assert {"regularisation", "augmentation", "optimisation", "quick"} <= set(spaces.available())
+    assert {"regularisation", "augmentation", "optimisation", "quick"} <= set(space_names())
     assert set(spaces.load("regularisation").describe()) == {
         "model.dropout",
         "mix.mixup_alpha",
@@ -227,4 +228,4 @@ def test_known_paths_cover_every_leaf_of_every_kind():
 def test_the_docs_list_every_space_once():
     text = (ROOT / "docs" / "search.md").read_text()
     table = text[text.index("## Spaces") : text.index("A space of your own")]
-    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == spaces.available()
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == space_names()
