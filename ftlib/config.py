@@ -653,6 +653,21 @@ class Gates(Settings):
 
 
 @dataclass(frozen=True)
+class Measured(Settings):
+    """What the recipe was measured on. A run far from it is told so before it starts; nothing else
+    depends on these. 0: not known."""
+
+    section: ClassVar[str] = "measured"
+
+    size: Count = 0
+    """Side of the training input, in pixels."""
+    images: Count = 0
+    """Training images."""
+    epochs: Count = 0
+    """Epochs."""
+
+
+@dataclass(frozen=True)
 class Run(Settings):
     """Everything that defines a training run."""
 
@@ -680,6 +695,7 @@ class Run(Settings):
     cluster: Cluster = field(default_factory=Cluster)
     track: Track = field(default_factory=Track)
     gates: Gates = field(default_factory=Gates)
+    measured: Measured = field(default_factory=Measured)
 
     def check(self) -> None:
         self._check_names()
@@ -735,6 +751,7 @@ NOT_IN_FINGERPRINT = (
     "track",
     "checkpoint",
     "gates",
+    "measured",
     "data.path",
     "data.loader_workers",
     "model.preprocessing",

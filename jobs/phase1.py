@@ -12,7 +12,19 @@ cores feed at 224 px).
 """
 
 from ftlib.cli import job
-from ftlib.config import Adam, Augment, CrossEntropy, Data, Gates, Mix, Model, OneCycle, Run, Train
+from ftlib.config import (
+    Adam,
+    Augment,
+    CrossEntropy,
+    Data,
+    Gates,
+    Measured,
+    Mix,
+    Model,
+    OneCycle,
+    Run,
+    Train,
+)
 from ftlib.launch.train_job import train_job
 
 PHASE1 = Run(
@@ -34,6 +46,7 @@ PHASE1 = Run(
     schedule=OneCycle(peak=3.0, up=0.3, div=5.0, final_div=1000.0),  # highest rate 3e-3
     train=Train(epochs=30, batch_size=128, microbatch_size=32, precision="auto", clip_norm=1.0),
     gates=Gates(val_top1=50.0),
+    measured=Measured(size=128, images=256_190, epochs=30),
 )
 
 

@@ -13,7 +13,19 @@ cores feed.
 """
 
 from ftlib.cli import job
-from ftlib.config import AdamW, Augment, Cosine, CrossEntropy, Data, Gates, Mix, Model, Run, Train
+from ftlib.config import (
+    AdamW,
+    Augment,
+    Cosine,
+    CrossEntropy,
+    Data,
+    Gates,
+    Measured,
+    Mix,
+    Model,
+    Run,
+    Train,
+)
 from ftlib.launch.train_job import train_job
 
 PHASE2 = Run(
@@ -37,6 +49,7 @@ PHASE2 = Run(
     schedule=Cosine(min_lr=1e-6),
     train=Train(epochs=50, batch_size=128, microbatch_size=32, precision="auto", clip_norm=1.0),
     gates=Gates(val_top1=65.0, max_gap=10.0, gain=10.0),
+    measured=Measured(size=224, images=256_190, epochs=50),
 )
 
 

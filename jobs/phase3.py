@@ -11,7 +11,19 @@ T4. This one is for a cluster: `--cluster.workers 4`, or `1:4` where nodes come 
 """
 
 from ftlib.cli import job
-from ftlib.config import AdamW, Augment, Cosine, CrossEntropy, Data, Gates, Mix, Model, Run, Train
+from ftlib.config import (
+    AdamW,
+    Augment,
+    Cosine,
+    CrossEntropy,
+    Data,
+    Gates,
+    Measured,
+    Mix,
+    Model,
+    Run,
+    Train,
+)
 from ftlib.launch.train_job import train_job
 
 PHASE3 = Run(
@@ -42,6 +54,7 @@ PHASE3 = Run(
         ema_decay=0.9999,
     ),
     gates=Gates(val_top1=78.0),
+    measured=Measured(size=224, images=1_281_167, epochs=75),
 )
 
 

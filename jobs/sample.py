@@ -21,13 +21,20 @@ from dataclasses import dataclass
 
 from ftlib import recipes
 from ftlib.cli import ResultOptions, job, options, reporting
+from ftlib.config import Measured
 from ftlib.settings import override
 
 DIGITS = {"data.path": "digits", "model.arch": "resnet18", "augment.flip": 0.0}
 SMALL_BATCH = {"train.batch_size": 32, "train.microbatch_size": 32}
 PHASE1 = override(
     recipes.load("phase1"),
-    {**DIGITS, "augment.size": 16, "train.epochs": 20, "gates.val_top1": 75.0},
+    {
+        **DIGITS,
+        "augment.size": 16,
+        "train.epochs": 20,
+        "gates.val_top1": 75.0,
+        "measured": Measured(size=16, images=210, epochs=20),
+    },
 )
 PHASE2 = override(
     recipes.load("phase2"),
@@ -38,6 +45,7 @@ PHASE2 = override(
         "train.epochs": 20,
         "gates.val_top1": 85.0,
         "gates.gain": 0.0,
+        "measured": Measured(size=32, images=210, epochs=20),
     },
 )
 PHASE3 = override(
@@ -50,6 +58,7 @@ PHASE3 = override(
         "train.ema_decay": 0.99,
         "gates.val_top1": 97.0,
         "gates.gain": 0.0,
+        "measured": Measured(size=32, images=1078, epochs=16),
     },
 )
 CHANGES = {

@@ -251,6 +251,8 @@ def open_run(prepared: PreparedRun, options: LaunchOptions) -> Iterator[ActiveRu
     with Lease(run_dir, run.name) as lease, contextlib.ExitStack() as stack:
         if options.announce:
             options.say(f"{run.name}: {prepared.plan}")
+            for line in prepared.plan.far_outside:
+                options.say(f"  note: {line}")
         if options.tracking is None:
             stack.callback(warm_up(run.track).join)
         prepared = _with_copied_weights(prepared, options)

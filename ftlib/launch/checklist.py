@@ -93,8 +93,9 @@ def _data(run: Run, found: list[Dataset]) -> tuple[State, str]:
 
 
 def _recipe(run: Run, dataset: Dataset, found: list[preflight.RunPlan]) -> tuple[State, str]:
-    found.append(preflight.plan(run, dataset))
-    return "ok", str(found[0])
+    plan = preflight.plan(run, dataset)
+    found.append(plan)
+    return ("warn" if plan.far_outside else "ok"), ". ".join([str(plan), *plan.far_outside])
 
 
 def _start(run: Run, found: list[PreparedRun]) -> tuple[State, str]:

@@ -18,6 +18,7 @@ from ftlib.data import augment, sampler
 from ftlib.data.fetch_ahead import shard_blocks
 from ftlib.data.shards import Dataset
 from ftlib.launch.errors import LaunchError
+from ftlib.launch.scale import far_outside
 from ftlib.settings import ConfigError
 from ftlib.storage import StorageError, is_remote, join
 
@@ -33,6 +34,8 @@ class RunPlan:
     parameters: int
     disk_bytes: int
     """What its checkpoints will need at most at one time."""
+    far_outside: tuple[str, ...] = ()
+    """Where it is far from what its recipe was measured on."""
 
     def __str__(self) -> str:
         return (
@@ -108,6 +111,7 @@ def plan(run: Run, dataset: Dataset) -> RunPlan:
         steps=steps * run.train.epochs,
         parameters=parameters,
         disk_bytes=disk,
+        far_outside=far_outside(run, dataset, images, steps),
     )
 
 
