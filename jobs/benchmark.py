@@ -7,6 +7,7 @@
     python jobs/benchmark.py --what accuracy --source FOLDER --size 32   # ftlib's and others' ops
     python jobs/benchmark.py --what scale                                # up to a million rows
     python jobs/benchmark.py --what serve --rounds 3                     # good and hostile clients
+    python jobs/benchmark.py --what recipes --source FOLDER --size 32 --out bench  # accuracy
 
 Cases are measured in turn, over several rounds; what counts is the ratio within a round, and its
 spread. Peers (timm, FFCV, DALI) are measured where they are installed; none is needed. It takes
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from ftlib.benchmark.measure import Part
 
 WHAT = ("loader", "step", "scaling", "checkpoint", "startup")
-BY_NAME_ONLY = ("sides", "accuracy", "scale", "serve")
+BY_NAME_ONLY = ("sides", "accuracy", "scale", "serve", "recipes")
 Pixels = Annotated[AtLeastOne, Metavar("PIXELS")]
 
 
@@ -40,15 +41,17 @@ Pixels = Annotated[AtLeastOne, Metavar("PIXELS")]
 class Options(ResultOptions):
     what: Annotated[tuple[str, ...], Commas, Metavar("NAMES")] = ("all",)
     """One or more of loader, step, scaling, checkpoint and startup, or all of these; and, by name
-    only, sides, accuracy, scale and serve."""
+    only, sides, accuracy, scale, serve and recipes."""
     source: Annotated[str, Metavar("FOLDER")] = ""
     """Pictures in class folders. By default generated ones of about 375 x 500 pixels."""
     rounds: AtLeastOne = 5
-    """Rounds, each with every case once. For accuracy: seeds."""
+    """Rounds, each with every case once."""
+    seeds: AtLeastOne = 5
+    """Seeds of accuracy and recipes."""
     images: AtLeastOne = 512
     """Images per case and round of the loader."""
     size: Pixels = 224
-    """Side of the loader's training input."""
+    """Side of the training input of loader, sides, accuracy and recipes."""
     max_side: Pixels = 352
     """Longer side of the pictures that are encoded again."""
     workers: Count = 2
@@ -56,7 +59,7 @@ class Options(ResultOptions):
     only: Annotated[tuple[str, ...], Metavar("WORDS")] = ()
     """Only the loaders whose name contains one of these: --only timm 'ftlib Phase 2'."""
     arch: Annotated[str, Metavar("NAME")] = "resnet18"
-    """Model of the training steps and of serve."""
+    """Model of the training steps, accuracy, recipes and serve."""
     step_size: Pixels = 64
     """Side of the pictures in the training steps and of serve's input."""
     batch: AtLeastOne = 32
@@ -64,9 +67,15 @@ class Options(ResultOptions):
     steps: AtLeastOne = 8
     """Training steps per case and round."""
     epochs: AtLeastOne = 5
-    """Epochs of accuracy."""
+    """Epochs of accuracy and recipes."""
+    recipes: Annotated[tuple[str, ...], Commas, Metavar("NAMES")] = ("phase1",)
+    """Of recipes: ftlib's, to compare with timm's, torchvision's and a plain loop. The first is
+    compared with the others too."""
+    timm: Annotated[str, Metavar("FILE")] = ""
+    """Of recipes: timm's train.py, from its repository."""
     out: Annotated[str, Metavar("FOLDER")] = ""
-    """Write benchmark.json and benchmark.png there."""
+    """Write benchmark.json and benchmark.png there. recipes also keeps its trainings there, and
+    does only those that are missing."""
     mlflow: bool = False
     """Record ratios, JSON and figure as a run of the MLflow experiment `benchmark`."""
 
@@ -79,6 +88,10 @@ class Options(ResultOptions):
                 )
         if self.source and not Path(self.source).is_dir():
             raise ConfigError(f"--source {self.source}: there is no such folder")
+        if "recipes" in self.parts and not self.source:
+            raise ConfigError("--what recipes: needs --source, a folder of pictures to learn from")
+        if self.timm and not Path(self.timm).is_file():
+            raise ConfigError(f"--timm {self.timm}: there is no such file")
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -129,6 +142,20 @@ def measure(name: str, asked: Options, scratch: Path) -> "Part":
         return serving.benchmark(
             scratch / name, arch=asked.arch, size=asked.step_size, rounds=asked.rounds, say=say
         )
+    if name == "recipes":
+        from ftlib.benchmark.recipes import RecipesPlan, benchmark
+
+        assert source is not None
+        plan = RecipesPlan(
+            recipes=asked.recipes,
+            arch=asked.arch,
+            size=asked.size,
+            epochs=asked.epochs,
+            seeds=asked.seeds,
+            timm=asked.timm,
+        )
+        folder = Path(asked.out) / name if asked.out else scratch / name
+        return benchmark(plan, source, folder.resolve(), say)
     if name == "sides":
         return pictures.sides(
             scratch / name,
@@ -143,7 +170,7 @@ def measure(name: str, asked: Options, scratch: Path) -> "Part":
         return pictures.accuracy(
             scratch / name,
             source,
-            seeds=asked.rounds,
+            seeds=asked.seeds,
             epochs=asked.epochs,
             arch=asked.arch,
             size=asked.size,

@@ -1,7 +1,7 @@
 """The benchmark runs in its smallest form and its report is whole. No time is asserted.
 
-Modules of ftlib.benchmark: baselines, loader, measure, pictures, show, small_run, training,
-two_workers.
+Modules of ftlib.benchmark: baselines, loader, measure, one_recipe, pictures, recipes, show,
+small_run, training, two_workers.
 """
 
 import importlib.util
@@ -12,10 +12,11 @@ import re
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from ftlib.benchmark import loader, measure, pictures, scale, show, training
+from ftlib.benchmark import loader, measure, pictures, recipes, scale, show, training
 from ftlib.benchmark.measure import BenchmarkError, Case, Cost, Goal, by_turns, ratios
 
 JOB = Path(__file__).parents[1] / "jobs" / "benchmark.py"
@@ -176,6 +177,8 @@ def test_quality_in_its_smallest_form(job, tmp_path, capsys):
             "sides,accuracy",
             "--rounds",
             "2",
+            "--seeds",
+            "2",
             "--images",
             "8",
             "--size",
@@ -248,6 +251,120 @@ def test_two_workers_and_startup(tmp_path):
     assert "ftlib --help" in started.costs and "goal" in started.notes[-1]
 
 
+# --- recipes beside other ways ---
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    """Folder of 40 pictures of 32 px whose left or right half is bright."""
+    folder, draw = tmp_path_factory.mktemp("halves"), np.random.default_rng(0)
+    for side, bright in (("left", slice(0, 16)), ("right", slice(16, 32))):
+        (folder / side).mkdir()
+        for i in range(20):
+            pixels = draw.integers(0, 90, (32, 32, 3), np.uint8)
+            pixels[:, bright] += 120
+            Image.fromarray(pixels).save(folder / side / f"{i}.jpg")
+    return folder
+
+
+def smallest_plan(**changed):
+    plan = {"recipes": ("phase1",), "arch": "shufflenet_v2_x0_5", "size": 32, "epochs": 1}
+    return recipes.RecipesPlan(**{**plan, "seeds": 2, **changed})
+
+
+@pytest.mark.slow
+def test_recipes_in_their_smallest_form(job, halves, tmp_path, capsys):
+    """And the same command again trains nothing."""
+    words = ["--what", "recipes", "--source", str(halves), "--arch", "shufflenet_v2_x0_5"]
+    words += ["--size", "32", "--epochs", "1", "--seeds", "2", "--out", str(tmp_path / "out")]
+    job.main(words)
+    first = capsys.readouterr().out
+    kept = {f: f.stat().st_mtime_ns for f in (tmp_path / "out/recipes/trainings").iterdir()}
+    assert len(kept) == 6, "three ways, two seeds"
+    job.main(words)
+    again = capsys.readouterr().out
+    assert {f: f.stat().st_mtime_ns for f in (tmp_path / "out/recipes/trainings").iterdir()} == kept
+    assert re.sub(r".* load .*", "", first) == re.sub(r".* load .*", "", again)
+    assert "timm's train.py: not measured: give its file with --timm" in first
+    (part,) = json.loads((tmp_path / "out" / "benchmark.json").read_text())["parts"]
+    assert [case["name"] for case in part["cases"]] == [
+        "ftlib phase1",
+        recipes.TORCHVISION,
+        recipes.PLAIN,
+    ]
+    for curves in part["curves"].values():
+        assert [len(curve) for curve in curves] == [1, 1]
+        assert all(0 <= top1 <= 100 for curve in curves for top1 in curve)
+    assert {r["of"] for r in part["ratios"]} == {"cpu"} and len(part["ratios"]) == 2
+    assert not list((tmp_path / "out/recipes").glob("trainings/*.part"))
+
+
+def test_peers_read_the_very_bytes_that_ftlib_reads(halves, tmp_path):
+    dataset = loader.prepared(halves, tmp_path / "set", recipes.PrepareOptions(), val_fraction=0.2)
+    folder = recipes.as_folders(dataset, tmp_path / "pictures")
+    for name in ("train", "val"):
+        split = dataset.split(name)
+        files = {int(f.stem): f for f in (folder / name).rglob("*.jpg")}
+        assert sorted(files) == list(range(len(split)))
+        assert all(files[row].read_bytes() == bytes(split.image(row)) for row in files)
+        assert all(int(files[row].parent.name) == split.labels[row] for row in files)
+
+
+def test_another_setting_or_seed_is_another_training(halves, tmp_path):
+    dataset = loader.prepared(halves, tmp_path / "set", recipes.PrepareOptions(), val_fraction=0.2)
+
+    def keys(seed=0, **changed):
+        plan = smallest_plan(timm="train.py", **changed)
+        return {cell.key for cell in recipes.cells(plan, dataset, tmp_path / "p", seed)}
+
+    base = keys()
+    assert len(base) == 4 and base == keys()
+    for other in (keys(seed=1), keys(epochs=2), keys(size=64), keys(arch="resnet18")):
+        assert not base & other
+
+
+def test_timm_is_given_the_bench_s_settings_and_its_scores_are_read(tmp_path):
+    """By a script that stands for timm's train.py: it writes what it was given."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import argparse, pathlib\n"
+        "p = argparse.ArgumentParser()\n"
+        "for name in ('output', 'experiment', 'data-dir', 'model', 'epochs', 'seed'):\n"
+        "    p.add_argument('--' + name)\n"
+        "a, _ = p.parse_known_args()\n"
+        "out = pathlib.Path(a.output, a.experiment)\n"
+        "out.mkdir(parents=True)\n"
+        "rows = [f'{e},{10 + e}.5' for e in range(int(a.epochs))]\n"
+        "(out / 'summary.csv').write_text('\\n'.join(['epoch,eval_top1', *rows]))\n"
+    )
+    words = recipes.timm_arguments(smallest_plan(epochs=3), classes=2, seed=7)
+    assert recipes.by_timm(script, tmp_path, words, tmp_path) == [10.5, 11.5, 12.5]
+    assert words[words.index("--seed") + 1] == "7" and "3" in words
+    script.write_text("raise SystemExit('no timm here')")
+    with pytest.raises(BenchmarkError, match="no timm here"):
+        recipes.by_timm(script, tmp_path, words, tmp_path)
+
+
+def test_a_gain_is_a_paired_t_test():
+    """Against scipy's."""
+    from scipy import stats
+
+    ours, theirs = [50.1, 51.0, 49.2, 52.3], [47.0, 46.1, 48.0, 47.5]
+    found, oracle = recipes.paired_gain(ours, theirs), stats.ttest_rel(ours, theirs)
+    low, high = oracle.confidence_interval(0.95)
+    assert found.p == pytest.approx(oracle.pvalue)
+    assert (found.low, found.high) == (pytest.approx(low), pytest.approx(high))
+    assert str(recipes.paired_gain([50.0], [48.0])) == "+2.00 points, one seed"
+
+
+def test_an_evaluation_size_keeps_its_ratio(shapes, monkeypatch):
+    large = recipes.override(recipes.recipes.load("phase1"), {"evaluate.size": 160})
+    monkeypatch.setattr(recipes.recipes, "load", lambda _: large)
+    run = recipes.ftlib_run("phase1", smallest_plan(), shapes, 3)
+    assert (run.augment.size, run.evaluate.size, run.seed, run.data.subset) == (32, 40, 3, 1.0)
+    assert run.gates.val_top1 == 0
+
+
 # --- what is shown, what is refused ---
 
 
@@ -272,6 +389,8 @@ def test_a_missed_goal_is_said(tmp_path):
         (["--what", "laoder"], "Did you mean loader"),
         (["--rounds", "0"], "--rounds 0: must be at least 1"),
         (["--source", "/nowhere/pictures"], "no such folder"),
+        (["--what", "recipes"], "needs --source"),
+        (["--timm", "/nowhere/train.py"], "no such file"),
     ],
 )
 def test_wrong_input_is_refused_with_the_remedy(job, arguments, message, capsys):

@@ -91,6 +91,8 @@ class Part:
     costs: dict[str, list[Cost]]
     ratios: list[Ratio]
     notes: list[str] = field(default_factory=list)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
+    """Way -> validation top-1 in percent by epoch, of each seed."""
 
     def to_dict(self) -> dict[str, Any]:
         cases = [
@@ -117,6 +119,7 @@ class Part:
             "cases": cases,
             "ratios": ratios,
             "notes": self.notes,
+            "curves": self.curves,
         }
 
 

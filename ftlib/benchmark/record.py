@@ -50,6 +50,14 @@ def record(found: dict[str, Any], figure: bytes) -> str:
             },
             step=0,
         )
+        writer.metrics(
+            {
+                _key(f"top1/{way}"): sum(curve[-1] for curve in curves) / len(curves)
+                for part in found["parts"]
+                for way, curves in part["curves"].items()
+            },
+            step=0,
+        )
         writer.json(found, "benchmark.json")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "benchmark.png"

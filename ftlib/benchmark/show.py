@@ -5,6 +5,9 @@ from __future__ import annotations
 import statistics
 from typing import Any, TextIO
 
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
 from ftlib.benchmark.measure import Part, Quantity, sentence
 from ftlib.report.misclassified import BLUE, GREY, axes, png
 
@@ -83,41 +86,62 @@ def as_json(parts: list[Part], about: dict[str, Any], command: str) -> dict[str,
 
 
 def figure(parts: list[Part], about: dict[str, Any]) -> bytes:
-    """PNG: a panel of bars per part, the medians, with lines from the least to the largest
-    round."""
+    """PNG: a panel per part, of learning curves where it has them, else of bars."""
     longest = max(len(p.costs) for p in parts)
-    drawn, panels = axes(7.5 * len(parts), 1.6 + 0.42 * longest, len(parts))
+    height = max(1.6 + 0.42 * longest, 4.0 if any(p.curves for p in parts) else 0.0)
+    drawn, panels = axes(7.5 * len(parts), height, len(parts))
     for part, ax in zip(parts, panels):
-        of: Quantity = "cpu" if part.unit == "image" else "wall"
-        names = sorted(
-            part.costs,
-            key=lambda n: statistics.median(getattr(c, of) for c in part.costs[n]),
-            reverse=True,
-        )
-        values = [[1000 * getattr(c, of) for c in part.costs[n]] for n in names]
-        middle = [statistics.median(v) for v in values]
-        ax.barh(
-            range(len(names)),
-            middle,
-            color=[BLUE if n.startswith("ftlib") else GREY for n in names],
-            height=0.6,
-        )
-        ax.hlines(
-            range(len(names)),
-            [min(v) for v in values],
-            [max(v) for v in values],
-            color="black",
-            linewidth=1.2,
-        )
-        for i, (m, v) in enumerate(zip(middle, values)):
-            ax.text(max(v), i, f"  {m:.3g}", va="center", fontsize=8)
-        ax.set_yticks(range(len(names)), names, fontsize=8)
-        ax.set_xlim(0, 1.15 * max(max(v) for v in values))
-        ax.set_xlabel(
-            f"{'CPU' if of == 'cpu' else 'wall'} milliseconds per {part.unit} "
-            "(median; line: min to max)",
-            fontsize=8,
-        )
-        ax.set_title(part.title, fontsize=10)
+        (_curves if part.curves else _bars)(part, ax)
     drawn.supxlabel(sentence(about), fontsize=7, color=GREY)
     return png(drawn)
+
+
+def _bars(part: Part, ax: Axes) -> None:
+    """The medians, with lines from the least to the largest round."""
+    of: Quantity = "cpu" if part.unit == "image" else "wall"
+    names = sorted(
+        part.costs,
+        key=lambda n: statistics.median(getattr(c, of) for c in part.costs[n]),
+        reverse=True,
+    )
+    values = [[1000 * getattr(c, of) for c in part.costs[n]] for n in names]
+    middle = [statistics.median(v) for v in values]
+    ax.barh(
+        range(len(names)),
+        middle,
+        color=[BLUE if n.startswith("ftlib") else GREY for n in names],
+        height=0.6,
+    )
+    ax.hlines(
+        range(len(names)),
+        [min(v) for v in values],
+        [max(v) for v in values],
+        color="black",
+        linewidth=1.2,
+    )
+    for i, (m, v) in enumerate(zip(middle, values)):
+        ax.text(max(v), i, f"  {m:.3g}", va="center", fontsize=8)
+    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set_xlim(0, 1.15 * max(max(v) for v in values))
+    ax.set_xlabel(
+        f"{'CPU' if of == 'cpu' else 'wall'} milliseconds per {part.unit} "
+        "(median; line: min to max)",
+        fontsize=8,
+    )
+    ax.set_title(part.title, fontsize=10)
+
+
+def _curves(part: Part, ax: Axes) -> None:
+    """The mean over the seeds, and each seed as a thin line; ftlib's ways are solid."""
+    for way, curves in part.curves.items():
+        epochs = range(1, len(curves[0]) + 1)
+        style = "-" if way.startswith("ftlib") else "--"
+        mean = [statistics.mean(values) for values in zip(*curves, strict=True)]
+        (line,) = ax.plot(epochs, mean, style, label=f"{way}: {mean[-1]:.1f}")
+        for curve in curves:
+            ax.plot(epochs, curve, style, color=line.get_color(), linewidth=0.5, alpha=0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("epoch", fontsize=8)
+    ax.set_ylabel("validation top-1, %", fontsize=8)
+    ax.legend(fontsize=8, frameon=False)
+    ax.set_title(part.title, fontsize=10)

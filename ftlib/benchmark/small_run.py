@@ -10,6 +10,10 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ftlib.track.tracking import TrackerHandle
 
 EPOCHS = 2
 PHOTOS = 64
@@ -17,17 +21,25 @@ SIZE = 64
 BATCH = 16
 
 
+def undelivered(home: Path) -> TrackerHandle:
+    """Tracking into a journal below `home` that nobody delivers."""
+    from ftlib.process_identity import machine_id
+    from ftlib.track.tracking import TrackerHandle
+    from ftlib.track.writer import JournalLocation
+
+    journal = home / "journal"
+    journal.mkdir(parents=True, exist_ok=True)
+    where = JournalLocation(str(journal), machine_id())
+    return TrackerHandle("sqlite:////nobody/delivers/this.db", "trials", where)
+
+
 def by_ftlib(folder: Path) -> None:
     """What a trial of a sweep does in its process: `launch`, with a handle for its tracking,
     which the sweep's driver delivers."""
     home = folder / "home" / str(os.getpid())
     os.environ["FTLIB_HOME"] = str(home)
-    (home / "journal").mkdir(parents=True)
     from ftlib.config import AdamW, Augment, Data, Model, Run, Track, Train
     from ftlib.launch.launch import launch
-    from ftlib.process_identity import machine_id
-    from ftlib.track.tracking import TrackerHandle
-    from ftlib.track.writer import JournalLocation
 
     run = Run(
         data=Data(path=str(folder / "few-prepared"), loader_workers=0),
@@ -41,11 +53,7 @@ def by_ftlib(folder: Path) -> None:
         run,
         local=True,
         kind="trial",
-        tracking=TrackerHandle(
-            "sqlite:////nobody/delivers/this.db",
-            "trials",
-            JournalLocation(str(home / "journal"), machine_id()),
-        ),
+        tracking=undelivered(home),
         quiet=True,
     )
 
