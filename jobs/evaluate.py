@@ -110,9 +110,11 @@ def write_report(
 ) -> str:
     """Write the report, copy it to MLflow, and return the path of its page."""
     from ftlib.report.evaluation_report import write
+    from ftlib.report.run_facts import run_facts
 
     place = Path(asked.out) if asked.out else local_run_folder(run_dir) / "report"
-    report = write(loaded, list(scored), dataset, place, asked.split)
+    facts = run_facts(loaded.run, run_dir)
+    report = write(loaded, list(scored), dataset, place, asked.split, facts=facts)
     print(f"\nreport: {report.page}")
     if not asked.no_track:
         record = storage.read_json(storage.join(run_dir, "run.json")) or {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from ftlib.report.metrics import (
     reliability,
     softmax,
 )
+from ftlib.report.run_facts import RunFacts, run_facts
 from ftlib.text import csv_cell
 from ftlib.training.evaluate import normalize
 from ftlib.training.initial_weights import LoadedModel
@@ -37,6 +38,8 @@ PAIRS, EXAMPLES, WORST = 8, 4, 12
 """Confused pairs shown, example pictures of each, and worst mistakes shown."""
 SIDE = 128
 """Pictures smaller than this are enlarged to it under a Grad-CAM, in pixels."""
+WIDE = 20
+"""Classes from which on a confusion matrix takes the page's whole width."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,19 @@ def report_run(
     """
     loaded = load(run_dir)
     scored = score(loaded, dataset, split, limit=limit, workers=workers, device=device)
-    return write(loaded, [scored], dataset, Path(out) if out else Path(run_dir) / "report", split)
+    folder = Path(out) if out else Path(run_dir) / "report"
+    facts = run_facts(loaded.run, run_dir)
+    return write(loaded, [scored], dataset, folder, split, facts=facts)
 
 
 def write(
-    loaded: LoadedModel, all_scored: Sequence[Scored], dataset: Dataset, out: Path, split: str
+    loaded: LoadedModel,
+    all_scored: Sequence[Scored],
+    dataset: Dataset,
+    out: Path,
+    split: str,
+    *,
+    facts: RunFacts | None = None,
 ) -> EvaluationReport:
     """Write the report of predictions that were made before.
 
@@ -102,26 +113,21 @@ def write(
         drawn["worst.png"] = misclassified.sheet(
             tiles, ("picture", "for the true class", "for the prediction")
         )
-    pairs = _pairs(matrix, first, probabilities, classes, pixels)
+    facts = facts or RunFacts()
     sections = [
-        html.section("Scores", _score_table(all_scored), note=_score_note(first)),
-        html.section(
-            "Confusion matrix", html.plot(drawn["confusion.png"], "confusion matrix"), *pairs
-        ),
+        html.section("Scores", _score_table(all_scored), note=_score_note(first), half=True),
+        *_curves(facts),
+        *_confusions(drawn, len(classes)),
+        *_pairs(matrix, first, probabilities, classes, pixels),
         _worst_section(cards),
         html.section(
-            "Calibration",
-            html.plot(
-                drawn["calibration.png"],
-                "accuracy against confidence, and confidence of right and wrong predictions",
-            ),
-            note="A calibrated model is right as often as it is confident.",
+            "Classes", _class_table(by_class, classes), note="The weakest first.", half=True
         ),
-        html.section("Classes", _class_table(by_class, classes), note="The weakest first."),
+        *_changed(facts),
     ]
     name = str(loaded.about.get("run") or loaded.run.name)
     page = out / "report.html"
-    lead = _lead(loaded, dataset, first, split)
+    lead = _lead(loaded, dataset, first, split, facts.mlflow)
     page.write_text(html.page(f"{name}: report", sections, lead), "utf-8")
     for file, data in drawn.items():
         (out / file).write_bytes(data)
@@ -149,25 +155,77 @@ def _figures(
     }
 
 
-def _lead(loaded: LoadedModel, dataset: Dataset, scored: Scored, split: str) -> list[str]:
-    """What stands under the title: which model on which pictures, and the four main numbers."""
-    averaged = " (exponential moving average)" if loaded.about.get("ema") else ""
+def _curves(facts: RunFacts) -> list[str]:
+    if not facts.curves:
+        return []
+    return [html.section("Training", html.plot(facts.curves, "training curves"), half=True)]
+
+
+def _confusions(drawn: Mapping[str, bytes], classes: int) -> list[str]:
+    """The sections of the two figures."""
+    matrix = html.plot(drawn["confusion.png"], "confusion matrix")
+    calibration = html.plot(
+        drawn["calibration.png"],
+        "accuracy against confidence, and confidence of right and wrong predictions",
+    )
+    note = "A calibrated model is right as often as it is confident."
+    return [
+        html.section("Confusion matrix", matrix, half=classes <= WIDE),
+        html.section("Calibration", calibration, note=note, half=True),
+    ]
+
+
+def _changed(facts: RunFacts) -> list[str]:
+    if not facts.changed:
+        return []
+    table = html.table(("setting", "recipe", "this run"), facts.changed, text_columns=(1, 2))
+    return [html.section("Settings that differ from the recipe", table, half=True)]
+
+
+def _lead(
+    loaded: LoadedModel, dataset: Dataset, scored: Scored, split: str, mlflow: str
+) -> list[str]:
+    """What stands under the title: which model on which pictures, and what came out."""
+    about = loaded.about
+    averaged = " (exponential moving average)" if about.get("ema") else ""
+    weights = f"weights of epoch {about.get('epoch', '?')}{averaged}"
+    if loaded.run.stage == "probe":
+        weights = "a classifier fitted on pretrained features"
     mistakes = int((scored.logits.argmax(axis=1) != scored.labels).sum())
+    facts = [(f"{scored.before['top1'].value:.2f} %", "top-1")]
+    if len(loaded.classes) > 5:
+        facts.append((f"{scored.before['top5'].value:.2f} %", "top-5"))
+    facts += [
+        (f"{mistakes:,}", "mistakes"),
+        (f"{scored.after['ece'].value:.3f}", "calibration error after scaling"),
+    ]
+    page = html.link("This run in MLflow, once its UI is open", mlflow)
     return [
         html.paragraph(
             f"{loaded.run.model.arch} on {dataset.name}, {len(scored.labels):,} pictures of its "
-            f"{split} split, weights of epoch {loaded.about.get('epoch', '?')}{averaged}",
+            f"{split} split, {weights}",
             "soft",
         ),
-        html.facts(
-            [
-                (f"{scored.before['top1'].value:.2f} %", "top-1"),
-                (f"{scored.before['top5'].value:.2f} %", "top-5"),
-                (f"{scored.after['ece'].value:.3f}", "calibration error after scaling"),
-                (f"{mistakes:,}", "mistakes"),
-            ]
-        ),
+        html.facts(facts),
+        html.paragraph(_headline(scored, loaded.classes), "lead"),
+        *([page] if mlflow else []),
     ]
+
+
+def _headline(scored: Scored, classes: Sequence[str]) -> str:
+    """What the score says about other pictures, and what is mistaken most."""
+    top1, n = scored.before["top1"], len(scored.labels)
+    text = (
+        f"Of other pictures like these, {top1.low:.1f} to {top1.high:.1f} % would be classified "
+        f"correctly (95 % interval from {n:,} pictures)."
+    )
+    matrix = confusion(scored.logits.argmax(axis=1), scored.labels, len(classes))
+    for true, said, count in confused_pairs(matrix, 1):
+        text += (
+            f" The most frequent mistake: {classes[true]} taken for {classes[said]}, "
+            f"{count:,} of {matrix[true].sum():,}."
+        )
+    return text
 
 
 class _Pixels:
@@ -186,26 +244,11 @@ class _Pixels:
 
 
 def _score_table(all_scored: Sequence[Scored]) -> str:
-    heads = (
-        "input",
-        "top-1 %",
-        "top-5 %",
-        "NLL",
-        "ECE",
-        "NLL calibrated",
-        "ECE calibrated",
-        "temperature",
-    )
-    return html.table(
-        heads,
-        [
-            (
-                f"{s.size} px{', with mirror' if s.flip else ''}",
-                *s.cells,
-            )
-            for s in all_scored
-        ],
-    )
+    """A row for each score, so that it fits a phone; a column for each way of scoring."""
+    names = ("top-1 %", "top-5 %", "NLL", "ECE", "NLL calibrated", "ECE calibrated", "temperature")
+    heads = [f"{s.size} px{', with mirror' if s.flip else ''}" for s in all_scored]
+    rows = zip(names, *(s.cells for s in all_scored), strict=True)
+    return html.table(["", *heads], rows)
 
 
 def _score_note(scored: Scored) -> str:

@@ -12,7 +12,6 @@ import cv2
 import numpy as np
 import torch
 from pytorch_grad_cam import GradCAM
-from pytorch_grad_cam.utils.image import show_cam_on_image
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
@@ -20,6 +19,8 @@ from ftlib.training import models
 
 LEAST = 4
 """Least side of the maps, in cells."""
+MAP_WEIGHT = 0.65
+"""Of the map's color where it is highest, so that the picture stays visible below it."""
 
 
 def target_layer(model: nn.Module, images: Tensor) -> nn.Module:
@@ -79,13 +80,16 @@ def grad_cam(
 
 
 def overlay(image: np.ndarray, cam: np.ndarray, side: int = 0) -> np.ndarray:
-    """uint8[S, S, 3]: the map laid over the picture (uint8[H, W, 3]), red where it speaks most for
-    the class. `side` enlarges small pictures."""
+    """uint8[S, S, 3]: the picture (uint8[H, W, 3]) in gray, and the map over it: red, and yellow
+    where it speaks most for the class. Where it says nothing, the gray picture is as it was.
+
+    side: enlarges small pictures.
+    """
     side = max(side, *image.shape[:2])
     enlarged = cv2.resize(image, (side, side), interpolation=cv2.INTER_NEAREST)
+    gray = cv2.cvtColor(enlarged, cv2.COLOR_RGB2GRAY).astype(np.float32)[..., None]
     smooth = np.clip(cv2.resize(cam, (side, side), interpolation=cv2.INTER_CUBIC), 0, 1)
-    return np.asarray(
-        show_cam_on_image(
-            enlarged.astype(np.float32) / 255, smooth, use_rgb=True, image_weight=0.55
-        )
-    )
+    red, green, blue = np.full_like(smooth, 235), 40 + 190 * smooth**2, np.full_like(smooth, 30)
+    weight = MAP_WEIGHT * smooth[..., None]
+    blended = (1 - weight) * gray + weight * np.stack([red, green, blue], axis=-1)
+    return np.rint(blended).astype(np.uint8)

@@ -68,9 +68,12 @@ def link(text: str, address: str) -> Markup:
     return _part("link", text, address)
 
 
-def section(title: str, *parts: str, note: str = "") -> Markup:
-    """A heading with its parts below it; `note` says how to read them."""
-    return _part("section", title, parts, note)
+def section(title: str, *parts: str, note: str = "", half: bool = False) -> Markup:
+    """A heading with its parts below it; `note` says how to read them.
+
+    `half`: on a wide screen it takes half of the page, beside the next section of that kind.
+    """
+    return _part("section", title, parts, note, half)
 
 
 def facts(values: Iterable[tuple[str, str]]) -> Markup:

@@ -10,6 +10,7 @@ import pytest
 from sklearn.metrics import accuracy_score, recall_score
 
 from ftlib.report import evaluation, evaluation_report
+from ftlib.report.run_facts import RunFacts
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,47 @@ def test_a_report_holds_all_it_shows(written, shapes):
         "classes.csv",
         "scores.json",
     }
+
+
+def test_the_first_sentence_gives_the_interval_and_the_most_frequent_mistake(written):
+    scored, text = written.scored, written.page.read_text()
+    interval = scored.before["top1"]
+    assert f"{interval.low:.1f} to {interval.high:.1f} % would be classified correctly" in text
+    predicted = scored.logits.argmax(1)
+    wrong = [(t, p) for t, p in zip(scored.labels, predicted) if t != p]
+    most = max(wrong.count(pair) for pair in wrong)
+    found = re.search(r"(\w+) taken for (\w+), (\d+) of (\d+)", text)
+    classes = ("disc", "frame", "stripes")
+    true, said = classes.index(found[1]), classes.index(found[2])
+    assert wrong.count((true, said)) == most == int(found[3])
+    assert int(found[4]) == (scored.labels == true).sum()
+
+
+def test_top5_is_no_headline_where_there_are_at_most_five_classes(written):
+    facts = re.search(r'<div class="facts">.*?</div></div>', written.page.read_text())[0]
+    assert "top-1" in facts and "top-5" not in facts
+
+
+def test_curves_changed_settings_and_the_mlflow_page_are_shown(shapes, shapes_run, tmp_path):
+    loaded = evaluation.load(str(shapes_run))
+    facts = RunFacts(
+        curves=b"\x89PNG drawn",
+        changed=(("optimizer.lr", "0.001", "0.0042"),),
+        mlflow="http://127.0.0.1:5000/#/experiments/1/runs/abc?workflowType=machine_learning",
+    )
+    scored = [evaluation.score(loaded, shapes)]
+    page = evaluation_report.write(loaded, scored, shapes, tmp_path, "val", facts=facts).page
+    text = page.read_text()
+    assert f'href="{facts.mlflow}"' in text and 'alt="training curves"' in text
+    assert "<td>optimizer.lr</td>" in text and "0.0042</td>" in text
+
+
+def test_the_sheet_of_mistakes_stays_below_half_a_megabyte():
+    rng = np.random.default_rng(0)
+    photos = [rng.integers(0, 255, (224, 224, 3), np.uint8) for _ in range(3)]
+    tile = ("one predicted as another (99%)", photos)
+    sheet = evaluation_report.misclassified.sheet([tile] * evaluation_report.WORST, "abc")
+    assert len(sheet) < 500_000  # of noise, which compresses worse than any photo
 
 
 def test_its_numbers_are_scikit_learns(written):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torchvision import models as tv
@@ -114,10 +115,14 @@ def test_a_model_without_maps_is_refused():
         )
 
 
-def test_the_overlay_is_red_where_the_map_is_high_and_keeps_the_picture():
-    image = np.full((32, 32, 3), 128, np.uint8)
+def test_the_overlay_is_red_where_the_map_is_high_and_the_gray_picture_elsewhere():
+    image = np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)
     cam = np.zeros((32, 32), np.float32)
-    cam[:16] = 1
+    cam[:12] = 1
     shown = gradcam.overlay(image, cam, 128).astype(int)
     assert shown.shape == (128, 128, 3)
-    assert shown[10, 64, 0] > shown[10, 64, 2] and shown[120, 64, 2] > shown[120, 64, 0]
+    assert (shown[:40, :, 0] > shown[:40, :, 2] + 60).all()
+    large = Image.fromarray(image).convert("L").resize((128, 128), Image.Resampling.NEAREST)
+    gray = np.asarray(large)
+    assert np.abs(shown[60:] - gray[60:, :, None]).max() <= 1
+    assert np.corrcoef(shown[:40, :, 0].ravel(), gray[:40].ravel())[0, 1] > 0.9
