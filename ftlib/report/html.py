@@ -53,11 +53,6 @@ def paragraph(text: str, kind: str = "") -> Markup:
     return _part("paragraph", text, kind)
 
 
-def heading(text: str) -> Markup:
-    """The heading of a section."""
-    return _part("heading", text)
-
-
 def command(text: str) -> Markup:
     """A command to type."""
     return _part("command", text)

@@ -301,16 +301,21 @@ def write(comparison: Comparison, folder: Path, title: str = "Comparison") -> li
     parts = [
         *[html.paragraph(s, "lead" if i else "") for i, s in enumerate(comparison.sentences())],
         *[html.paragraph("Note: " + c, "soft") for c in comparison.cautions],
-        html.heading("Difference on the same validation images"),
-        figures.drawing(drawn["differences"], "d"),
-        html.heading("Curves"),
-        figures.drawing(drawn["curves"], "c"),
-        html.heading("Settings that differ"),
-        html.table(
-            ["setting", *names],
-            [[p, *map(html.value, v)] for p, v in comparison.settings.items()],
-            text_columns=(0,),
+        html.section(
+            "Difference on the same validation images",
+            figures.drawing(drawn["differences"], "d"),
+            half=True,
         ),
+        html.section(
+            "Settings that differ",
+            html.table(
+                ["setting", *names],
+                [[p, *map(html.value, v)] for p, v in comparison.settings.items()],
+                text_columns=(0,),
+            ),
+            half=True,
+        ),
+        html.section("Curves", figures.drawing(drawn["curves"], "c")),
     ]
     index = folder / "index.html"
     index.write_text(html.page(title, parts), encoding="utf-8")

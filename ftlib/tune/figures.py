@@ -66,13 +66,28 @@ def learning_curves(trials: Sequence[Trial], best: Trial | None, split: str) -> 
         axes.plot([], [], "x-", color=STOPPED, label="stopped early")
         axes.plot([], [], color=REST, label="ran to the end")
         axes.set(xlabel="epoch", ylabel=f"top-1 of the {split} split, %")
-        # The first epochs of all trials lie far below their best ones, and would flatten the rest.
-        if scores := [t.score for t in trials if t.score is not None and t.history]:
-            top = max(scores)
-            axes.set_ylim(bottom=min(scores) - 0.15 * max(top - min(scores), 1.0))
+        # First epochs, and trials that were stopped for their scores, would flatten the contest.
+        floor = contest_floor(trials, spreads=3)
+        below = sum(t.outcome != "completed" and (t.score or 0.0) < floor for t in trials)
+        axes.set_ylim(floor, min(axes.get_ylim()[1], 100.5))
+        if below:
+            axes.text(0.01, 0.02, f"{below} stopped below this", transform=axes.transAxes, size=8)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        axes.legend(frameon=False, fontsize=8)
         return figure
+
+
+def contest_floor(trials: Sequence[Trial], spreads: float = 1) -> float:
+    """The score, in percent, from which on figures show the contest between completed trials.
+
+    It lies below the lowest of their best scores by `spreads` times as much as the highest lies
+    above it, counted as 3 points at least. Without completed trials it is the lowest score.
+    """
+    scores = [t.score for t in trials if t.score is not None]
+    completed = [t.score for t in trials if t.score is not None and t.outcome == "completed"]
+    if not completed:
+        return min(scores, default=0.0)
+    return max(min(completed) - spreads * max(max(completed) - min(completed), 3.0), 0.0)
 
 
 def _line_style(trial: Trial, best: Trial | None) -> tuple[str, str | None]:
@@ -93,8 +108,9 @@ def slices(
         rows = math.ceil(len(space.axes) / columns)
         figure, grid = _figure(3.1 * columns, 2.7 * rows, rows, columns)
         scored = [t for t in trials if t.score is not None and t.outcome in ("completed", "pruned")]
+        floor = contest_floor(scored)
         for axis, axes in zip(space.axes, grid.flat):
-            _slice(axes, axis, scored, best)
+            _slice(axes, axis, scored, best, floor)
             axes.set(xlabel=names[axis.path])
         for axes in list(grid.flat)[len(space.axes) :]:
             axes.set_visible(False)
@@ -103,8 +119,10 @@ def slices(
         return figure
 
 
-def _slice(axes: Any, axis: Axis, scored: Sequence[Trial], best: Trial | None) -> None:
-    """One panel of `slices`."""
+def _slice(
+    axes: Any, axis: Axis, scored: Sequence[Trial], best: Trial | None, floor: float
+) -> None:
+    """One panel of `slices`. Trials below `floor` are triangles at the lower edge."""
     newest = max((t.number for t in scored), default=1) or 1
     with_it = [t for t in scored if axis.path in t.values]
     places: dict[Any, int] | None = None
@@ -122,7 +140,7 @@ def _slice(axes: Any, axis: Axis, scored: Sequence[Trial], best: Trial | None) -
         elif trial is not best:
             color = shade(0.35 + 0.6 * trial.number / newest)
             fill = "none" if trial.outcome == "pruned" else color
-            axes.plot(x, trial.score, "o", ms=5, mec=color, mfc=fill)
+            _point(axes, x, trial.score or 0.0, floor=floor, ms=5, mec=color, mfc=fill)
     if places is not None:
         rotation = 20 if len(places) > 3 else 0
         axes.set_xticks(range(len(places)), [str(c) for c in places], rotation=rotation)
@@ -132,6 +150,11 @@ def _slice(axes: Any, axis: Axis, scored: Sequence[Trial], best: Trial | None) -
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(axis="x", labelrotation=30)
+
+
+def _point(axes: Any, x: float, score: float, *, floor: float, **style: Any) -> None:
+    """A trial's score; a triangle at the lower edge where it is below `floor`."""
+    axes.plot(x, max(score, floor), "o" if score >= floor else "v", **style)
 
 
 def importances(found: Importance, names: Mapping[str, str]) -> Figure:
@@ -178,15 +201,11 @@ def best_so_far(trials: Sequence[Trial], split: str) -> Figure:
             key=lambda t: t.number,
         )
         x, y = [t.number for t in scored], [t.score or 0.0 for t in scored]
+        floor = contest_floor(scored)
         for trial in scored:
-            axes.plot(
-                trial.number,
-                trial.score,
-                "o",
-                ms=4,
-                mec=REST,
-                mfc="none" if trial.outcome == "pruned" else REST,
-            )
+            fill = "none" if trial.outcome == "pruned" else REST
+            score = trial.score or 0.0
+            _point(axes, trial.number, score, floor=floor, ms=4, mec=REST, mfc=fill)
         if scored:
             axes.step(
                 x, np.maximum.accumulate(y), where="post", color=BEST, lw=1.8, label="best so far"
@@ -198,7 +217,7 @@ def best_so_far(trials: Sequence[Trial], split: str) -> Figure:
                 ls=":",
                 label="the recipe" if scored[0].number == 0 else "first trial",
             )
-            axes.legend(frameon=False, fontsize=8, loc="lower right")
+            axes.legend(frameon=False, fontsize=8)
         axes.set(xlabel="trial", ylabel=f"best top-1 ({split}), %")
         axes.xaxis.get_major_locator().set_params(integer=True)
         return figure

@@ -106,13 +106,17 @@ def _page_parts(judgement: Judgement, drawn: dict[str, Any]) -> list[Markup]:
             kinds=["", *("best" if v.promoted else "" for v in verdicts)],
         ),
         *[html.paragraph("Left out: " + text, "soft") for text in judgement.left_out],
-        html.heading("Learning curves of the first seed"),
-        figures.drawing(drawn["curves"], "c"),
-        html.heading("Settings that differ"),
-        html.table(
-            ["setting", "recipe", *(g.name for g in judgement.groups)],
-            [[p, *map(html.value, v)] for p, v in settings.items()],
-            text_columns=(0,),
+        html.section(
+            "Learning curves of the first seed", figures.drawing(drawn["curves"], "c"), half=True
+        ),
+        html.section(
+            "Settings that differ",
+            html.table(
+                ["setting", "recipe", *(g.name for g in judgement.groups)],
+                [[p, *map(html.value, v)] for p, v in settings.items()],
+                text_columns=(0,),
+            ),
+            half=True,
         ),
     ]
 

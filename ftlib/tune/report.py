@@ -120,35 +120,45 @@ def _page_parts(
     trials = [store.trials[n] for n in sorted(store.trials)]
     best, names, split = best_trial(store), spaces.short_names(space), store.about["split"]
     promotion = plan_promotion(store)
-    legend = "Star: best. Diamond: the recipe. Hollow: stopped early. Darker: later in the search."
     own = trials[0].values if trials and trials[0].number == 0 else {}
+    searched = html.table(
+        ["setting", "values", "the recipe"],
+        [[p, v, html.value(own.get(p, "-"))] for p, v in space.describe().items()],
+        text_columns=(0, 1),
+    )
     return [
         html.paragraph(headline(store, space), "lead"),
         html.paragraph(warning(store)),
         html.paragraph(promotion.reason),
         *([html.command(f"{promotion.command}    # {promotion.cost}")] if promotion.worth else []),
-        html.heading("Learning curves"),
-        figures.drawing(drawn["curves"], "curves"),
-        html.heading("Score against each setting"),
-        html.paragraph(legend, "soft"),
-        figures.drawing(drawn["slices"], "slices"),
-        html.heading("Which settings matter"),
-        *([figures.drawing(drawn["importance"], "importance")] if found.shares else []),
-        *([html.paragraph(found.remark, "soft")] if found.remark else []),
-        html.heading("Course of the search"),
-        figures.drawing(drawn["best_so_far"], "course"),
-        html.heading("Time"),
-        html.paragraph(_time(store)),
-        html.heading("Trials"),
-        _trial_table(trials, best, names, split),
+        *_figure_sections(found, drawn),
+        html.section("Trials", _trial_table(trials, best, names, split), half=len(names) < 4),
+        html.section("Searched settings", searched, half=True),
+        html.section("Time", html.paragraph(_time(store)), half=True),
         *_failures(trials),
-        html.heading("Searched settings"),
-        html.table(
-            ["setting", "values", "the recipe"],
-            [[p, v, html.value(own.get(p, "-"))] for p, v in space.describe().items()],
-            text_columns=(0, 1),
-        ),
         html.paragraph(_provenance(store), "soft"),
+    ]
+
+
+def _figure_sections(found: Importance, drawn: Mapping[str, Figure]) -> list[Markup]:
+    legend = (
+        "Star: best. Diamond: the recipe. Hollow: stopped early, triangles below the axis. "
+        "Darker: later in the search."
+    )
+    shares = [figures.drawing(drawn["importance"], "importance")] if found.shares else []
+    remark = [html.paragraph(found.remark, "soft")] if found.remark else []
+    return [
+        html.section("Learning curves", figures.drawing(drawn["curves"], "curves"), half=True),
+        html.section(
+            "Course of the search", figures.drawing(drawn["best_so_far"], "course"), half=True
+        ),
+        html.section(
+            "Score against each setting",
+            figures.drawing(drawn["slices"], "slices"),
+            note=legend,
+            half=True,
+        ),
+        html.section("Which settings matter", *shares, *remark, half=True),
     ]
 
 
@@ -220,4 +230,4 @@ def _failures(trials: Sequence[Trial]) -> list[Markup]:
     failed = [[t.name, t.reason] for t in trials if t.outcome == "failed"]
     if not failed:
         return []
-    return [html.heading("Failed"), html.table(["trial", "why"], failed, text_columns=(1,))]
+    return [html.section("Failed", html.table(["trial", "why"], failed, text_columns=(1,)))]

@@ -15,7 +15,6 @@ def part(name):
     picture = html.picture(np.zeros((8, 8, 3), np.uint8), HOSTILE)
     parts = {
         "paragraph": lambda: html.paragraph(HOSTILE),
-        "heading": lambda: html.heading(HOSTILE),
         "command": lambda: html.command(HOSTILE),
         "link": lambda: html.link(HOSTILE, HOSTILE),
         "section": lambda: html.section(HOSTILE, html.paragraph(HOSTILE), note=HOSTILE),
@@ -31,7 +30,6 @@ def part(name):
 
 PARTS = [
     "paragraph",
-    "heading",
     "command",
     "link",
     "section",
@@ -48,6 +46,11 @@ PARTS = [
 def test_text_is_escaped_in_every_part(name):
     text = html.page(HOSTILE, [part(name)], [html.paragraph(HOSTILE)])
     assert "<script" not in text and "&lt;script&gt;" in text
+
+
+def test_half_sections_and_only_they_share_a_row():
+    text = html.page("page", [html.section("whole"), html.section("left", half=True)])
+    assert "<section><h2>whole" in text and '<section class="half"><h2>left' in text
 
 
 def test_parts_are_not_escaped_twice():

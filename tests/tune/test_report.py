@@ -8,8 +8,8 @@ from ray import tune
 
 from ftlib.config import Data, Model, Run, Train
 from ftlib.settings import to_dict
+from ftlib.tune import figures, report, spaces
 from ftlib.tune import importance as importances
-from ftlib.tune import report, spaces
 from ftlib.tune.trial_store import Trial, TrialStore
 
 SPACE = spaces.build(
@@ -134,6 +134,22 @@ def test_the_page_says_what_matters_and_stands_alone(store, tmp_path):
     assert refs <= set(ids)
     stopped = [t for t in store.trials.values() if t.outcome == "pruned"]
     assert report.saved_seconds(store) == pytest.approx(len(stopped) * 6 * 2.0)
+
+
+def test_figures_show_the_contest_of_the_completed_trials(store):
+    trials = list(store.trials.values())
+    completed = [t.score for t in trials if t.outcome == "completed"]
+    floor = figures.contest_floor(trials)
+    assert floor < min(completed)
+    assert min(completed) - floor == pytest.approx(max(3.0, max(completed) - min(completed)))
+    for trial in trials:
+        if trial.outcome == "pruned":
+            trial.history = [{"epoch": 1, "score": 1.0}]
+    axes = figures.best_so_far(trials, "tuning").axes[0]
+    assert axes.get_ylim()[0] > 1.0
+    triangles = [line for line in axes.lines if line.get_marker() == "v"]
+    assert len(triangles) == sum(t.outcome == "pruned" for t in trials)
+    assert all(line.get_ydata()[0] == floor for line in triangles)
 
 
 def test_the_note_begins_with_the_result_and_the_links(store):
