@@ -154,7 +154,7 @@ def test_settings_that_are_named_exist(page):
         path = re.split(r"[ =\[]", span)[0]
         if not re.fullmatch(rf"({'|'.join(sections)})\.[a-z_0-9]+", path):
             continue
-        if re.search(r"\.(py|json|yaml|csv|npy|parquet|safetensors)$", path):
+        if re.search(r"\.(py|json|yaml|csv|txt|npy|parquet|safetensors)$", path):
             continue
         assert path in known, f"{relative(page)} names the setting {path}, which does not exist"
 

@@ -6,7 +6,7 @@ import csv
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from ftlib.data.shards import SPLITS, DataError
 from ftlib.preparation.sources.address import fetch, list_address
 from ftlib.preparation.sources.archive import ENDINGS, is_archive, list_archive
 from ftlib.preparation.sources.builtin import names
+from ftlib.preparation.sources.file_names import by_file_name
 from ftlib.preparation.sources.folders import Folders, has_flat_split
+from ftlib.preparation.sources.foreign import refuse_foreign
 from ftlib.preparation.sources.imagenet import ImageNet
 from ftlib.preparation.sources.layout import Entry, Labelled, LabelledFiles, Layout, Rejected
 from ftlib.preparation.sources.naming import (
@@ -43,6 +45,8 @@ from ftlib.text import printable
 
 SPECIAL: tuple[Layout, ...] = (ImageNet(), WebDataset(), Parquet())
 """Layouts that are recognized by their own marks, before folders and tables are considered."""
+UNREAD_TABLES = ("mat", "xlsx", "xls", "ods", "pkl", "pickle", "sqlite")
+"""Extensions of files that often hold labels but are not read."""
 BY_NAME: dict[str, Layout] = {layout.name: layout for layout in (*SPECIAL, Folders(), Table())}
 
 
@@ -115,12 +119,14 @@ def open_source(source: str, options: SourceOptions) -> tuple[Tree, SourceOption
         return folder, replace(options, labels=options.labels or path)
     raise DataError(
         f"--source {path}: neither a folder, an archive ({', '.join(ENDINGS)}) nor a table "
-        f"({', '.join(TABLES)})"
+        f"({', '.join(TABLES)}). Unpack other archives and name the folder"
     )
 
 
 def understand(tree: Tree, options: SourceOptions) -> LabelledFiles:
     """The pictures with their labels, by the layout named in the options or the one that fits."""
+    if options.label_pattern:
+        return by_file_name(tree, options)
     if options.layout != "auto":
         return BY_NAME[options.layout].read(tree, options)
     special = (tree, unwrapped(tree)[0]) if not storage.is_remote(tree.root) else (tree,)
@@ -128,6 +134,8 @@ def understand(tree: Tree, options: SourceOptions) -> LabelledFiles:
         for layout in SPECIAL:
             if layout.detect(candidate, options):
                 return layout.read(candidate, options)
+    if not options.labels:
+        refuse_foreign(tree)
     table = Table()
     if options.labels and not has_flat_split(unwrapped(tree)[0]):
         return table.read(tree, options)
@@ -137,21 +145,34 @@ def understand(tree: Tree, options: SourceOptions) -> LabelledFiles:
         tables, problems = usable_tables(unwrapped(tree)[0], options)
         if tables:
             return table.read(tree, options)
-        if problems:
-            raise DataError(f"{error}. A table of labels is of no use: {problems[0]}") from None
+        if hint := _hint(tree, problems):
+            raise DataError(f"{error}{hint}") from None
         raise
     others, problems = usable_tables(found.tree, options)
     if len({row.label for row in found.rows}) < 2:
         if others:
             return table.read(tree, options)
-        found.hint = f". A table of labels is of no use: {problems[0]}" if problems else ""
+        found.hint = _hint(tree, problems)
     elif others:
         _compare(found, others, options)
     return found
 
 
+def _hint(tree: Tree, problems: Sequence[str]) -> str:
+    """Why labels that lie beside pictures are not read; empty where none do."""
+    if problems:
+        return f". A table of labels is of no use: {problems[0]}"
+    if unread := [file.path for file in tree.files if file.extension in UNREAD_TABLES]:
+        return (
+            f". Labels may be in {listed(unread, 3)}, which is not read: write them to a CSV file "
+            "with the columns file and label, and name it with --labels"
+        )
+    return ""
+
+
 def _compare(found: LabelledFiles, tables: list[LabelTable], options: SourceOptions) -> None:
-    """Note that a table names the pictures of class folders too.
+    """Note that a table names the pictures of class folders too, and take its splits if they have
+    none.
 
     Raises DataError where it names most of them and sorts them differently: the folders may be
     parts of a set, or the table may be about something else.
@@ -163,6 +184,7 @@ def _compare(found: LabelledFiles, tables: list[LabelTable], options: SourceOpti
         labelled = None
     folder_of = {row.file.path: row.label for row in found.rows}
     rows = labelled.rows if labelled else []
+    splits = {row.file.path: row.split for row in rows}
     pairs = {(folder_of[row.file.path], row.label) for row in rows if row.file.path in folder_of}
     same = len(pairs) == len({one for one, _ in pairs}) == len({other for _, other in pairs})
     if len(rows) >= len(found.rows) / 2 and not same:
@@ -173,6 +195,13 @@ def _compare(found: LabelledFiles, tables: list[LabelTable], options: SourceOpti
             f"({listed(labels, 5)}) give the pictures different classes. Say which are meant: "
             "--layout folders or --layout table"
         )
+    if same and len(set(splits.values())) > 1 and not found.split_origins:
+        named = [row for row in found.rows if row.file.path in splits]
+        found.aside["pictures that the table does not name"] += len(found.rows) - len(named)
+        found.rows = [row._replace(split=splits[row.file.path]) for row in named]
+        found.split_origins = {split: f"as {shown} says" for split in set(splits.values())}
+        found.notes.append(f"labels come from the folders, splits from {shown}")
+        return
     found.notes.append(
         f"labels come from the folders; {shown} names pictures too (--layout table reads it)"
     )
@@ -334,13 +363,20 @@ def _check_classes(root: str, found: LabelledFiles, labels: tuple[str, ...], add
         for name in sorted(of_split[split] - train):
             raise DataError(
                 f"{root}: {split} has the class {printable(name)!r}, which train does not have."
-                f"{nearest(name, list(labels))} Rename or delete the folder"
+                f"{_twin_or_nearest(name, labels)} Rename or delete the folder"
             )
         if split in found.empty and not of_split[split]:
             raise DataError(
                 f"{root}: {split} holds no pictures. Fill it, or delete it"
                 + (" and use --val-fraction" if split == "val" else "")
             )
+
+
+def _twin_or_nearest(name: str, labels: tuple[str, ...]) -> str:
+    for label in labels:
+        if similar((name, label)):
+            return f" train's {label!a} differs from {name!a} only in case, Unicode form or spaces."
+    return nearest(name, list(labels))
 
 
 # --- splits ---

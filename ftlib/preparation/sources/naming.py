@@ -20,6 +20,9 @@ _LIKE_A_SPLIT = re.compile(
     r"(train(ing)?|test(ing)?|val(id(ation)?)?)(set)?"
     r"(images?|imgs?|data|pictures?|photos?|files?|jpe?gs?|pngs?)?[0-9]*"
 )
+_BESIDE_PICTURES = re.compile(
+    r"(annotations?|labels?|masks?|segmentations?|trimaps?|groundtruths?|(bounding|b)box(es)?)"
+)
 SHOWN = 10
 
 
@@ -42,6 +45,22 @@ def split_in(name: str) -> str:
 def is_like_a_split(name: str) -> bool:
     """Whether a folder is called like a split of a data set, such as train_images."""
     return _LIKE_A_SPLIT.fullmatch(plain(name)) is not None
+
+
+def goes_with_pictures(name: str) -> bool:
+    """Whether a folder is called like what other programs keep beside pictures, such as masks."""
+    return _BESIDE_PICTURES.fullmatch(plain(name)) is not None
+
+
+def splits_in(names: Iterable[str]) -> dict[str, str]:
+    """Split -> the one name with a word for it, as seg_train and seg_test; empty without train."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        if split := split_in(name):
+            found[split].append(name)
+    if len(found) < 2 or len(found["train"]) != 1:
+        return {}
+    return {split: named[0] for split, named in found.items() if len(named) == 1}
 
 
 def text_of(name: str) -> str:

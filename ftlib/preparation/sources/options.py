@@ -30,6 +30,8 @@ class SourceOptions:
     """Column of labels; guessed where there is one choice."""
     split_column: str = ""
     """Column of splits (train, val, test); guessed where there is one choice."""
+    label_pattern: str = ""
+    """Regular expression over file names whose first group is the label, for labels in names."""
     group_column: str = ""
     """Column of groups, such as patients: no group is put into two splits."""
     group_pattern: str = ""
@@ -54,15 +56,21 @@ class SourceOptions:
             )
         if self.group_column and self.group_pattern:
             raise ConfigError("--group-column and --group-pattern: give one of them")
-        try:
-            re.compile(self.group_pattern)
-        except re.error as error:
-            raise ConfigError(
-                f"--group-pattern {self.group_pattern}: not a regular expression ({error}). "
-                "Example: --group-pattern '(patient[0-9]+)'"
-            ) from None
+        _check_pattern("--group-pattern", self.group_pattern, "(patient[0-9]+)")
+        _check_pattern("--label-pattern", self.label_pattern, "([a-z]+)_[0-9]+")
+        if self.label_pattern and (self.labels or self.layout != "auto"):
+            raise ConfigError("--label-pattern: leave out --labels and --layout beside it")
 
     def changed(self) -> dict[str, Any]:
         """The options that differ from their defaults."""
         defaults = {field.name: field.default for field in fields(self)}
         return {name: value for name, value in asdict(self).items() if value != defaults[name]}
+
+
+def _check_pattern(option: str, pattern: str, example: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"{option} {pattern}: not a regular expression ({error}). Example: {option} '{example}'"
+        ) from None

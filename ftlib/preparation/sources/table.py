@@ -10,6 +10,7 @@ import csv
 import io
 import json
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,10 @@ LABEL_COLUMNS = tuple(
         "label",
         "labels",
         "class",
+        "classid",
         "classname",
+        "labelid",
+        "categoryid",
         "labelname",
         "category",
         "categoryname",
@@ -51,6 +55,15 @@ LABEL_COLUMNS = tuple(
     ]
 )
 SPLIT_COLUMNS = ("split", "set", "subset", "partition", "dataset", "fold")
+SPLIT_FLAGS = {
+    "isvalid": ("val", "train"),
+    "isval": ("val", "train"),
+    "isvalidation": ("val", "train"),
+    "istest": ("test", "train"),
+    "istrain": ("train", "test"),
+    "istraining": ("train", "test"),
+}
+"""Column -> the splits that its 1 (or true) and its 0 (or false) mean."""
 SAMPLE = 200
 """Rows looked at to guess a column."""
 ENOUGH = 0.5
@@ -61,6 +74,9 @@ LARGEST_GUESS = 128 << 20
 MOST_TABLES = 20
 """More of them are taken for something else, such as a file for each class."""
 LARGEST_FIELD = 1 << 20
+CUB = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
+NO_LABEL = ("", "nan", "NaN")
+"""What tables have where a label is missing."""
 
 
 @dataclass
@@ -135,13 +151,14 @@ def usable_tables(tree: Tree, options: SourceOptions) -> tuple[list[LabelTable],
     candidates = [
         file
         for file in tree.files
-        if file.extension in ENDINGS
-        and file.path.count("/") <= 1
+        if ((file.extension in ENDINGS and file.path.count("/") <= 1) or _is_list(file))
         and "submission" not in file.name.lower()
     ]
+    names = FileNames(tree)
+    if names.count and (joined := _joined_lists(tree)):
+        return [joined], problems
     if not candidates or len(candidates) > MOST_TABLES:
         return found, problems
-    names = FileNames(tree)
     for file in candidates if names.count else []:
         try:
             if file.bytes > LARGEST_GUESS:
@@ -149,11 +166,35 @@ def usable_tables(tree: Tree, options: SourceOptions) -> tuple[list[LabelTable],
             table = parse_table(tree.read(file), file.path).fitted(names)
             columns = Columns.of(table, names, options)
         except (DataError, OSError) as error:
-            problems.append(str(error))
+            problems += [] if _is_list(file) else [str(error)]
             continue
         if columns.label or columns.one_hot:
             found.append(table)
     return found, problems
+
+
+def _is_list(file: File) -> bool:
+    """Whether a file is called like a list of a split's pictures: train.txt, val.txt."""
+    return file.extension == "txt" and bool(split_of(file.path.removesuffix(".txt")))
+
+
+def _joined_lists(tree: Tree) -> LabelTable | None:
+    """The table that CUB-200-2011 keeps in three lists: id and file, id and class, id and 1 for
+    train or 0 for test."""
+    lists = {file.path: file for file in tree.files if file.path in CUB}
+    if len(lists) < len(CUB):
+        return None
+    try:
+        files, labels, splits = (
+            dict(line.split() for line in tree.read(lists[name]).decode().splitlines())
+            for name in CUB
+        )
+        rows: list[tuple[str, ...]] = [
+            (files[i], labels[i], "train" if splits[i] == "1" else "test") for i in files
+        ]
+    except (ValueError, KeyError):  # lists of another set
+        return None
+    return LabelTable(CUB[0], ("file", "label", "split"), rows)
 
 
 class FileNames:
@@ -168,14 +209,15 @@ class FileNames:
         for file in tree.files:
             if is_picture(file) or "." not in file.name:
                 self.count += 1
-                self._by_name[file.name].append(file)
-                self._by_lower[file.name.lower()].append(file)
-                if "." in file.name:
-                    self._by_stem[file.name.rpartition(".")[0]].append(file)
+                name = _composed(file.name)
+                self._by_name[name].append(file)
+                self._by_lower[name.lower()].append(file)
+                if "." in name:
+                    self._by_stem[name.rpartition(".")[0]].append(file)
 
     def find(self, value: str, folder: str = "", split: str = "") -> list[File]:
         """The files that a value names: one, none, or several that it cannot tell apart."""
-        value = value.strip().replace("\\", "/").removeprefix("./").strip("/")
+        value = _composed(value.strip().replace("\\", "/")).removeprefix("./").strip("/")
         name = value.rpartition("/")[2]
         found = (
             self._by_name.get(name) or self._by_stem.get(name) or self._by_lower.get(name.lower())
@@ -183,7 +225,7 @@ class FileNames:
         if not found:
             return []
         if "/" in value:
-            found = [f for f in found if _ends_with(f.path, value)]
+            found = [f for f in found if _same_end(_composed(f.path), value)]
         if len(found) > 1:
             exact = f"{folder}/{value}" if folder else value
             same = [f for f in found if f.path in (value, exact)]
@@ -194,9 +236,18 @@ class FileNames:
         return found
 
 
-def _ends_with(path: str, value: str) -> bool:
+def _composed(name: str) -> str:
+    """A name in Unicode's composed form: macOS takes accents apart."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _same_end(path: str, value: str) -> bool:
+    """Whether one is the end of the other: a table may name folders of another machine."""
     whole, wanted = f"/{path}".lower(), f"/{value}".lower()
-    return whole.endswith(wanted) or whole.rpartition(".")[0].endswith(wanted)
+    stem = whole.rpartition(".")[0]
+    return any(a.endswith(b) for a, b in ((whole, wanted), (stem, wanted), (wanted, whole))) or (
+        wanted.endswith(stem)
+    )
 
 
 # --- reading tables ---
@@ -224,7 +275,7 @@ def parse_table(data: bytes, path: str) -> LabelTable:
             columns, rows = _records(_json(data, ending))
         else:
             columns, rows = _separated(data, ending)
-    except (ValueError, csv.Error, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, csv.Error, RecursionError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} cannot be read as a table ({error})") from None
@@ -260,7 +311,10 @@ def _decoded(data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start:,}") from None
+        raise ValueError(
+            f"not UTF-8: {error.reason} at byte {error.start:,}; save it as UTF-8, such as with "
+            "iconv -f latin1 -t utf-8"
+        ) from None
 
 
 def _distinct(names: Sequence[str]) -> tuple[str, ...]:
@@ -280,8 +334,13 @@ def _json(data: bytes, ending: str) -> Any:
 
 
 def _records(value: Any) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Rows of a list of objects, of an object of lists, or of an object of file -> label."""
-    if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
+    """Rows of a list of objects, of an object of lists (columns, or the files of each class), or of
+    an object of file -> label, or of COCO's lists of images and annotations."""
+    if isinstance(value, dict) and {"images", "annotations", "categories"} <= set(value):
+        value = _coco_records(value)
+    elif isinstance(value, dict) and _is_files_of_classes(value):
+        value = [{"file": file, "label": label} for label in value for file in value[label]]
+    elif isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
         if len({len(v) for v in value.values()}) != 1:
             raise ValueError("its columns have different lengths")
         value = [dict(zip(value, row)) for row in zip(*value.values())]
@@ -291,6 +350,29 @@ def _records(value: Any) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         raise ValueError("it needs a list of objects, or an object of file names and labels")
     columns = tuple(dict.fromkeys(str(key) for row in value for key in row))
     return columns, [tuple(_cell(row.get(name)) for name in columns) for row in value]
+
+
+def _is_files_of_classes(value: dict[Any, Any]) -> bool:
+    """Whether each key has a list of names, and no name is in two of them."""
+    lists = list(value.values())
+    if len(lists) < 2 or not all(isinstance(one, list) and one for one in lists):
+        return False
+    files = [name for one in lists for name in one]
+    return all(isinstance(n, str) for n in files) and len(set(files)) == len(files) > len(lists)
+
+
+def _coco_records(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """File and label of COCO's lists, where an annotation is a label and no box or outline."""
+    annotations = value["annotations"]
+    boxed = sum("bbox" in one or "segmentation" in one for one in annotations)
+    if boxed:
+        raise ValueError(
+            f"COCO's object detection: {boxed:,} boxes or outlines, where a picture needs one "
+            "label. Cut the objects out, or write a table of file and label"
+        )
+    files = {image["id"]: image["file_name"] for image in value["images"]}
+    names = {category["id"]: category["name"] for category in value["categories"]}
+    return [{"file": files[a["image_id"]], "label": names[a["category_id"]]} for a in annotations]
 
 
 def _parquet(data: bytes) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -319,7 +401,24 @@ def _cell(value: Any) -> str:
 def labels_by_name(tree: Tree, options: SourceOptions) -> dict[str, str]:
     """File name, without folders -> label, of the table named with --labels. Raises DataError."""
     names = FileNames(tree)
-    table = load_table(options.labels).fitted(names)
+    return _by_file_name(load_table(options.labels).fitted(names), names, options)
+
+
+def labels_of_split(
+    tree: Tree, split: str, classes: set[str], options: SourceOptions
+) -> tuple[dict[str, str], str]:
+    """(file name, without folders -> label, the table) for a split's own table, such as Test.csv,
+    that has labels of `classes` alone; empty where there is none."""
+    names = FileNames(tree)
+    for table in usable_tables(tree, options)[0]:
+        if table.split == split:
+            labels = _by_file_name(table, names, options)
+            if set(labels.values()) <= classes:
+                return labels, table.name
+    return {}, ""
+
+
+def _by_file_name(table: LabelTable, names: FileNames, options: SourceOptions) -> dict[str, str]:
     columns = Columns.of(table, names, options)
     files = [value.replace("\\", "/").rpartition("/")[2] for value in table.column(columns.file)]
     return dict(zip(files, _labels(table, columns)))
@@ -375,9 +474,9 @@ def _file_column(table: LabelTable, names: FileNames) -> str:
 
 def _split_column(table: LabelTable, file: str) -> str:
     for column in table.columns:
-        if column != file and plain(column) in SPLIT_COLUMNS:
+        if column != file and plain(column) in (*SPLIT_COLUMNS, *SPLIT_FLAGS):
             values = sorted(set(table.column(column)))
-            other = [value for value in values if not split_of(value)]
+            other = [value for value in values if not _split_meant(column, value)]
             if not other:
                 return column
             if len(other) < len(values):
@@ -386,6 +485,14 @@ def _split_column(table: LabelTable, file: str) -> str:
                     "train, val or test"
                 )
     return ""
+
+
+def _split_meant(column: str, value: str) -> str:
+    """The split that a cell means; nothing where it means none."""
+    if plain(column) not in SPLIT_FLAGS:
+        return split_of(value)
+    yes, no = SPLIT_FLAGS[plain(column)]
+    return {"1": yes, "true": yes, "0": no, "false": no}.get(value.lower(), "")
 
 
 def _label_column(table: LabelTable, rest: list[str]) -> tuple[str, tuple[str, ...]]:
@@ -401,6 +508,12 @@ def _label_column(table: LabelTable, rest: list[str]) -> tuple[str, tuple[str, .
         return "", tuple(rest)
     if not rest:
         raise DataError(f"{table.name} has no column of labels")
+    if several := _with_several_labels(table, rest):
+        raise DataError(
+            f"{table.name}: {counted(several, 'row')} of {len(table.rows):,} with more than one 1 "
+            f"in the columns {listed(rest, 5)}. A picture needs one label: name the column that "
+            "decides with --label-column NAME, or write a table of file and label"
+        )
     raise DataError(
         f"{table.name}: the column of labels is not clear (columns: {listed(rest)}). Give it: "
         "--label-column NAME"
@@ -415,6 +528,14 @@ def _texts_of_one_label(table: LabelTable, columns: list[str]) -> list[str]:
         return columns
     words = [c for c in columns if not all(v.isdigit() for v in table.column(c)[:SAMPLE])]
     return words if len(words) == 1 else columns
+
+
+def _with_several_labels(table: LabelTable, columns: list[str]) -> int:
+    """Rows with more than one 1, of columns of zeros and ones; 0 for other columns."""
+    cells = [[row[table.columns.index(column)] for column in columns] for row in table.rows]
+    if any(cell not in ("0", "1", "0.0", "1.0") for row in cells for cell in row):
+        return 0
+    return sum(sum(cell in ("1", "1.0") for cell in row) > 1 for row in cells)
 
 
 def _is_one_hot(table: LabelTable, columns: list[str]) -> bool:
@@ -458,13 +579,13 @@ def _read_table(
     rows = zip(table.column(columns.file), _labels(table, columns), splits, groups)
     for value, label, of_split, group in rows:
         files = names.find(value, table.folder, table.split)
-        meant = split_of(of_split)
+        meant = _split_meant(columns.split, of_split)
         if of_split and not meant:
             raise DataError(
                 f"{table.name}: {of_split!r} in column {columns.split!r} is no split. It needs "
                 "train, val or test"
             )
-        if not label:
+        if label in NO_LABEL:
             found.aside["rows without a label"] += 1
         elif len(files) > 1:
             unclear.append((value, files))
@@ -503,6 +624,16 @@ def _refuse_missing(table: LabelTable, missing: list[str], found: LabelledFiles)
     found.warnings.append(text)
 
 
+def _joins(label: str, labels: Sequence[str]) -> bool:
+    """Whether a label consists of others between separators, as in 'scab|rust'."""
+    split = [[part.strip() for part in label.split(mark)] for mark in ("|", ";", ",", " ")]
+    return any(len(parts) > 1 and set(parts) <= set(labels) for parts in split)
+
+
+def _said(row: Labelled) -> str:
+    return printable(f"{row.label} in {row.split}" if row.split else row.label)
+
+
 def _finish(found: LabelledFiles) -> None:
     """Merge rows that name one file, and count the pictures that no row names."""
     seen: dict[str, Labelled] = {}
@@ -511,8 +642,7 @@ def _finish(found: LabelledFiles) -> None:
         if (before.label, before.split) != (row.label, row.split):
             raise DataError(
                 f"{found.layout} gives {printable(row.file.path)} two labels or splits: "
-                f"{before.label} {before.split} and {row.label} {row.split}. Keep one row of each "
-                "file"
+                f"{_said(before)} and {_said(row)}. Keep one row of each file"
             )
     if repeated := len(found.rows) - len(seen):
         found.aside["rows that repeat another one"] += repeated
@@ -523,3 +653,8 @@ def _finish(found: LabelledFiles) -> None:
     if unnamed:
         found.aside["pictures that the table does not name"] += unnamed
     found.classes = natural(row.label for row in found.rows)
+    if joined := [label for label in found.classes if _joins(label, found.classes)]:
+        found.warnings.append(
+            f"{counted(len(joined), 'label')} made of others (such as {joined[0]!r}): each "
+            "combination becomes a class of its own, since a picture has one class"
+        )

@@ -17,7 +17,7 @@ from ftlib.preparation.sources.table import LABEL_COLUMNS
 from ftlib.preparation.sources.tree import PICTURES, File, Tree
 from ftlib.text import printable
 
-TARS = ("tar", "tgz", "gz")
+TARS = (".tar", ".tgz", ".tar.gz")
 LABELS = ("cls", "json", "txt")
 """Endings of members that hold a label; the first that a sample has counts."""
 LARGEST_LABEL = 1 << 20
@@ -62,7 +62,7 @@ class WebDataset:
 
 
 def _tars(tree: Tree) -> list[File]:
-    return [f for f in tree.files if f.extension in TARS and ".tar" in f.name.lower() + ".tar"]
+    return [file for file in tree.files if file.name.lower().endswith(TARS)]
 
 
 def _relevant(tree: Tree) -> list[File]:

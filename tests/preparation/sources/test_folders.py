@@ -154,6 +154,12 @@ def test_nested_folders_are_classes_of_their_own_on_request(tmp_path: Path) -> N
     assert labels(nested)["bird/owl/images/x.jpg"] == ("train", "bird.owl")
 
 
+def test_unicode_twins_across_splits_are_named_as_such(tmp_path: Path) -> None:
+    root = tree(tmp_path, *many("caf\u00e9", "b", split="train/"), "val/cafe\u0301/1.jpg")
+    with pytest.raises(DataError, match=r"caf.xe9' differs from 'cafe.u0301' only in"):
+        scan(root)
+
+
 def test_a_folder_around_the_classes_is_stepped_into(tmp_path: Path) -> None:
     root = tree(tmp_path, *many("a", "b", split="photos/train/", n=1), "photos/val/a/0.jpg")
     found = scan(root)

@@ -88,7 +88,17 @@ def test_every_form_of_a_table_gives_the_same_labels(flat: Path, form: str) -> N
 
 
 @pytest.mark.parametrize(
-    "value", ["C0.JPG", "c0.jpg", "c0", "images/c0.jpg", "./images/c0", "images\\c0.jpg"]
+    "value",
+    [
+        "C0.JPG",
+        "c0.jpg",
+        "c0",
+        "images/c0.jpg",
+        "./images/c0",
+        "images\\c0.jpg",
+        "/home/me/set/images/c0.jpg",
+        "D:\\set\\images\\c0.jpg",
+    ],
 )
 def test_names_fit_with_or_without_folder_and_extension(flat: Path, value: str) -> None:
     records = [(value, "cat"), *ROWS[1:]]
@@ -122,6 +132,42 @@ def test_a_split_column_is_used(flat: Path) -> None:
     found = scan(flat)
     assert found.counts == {"train": 2, "val": 2}
     assert found.split_origins == {"train": "labels.csv", "val": "labels.csv"}
+
+
+@pytest.mark.parametrize(
+    ("column", "yes", "no"),
+    [("is_valid", "True", "False"), ("is_train", "0", "1"), ("IsTest", "1", "0")],
+)
+def test_a_column_of_flags_gives_the_splits(flat: Path, column: str, yes: str, no: str) -> None:
+    records = [(name, label, yes if "1" in name else no) for name, label in ROWS]
+    (flat / "labels.csv").write_text(csv_of(records, "file", "label", column))
+    held = "val" if column == "is_valid" else "test"
+    assert scan(flat, options(val_fraction=None if held == "val" else 0)).counts == {
+        "train": 2,
+        held: 2,
+    }
+
+
+def test_names_fit_in_either_unicode_form(tmp_path: Path) -> None:
+    root = tree(tmp_path, "i/caf\u00e9.jpg", "i/the\u0301.jpg")
+    (root / "labels.csv").write_text("file,label\ncafe\u0301.jpg,a\nth\u00e9.jpg,b\n")
+    assert scan(root, options()).counts == {"train": 2}
+
+
+def test_rows_without_a_label_are_counted(flat: Path) -> None:
+    (flat / "labels.csv").write_text("file,label\nc0.jpg,1.0\nc1.jpg,nan\nd0.jpg,2.0\nd1.jpg,\n")
+    found = scan(flat, options())
+    assert found.classes == ("1", "2")
+    assert found.aside == {"rows without a label": 2, "pictures that the table does not name": 2}
+
+
+def test_several_labels_a_picture_are_refused_or_said(flat: Path) -> None:
+    (flat / "labels.csv").write_text("file,a,b\nc0.jpg,1,1\nc1.jpg,0,1\nd0.jpg,1,0\nd1.jpg,0,0\n")
+    with pytest.raises(DataError, match=r"1 row of 4 with more than one 1 in the columns a, b"):
+        scan(flat, options())
+    records = [(name, label) for (name, _), label in zip(ROWS, ("a", "b", "a|b", "b"))]
+    (flat / "labels.csv").write_text(csv_of(records, "file", "label"))
+    assert "1 label made of others (such as 'a|b')" in scan(flat, options()).warnings[0]
 
 
 def test_numbers_are_ordered_by_value_and_named_by_a_list(flat: Path, tmp_path: Path) -> None:
@@ -235,6 +281,8 @@ def test_a_name_that_fits_two_files_is_refused(tmp_path: Path) -> None:
         b"a,b\n\0,\0\n",
         b"[" * 100_000,
         b'{"a": [1], "b": [1, 2]}',
+        b'{"images": [{}], "annotations": [{"image_id": 1}], "categories": [3]}',
+        b'{"images": 1, "annotations": 2, "categories": null}',
         b'[{"file": "a", "label": ["x", "y"]}]',
         b"PAR1garbagePAR1",
     ],
