@@ -666,8 +666,12 @@ def _help(
         return
     yield from (usage, "", about)
     first = flags_.by_importance([flag for flag in own if flag.path not in LAST])
+    common = [flag for flag in first if flags_.Common in flag.extras]
+    if common:
+        yield from ("", "options that are used most:", *flags_.describe(common))
+        first = [flag for flag in first if flag not in common]
     if first:
-        yield from ("", "options:", *flags_.describe(first))
+        yield from ("", "more options:" if common else "options:", *flags_.describe(first))
     if recipe is not None and everything:
         yield from _all_settings(recipe, settings)
     elif recipe is not None:

@@ -44,6 +44,10 @@ class Hidden:
     """Marks a field that is no flag."""
 
 
+class Common:
+    """Marks a field that is used most, so that help lists it first."""
+
+
 class Commas:
     """Marks a tuple that is given as one word with commas in it."""
 

@@ -1,12 +1,15 @@
 """Where things are: `$FTLIB_HOME` (default ~/ftlib) holds data/, runs/, mlflow.db and more.
 
-Also the folders of jobs and spaces, and environment variables for a while.
+Also the folders of jobs and spaces, the command of a job, and environment variables for a while.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shlex
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,6 +44,34 @@ def _beside_or_inside(name: str) -> Path:
     package = Path(ftlib.__file__).resolve().parent
     inside = package / name
     return inside if inside.is_dir() else package.parent / name
+
+
+def job_command(job: str, options: str = "") -> str:
+    """A command line of a job that works where it is pasted: in this folder, with this Python.
+
+    It is `ftlib JOB` where that started this process, else `python jobs/JOB.py` with as much of
+    both paths as this shell needs. A job of a cluster prints what works in a checkout.
+    """
+    if Path((sys.orig_argv[1:2] or [""])[0]).name == "ftlib":
+        words = [_typed("ftlib", Path(sys.executable).with_name("ftlib")), job]
+    else:
+        file = jobs_folder() / f"{job}.py"
+        words = [_typed("python", Path(sys.executable)), _shown(file)]
+    if os.environ.get("RAY_ADDRESS"):
+        words = ["python", f"jobs/{job}.py"]
+    return " ".join(filter(None, [*map(shlex.quote, words), options]))
+
+
+def _typed(name: str, program: Path) -> str:
+    """`name` where the shell finds `program` by it, else the program's path."""
+    found = shutil.which(name)
+    return name if found and Path(os.path.abspath(found)) == program else _shown(program)
+
+
+def _shown(path: Path) -> str:
+    """The path, relative where it is below the current folder."""
+    path = Path(os.path.abspath(path))
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def absolute(path: str) -> str:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from ftlib.cli import ResultOptions, job, options, reporting
 from ftlib.config import AtLeastOne, Count
-from ftlib.flags import Commas, Metavar
+from ftlib.flags import Commas, Common, Metavar
 from ftlib.settings import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ Pixels = Annotated[AtLeastOne, Metavar("PIXELS")]
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ResultOptions):
-    what: Annotated[tuple[str, ...], Commas, Metavar("NAMES")] = ("all",)
+    what: Annotated[tuple[str, ...], Common, Commas, Metavar("NAMES")] = ("all",)
     """One or more of loader, step, scaling, checkpoint and startup, or all of these; and, by name
     only, sides, accuracy, scale, serve and recipes."""
-    source: Annotated[str, Metavar("FOLDER")] = ""
+    source: Annotated[str, Common, Metavar("FOLDER")] = ""
     """Pictures in class folders. By default generated ones of about 375 x 500 pixels."""
-    rounds: AtLeastOne = 5
+    rounds: Annotated[AtLeastOne, Common] = 5
     """Rounds, each with every case once."""
     seeds: AtLeastOne = 5
     """Seeds of accuracy and recipes."""
@@ -73,7 +73,7 @@ class Options(ResultOptions):
     compared with the others too."""
     timm: Annotated[str, Metavar("FILE")] = ""
     """Of recipes: timm's train.py, from its repository."""
-    out: Annotated[str, Metavar("FOLDER")] = ""
+    out: Annotated[str, Common, Metavar("FOLDER")] = ""
     """Write benchmark.json and benchmark.png there. recipes also keeps its trainings there, and
     does only those that are missing."""
     mlflow: bool = False

@@ -11,6 +11,7 @@ seconds per format, and one pass over at most 2,000 pictures to fit the temperat
 """
 
 import importlib.util
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from ftlib import storage
 from ftlib.cli import ResultOptions, job, options, reporting
 from ftlib.config import Positive
 from ftlib.flags import Commas, Metavar, Position
-from ftlib.paths import run_folder
+from ftlib.paths import job_command, run_folder
 from ftlib.settings import ConfigError
 
 if TYPE_CHECKING:
@@ -80,6 +81,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             if asked.register:
                 result["registered"] = register(asked, run_dir, made)
         print(f"temperature {temperature:.4g}, {fitted_on}")
+        if "mlflow" in asked.formats:
+            package = f"--model {shlex.quote(str(made))}"
+            print(f"\nNext: {job_command('predict', f'{package} --source PICTURE')}")
+            print(f"      {job_command('serve', package)}")
 
 
 def fit_temperature(loaded: "LoadedModel") -> tuple[float, str]:

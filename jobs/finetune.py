@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from ftlib.checks import check_recipe
 from ftlib.cli import ResultOptions, job, options_and_recipe, reporting
 from ftlib.config import AdamW, Augment, Cosine, Count, CrossEntropy, Model, Run, Train
+from ftlib.paths import job_command
 
 FINETUNE = Run(
     stage="finetune",
@@ -36,8 +37,9 @@ class Options(ResultOptions):
     steps: Count = 300
     """Optimizer steps that the number of epochs is chosen for, from 3 to 20 epochs.
     --train.epochs says the number itself."""
-    probe: bool = True
-    """Start with the classifier of a linear probe, and run that first where it is missing."""
+    no_probe: bool = False
+    """Start with a new classifier. Without this, the linear probe's is taken, and the probe is run
+    first where it is missing."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,9 +51,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with reporting(asked) as result:
         outcome = fine_tune(
-            run, steps=0 if chosen else asked.steps, probe=asked.probe, quiet=asked.quiet
+            run, steps=0 if chosen else asked.steps, probe=not asked.no_probe, quiet=asked.quiet
         )
         result.update(vars(outcome))
+        print(f"\nNext: {job_command('evaluate', outcome.name)}")
+        package = f"{outcome.name} --out model --formats mlflow"
+        print(f"      {job_command('export', package)}")
 
 
 if __name__ == "__main__":

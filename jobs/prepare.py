@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from ftlib.cli import ResultOptions, job, options, reporting
-from ftlib.flags import FormerValue, Hidden, Metavar
+from ftlib.flags import Common, FormerValue, Hidden, Metavar
 from ftlib.preparation.options import PrepareOptions
 from ftlib.preparation.sources.options import SourceOptions
 from ftlib.settings import Between, ConfigError
@@ -32,21 +32,21 @@ if TYPE_CHECKING:
 class Options(ResultOptions, PrepareOptions, SourceOptions):
     """The options of a source, of a picture, and of the whole set."""
 
-    source: Annotated[str, Metavar("DIR|FILE|ADDRESS|NAME")] = ""
+    source: Annotated[str, Common, Metavar("DIR|FILE|ADDRESS|NAME")] = ""
     """A folder, archive, table of labels or address; or digits, imagenette, cifar10, cifar100,
     flowers102, food101, pets, stl10, svhn, mnist or fashionmnist, of which all but digits are
     downloaded."""
-    verify: Annotated[str, Metavar("PATH")] = ""
+    verify: Annotated[str, Common, Metavar("PATH")] = ""
     """Check a prepared set instead of making one."""
-    out: Annotated[str, Metavar("PATH")] = ""
+    out: Annotated[str, Common, Metavar("PATH")] = ""
     """Where to: a name below $FTLIB_HOME/data, a folder, or an s3:// or gs:// address. By default
     the source's name."""
-    dry_run: bool = False
+    dry_run: Annotated[bool, Common] = False
     """Say what the source was taken for, and stop before anything is written."""
-    append: bool = False
+    append: Annotated[bool, Common] = False
     """Add what the source has and the set at --out does not. Old rows and splits stay."""
-    val_fraction: Annotated[float, Between(0, 1, open_high=True)] | None = None
-    labels: Annotated[str, Metavar("FILE")] = ""
+    val_fraction: Annotated[float, Common, Between(0, 1, open_high=True)] | None = None
+    labels: Annotated[str, Common, Metavar("FILE")] = ""
     class_names: Annotated[str, Metavar("FILE")] = ""
     file_column: Annotated[str, Metavar("NAME")] = ""
     label_column: Annotated[str, Metavar("NAME")] = ""

@@ -11,6 +11,7 @@ in MLflow, and the classifier that jobs/finetune.py starts with.
 It takes one pass over the pictures, without gradients.
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -20,6 +21,7 @@ from ftlib.checks import check_recipe
 from ftlib.cli import ResultOptions, job, options_and_recipe, reporting
 from ftlib.config import Run
 from ftlib.flags import Position
+from ftlib.paths import job_command
 from ftlib.settings import override
 
 
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with reporting(asked) as result:
         outcome = launch_probe(run, quiet=asked.quiet)
         result.update(vars(outcome))
-        print(f"\nfine-tune from here: python jobs/finetune.py --data.path {asked.data}")
+        print(f"\nNext: {job_command('finetune', f'--data.path {shlex.quote(asked.data)}')}")
 
 
 if __name__ == "__main__":

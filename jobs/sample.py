@@ -13,8 +13,6 @@ The same command again reports what is there; another FTLIB_HOME starts over.
 """
 
 import itertools
-import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from dataclasses import dataclass
 from ftlib import recipes
 from ftlib.cli import ResultOptions, job, options, reporting
 from ftlib.config import Measured
+from ftlib.paths import job_command
 from ftlib.settings import override
 
 DIGITS = {"data.path": "digits", "model.arch": "resnet18", "augment.flip": 0.0}
@@ -85,8 +84,6 @@ def train_sample(quiet: bool) -> dict[str, object]:
     from ftlib.launch.launch import launch
     from ftlib.launch.summary import sample
     from ftlib.preparation.prepare import prepare
-    from ftlib.track.links import ui_command
-    from ftlib.track.store import resolve_uri
     from ftlib.tune.statistics import paired_difference
     from ftlib.tune.stored_predictions import predictions
 
@@ -98,16 +95,13 @@ def train_sample(quiet: bool) -> dict[str, object]:
     right = [predictions(outcome.run_dir).correct for outcome in phases.values()]
     gains = [paired_difference(new, old) for old, new in itertools.pairwise(right)]
     last, names = phases["Phase 3"].name, " ".join(o.name for o in phases.values())
-    python = os.path.relpath(sys.executable)
+    sweep = "--recipe sample-phase2 --space quick --trials 8"
     commands = [
-        ("open the MLflow UI", ui_command(resolve_uri())),
-        ("compare the phases", f"{python} jobs/compare.py {names}"),
-        ("score a run, see its errors", f"{python} jobs/evaluate.py {last}"),
-        (
-            "search for better settings",
-            f"{python} jobs/sweep.py --recipe sample-phase2 --space quick --trials 8",
-        ),
-        ("your own pictures", f"{python} jobs/prepare.py --source FOLDER --out NAME"),
+        ("open the MLflow UI", job_command("track", "ui")),
+        ("compare the phases", job_command("compare", names)),
+        ("score a run, see its errors", job_command("evaluate", last)),
+        ("search for better settings", job_command("sweep", sweep)),
+        ("your own pictures", job_command("prepare", "--source FOLDER --out NAME")),
     ]
     print(sample(phases, CHANGES, gains, commands, time.monotonic() - started))
     return {name: vars(outcome) for name, outcome in phases.items()}

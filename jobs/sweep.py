@@ -20,16 +20,16 @@ from typing import Annotated
 from ftlib import recipes
 from ftlib.checks import check_recipe, check_space
 from ftlib.cli import ResultOptions, job, options_and_recipe, reporting
-from ftlib.flags import Metavar, Repeatable
+from ftlib.flags import Common, Metavar, Repeatable
 from ftlib.paths import space_names
 from ftlib.tune.options import SweepOptions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ResultOptions, SweepOptions):
-    recipe: Annotated[str, Metavar("RECIPE")]
+    recipe: Annotated[str, Common, Metavar("RECIPE")]
     """phase2, sample-phase2 and so on, or a recipe in a .json file."""
-    space: Annotated[str, Metavar("|".join((*space_names(), "FILE.py")))]
+    space: Annotated[str, Common, Metavar("|".join((*space_names(), "FILE.py")))]
     """A file of tune_spaces/ by its name, or a path to such a file."""
     set: Annotated[tuple[str, ...], Repeatable, Metavar("PATH=VALUE")] = ()
     """Change the recipe: --set mix.off_epochs=2 is --mix.off-epochs 2. May be repeated."""

@@ -109,7 +109,7 @@ def test_the_wheel_brings_jobs_and_spaces_and_works_from_another_folder(tmp_path
     assert "phase2" in ftlib("--help", cwd=elsewhere).stdout
     shown = ftlib("phase2", "--show", cwd=elsewhere)
     assert shown.returncode == 0 and '"stage": "phase2"' in shown.stdout, shown.stderr
-    code = "from ftlib.tune import spaces; import ftlib; print(spaces.available(), ftlib.__file__)"
+    code = "from ftlib.paths import space_names; import ftlib; print(space_names(), ftlib.__file__)"
     listed = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=elsewhere, timeout=120
     )

@@ -1,8 +1,11 @@
 """The words that turn one recipe into another. What flags do: tests/test_cli.py."""
 
+from dataclasses import dataclass
+from typing import Annotated
+
 import pytest
 
-from ftlib import recipes
+from ftlib import cli, flags, recipes
 from ftlib.cli import parse
 from ftlib.config import SGD, Focal, OneCycle
 from ftlib.flags import words_for
@@ -45,3 +48,17 @@ def test_the_words_read_back_as_the_recipe(changes):
 def test_the_words_turn_a_recipe_into_the_sample_s(name):
     base, sample = recipes.load(name.removeprefix(recipes.SAMPLE)), recipes.load(name)
     assert parse(base, words_for(base, sample)) == sample
+
+
+def test_help_lists_the_common_options_first_and_every_option_once(capsys):
+    @dataclass(frozen=True, kw_only=True)
+    class Options(cli.ResultOptions):
+        rare: int = 1
+        usual: Annotated[int, flags.Common] = 2
+
+    with pytest.raises(SystemExit):
+        cli.options(Options, "About.", ["--help"])
+    text = capsys.readouterr().out
+    headings = [text.index(s) for s in ("used most:", "--usual", "more options:", "--rare")]
+    assert headings == sorted(headings)
+    assert text.count("--usual") == text.count("--rare") == 1

@@ -30,6 +30,8 @@ class Gate:
             "gain": "gain over the starting model at least",
         }
         got = "not measured" if self.got is None else f"{self.got:.2f}"
+        if self.name == "max_gap" and self.got is not None and self.got < 0:
+            got += " (training is scored on mixed and augmented pictures)"
         return f"{'passed' if self.passed else 'FAILED'}  {words[self.name]} {self.wanted:g}: {got}"
 
 

@@ -59,8 +59,10 @@ def probe_recipe(run: Run) -> Run:
     )
 
 
-def launch_probe(run: Run, *, quiet: bool = False) -> Outcome:
+def launch_probe(run: Run, *, quiet: bool = False, brief: bool = False) -> Outcome:
     """Probe the model and data of `run` (see `probe_recipe`), or say that it is done.
+
+    `brief`: a line is enough where it is done.
 
     Features are kept below $FTLIB_HOME/features. Under RAY_ADDRESS they are computed by Ray tasks.
 
@@ -70,7 +72,8 @@ def launch_probe(run: Run, *, quiet: bool = False) -> Outcome:
     options = LaunchOptions(local=True, kind="probe", quiet=quiet, announce=False)
     if prepared.finished:
         outcome = prepared.finished_outcome()
-        options.say(summary.already_finished(outcome))
+        done = f"{outcome.name}: probed before.  {summary.scores(outcome)}"
+        options.say(done if brief else summary.already_finished(outcome))
         return outcome
     with open_run(prepared, options) as active:
         outcome = active.finish(_probe(active, options))
@@ -185,7 +188,7 @@ def probed(run: Run, *, quiet: bool = False) -> Run:
         ("hf-hub:", "file:")
     ):
         return run
-    outcome = launch_probe(run, quiet=quiet)
+    outcome = launch_probe(run, quiet=quiet, brief=True)
     record = storage.read_json(storage.join(outcome.run_dir, "run.json")) or {}
     own = settings.from_dict(Run, record["run"])
     return settings.override(

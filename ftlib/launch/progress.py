@@ -9,8 +9,6 @@ from typing import Any, TextIO
 
 from ftlib.console import LINE_SECONDS, live_bar
 
-"""Shortest time between two plain lines within an epoch."""
-
 
 class ProgressDisplay:
     """Shows progress points (`WorkerContext.progress`); a context manager.
@@ -48,6 +46,8 @@ class ProgressDisplay:
             self.say(f"{self.title}  goes on from step {step}")
             self._ended = min(self._ended, epoch - 1)
         ends_epoch = step == self._step and epoch != self._ended
+        # The epoch's own line follows it, after the evaluation.
+        closes = step * values["epochs"] == epoch * values["steps"]
         self._step = step
         if self._bar is not None:
             self._show_bar(values)
@@ -55,7 +55,7 @@ class ProgressDisplay:
             self._ended = epoch
             self.say(f"{self.title}  {sentence(values, ends_epoch=True)}")
             self._line = time.monotonic()
-        elif self._bar is None and time.monotonic() - self._line > LINE_SECONDS:
+        elif self._bar is None and not closes and time.monotonic() - self._line > LINE_SECONDS:
             self.say(f"{self.title}  {sentence(values)}")
             self._line = time.monotonic()
 

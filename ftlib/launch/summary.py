@@ -11,6 +11,7 @@ from ftlib.launch.cluster import Placement
 from ftlib.launch.outcome import Outcome
 from ftlib.launch.progress import duration
 from ftlib.paths import home
+from ftlib.training.checkpoint import step_name
 from ftlib.training.initial_weights import InitialWeights
 
 
@@ -67,9 +68,12 @@ def scores(outcome: Outcome) -> str:
     split = "tuning" if "best/tuning_top1" in metrics else "val"
     if f"best/{split}_top1" not in metrics:
         return "It was never scored."
-    top1, top5 = metrics[f"best/{split}_top1"], metrics.get(f"best/{split}_top5", float("nan"))
-    epoch = metrics.get("best/epoch", 0)
-    text = f"Best {split} top-1 {top1:.2f} % (epoch {epoch:.0f}), top-5 {top5:.2f} %"
+    top1, top5 = metrics[f"best/{split}_top1"], metrics.get(f"best/{split}_top5", 100.0)
+    text = f"Best {split} top-1 {top1:.2f} %"
+    if not outcome.best_dir.endswith(step_name(0)):  # a probe has no epochs
+        text += f" (epoch {metrics.get('best/epoch', 0):.0f})"
+    if top5 < 100:  # with five classes or fewer it is always 100
+        text += f", top-5 {top5:.2f} %"
     if outcome.start_top1 is not None:
         gain = top1 - outcome.start_top1
         direction = "above" if gain >= 0 else "below"
@@ -79,8 +83,9 @@ def scores(outcome: Outcome) -> str:
 
 def _places(outcome: Outcome) -> list[str]:
     lines = [f"  best model  {outcome.best_dir}"]
-    if outcome.figures:
-        lines.append(f"  figures     {outcome.figures[0].rsplit('/', 1)[0]}")
+    pages = [file for file in outcome.figures if file.endswith(".html")]
+    if pages or outcome.figures:
+        lines.append(f"  report      {pages[0] if pages else os.path.dirname(outcome.figures[0])}")
     if outcome.mlflow_url:
         lines.append(f"  MLflow      {outcome.mlflow_url}")
     if outcome.compare_url:

@@ -269,8 +269,11 @@ def next_steps(path: str, dataset: Dataset) -> list[str]:
     """The commands that come after preparation, for a set of this size."""
     name = path.rpartition("/")[2]
     named = shlex.quote(name if paths.data_path(name) == path else path)
-    small = [f"python jobs/probe.py {named}", f"python jobs/finetune.py --data.path {named}"]
-    large = [f"python jobs/phase1.py --data.path {named}"]
+    small = [
+        paths.job_command("probe", named),
+        paths.job_command("finetune", f"--data.path {named}"),
+    ]
+    large = [paths.job_command("phase1", f"--data.path {named}")]
     commands = small if len(dataset.split("train")) < LARGE else large
     return [f"{'Next: ' if i == 0 else '      '}{command}" for i, command in enumerate(commands)]
 

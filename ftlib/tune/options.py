@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from ftlib.flags import Common
 from ftlib.settings import ConfigError
 
 Search = Literal["tpe", "random", "grid"]
@@ -19,16 +20,16 @@ class SweepOptions:
     name: str = ""
     """Name of the sweep: the same name with the same settings goes on with it. By default
     SPACE-RECIPE."""
-    trials: int = 32
+    trials: Annotated[int, Common] = 32
     """Trials in all, the recipe's own and those of earlier starts included. May be raised later."""
-    budget: str = ""
+    budget: Annotated[str, Common] = ""
     """Time for all starts of the sweep together, such as 2h, 90m or 1h30m. A trial starts only if
     it is expected to end within it. Empty: no limit. May be raised later."""
     search: Search = "tpe"
     """tpe learns from the trials so far."""
     seed: int = 0
     """Seed of the search. The trials keep the recipe's seed."""
-    epochs: int = 0
+    epochs: Annotated[int, Common] = 0
     """Epochs of a trial. 0: the recipe's, which promotion uses in any case."""
     tuning_fraction: float = 0.0
     """Share of the training images that scores the trials. A recipe that has its own keeps it. 0:

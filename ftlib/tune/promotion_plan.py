@@ -51,7 +51,12 @@ class PromotionPlan:
         """The command that promotes; empty where it is not worth its cost."""
         if not self.worth:
             return ""
-        return f"python jobs/promote.py {self.sweep} --top {self.top} --seeds {self.seeds}"
+        return f"python jobs/promote.py {self.options}"
+
+    @property
+    def options(self) -> str:
+        """What follows the job's name."""
+        return f"{self.sweep} --top {self.top} --seeds {self.seeds}"
 
     @property
     def cost(self) -> str:

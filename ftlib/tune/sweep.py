@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftlib.config import NOT_IN_FINGERPRINT, Run
 from ftlib.launch.progress import duration
-from ftlib.paths import local_run_folder, runs_root
+from ftlib.paths import job_command, local_run_folder, runs_root
 from ftlib.settings import flat, override, to_dict, to_json
 from ftlib.storage import is_remote, join, write_file
 from ftlib.tune import optuna_journal, spaces, suggest, tuning_split
@@ -388,5 +388,6 @@ def sentence(plan: Sweep, result: SweepResult, total: int, budget: TimeBudget) -
     if result.best.number:
         lines.append(promotion.reason)
     if promotion.worth:
-        lines.append(f"To confirm it ({promotion.cost}): {promotion.command}")
+        command = job_command("promote", promotion.options)
+        lines.append(f"To confirm it ({promotion.cost}): {command}")
     return "\n".join([*lines, f"report: {result.report}/index.html"])

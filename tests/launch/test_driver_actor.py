@@ -85,7 +85,8 @@ def test_loader_workers():
 def test_plain_lines_epoch_ends_and_restarts():
     out = io.StringIO()
     with ProgressDisplay("r", out) as screen:
-        screen.show(POINT)
+        screen.show({**POINT, "step": 3})
+        screen.show({**POINT, "step": 4})  # the epoch's own line follows
         screen.show({**POINT, "step": 4, "val_top1": 61.0, "best": 61.0})
         screen.show({**POINT, "step": 5, "epoch": 2})
         screen.show({**POINT, "step": 4, "epoch": 1})
@@ -93,7 +94,7 @@ def test_plain_lines_epoch_ends_and_restarts():
     lines = out.getvalue().splitlines()
     assert (
         lines[0]
-        == "r  epoch 1/3  step 4/12  loss 1.250  top-1 50.0 %  1,234 images/s  0:03:20 left"
+        == "r  epoch 1/3  step 3/12  loss 1.250  top-1 50.0 %  1,234 images/s  0:03:20 left"
     )
     assert lines[1] == (
         "r  epoch 1/3  loss 1.250  top-1 50.0 %  val 61.00 % (best 61.00)  1,234 images/s  "

@@ -20,6 +20,12 @@ def test_none_is_set_none_is_checked():
     assert gates.tags([]) == {"gates": "none"}
 
 
+def test_a_gap_below_zero_is_explained():
+    mixed, plain = (gates.check(Gates(max_gap=10), {"final/gap": g}, None)[0] for g in (-67.8, 3.0))
+    assert "-67.80 (training is scored on mixed" in str(mixed)
+    assert str(plain).endswith("at most 10: 3.00")
+
+
 def test_each_gate_looks_at_its_number():
     all_set = Gates(val_top1=65, max_gap=10, gain=10)
     assert names(gates.check(all_set, GOOD, 50.0)) == {
