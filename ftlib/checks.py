@@ -5,8 +5,12 @@ What these checks let through is checked again, fully, by the code that uses it.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.util
+import os
 import re
+import sqlite3
 from pathlib import Path
 
 from ftlib.config import Run
@@ -15,6 +19,7 @@ from ftlib.runs import NOT_A_STAGE, best_of_stage
 from ftlib.settings import ConfigError, nearest
 from ftlib.storage import folders, is_remote
 
+STORE_VARIABLES = {"MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"}
 LOCAL_MODEL = "a package's folder, models:/NAME@ALIAS, models:/NAME/VERSION or runs:/ID/model"
 
 
@@ -49,8 +54,15 @@ def data_sets() -> list[str]:
     return sorted(name for name in folders(str(root)) if (root / name / "manifest.json").is_file())
 
 
-def check_model_folder(address: str) -> None:
-    """Raise ConfigError if `address` is a folder that does not exist. Others are not looked at."""
+def check_model(address: str, tracking: str = "") -> None:
+    """Raise ConfigError if `address` is a folder that does not exist, or no registered model.
+
+    `tracking` is the address of the store that was asked for. Registered models are looked up in
+    $FTLIB_HOME/mlflow.db where that is the store; other addresses are not looked at.
+    """
+    found = re.fullmatch(r"models:/([^/@]+)(?:@(.+)|/(\d+))", address)
+    if found and not (tracking or STORE_VARIABLES & set(os.environ)):
+        _check_registered(address, found[1], found[2] or "")
     if address.startswith(("models:/", "runs:/", "mlflow-artifacts:/")) or is_remote(address):
         return
     if not Path(address).expanduser().is_dir():
@@ -61,27 +73,71 @@ def check_model_folder(address: str) -> None:
         )
 
 
-def _check_architecture(arch: str) -> None:
-    known = torchvision_names()
-    if known and "/" not in arch and arch not in known:
+def _check_registered(address: str, name: str, alias: str) -> None:
+    """Raise ConfigError if the home's own database has no such model, or no such alias of it."""
+    database = home() / "mlflow.db"
+    if not database.is_file():
+        return
+    try:
+        with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as open_:
+            names = [n for (n,) in open_.execute("SELECT name FROM registered_models")]
+            of_name = "SELECT alias FROM registered_model_aliases WHERE name = ?"
+            aliases = [a for (a,) in open_.execute(of_name, [name])]
+    except sqlite3.Error:  # a database of another MLflow, or one in use: MLflow says what is wrong
+        return
+    if name not in names:
         raise ConfigError(
-            f"model.arch = {arch}: torchvision has no such classifier.{nearest(arch, known)}"
+            f"{address}: no model {name} is registered in {database}.{nearest(name, names)} "
+            f"There are: {', '.join(sorted(names)) or 'none'}"
+        )
+    if alias and alias not in aliases:
+        raise ConfigError(
+            f"{address}: {name} has no alias {alias}.{nearest(alias, aliases)} "
+            f"There are: {', '.join(sorted(aliases)) or 'none'}"
+        )
+
+
+def _check_architecture(arch: str) -> None:
+    library, _, name = arch.rpartition("/")
+    name = name.partition(".")[0] if library == "timm" else name
+    if library not in ("", "timm"):
+        return
+    known, text = _registered_names(library or "torchvision")
+    # timm also takes names that it has given up, and lists them in quotes.
+    if known and name not in known and f"'{name}'" not in text:
+        near = nearest(arch, [f"{library}/{n}" for n in known] if library else known)
+        raise ConfigError(
+            f"model.arch = {arch}: {library or 'torchvision'} has no such classifier.{near}"
         )
 
 
 def torchvision_names() -> list[str]:
-    """Names of torchvision's classifiers, read from its source, which takes no import of torch.
+    """Names of torchvision's classifiers. Empty where its source cannot be read."""
+    return _registered_names("torchvision")[0]
 
-    Empty where they cannot be read.
+
+@functools.cache
+def _registered_names(library: str) -> tuple[list[str], str]:
+    """(names of the library's classifiers, all text that they are read from).
+
+    They are read from its source, which takes no import of torch.
     """
-    spec = importlib.util.find_spec("torchvision")
+    spec = importlib.util.find_spec(library)
     if spec is None or spec.origin is None:
-        return []
-    names: list[str] = []
-    for file in (Path(spec.origin).parent / "models").glob("*.py"):
-        text = file.read_text(encoding="utf-8")
-        names += re.findall(r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\(", text, re.MULTILINE)
-    return sorted(names)
+        return [], ""
+    files = (Path(spec.origin).parent / "models").glob("*.py")
+    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    pattern = r"^@register_model(?:\(\))?\n(?:@.*\n)*def (\w+)\("
+    return sorted(re.findall(pattern, text, re.MULTILINE)), text
+
+
+def nearest_path(path: str) -> str:
+    """' Did you mean X?' for a path that does not exist, from what lies beside it; or ''."""
+    asked = Path(path).expanduser()
+    with contextlib.suppress(OSError):
+        beside = [str(asked.parent / name) for name in os.listdir(asked.parent)]
+        return nearest(str(asked), beside)
+    return ""
 
 
 def _check_stage(run: Run, digest: str) -> None:

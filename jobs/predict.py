@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from ftlib.checks import check_model_folder
+from ftlib.checks import check_model, nearest_path
 from ftlib.cli import ResultOptions, job, options, reporting
 from ftlib.config import AtLeastOne
 from ftlib.flags import FormerValue, Metavar
@@ -48,10 +48,12 @@ class Options(ResultOptions):
 
 def main(argv: Sequence[str] | None = None) -> None:
     asked = options(Options, __doc__, argv)
-    check_model_folder(asked.model)
+    check_model(asked.model, asked.tracking_uri)
     source = Path(asked.source).expanduser()
     if not source.exists():
-        raise ConfigError(f"--source {asked.source}: there is no such folder or file")
+        raise ConfigError(
+            f"--source {asked.source}: there is no such folder or file.{nearest_path(asked.source)}"
+        )
     if not asked.out and source.is_dir():
         raise ConfigError("--out is missing: name a .parquet or .csv file for the folder's answers")
     with reporting(asked) as result:

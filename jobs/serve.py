@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from ftlib.checks import check_model_folder
+from ftlib.checks import check_model
 from ftlib.cli import JobOptions, job, options
 from ftlib.config import AtLeastOne, Positive
 from ftlib.flags import Metavar
@@ -40,7 +40,7 @@ class Options(JobOptions):
 
 def main(argv: Sequence[str] | None = None) -> None:
     asked = options(Options, __doc__, argv)
-    check_model_folder(asked.model)
+    check_model(asked.model, asked.tracking_uri)
     print("looking for the model ...", file=sys.stderr, flush=True)
     from ftlib.packaging.package import check, locate
 

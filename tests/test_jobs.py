@@ -226,6 +226,18 @@ def test_the_known_architectures_are_torchvisions():
     )
 
 
+def test_the_known_timm_architectures_are_timms_and_no_name_of_timm_is_refused():
+    import timm
+    from timm.models._registry import _deprecated_models
+
+    assert set(timm.list_models()) == set(checks._registered_names("timm")[0])
+    for name in [*timm.list_models(), *_deprecated_models]:
+        checks._check_architecture(f"timm/{name}")
+    checks._check_architecture("timm/convnext_atto.d2_in1k")
+    with pytest.raises(ConfigError, match=r"Did you mean timm/convnext_atto\?"):
+        checks._check_architecture("timm/convnext_ato")
+
+
 def test_a_data_set_at_an_address_is_left_to_the_loader():
     assert checks.check_data("s3://bucket/set") is None
 
@@ -244,10 +256,10 @@ def test_a_missing_stage_names_runs_on_other_data_and_published_weights(filled_h
 
 
 def test_a_models_address_is_left_to_mlflow(tmp_path):
-    checks.check_model_folder("models:/NAME@champion")
-    checks.check_model_folder(str(tmp_path))
+    checks.check_model("models:/NAME@champion")
+    checks.check_model(str(tmp_path))
     with pytest.raises(ConfigError, match="no such folder"):
-        checks.check_model_folder(str(tmp_path / "x"))
+        checks.check_model(str(tmp_path / "x"))
 
 
 def test_the_training_job_checks_before_it_launches(home, capsys):

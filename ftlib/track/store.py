@@ -513,9 +513,9 @@ def _require_plugin(uri: str) -> None:
 
 
 def first_line(error: BaseException | None, limit: int = 300) -> str:
-    """The first line of an error's text, without secrets; its type's name if it has no text."""
+    """The first line of an error's text, without secrets and a full stop; or its type's name."""
     text = redact(str(error)).strip().splitlines() if error is not None else []
-    return text[0][:limit] if text else type(error).__name__
+    return text[0][:limit].rstrip(".") if text else type(error).__name__
 
 
 def why_unreachable(uri: str, error: Exception) -> str:

@@ -3,16 +3,20 @@
 import pytest
 import torch
 
+from ftlib.checks import STORE_VARIABLES, check_model
 from ftlib.config import Augment, Model, Run
 from ftlib.packaging.package import PackageError, check, example, load, package
 from ftlib.packaging.register import register
+from ftlib.settings import ConfigError
 from ftlib.track.store import client, ensure_store
 from ftlib.training import models
 
 RUN = Run(name="named", model=Model(arch="resnet18"), augment=Augment(size=32))
 
 
-def test_a_registered_package_is_found_by_its_alias_and_is_not_registered_twice(tmp_path):
+def test_a_registered_package_is_found_by_its_alias_and_is_not_registered_twice(
+    tmp_path, monkeypatch
+):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     ensure_store(uri)
     mlflow = client(uri)
@@ -49,3 +53,13 @@ def test_a_registered_package_is_found_by_its_alias_and_is_not_registered_twice(
         register(tmp_path, "zoo", "champion", **where)
     with pytest.raises(PackageError, match="is no packaged model"):
         check("models:/zoo@nobody", uri)
+    monkeypatch.setenv("FTLIB_HOME", str(tmp_path))
+    for name in STORE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for good in ("models:/zoo@champion", "models:/zoo/1"):
+        check_model(good)
+    with pytest.raises(ConfigError, match=r"no model zo is registered.*Did you mean zoo\?"):
+        check_model("models:/zo@champion")
+    with pytest.raises(ConfigError, match=r"no alias champoin. Did you mean champion\?"):
+        check_model("models:/zoo@champoin")
+    check_model("models:/zo@champion", "http://another.store")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ftlib import storage
+from ftlib.checks import nearest_path
 from ftlib.data.shards import SPLITS, DataError
 from ftlib.preparation.sources.address import fetch, list_address
 from ftlib.preparation.sources.archive import ENDINGS, is_archive, list_archive
@@ -101,8 +102,9 @@ def open_source(source: str, options: SourceOptions) -> tuple[Tree, SourceOption
     if os.path.isdir(path):
         return walk(path, options.follow_links), options
     if not os.path.exists(path):
+        near = nearest_path(path) if os.sep in source else nearest(source, names())
         raise DataError(
-            f"--source {path}: there is no such folder or file. Name a folder of classes, an "
+            f"--source {path}: there is no such folder or file.{near} Name a folder of classes, an "
             f"archive, a table of labels, or one of {', '.join(names())}"
         )
     if is_archive(path):
