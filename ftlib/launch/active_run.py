@@ -207,7 +207,8 @@ class ActiveRun:
         if not result["best_epoch"]:
             return ""
         run_dir = self.prepared.run_dir
-        return checkpoint.verify_best(run_dir, result["best_step"], result["best_epoch"])
+        step, epoch = result["best_step"], result["best_epoch"]
+        return checkpoint.verify_best(run_dir, step, epoch).folder
 
     def _figures(self, result: TrainingResult) -> list[str]:
         prepared = self.prepared

@@ -1,7 +1,8 @@
 """Checkpoints of a run: written beside training, verified before they are read, ordered by step.
 
     <run>/checkpoints/step-00001234/   state.pt, manifest.json      for resuming
-    <run>/best/step-00001234/          model.safetensors, model.json, manifest.json    for use
+    <run>/best/step-00001234/          model.safetensors, model.json, manifest.json    for use;
+                                       sample.json: some scored rows and their losses
 
 The training thread only copies the tensors (`snapshot`); serialising, hashing and writing happen in
 one background thread.
@@ -28,6 +29,7 @@ from ftlib.storage import DamagedError, StorageError, join
 
 log = logging.getLogger(__name__)
 
+SAMPLE = "sample.json"
 MAX_FAILED_WRITES = 3
 """Checkpoints in a row that may fail before the run is stopped."""
 
@@ -85,33 +87,43 @@ def latest(uri: str, only: int | None = None) -> tuple[int, dict[str, Any]] | No
     return None
 
 
-def read_best(run_dir: str, step: int) -> dict[str, Any] | None:
-    """model.json of the best model of `step`, every byte of its folder checked; None where it is
-    not there or damaged."""
+@dataclass(frozen=True)
+class StoredModel:
+    """A best model on disk, every byte of its folder checked."""
+
+    folder: str
+    about: dict[str, Any]
+    """Contents of model.json."""
+    files: dict[str, bytes]
+
+
+def read_best(run_dir: str, step: int) -> StoredModel | None:
+    """The best model of `step`; None where it is not there or damaged."""
+    folder = join(run_dir, "best", step_name(step))
     try:
-        files, _ = storage.read_folder(join(run_dir, "best", step_name(step)))
-        return json.loads(files["model.json"])
+        files, _ = storage.read_folder(folder)
+        return StoredModel(folder, json.loads(files["model.json"]), files)
     except (DamagedError, StorageError, KeyError, ValueError):
         return None
 
 
-def verify_best(run_dir: str, step: int, epoch: int) -> str:
-    """The folder of the best model, which is the one of this step and epoch.
+def verify_best(run_dir: str, step: int, epoch: int) -> StoredModel:
+    """The best model, which is the one of this step and epoch.
 
     Raises StorageError where another model, a damaged one or none is there: its scores would be
     those of weights that it does not hold.
     """
-    about = read_best(run_dir, step)
-    if about is None or (about.get("step"), about.get("epoch")) != (step, epoch):
+    found = read_best(run_dir, step)
+    if found is None or (found.about.get("step"), found.about.get("epoch")) != (step, epoch):
         held = "nothing that verifies"
-        if about is not None:
-            held = f"the model of epoch {about.get('epoch')}"
+        if found is not None:
+            held = f"the model of epoch {found.about.get('epoch')}"
         raise StorageError(
             f"{join(run_dir, 'best', step_name(step))} should hold the best model, of epoch "
             f"{epoch}, and holds {held}. Give the same command again: the run goes on from its "
             "newest checkpoint and writes its best model anew"
         )
-    return join(run_dir, "best", step_name(step))
+    return found
 
 
 @dataclass(frozen=True)
@@ -119,6 +131,7 @@ class _BestModel:
     step: int
     weights: dict[str, torch.Tensor]
     about: dict[str, Any]
+    sample: dict[str, Any] | None
 
 
 class CheckpointWriter:
@@ -179,11 +192,17 @@ class CheckpointWriter:
 
         self._submit(job)
 
-    def save_best(self, step: int, weights: dict[str, torch.Tensor], about: dict[str, Any]) -> None:
+    def save_best(
+        self,
+        step: int,
+        weights: dict[str, torch.Tensor],
+        about: dict[str, Any],
+        sample: dict[str, Any] | None = None,
+    ) -> None:
         """Write `weights` as the best model so far. The next `save` deletes all but the
-        `keep_best` newest."""
+        `keep_best` newest. sample: rows and losses of some scored images (see `scoring`)."""
         copy = {k: v.contiguous() for k, v in snapshot(weights).items()}
-        best = _BestModel(step, copy, about)
+        best = _BestModel(step, copy, about, sample)
         self._submit(lambda: self._write_best(best))
 
     def _write_best(self, best: _BestModel) -> None:
@@ -192,6 +211,8 @@ class CheckpointWriter:
                 "model.safetensors": safetensors_save(best.weights),
                 "model.json": json.dumps(best.about, indent=2).encode(),
             }
+            if best.sample is not None:
+                files[SAMPLE] = json.dumps(best.sample).encode()
             storage.write_folder(
                 join(self.best, step_name(best.step)),
                 files,

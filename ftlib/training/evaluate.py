@@ -49,6 +49,8 @@ class Counts:
     """int64 [C]: correct first answers per true class."""
     class_images: np.ndarray
     """int64 [C]: images per true class."""
+    sample_losses: np.ndarray
+    """float64: losses of those of the `sample` that this worker scored, in their order."""
 
     def metrics(self, split: str) -> dict[str, float]:
         """`val/loss`, `val/top1`, `val/top5`: mean nats, percent."""
@@ -75,23 +77,29 @@ def count(
     std: tuple[float, ...],
     dtype: torch.dtype = torch.float32,
     world: int = 1,
+    sample: np.ndarray | None = None,
 ) -> Counts:
     """Score this worker's `batches` and sum over the `world` workers. top5 is top-C where there
-    are fewer than five classes."""
+    are fewer than five classes. sample: int64, the rows of which to keep each loss."""
     training = model.training
     model.eval()
     sums = torch.zeros(4 + 2 * classes, dtype=torch.float64, device=device)
     k = min(5, classes)
+    kept = torch.from_numpy(sample if sample is not None else np.zeros(0, np.int64))
+    losses = []
     for batch in batches:
         labels = batch.labels.to(device, non_blocking=True)
         with autocast(dtype, device):
             logits = model(normalize(batch.images.to(device, non_blocking=True), mean, std))
         logits = logits.float()
+        loss = F.cross_entropy(logits, labels, reduction="none").double()
+        # Indices, because a GPU's mask would have to be waited for.
+        losses.append(loss[torch.isin(batch.rows, kept).nonzero()[:, 0].to(device)])
         hits = logits.topk(k).indices == labels[:, None]
         first = hits[:, 0].double()
         sums[:4] += torch.stack(
             [
-                F.cross_entropy(logits, labels, reduction="sum").double(),
+                loss.sum(),
                 first.sum(),
                 hits.sum().double(),
                 torch.tensor(float(len(labels)), dtype=torch.float64, device=device),
@@ -110,6 +118,7 @@ def count(
         images=int(values[3]),
         class_top1=values[4 : 4 + classes].astype(np.int64),
         class_images=values[4 + classes :].astype(np.int64),
+        sample_losses=torch.cat(losses).cpu().numpy() if losses else np.zeros(0),
     )
 
 

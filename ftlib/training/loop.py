@@ -24,11 +24,20 @@ from ftlib.clock import now_ms
 from ftlib.config import Plateau, Run
 from ftlib.data import rng, sampler
 from ftlib.data.fetch_ahead import shard_blocks
-from ftlib.data.loader import Batch, Batches, eval_batches, train_batches
+from ftlib.data.loader import Batch, Batches, train_batches
 from ftlib.storage import join
-from ftlib.training import checkpoint, initial_weights, losses, mixing, models, optim, schedule
+from ftlib.training import (
+    checkpoint,
+    initial_weights,
+    losses,
+    mixing,
+    models,
+    optim,
+    schedule,
+    scoring,
+)
 from ftlib.training.data_parallel import GradientBuffer
-from ftlib.training.evaluate import Counts, autocast, count, normalize, percent
+from ftlib.training.evaluate import Counts, autocast, normalize, percent
 from ftlib.training.memory import keep_freed_memory
 from ftlib.training.oom import MicrobatchSplitter
 from ftlib.training.run_log import RunLog
@@ -63,6 +72,7 @@ class Training:
         self.context, self.run = context, run
         self.classes = len(context.dataset.classes)
         self.rows, self.scored_rows, self.split = context.rows
+        self.own_scored_rows = self.scored_rows[context.rank :: context.world]
         train = context.dataset.split("train")
         self.blocks = shard_blocks(train, self.rows, run.data.cache_limit)
         self.steps_per_epoch = sampler.steps_per_epoch(len(self.rows), run.train.batch_size)
@@ -134,7 +144,9 @@ class Training:
             if self.writer is not None:
                 self.writer.wait()
                 if state.best_epoch:
-                    checkpoint.verify_best(context.run_dir, state.best_step, state.best_epoch)
+                    step, epoch = state.best_step, state.best_epoch
+                    best = checkpoint.verify_best(context.run_dir, step, epoch)
+                    scoring.verify(best, context, state.scored_model, self.dtype)
         return {
             "metrics": self.log.final_metrics(),
             "history": state.history,
@@ -326,12 +338,13 @@ class Training:
         state.sums.zero_()
         if epoch % run.evaluate.every_epochs == 0 or epoch == run.train.epochs:
             started = time.monotonic()
-            scores = self.score().metrics(self.split)
+            counts = self.score()
+            scores = counts.metrics(self.split)
             row |= scores | {
                 "train/gap": round(row["train/top1"] - scores[f"{self.split}/top1"], 4),
                 f"{self.split}/seconds": round(time.monotonic() - started, 3),
             }
-            self.update_best(epoch, scores)
+            self.update_best(epoch, scores, counts)
         row["time_ms"] = float(now_ms())
         state.history.append(row)
         self.save(wait=False)
@@ -343,7 +356,7 @@ class Training:
         self.context.report(self.log.latest_metrics(), self.checkpoint_uri())
         self.log.start()
 
-    def update_best(self, epoch: int, scores: dict[str, float]) -> None:
+    def update_best(self, epoch: int, scores: dict[str, float], counts: Counts) -> None:
         """Keep the weights if they are the best so far; let the plateau schedule see the score."""
         state, cfg = self.state, self.run.schedule
         top1 = scores[f"{self.split}/top1"]
@@ -356,7 +369,10 @@ class Training:
         if self.writer is not None:
             state.sync_counters()
             weights = state.scored_model.state_dict()
-            self.writer.save_best(state.step, weights, self.log.about(epoch, scores))
+            about = self.log.about(epoch, scores)
+            rows = scoring.sample(self.own_scored_rows)
+            sample = scoring.as_json(rows, counts.sample_losses)
+            self.writer.save_best(state.step, weights, about, sample)
 
     def save(self, wait: bool) -> None:
         """Hand the state to the background writer; `wait` until it is on disk."""
@@ -402,8 +418,8 @@ class Training:
         state = self.state
         chosen = [(state.best, state.best_epoch, state.best_step)]
         if self.writer is not None:
-            about = checkpoint.read_best(self.context.run_dir, state.best_step)
-            if about is None or about.get("epoch") != state.best_epoch:
+            best = checkpoint.read_best(self.context.run_dir, state.best_step)
+            if best is None or best.about.get("epoch") != state.best_epoch:
                 chosen = [self._best_left(self.writer)]
         if self.context.world > 1:
             dist.broadcast_object_list(chosen, src=0)
@@ -415,8 +431,9 @@ class Training:
         state, name = self.state, f"{self.split}/top1"
         found: list[tuple[float, int, int]] = [(-math.inf, 0, 0)]
         for step in checkpoint.steps(join(self.context.run_dir, "best")):
-            about = checkpoint.read_best(self.context.run_dir, step)
-            if about is not None and step <= state.step and name in about.get("scores", {}):
+            stored = checkpoint.read_best(self.context.run_dir, step)
+            if stored is not None and step <= state.step and name in stored.about.get("scores", {}):
+                about = stored.about
                 found.append((about["scores"][name], int(about["epoch"]), step))
         row = state.history[-1] if state.history else {}
         scored = state.step % self.steps_per_epoch == 0 and name in row
@@ -434,8 +451,11 @@ class Training:
             )
         if scored and best[2] == state.step:
             scores = {k: v for k, v in row.items() if k in self._score_names()}
-            weights = state.scored_model.state_dict()
-            writer.save_best(state.step, weights, self.log.about(best[1], scores))
+            model, rows = state.scored_model, scoring.sample(self.scored_rows)
+            counts = scoring.score(self.context, model, rows, dtype=self.dtype)
+            about = self.log.about(best[1], scores)
+            sample = scoring.as_json(rows, counts.sample_losses)
+            writer.save_best(state.step, model.state_dict(), about, sample)
         return best
 
     def _score_names(self) -> tuple[str, ...]:
@@ -482,27 +502,15 @@ class Training:
 
     def score(self) -> Counts:
         """Evaluate on this worker's slice of the scored rows; exact sums over all workers."""
-        context, run = self.context, self.run
-        batches = eval_batches(
-            context.dataset.split("train" if self.split == "tuning" else "val"),
-            self.scored_rows[context.rank :: context.world],
-            size=run.eval_size,
-            crop=run.evaluate.crop,
-            batch_size=run.evaluate.batch_size,
-            workers=context.loader_workers,
-            interpolation=run.evaluate.interpolation,
+        context = self.context
+        counts = scoring.score(
+            context,
+            self.state.scored_model,
+            self.own_scored_rows,
+            dtype=self.dtype,
+            world=context.world,
+            loader_workers=context.loader_workers,
         )
-        with contextlib.closing(batches):
-            counts = count(
-                self.state.scored_model,
-                batches,
-                classes=self.classes,
-                device=context.device,
-                mean=run.data.mean,
-                std=run.data.std,
-                dtype=self.dtype,
-                world=context.world,
-            )
         if self.trained is not None or self.run.model.freeze_norm:
             # Evaluating switched the frozen BatchNorm back to training.
             models.freeze(self.model, self.trained, norm_statistics=self.run.model.freeze_norm)

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from ftlib.data import rng, sampler
 from ftlib.data.loader import eval_batches
 from ftlib.data.shards import Split
 from ftlib.settings import ConfigError
-from ftlib.training import initial_weights, models
+from ftlib.training import checkpoint, initial_weights, models, scoring
 from ftlib.training.checkpoint import CheckpointWriter
 from ftlib.training.evaluate import autocast, normalize
 from ftlib.training.worker_context import WorkerContext
@@ -193,7 +194,8 @@ def fit(features: Floats, labels: Ints, classes: int, seed: int) -> ProbeResult:
         for c in PENALTIES:
             head = fit_head(features[kept], labels[kept], classes, c)
             logits = head.logits(features[tuning])
-            top1, loss = accuracy(logits, labels[tuning]), mean_loss(logits, labels[tuning])
+            top1 = accuracy(logits, labels[tuning])
+            loss = float(image_losses(logits, labels[tuning]).mean())
             trials.append(Trial(c, top1, loss))
     best = min(trials, key=lambda t: (round(t.loss, 6), t.c), default=Trial(0.01, 0.0, 0.0))
     head = fit_head(features[everything], labels[everything], classes, best.c)
@@ -231,11 +233,12 @@ def accuracy(logits: Floats, labels: Ints, k: int = 1) -> float:
     return float((answers == labels[:, None]).any(axis=1).mean() * 100)
 
 
-def mean_loss(logits: Floats, labels: Ints) -> float:
-    """Mean cross-entropy in nats."""
-    return float(
-        nn.functional.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)).item()
+def image_losses(logits: Floats, labels: Ints) -> Floats:
+    """Cross-entropy of each image in nats, float32[n]."""
+    losses = nn.functional.cross_entropy(
+        torch.from_numpy(logits), torch.from_numpy(labels), reduction="none"
     )
+    return np.asarray(losses)
 
 
 def put_head(model: nn.Module, head: LinearHead) -> None:
@@ -274,21 +277,26 @@ def probe(
     result = fit(train, labels, classes, run.seed)
     logits = result.head.logits(train)
     scored_logits = result.head.logits(features_of(model, split, scored))
+    losses = image_losses(scored_logits, scored_labels)
     scores = {
         f"{split}/top1": round(accuracy(scored_logits, scored_labels), 4),
         f"{split}/top5": round(accuracy(scored_logits, scored_labels, min(5, classes)), 4),
-        f"{split}/loss": round(mean_loss(scored_logits, scored_labels), 6),
+        f"{split}/loss": round(float(losses.mean()), 6),
     }
     top1 = round(accuracy(logits, labels), 4)
     row = {
         "epoch": 1.0,
         "train/top1": top1,
-        "train/loss": round(mean_loss(logits, labels), 6),
+        "train/loss": round(float(image_losses(logits, labels).mean()), 6),
         "train/gap": round(top1 - scores[f"{split}/top1"], 4),
         **scores,
     }
     put_head(model, result.head)
-    write_best(context, model, scores)
+    kept = scoring.sample(np.arange(len(scored)))
+    write_best(context, model, scores, scoring.as_json(scored[kept], losses[kept]))
+    # By pictures now: the scores are of features, which may come from a cache.
+    stored = checkpoint.verify_best(context.run_dir, 0, 1)
+    scoring.verify(stored, context, model, torch.float32)
     metrics = {f"best/{name.replace('/', '_')}": value for name, value in scores.items()} | {
         "best/epoch": 1.0,
         "best/gap": row["train/gap"],
@@ -308,7 +316,9 @@ def first_model(context: WorkerContext) -> nn.Module:
     return model.eval()
 
 
-def write_best(context: WorkerContext, model: nn.Module, scores: dict[str, float]) -> None:
+def write_best(
+    context: WorkerContext, model: nn.Module, scores: dict[str, float], sample: dict[str, Any]
+) -> None:
     """Write best/step-00000000, as training writes it. Raises StorageError."""
     from ftlib.training.run_log import describe_model
 
@@ -322,5 +332,5 @@ def write_best(context: WorkerContext, model: nn.Module, scores: dict[str, float
         owner=context.owner,
     )
     with contextlib.closing(writer):
-        writer.save_best(0, model.state_dict(), about)
+        writer.save_best(0, model.state_dict(), about, sample)
         writer.wait()

@@ -1,19 +1,23 @@
 """The best model on disk is the one that the scores name, whatever fails to be written:
 `checkpoint.CheckpointWriter` and `loop.Training` together."""
 
+import dataclasses
 import errno
 import json
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save
 
 from ftlib import storage
 from ftlib.config import Run
+from ftlib.data.augment import EvalTransform
 from ftlib.settings import override
 from ftlib.storage import StorageError
-from ftlib.training import checkpoint, loop
+from ftlib.training import checkpoint, loop, scoring
 from ftlib.training.checkpoint import CheckpointWriter, steps
+from ftlib.training.evaluate import normalize
 from ftlib.training.loop import InterruptedTrainingError, WorkerContext, train
 from tests.training.conftest import MemoryDataset
 
@@ -40,22 +44,17 @@ def few():
     return MemoryDataset(16, 4, classes=3)
 
 
-class Fixed:
-    """Stands for the counts of an evaluation."""
-
-    def __init__(self, epoch):
-        self.epoch = epoch
-
-    def metrics(self, split):
-        top1 = SCORES[self.epoch]
-        return {f"{split}/loss": 1.0, f"{split}/top1": top1, f"{split}/top5": top1}
-
-
 def fix_scores(patch):
+    """Real losses, with the accuracies of SCORES."""
     patch.setattr(checkpoint.time, "sleep", lambda seconds: None)
-    patch.setattr(
-        loop.Training, "score", lambda self: Fixed(self.state.step // self.steps_per_epoch)
-    )
+    score = loop.Training.score
+
+    def fixed(training):
+        top1 = round(SCORES[training.state.step // training.steps_per_epoch] * 100)
+        counts = score(training)
+        return dataclasses.replace(counts, top1=top1, top5=top1, images=10_000)
+
+    patch.setattr(loop.Training, "score", fixed)
 
 
 @pytest.fixture(autouse=True)
@@ -179,6 +178,60 @@ def test_a_damaged_best_model_is_not_handed_over(few, tmp_path):
     weights.write_bytes(data)
     with pytest.raises(StorageError, match="should hold the best model, of epoch 2"):
         checkpoint.verify_best(str(tmp_path), result["best_step"], result["best_epoch"])
+
+
+def test_a_run_does_not_finish_with_weights_that_do_not_score_as_its_scores_say(
+    few, tmp_path, monkeypatch
+):
+    """The folder says epoch 2, and every byte of it has the sha256 of its manifest: but the weights
+    are others. Without that folder the same command finishes with the best model that is left."""
+    write = storage.write_folder
+
+    def swap(uri, files, info):
+        if uri.endswith("best/step-00000004"):
+            weights = {k: -v for k, v in load(files["model.safetensors"]).items()}
+            files = {**files, "model.safetensors": save(weights)}
+        write(uri, files, info)
+
+    monkeypatch.setattr(storage, "write_folder", swap)
+    with pytest.raises(StorageError, match=r"do not score as its scores say: 4 images .* epoch 2"):
+        run_in(tmp_path, few)
+    monkeypatch.setattr(storage, "write_folder", write)
+    with pytest.raises(StorageError, match="do not score as its scores say"):
+        run_in(tmp_path, few)
+    storage.delete_folder(str(tmp_path / "best" / "step-00000004"))
+    result = run_in(tmp_path, few)
+    assert result["best_epoch"] == 3 and result["metrics"]["best/val_top1"] == 25.0
+    assert steps(str(tmp_path / "best")) == [result["best_step"]] == [6]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 31, 32, 33, 100, 3_669])
+def test_the_sample_is_spread_over_all_rows(rows):
+    taken = scoring.sample(np.arange(rows))
+    assert min(rows, 17) <= len(taken) <= 32
+    gaps = np.diff([*taken, rows])
+    assert len(set(gaps[:-1])) <= 1 and all(gaps <= max(rows / 16, 1))
+
+
+def test_every_kept_model_scores_its_sample_again(digits, tmp_path):
+    """With averaged weights: the losses on disk are those of the file's weights, row by row."""
+    run = override(recipe(), {"train.ema_decay": 0.5, "train.batch_size": 48})
+    context = WorkerContext(run, digits, str(tmp_path))
+    result = train(context)
+    stored = checkpoint.verify_best(str(tmp_path), result["best_step"], result["best_epoch"])
+    kept = json.loads(stored.files["sample.json"])
+    assert kept["rows"] == list(range(0, 37, 2))
+    model = loop.Training(context).state.model
+    model.load_state_dict(load(stored.files["model.safetensors"]))
+    model.eval()
+    pixels = EvalTransform(run.eval_size, run.evaluate.crop)
+    split = digits.split("val")
+    for row, loss in zip(kept["rows"], kept["losses"], strict=True):
+        image = torch.from_numpy(pixels(split.image(row)))[None]
+        with torch.no_grad():
+            logits = model(normalize(image, run.data.mean, run.data.std))
+        label = torch.tensor([split.labels[row]])
+        assert torch.nn.functional.cross_entropy(logits, label).item() == pytest.approx(loss, 1e-4)
 
 
 def test_an_earlier_best_model_stays_until_a_checkpoint_names_the_new_one(tmp_path):
