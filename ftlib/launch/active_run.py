@@ -41,6 +41,10 @@ from ftlib.track.writer import Writer
 from ftlib.training import checkpoint, seen_rows
 from ftlib.training.initial_weights import materialize
 
+FINAL = ("train", "probe")
+"""Kinds of runs whose model is the end of something, and may be scored on `test`. Trials and runs
+that are compared are not: their scores choose."""
+
 
 class RunTracker(Protocol):
     """What starts MLflow runs: `ftlib.track.tracking.Tracking`, its handle, or a trial's own."""
@@ -165,6 +169,9 @@ class ActiveRun:
             figures=self._figures(result) if self.options.kind == "train" else [],
             seconds=time.monotonic() - self._started,
         )
+        if self.options.kind in FINAL:
+            test = finalize.score_test(outcome, prepared.dataset, self.options.say)
+            outcome = dataclasses.replace(outcome, test=test)
         report = finalize.log_end(self.tracked, self.writer, run, prepared.dataset, outcome)
         # Last, since it makes the run a finished one: what is stopped before is done again.
         self._write_result(result, outcome)
@@ -232,6 +239,7 @@ class ActiveRun:
             "best": outcome.best_dir.removeprefix(outcome.run_dir).strip("/"),
             "gates": gates.as_json(outcome.gates),
             "start_top1": outcome.start_top1,
+            "test": outcome.test.to_dict() if outcome.test else None,
             "figures": outcome.figures,
             "history": history,
         }

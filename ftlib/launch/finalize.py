@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -22,12 +23,17 @@ from ftlib.training.initial_weights import InitialWeights, load_run_model
 
 if TYPE_CHECKING:
     from ftlib.report.evaluation_report import EvaluationReport
+    from ftlib.report.metrics import TestSplit
 
 log = logging.getLogger("ftlib.launch")
 
 REPORT_IMAGES = 2000
 """Images scored for the report at a run's end: enough for its figures and for the temperature, and
 the driver's node may have no GPU. `jobs/evaluate.py RUN` scores all of them."""
+MOST_WITHOUT_GPU = 10_000
+"""Test pictures that a driver without a GPU scores at a run's end."""
+THREADED = 2000
+"""Pictures up to which loader processes would take longer to start than they save."""
 EXPECTED = {
     "phase2": {
         10: (35.0, 30.0),
@@ -117,6 +123,8 @@ def log_end(
     Returns the report's files.
     """
     writer.metrics({**outcome.metrics, **_start_scores(outcome)}, step=0)
+    if outcome.test:
+        writer.metrics(outcome.test.metrics, step=0)
     writer.tags(gates.tags(outcome.gates))
     if outcome.gates:
         table = {
@@ -134,13 +142,34 @@ def log_end(
         report = _report(run, dataset, outcome)
         calibration = report.scored.calibration
         temperature, fitted_on = calibration.temperature, calibration.fitted_on
-        writer.metrics({f"test/{k}": v for k, v in report.scored.plain.items()}, step=0)
+        writer.metrics({f"report/{k}": v for k, v in report.scored.plain.items()}, step=0)
         for file in report.files:
             writer.artifact(file, "report")
         written = [str(file) for file in report.files]
     with _log_failure(f"the model could not be packaged; its weights are in {outcome.best_dir}"):
         _log_model(tracked, run, dataset, outcome, temperature=temperature, fitted_on=fitted_on)
     return written
+
+
+def score_test(outcome: Outcome, dataset: Dataset, say: Callable[[str], None]) -> TestSplit | None:
+    """Scores of the best model on `test`; None where there is none, or too much for this CPU."""
+    if "test" not in dataset.splits or not outcome.best_dir:
+        return None
+    import torch
+
+    count = len(dataset.split("test"))
+    if count > MOST_WITHOUT_GPU and not torch.cuda.is_available():
+        say(
+            f"{outcome.name}: {count:,} test pictures are many for a machine without a GPU. Score "
+            f"them where there is one: python jobs/evaluate.py {outcome.name} --split test"
+        )
+        return None
+    from ftlib.report.evaluation import load, score_test
+
+    workers = 0 if count <= THREADED else max((os.cpu_count() or 1) - 1, 0)
+    with _log_failure("the test split could not be scored"):
+        return score_test(load(outcome.run_dir), dataset, workers=workers)
+    return None
 
 
 def _start_scores(outcome: Outcome) -> dict[str, float]:
@@ -162,6 +191,7 @@ def _report(run: Run, dataset: Dataset, outcome: Outcome) -> EvaluationReport:
         out=local_run_folder(outcome.run_dir) / "report",
         split="tuning" if run.data.tuning_fraction else "val",
         limit=REPORT_IMAGES,
+        test=outcome.test,
     )
 
 

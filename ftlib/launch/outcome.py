@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TypedDict
 
 from ftlib.launch.gates import Gate
+from ftlib.report.metrics import TestSplit
 
 
 class TrainingResult(TypedDict):
@@ -45,6 +46,8 @@ class Outcome:
     gates: Sequence[Gate] = ()
     start_top1: float | None = None
     """Validation top-1 of the model that the run started from."""
+    test: TestSplit | None = None
+    """Scores of the best model on the `test` split; None where the set has none."""
     figures: list[str] = field(default_factory=list)
     """Files of the report: PNG, HTML, CSV."""
     seconds: float = 0.0

@@ -12,6 +12,7 @@ from ftlib.data.shards import Dataset, open_dataset
 from ftlib.launch import finalize, gates, preflight, run_record
 from ftlib.launch.outcome import Outcome
 from ftlib.paths import runs_root
+from ftlib.report.metrics import TestSplit
 from ftlib.storage import join
 from ftlib.training import checkpoint
 from ftlib.training.initial_weights import InitialWeights, resolve_init, with_preprocessing
@@ -67,6 +68,7 @@ class PreparedRun:
             mlflow_run_id=self.mlflow.get("run_id", ""),
             gates=[gates.Gate(**g) for g in result.get("gates", {}).get("gates", [])],
             start_top1=result.get("start_top1"),
+            test=TestSplit.from_dict(result["test"]) if result.get("test") else None,
             figures=result.get("figures", []),
         )
 

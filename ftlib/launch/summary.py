@@ -40,6 +40,7 @@ def starting(run: Run, run_dir: str, url: str, placement: Placement, *, resumed:
 def finished(outcome: Outcome) -> str:
     """The lines at a run's end."""
     lines = [f"{outcome.name}: finished in {duration(outcome.seconds)}.  {scores(outcome)}"]
+    lines += _test(outcome)
     lines += [f"  {gate}" for gate in outcome.gates]
     if not outcome.passed:
         lines.append(
@@ -55,6 +56,7 @@ def already_finished(outcome: Outcome) -> str:
     return "\n".join(
         [
             f"{outcome.name}: this run is finished already.  {scores(outcome)}",
+            *_test(outcome),
             *(f"  {gate}" for gate in outcome.gates),
             *_places(outcome),
             "  Change a setting to make another run, or give it another --name to repeat this one.",
@@ -81,6 +83,10 @@ def scores(outcome: Outcome) -> str:
     return text + "."
 
 
+def _test(outcome: Outcome) -> list[str]:
+    return [f"  test split  {outcome.test}"] if outcome.test else []
+
+
 def _places(outcome: Outcome) -> list[str]:
     lines = [f"  best model  {outcome.best_dir}"]
     pages = [file for file in outcome.figures if file.endswith(".html")]
@@ -99,6 +105,8 @@ def note(outcome: Outcome, source: InitialWeights | None, report_link: str) -> s
     if report_link:
         lines.append(f"[Report of its errors and its calibration]({report_link})")
     lines.append("")
+    if outcome.test:
+        lines.append(f"- test split: {outcome.test}")
     lines += [f"- {gate}" for gate in outcome.gates]
     if source is not None:
         lines.append(f"- started from {source.label}")

@@ -15,7 +15,7 @@ from ftlib.data import sampler
 from ftlib.data.loader import eval_batches
 from ftlib.data.shards import Dataset, Split
 from ftlib.report.calibration import Calibration, cross_fitted, held_out
-from ftlib.report.metrics import Floats, IntervalEstimate, Ints, scores
+from ftlib.report.metrics import Floats, IntervalEstimate, Ints, TestSplit, scores
 from ftlib.storage import join
 from ftlib.training import checkpoint, seen_rows
 from ftlib.training.evaluate import predict
@@ -218,6 +218,21 @@ def score(
         before=scores(logits, labels),
         after=scores(calibration.scaled, labels),
     )
+
+
+def score_test(
+    loaded: LoadedModel, dataset: Dataset, *, workers: int = 0, device: torch.device | None = None
+) -> TestSplit:
+    """Scores on all of `test` at the run's own size, in one pass: nothing is fitted or chosen."""
+    predictor = _Predictor(
+        loaded,
+        size=loaded.run.eval_size,
+        flip=False,
+        workers=workers,
+        device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    labels, logits = predictor(*rows_of(loaded.run, dataset, "test"))
+    return TestSplit(len(labels), scores(logits, labels))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ftlib.report.metrics import (
     Floats,
     Ints,
     PerClass,
+    TestSplit,
     confused_pairs,
     confusion,
     per_class,
@@ -68,6 +69,7 @@ def report_run(
     limit: int = 0,
     workers: int = 0,
     device: torch.device | None = None,
+    test: TestSplit | None = None,
 ) -> EvaluationReport:
     """Score the best model of the run in `run_dir` and write its report.
 
@@ -77,12 +79,13 @@ def report_run(
         out: folder of the report; by default report/ in the run's folder.
         limit: score at most so many pictures, evenly spread; 0: all.
         workers: loader processes; 0 loads in a thread.
+        test: scores on the `test` split, to stand beside these.
     """
     loaded = load(run_dir)
     scored = score(loaded, dataset, split, limit=limit, workers=workers, device=device)
     folder = Path(out) if out else Path(run_dir) / "report"
     facts = run_facts(loaded.run, run_dir)
-    return write(loaded, [scored], dataset, folder, split, facts=facts)
+    return write(loaded, [scored], dataset, folder, split, facts=facts, test=test)
 
 
 def write(
@@ -93,6 +96,7 @@ def write(
     split: str,
     *,
     facts: RunFacts | None = None,
+    test: TestSplit | None = None,
 ) -> EvaluationReport:
     """Write the report of predictions that were made before.
 
@@ -116,6 +120,7 @@ def write(
     facts = facts or RunFacts()
     sections = [
         html.section("Scores", _score_table(all_scored), note=_score_note(first), half=True),
+        *_test_split(test),
         *_curves(facts),
         *_confusions(drawn, len(classes)),
         *_pairs(matrix, first, probabilities, classes, pixels),
@@ -153,6 +158,19 @@ def _figures(
             right,
         ),
     }
+
+
+def _test_split(test: TestSplit | None) -> list[str]:
+    if test is None:
+        return []
+    heads = ("pictures", "top-1 %", "top-5 %", "NLL", "ECE")
+    shown = [test.scores[k].show(2 if k.startswith("top") else 3) for k in test.scores]
+    note = (
+        "Scored once, by the final model. The split chose nothing: no epoch, no setting and no "
+        "temperature. In brackets: 95 % bootstrap intervals over the pictures."
+    )
+    table = html.table(heads, [(f"{test.images:,}", *shown)])
+    return [html.section("Test split", table, note=note, half=True)]
 
 
 def _curves(facts: RunFacts) -> list[str]:

@@ -6,9 +6,10 @@ else in its natural unit (nats, 0..1).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,38 @@ class IntervalEstimate:
 
     def show(self, digits: int = 2) -> str:
         return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+
+
+@dataclass(frozen=True)
+class TestSplit:
+    """Scores on the split that chose nothing."""
+
+    __test__ = False  # for pytest: no class of tests
+
+    images: int
+    scores: Mapping[str, IntervalEstimate]
+    """top1, top5, nll, ece"""
+
+    def __str__(self) -> str:
+        top1, top5 = self.scores["top1"].show(), self.scores["top5"].show()
+        return f"top-1 {top1} %, top-5 {top5} %, of {self.images:,} pictures, scored once"
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Metric -> value, with the ends of top-1's interval."""
+        top1 = self.scores["top1"]
+        values = {f"test/{name}": estimate.value for name, estimate in self.scores.items()}
+        return {**values, "test/top1_low": top1.low, "test/top1_high": top1.high}
+
+    def to_dict(self) -> dict[str, object]:
+        """As result.json keeps it: score -> [value, low, high]."""
+        found = {name: [e.value, e.low, e.high] for name, e in self.scores.items()}
+        return {"images": self.images, **found}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> TestSplit:
+        scores = {k: IntervalEstimate(*v) for k, v in values.items() if k != "images"}
+        return TestSplit(values["images"], scores)
 
 
 @dataclass(frozen=True)

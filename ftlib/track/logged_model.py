@@ -56,7 +56,8 @@ def log_model(
 ) -> LoggedModel:
     """Log the folder as a model of the run; register it if it has a registered name.
 
-    The logged model carries the run's metrics at `folder.step`, its `best/*` and its `test/*`.
+    The logged model carries the run's metrics at `folder.step`, its `best/*`, `report/*` and
+    `test/*`.
     """
     same = mlflow.search_logged_models(
         [experiment_id], filter_string=f"tags.`ftlib.key` = '{folder.key}'", max_results=1
@@ -92,7 +93,7 @@ def _log_metrics(mlflow: MlflowClient, run_id: str, model_id: str, step: int) ->
     for key in mlflow.get_run(run_id).data.metrics:
         if key.startswith(("system/", "step/")):
             continue
-        is_final = key.startswith(("best/", "test/"))
+        is_final = key.startswith(("best/", "report/", "test/"))
         points += [
             p
             for p in mlflow.get_metric_history(run_id, key)

@@ -133,7 +133,8 @@ class TrackedRun:
         step: int = 0,
         tags: Mapping[str, Any] | None = None,
     ) -> None:
-        """Attach an MLflow model to the run, with its metrics at `step`, its `best/*` and `test/*`.
+        """Attach an MLflow model to the run, with its metrics at `step`, its `best/*`, `report/*`
+        and `test/*`.
 
         Args:
             model: a folder that holds a complete MLflow model (its MLmodel file), which must stay

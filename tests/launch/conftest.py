@@ -40,6 +40,25 @@ def shapes(tmp_path_factory):
     return str(out)
 
 
+@pytest.fixture(scope="session")
+def shapes_with_test(shapes, tmp_path_factory):
+    """`shapes` with a `test` split: its validation pictures, a third of them with wrong labels."""
+    from ftlib.data.shards import Dataset
+    from ftlib.preparation.prepare import prepare
+
+    root = tmp_path_factory.mktemp("with-test")
+    known = Dataset.open(shapes)
+    for split, source in (("train", "train"), ("val", "val"), ("test", "val")):
+        part = known.split(source)
+        for row, label in enumerate(part.labels):
+            wrong = split == "test" and row % 3 == 0
+            folder = root / "pictures" / split / known.classes[1 - label if wrong else label]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{row}.jpg").write_bytes(part.image(row))
+    prepare(root / "pictures", str(root / "set"), engine="local", progress=False)
+    return str(root / "set")
+
+
 @pytest.fixture
 def tiny(shapes, home):
     """A small network for three epochs of two steps; a second in all."""

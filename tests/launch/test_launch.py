@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from ftlib.config import Gates, Model
-from ftlib.data.shards import DataError
-from ftlib.launch import lease, preflight
+from ftlib.data.shards import DataError, Dataset
+from ftlib.launch import finalize, lease, preflight
 from ftlib.launch.errors import LaunchError, LeaseLostError, RunFailedError, StoppedError
 from ftlib.launch.launch import launch, prepare_run
+from ftlib.report import evaluation
 from ftlib.settings import ConfigError, override
 from ftlib.storage import StorageError
 from ftlib.training import seen_rows
@@ -193,6 +194,45 @@ def test_from_recipe_to_result_and_the_next_phase(tiny, tracking, home, capsys):
     assert ("phases.png", "figures") in tracking.files and tracking.metrics_seen[-1][1][
         "best/gain"
     ] == second.metrics["best/val_top1"] - second.start_top1
+
+
+def test_the_test_split_is_scored_once_by_the_final_model(tiny, tracking, shapes_with_test, capsys):
+    run = override(tiny, {"data.path": shapes_with_test, "track.log_model": True})
+    first = launch(run, local=True, tracking=tracking)
+    assert first.test.images == 16 and first.test.scores["top1"].value < 70
+    shown = f"test split  top-1 {first.test.scores['top1'].show()} %"
+    assert shown in capsys.readouterr().out
+    logged = {key: v for _, values in tracking.metrics_seen for key, v in values.items()}
+    assert {k: v for k, v in logged.items() if k.startswith("test/")} == first.test.metrics
+    assert first.test.metrics["test/top1_low"] == first.test.scores["top1"].low
+    assert logged["report/top1"] == first.metrics["best/val_top1"]
+    page = (Path(first.run_dir) / "report" / "report.html").read_text()
+    assert "Scored once, by the final model" in page and first.test.scores["top1"].show() in page
+    assert "test split: top-1" in tracking.outcomes[-1][1]
+    table = evaluation.score(evaluation.load(first.run_dir), Dataset.open(shapes_with_test), "test")
+    assert table.before == first.test.scores
+
+    again = launch(run, local=True, tracking=tracking)
+    assert again.status == "finished" and again.test == first.test
+    assert shown in capsys.readouterr().out
+
+
+def test_a_run_whose_score_chooses_never_sees_the_test_split(tiny, tracking, shapes_with_test):
+    run = override(tiny, {"data.path": shapes_with_test, "train.epochs": 1})
+    for kind in ("trial", "confirmation", "comparison"):
+        outcome = run_it(dataclasses.replace(run, name=kind), tracking, kind=kind)
+        assert outcome.test is None
+    assert not any(key.startswith("test/") for _, v in tracking.metrics_seen for key in v)
+
+
+def test_a_large_test_split_is_left_to_a_machine_with_a_gpu(
+    tiny, tracking, shapes_with_test, capsys, monkeypatch
+):
+    monkeypatch.setattr(finalize, "MOST_WITHOUT_GPU", 15)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    run = override(tiny, {"data.path": shapes_with_test, "train.epochs": 1})
+    assert launch(run, local=True, tracking=tracking).test is None
+    assert "16 test pictures are many" in capsys.readouterr().out
 
 
 def test_a_run_that_failed_its_gates_stops_the_next_phase(tiny, tracking):
