@@ -631,7 +631,8 @@ class Track(Settings):
     system_metrics: bool = True
     """Record CPU, memory, disk and GPU use every 10 seconds."""
     log_model: bool = True
-    """Log the best model as an MLflow model that predicts from JPEG bytes."""
+    """Log the best model as an MLflow model that predicts from JPEG bytes, the report of its
+    mistakes, and the worst mistakes of each epoch."""
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def _start_scores(outcome: Outcome) -> dict[str, float]:
         return {}
     metrics = outcome.metrics
     best = metrics.get("best/val_top1", metrics.get("best/tuning_top1", 0.0))
-    return {"start/top1": outcome.start_top1, "best/gain": best - outcome.start_top1}
+    return {"start/top1": outcome.start_top1, "best/gain": round(best - outcome.start_top1, 4)}
 
 
 def _report(run: Run, dataset: Dataset, outcome: Outcome) -> EvaluationReport:

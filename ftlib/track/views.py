@@ -265,7 +265,11 @@ def sweep_view(
     ]
     columns_per_row = 2 if len(params) in (2, 4) else 3
     scatters = [scatter("", p, score) for p in params]
-    curves = [line("", f"{split}/top1"), line("", "train/top1"), line("", f"{split}/loss")]
+    curves = [
+        line("", f"{split}/best_top1", title="best so far"),
+        line("", f"{split}/top1"),
+        line("", f"{split}/loss"),
+    ]
     sections = [
         ("Which settings win", 1, 400, [parallel("", params, score)]),
         ("Score against each setting", columns_per_row, 300, scatters),

@@ -13,18 +13,22 @@ import math
 import numbers
 import os
 import shutil
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ftlib.clock import now_ms
 from ftlib.process_identity import machine_id
 from ftlib.track.journal import Record, State, encode, journal_at
 from ftlib.track.redact import redact, redact_value
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 log = logging.getLogger("ftlib.track")
 
@@ -196,6 +200,22 @@ class Writer:
             for file in sorted(p for p in path.rglob("*") if p.is_file()):
                 below = file.parent.relative_to(path).as_posix().strip(".")
                 self._send(file, "/".join(filter(None, [folder, below])))
+
+    @_never_raises
+    def image(self, image: Image, key: str, step: int) -> None:
+        """Store a picture of a step, which MLflow shows with a slider over the steps of its `key`.
+
+        The file names are those of `mlflow.log_image`, but for a time and a random part: the same
+        step given again replaces its picture.
+        """
+        name = f"{key}+step+{step}+timestamp+{step}+{uuid.uuid5(uuid.NAMESPACE_OID, key)}"
+        with tempfile.TemporaryDirectory() as folder:
+            full, small = Path(folder, f"{name}.png"), Path(folder, f"{name}+compressed.webp")
+            image.quantize(256).save(full, optimize=True)
+            image.save(small, quality=80)
+            self.artifact(full, "images")
+            self.artifact(small, "images")
+        self.tags({"mlflow.loggedImages": "True"})
 
     def _send(self, file: Path, folder: str) -> None:
         remote = self.location.remote

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ftlib.data.loader import Batch
+from ftlib.training.worst_images import Losses
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -78,9 +79,13 @@ def count(
     dtype: torch.dtype = torch.float32,
     world: int = 1,
     sample: np.ndarray | None = None,
+    remember: Losses | None = None,
 ) -> Counts:
     """Score this worker's `batches` and sum over the `world` workers. top5 is top-C where there
-    are fewer than five classes. sample: int64, the rows of which to keep each loss."""
+    are fewer than five classes.
+
+    sample: int64, the rows of which to keep each loss. `remember` gets every image's loss.
+    """
     training = model.training
     model.eval()
     sums = torch.zeros(4 + 2 * classes, dtype=torch.float64, device=device)
@@ -95,6 +100,8 @@ def count(
         loss = F.cross_entropy(logits, labels, reduction="none").double()
         # Indices, because a GPU's mask would have to be waited for.
         losses.append(loss[torch.isin(batch.rows, kept).nonzero()[:, 0].to(device)])
+        if remember is not None:
+            remember.add(batch.rows, labels, logits)
         hits = logits.topk(k).indices == labels[:, None]
         first = hits[:, 0].double()
         sums[:4] += torch.stack(

@@ -49,6 +49,7 @@ from ftlib.training.worker_context import (
     OutOfMemoryError,
     WorkerContext,
 )
+from ftlib.training.worst_images import Losses
 
 log = logging.getLogger("ftlib.training")
 
@@ -323,7 +324,7 @@ class Training:
 
     def finish_epoch(self) -> None:
         """Score, keep the best weights, write a checkpoint, report."""
-        state, run = self.state, self.run
+        state, run, context = self.state, self.run, self.context
         epoch = state.step // self.steps_per_epoch
         loss, correct, images = state.sums.tolist()
         seconds = time.monotonic() - self.log.mark
@@ -338,13 +339,16 @@ class Training:
         state.sums.zero_()
         if epoch % run.evaluate.every_epochs == 0 or epoch == run.train.epochs:
             started = time.monotonic()
-            counts = self.score()
+            kept = Losses() if context.rank == 0 and run.track.log_model else None
+            counts = self.score(kept)
             scores = counts.metrics(self.split)
             row |= scores | {
                 "train/gap": round(row["train/top1"] - scores[f"{self.split}/top1"], 4),
                 f"{self.split}/seconds": round(time.monotonic() - started, 3),
             }
             self.update_best(epoch, scores, counts)
+            if kept is not None:
+                self.log.send_worst(kept, epoch)
         row["time_ms"] = float(now_ms())
         state.history.append(row)
         self.save(wait=False)
@@ -353,7 +357,7 @@ class Training:
         self.log.send_row(row, epoch)
         state.points.clear()
         self.log.show_progress(loss, correct, images, row["train/images_per_s"], row["train/lr"])
-        self.context.report(self.log.latest_metrics(), self.checkpoint_uri())
+        context.report(self.log.latest_metrics(), self.checkpoint_uri())
         self.log.start()
 
     def update_best(self, epoch: int, scores: dict[str, float], counts: Counts) -> None:
@@ -500,8 +504,11 @@ class Training:
             return False
         return epoch - state.best_epoch >= patience
 
-    def score(self) -> Counts:
-        """Evaluate on this worker's slice of the scored rows; exact sums over all workers."""
+    def score(self, kept: Losses | None = None) -> Counts:
+        """Evaluate on this worker's slice of the scored rows; exact sums over all workers.
+
+        `kept` remembers the losses of this worker's images.
+        """
         context = self.context
         counts = scoring.score(
             context,
@@ -510,6 +517,7 @@ class Training:
             dtype=self.dtype,
             world=context.world,
             loader_workers=context.loader_workers,
+            remember=kept,
         )
         if self.trained is not None or self.run.model.freeze_norm:
             # Evaluating switched the frozen BatchNorm back to training.

@@ -16,6 +16,7 @@ from ftlib.data.fetch_ahead import shard_blocks
 from ftlib.settings import to_dict
 from ftlib.training.state import TrainState
 from ftlib.training.worker_context import WorkerContext
+from ftlib.training.worst_images import Losses, sheet
 
 
 class RunLog:
@@ -54,12 +55,22 @@ class RunLog:
         self.track(values, step, at)
 
     def send_row(self, row: dict[str, float], epoch: int) -> None:
-        """A finished epoch's row, with the time it was made at."""
-        self.track(
-            {k: v for k, v in row.items() if k not in ("epoch", "time_ms")},
-            epoch,
-            int(row["time_ms"]),
-        )
+        """A finished epoch's row, with the time it was made at, and the best score so far."""
+        values = {k: v for k, v in row.items() if k not in ("epoch", "time_ms")}
+        name = f"{self.split}/top1"
+        if name in row:
+            scored = [r[name] for r in self.state.history if name in r and r["epoch"] <= epoch]
+            values[f"{self.split}/best_top1"] = max([row[name], *scored])
+        self.track(values, epoch, int(row["time_ms"]))
+
+    def send_worst(self, losses: Losses, epoch: int) -> None:
+        """The worst mistakes of an epoch, of the images that this worker scored."""
+        if self.context.tracking is None:
+            return
+        dataset = self.context.dataset
+        split = dataset.split("train" if self.split == "tuning" else self.split)
+        if (page := sheet(losses, split, dataset.classes, self.run)) is not None:
+            self.context.tracking.image(page, "worst", epoch)
 
     def track(self, values: dict[str, float], step: int, at: int) -> None:
         if self.context.rank == 0 and self.context.tracking is not None:

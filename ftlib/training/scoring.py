@@ -17,6 +17,7 @@ from ftlib.training import models
 from ftlib.training.checkpoint import SAMPLE, StoredModel
 from ftlib.training.evaluate import Counts, count
 from ftlib.training.worker_context import WorkerContext
+from ftlib.training.worst_images import Losses
 
 SAMPLE_IMAGES = 32
 """Images that are scored again at a run's end."""
@@ -38,8 +39,12 @@ def score(
     dtype: torch.dtype,
     world: int = 1,
     loader_workers: int = 0,
+    remember: Losses | None = None,
 ) -> Counts:
-    """Evaluate `rows` of the run's scored split; exact sums over `world` workers."""
+    """Evaluate `rows` of the run's scored split; exact sums over `world` workers.
+
+    `remember` gets the loss of each of this worker's images.
+    """
     run = context.run
     split = "train" if run.data.tuning_fraction else "val"
     batches = eval_batches(
@@ -62,6 +67,7 @@ def score(
             dtype=dtype,
             world=world,
             sample=sample(rows),
+            remember=remember,
         )
 
 

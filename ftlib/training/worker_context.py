@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from PIL.Image import Image
 
 from ftlib.config import Run
 from ftlib.data import sampler
@@ -32,6 +33,8 @@ class Tracking(Protocol):
     """Where rank 0 sends its points; must neither raise nor wait."""
 
     def metrics(self, values: dict[str, float], step: int, at: int | None = None) -> None: ...
+
+    def image(self, image: Image, key: str, step: int) -> None: ...
 
 
 @dataclass
