@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from ftlib import recipes, storage
 from ftlib.config import Run
@@ -26,6 +26,7 @@ from ftlib.settings import from_dict, override
 
 if TYPE_CHECKING:
     from ftlib.data.shards import Dataset
+    from ftlib.packaging.package import PackagedModel, Prediction
 
 Picture = bytes | str | Path
 """A picture: the bytes of its file, or the file's path."""
@@ -170,7 +171,17 @@ class TrainedRun:
     def classes(self) -> list[str]:
         return list(self.record["data"]["classes"])
 
-    def predict(self, pictures: Picture | Sequence[Picture], top_k: int = 5) -> Any:
+    @overload
+    def predict(  # type: ignore[overload-overlap]  # a str is one picture, not a sequence
+        self, pictures: Picture, top_k: int = 5
+    ) -> Prediction: ...
+
+    @overload
+    def predict(self, pictures: Sequence[Picture], top_k: int = 5) -> list[Prediction]: ...
+
+    def predict(
+        self, pictures: Picture | Sequence[Picture], top_k: int = 5
+    ) -> Prediction | list[Prediction]:
         """Classes and calibrated probabilities: a dict for one picture, a list for several.
 
         The model is the packaged one that `jobs/export.py` writes and `jobs/serve.py` serves, so
@@ -189,7 +200,7 @@ class TrainedRun:
         return answers[0] if one else answers
 
     @cached_property
-    def _packaged(self) -> Any:
+    def _packaged(self) -> PackagedModel:
         from ftlib.packaging.package import load as load_package
 
         place = (

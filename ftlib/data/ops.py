@@ -85,7 +85,7 @@ class PixelTransform(A.ImageOnlyTransform):
     def act(self, image: np.ndarray, generator: np.random.Generator, python: Random) -> np.ndarray:
         """uint8[H, W, 3] -> uint8[H, W, 3]; leaves `image` as it is. Draws from these two alone."""
 
-    def apply(self, img: np.ndarray, **_: Any) -> np.ndarray:
+    def apply(self, img: np.ndarray, **_: object) -> np.ndarray:
         return self.act(img, self.random_generator, self.py_random)
 
 

@@ -73,7 +73,7 @@ class ShardEntry(FileEntry):
     rows: int
 
 
-def canonical(value: Any) -> bytes:
+def canonical(value: object) -> bytes:
     """JSON with one spelling, for hashing."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 

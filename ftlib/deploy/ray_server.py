@@ -6,12 +6,15 @@ import asyncio
 import signal
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ftlib.deploy.serving import MAX_MEGABYTES, Service
+
+if TYPE_CHECKING:
+    from ray.serve import Application
 
 ONGOING_REQUESTS = 128
 """Most requests that one copy works on at once."""
@@ -19,7 +22,7 @@ ONGOING_REQUESTS = 128
 
 def deployment(
     model: str, tracking: str = "", *, replicas: int = 1, max_megabytes: float = MAX_MEGABYTES
-) -> Any:
+) -> Application:
     """A Ray Serve application of the service."""
     from ray import serve
 
@@ -44,7 +47,9 @@ def deployment(
     return made.bind()  # type: ignore[attr-defined]
 
 
-def serve_on_ray(application: Any, host: str, port: int, say: Callable[[str], None]) -> None:
+def serve_on_ray(
+    application: Application, host: str, port: int, say: Callable[[str], None]
+) -> None:
     """Serve until SIGINT or SIGTERM, on the cluster at RAY_ADDRESS or on this machine."""
     from ftlib.launch.cluster import connect
 

@@ -16,6 +16,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ftlib.config import Cluster
@@ -123,7 +124,7 @@ def _no_cluster(address: str, reason: str) -> LaunchError:
     )
 
 
-def _join(ray: Any, address: str, path: str, common: dict[str, Any]) -> None:
+def _join(ray: ModuleType, address: str, path: str, common: dict[str, Any]) -> None:
     variables = {"PYTHONPATH": path, "NO_ALBUMENTATIONS_UPDATE": "1"}
     try:
         ray.init(**common, runtime_env={"env_vars": variables})

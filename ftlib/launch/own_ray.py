@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -33,7 +34,7 @@ _processes: list[subprocess.Popen[bytes]] = []
 """Of the Ray that this process started last."""
 
 
-def start(ray: Any, **settings: Any) -> None:
+def start(ray: ModuleType, **settings: Any) -> None:
     """Start Ray on this machine alone.
 
     On a busy machine the first attempt may time out, and the second finds Ray's files in memory.

@@ -5,9 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from datetime import timedelta
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from ftlib.console import LINE_SECONDS, live_bar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
 
 
 class ProgressDisplay:
@@ -19,8 +23,8 @@ class ProgressDisplay:
     def __init__(self, title: str, out: TextIO | None = None) -> None:
         self.title, self.out = title, out or sys.stderr
         self._step, self._ended, self._line = -1, -1, 0.0
-        self._bar: Any = None
-        self._task: Any = None
+        self._bar: RichProgress | None = None
+        self._task: TaskID | None = None
 
     def __enter__(self) -> ProgressDisplay:
         columns = ("{task.description}", "bar", "share", "{task.fields[numbers]}")
@@ -50,7 +54,7 @@ class ProgressDisplay:
         closes = step * values["epochs"] == epoch * values["steps"]
         self._step = step
         if self._bar is not None:
-            self._show_bar(values)
+            self._show_bar(self._bar, values)
         if ends_epoch:
             self._ended = epoch
             self.say(f"{self.title}  {sentence(values, ends_epoch=True)}")
@@ -59,10 +63,10 @@ class ProgressDisplay:
             self.say(f"{self.title}  {sentence(values)}")
             self._line = time.monotonic()
 
-    def _show_bar(self, values: dict[str, float]) -> None:
+    def _show_bar(self, bar: RichProgress, values: dict[str, float]) -> None:
         if self._task is None:
-            self._task = self._bar.add_task(self.title, total=values["steps"], numbers="")
-        self._bar.update(self._task, completed=values["step"], numbers=sentence(values))
+            self._task = bar.add_task(self.title, total=values["steps"], numbers="")
+        bar.update(self._task, completed=values["step"], numbers=sentence(values))
 
 
 def sentence(values: dict[str, float], ends_epoch: bool = False) -> str:

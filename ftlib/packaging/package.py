@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -55,10 +55,16 @@ class PackageError(ValueError):
     """A package that cannot be written or read; the message says why and what to do."""
 
 
+Prediction = TypedDict(
+    "Prediction", {"class": str, "probability": float, "top": list[dict[str, Any]]}
+)
+"""Of one picture: its most probable class, and the `top_k` most probable ones with theirs."""
+
+
 class PackagedModel(Protocol):
     """A loaded package: MLflow's PyFuncModel, as far as it is used here."""
 
-    def predict(self, data: Any, params: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    def predict(self, data: Any, params: dict[str, Any] | None = None) -> list[Prediction]:
         """One entry per picture; see `ftlib.packaging.image_classifier`."""
 
     def unwrap_python_model(self) -> image_classifier.ImageClassifier:

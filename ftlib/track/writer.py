@@ -178,7 +178,7 @@ class Writer:
         self.put({"op": "text", "file": file, "text": redact(text)})
 
     @_never_raises
-    def json(self, value: Any, file: str) -> None:
+    def json(self, value: object, file: str) -> None:
         """Store `value` as a JSON artifact."""
         self.text(json.dumps(value, indent=2, default=str), file)
 

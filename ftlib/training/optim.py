@@ -104,7 +104,7 @@ def build(
     return optimizer
 
 
-def _before_fused_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def _before_fused_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
     """What fused kernels of torch 2.14 leave to their caller."""
     for group in optimizer.param_groups:
         for p in group["params"]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from ftlib.tune.trial_store import Trial
+
+if TYPE_CHECKING:
+    from ray.tune.execution.tune_controller import TuneController
+    from ray.tune.experiment import Trial as TuneTrial
 
 
 class AsynchronousHalving(ASHAScheduler):
@@ -51,10 +55,12 @@ class AsynchronousHalving(ASHAScheduler):
         """Epochs after which trials may be stopped."""
         return sorted(int(m) for m, _ in self._brackets[0]._rungs if m <= self.epochs)
 
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+    def on_trial_add(self, tune_controller: TuneController, trial: TuneTrial) -> None:
         super().on_trial_add(tune_controller, _by_number(trial))
 
-    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+    def on_trial_result(
+        self, tune_controller: TuneController, trial: TuneTrial, result: dict[str, Any]
+    ) -> str:
         if "outcome" in result or "score" not in result:
             return TrialScheduler.CONTINUE
         decision = super().on_trial_result(tune_controller, _by_number(trial), result)
@@ -68,13 +74,15 @@ class AsynchronousHalving(ASHAScheduler):
         self.stopped[number] = int(result["epoch"])
         return decision
 
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+    def on_trial_complete(
+        self, tune_controller: TuneController, trial: TuneTrial, result: dict[str, Any]
+    ) -> None:
         self._trial_info.pop(_by_number(trial).trial_id, None)
 
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+    def on_trial_remove(self, tune_controller: TuneController, trial: TuneTrial) -> None:
         self._trial_info.pop(_by_number(trial).trial_id, None)
 
 
-def _by_number(trial: Any) -> Any:
+def _by_number(trial: TuneTrial) -> Any:
     """Tune's trial under the id that it has in the trial store."""
     return SimpleNamespace(trial_id=f"t{trial.config['number']:02d}")

@@ -24,7 +24,8 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 from ray import tune
@@ -34,6 +35,9 @@ from ftlib.paths import environment_variables
 from ftlib.tune.asha import AsynchronousHalving
 from ftlib.tune.train_trial import TrainTrial, TrialConfig, TrialStoppedError
 from ftlib.tune.trial_store import Trial
+
+if TYPE_CHECKING:
+    from ray.tune.experiment import Trial as TuneTrial
 
 WORKER_DEATHS = 2
 """How often a trial is started again after its process died (lost node, out-of-memory killer)."""
@@ -146,7 +150,7 @@ def preload() -> None:
         importlib.import_module("ray.air.integrations.mlflow")
 
 
-def _trial_name(trial: Any) -> str:
+def _trial_name(trial: TuneTrial) -> str:
     return f"t{trial.config['number']:02d}"
 
 
@@ -217,12 +221,12 @@ class TuneCallback(tune.Callback):
         if trial is not None:
             self._notify(lambda listener: listener.ended(trial, end))
 
-    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_start(self, iteration: int, trials: list, trial: TuneTrial, **info: Any) -> None:
         if (started := self.running.get(trial.config["number"])) is not None:
             self._notify(lambda listener: listener.started(started))
 
     def on_trial_result(
-        self, iteration: int, trials: list, trial: Any, result: dict, **info: Any
+        self, iteration: int, trials: list, trial: TuneTrial, result: dict, **info: Any
     ) -> None:
         number = trial.config["number"]
         if "ended" in result:
@@ -235,7 +239,9 @@ class TuneCallback(tune.Callback):
             running = self.running[number]
             self._notify(lambda listener: listener.progressed(running, point))
 
-    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_complete(
+        self, iteration: int, trials: list, trial: TuneTrial, **info: Any
+    ) -> None:
         number = trial.config["number"]
         epoch = self.halving.stopped.get(number) if self.halving else None
         if self.halving is None or epoch is None:
@@ -245,7 +251,7 @@ class TuneCallback(tune.Callback):
         reason = f"stopped after epoch {epoch}: not among the best {share} there"
         self._end(number, TrialEnd("pruned", reason))
 
-    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_error(self, iteration: int, trials: list, trial: TuneTrial, **info: Any) -> None:
         self._fail(trial)
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
@@ -256,7 +262,7 @@ class TuneCallback(tune.Callback):
                 if trial.status == "ERROR" and trial.trial_id not in self.failed:
                     self._fail(trial)
 
-    def _fail(self, trial: Any) -> None:
+    def _fail(self, trial: TuneTrial) -> None:
         number = trial.config["number"]
         if trial.trial_id in self.failed or number not in self.running:
             return
@@ -324,7 +330,7 @@ def _signals() -> Iterator[None]:
         return
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
-    def handler(number: int, frame: Any) -> None:
+    def handler(number: int, frame: FrameType | None) -> None:
         global _signal
         _signal = number
         _interrupt.set()

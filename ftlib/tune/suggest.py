@@ -62,7 +62,9 @@ def size(space: Space, run: Run, search: Search, grid_points: int) -> float:
     return 1 + sum(v != own for v in spaces.grid(space, grid_points))
 
 
-def study(space: Space, trials: Sequence[Trial], sampler: Any = None) -> Any:
+def study(
+    space: Space, trials: Sequence[Trial], sampler: optuna.samplers.BaseSampler | None = None
+) -> optuna.Study:
     """An Optuna study (maximising, in memory) of the trials that lie within the space."""
     import optuna
 
@@ -74,7 +76,7 @@ def study(space: Space, trials: Sequence[Trial], sampler: Any = None) -> Any:
     return result
 
 
-def frozen(space: Space, trial: Trial) -> Any | None:
+def frozen(space: Space, trial: Trial) -> optuna.trial.FrozenTrial | None:
     """The trial as Optuna's. None where a value lies outside its axis, as the recipe's own may."""
     import optuna
 
@@ -105,7 +107,7 @@ def trial_state(trial: Trial) -> optuna.trial.TrialState:
     return states.get(trial.outcome, optuna.trial.TrialState.RUNNING)
 
 
-def distribution(axis: Axis) -> Any:
+def distribution(axis: Axis) -> optuna.distributions.BaseDistribution:
     import optuna
 
     if axis.kind == "choice":
@@ -117,7 +119,7 @@ def distribution(axis: Axis) -> Any:
     return optuna.distributions.FloatDistribution(axis.low, axis.high, log=axis.log, step=axis.step)
 
 
-def encode(value: Any) -> Any:
+def encode(value: object) -> str | bool | int | float | None:
     """Optuna takes plain values only: a list becomes its JSON."""
     if value is None or isinstance(value, (str, bool, int, float)):
         return value

@@ -11,10 +11,10 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, TypeVar
 
 from ftlib import storage
 from ftlib.data.shards import DataError
@@ -27,6 +27,9 @@ LARGEST_FILE = 1 << 30
 """Bytes. Larger files are not read into memory."""
 GZIP_STEP = 32 << 20
 """Bytes of decompressed data between two points from which reading can start."""
+
+
+T = TypeVar("T")
 
 
 class Place(Protocol):
@@ -104,7 +107,7 @@ class ParquetCell:
         return bytes(data)
 
 
-def _whole(data: bytes, length: int, place: Any) -> bytes:
+def _whole(data: bytes, length: int, place: Span | DeflatedSpan | GzipSpan) -> bytes:
     if len(data) != length:
         raise OSError(f"{place.container} is cut short: {len(data):,} of {length:,} bytes")
     return data
@@ -171,7 +174,7 @@ def filesystem(where: str) -> tuple[Any, str]:
     return PyFileSystem(FSSpecHandler(fs)), path
 
 
-def retried(read: Any) -> Any:
+def retried(read: Callable[[], T]) -> T:
     """`read()`, tried again after an OSError that is not about the file itself."""
     wait = FIRST_WAIT
     for attempt in range(ATTEMPTS):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -43,7 +43,9 @@ def preprocessing_of(cfg: Mapping[str, Any]) -> Preprocessing:
     )
 
 
-def _three(values: Any, default: tuple[float, float, float]) -> tuple[float, float, float]:
+def _three(
+    values: Sequence[float] | None, default: tuple[float, float, float]
+) -> tuple[float, float, float]:
     if not isinstance(values, list | tuple) or len(values) != 3:
         return default
     return float(values[0]), float(values[1]), float(values[2])
