@@ -20,7 +20,10 @@ from ftlib.paths import jobs_folder
 
 SECTIONS = {
     "Data": ("prepare", "audit", "preview"),
-    "Training": ("probe", "finetune", "phase1", "phase2", "phase3", "find_lr", "estimate"),
+    "Training": (
+        *("probe", "finetune", "from_scratch_short", "phase1", "phase2", "phase3"),
+        *("find_lr", "estimate"),
+    ),
     "Search": ("sweep", "promote", "compare"),
     "Results": ("evaluate", "replay", "track"),
     "Delivery": ("export", "predict", "serve"),

@@ -50,10 +50,10 @@ def _load(name: str) -> Run:
         if path.suffix == ".json" and path.is_file():
             return _from_file(name, path)
     from_sample = name.startswith(SAMPLE)
-    job = "sample" if from_sample else name
+    job = "sample" if from_sample else name.replace("-", "_")
     path = jobs_folder() / f"{job}.py"
     if job.isidentifier() and path.is_file():
-        wanted = name.removeprefix(SAMPLE).upper()
+        wanted = name.removeprefix(SAMPLE).upper().replace("-", "_")
         found = {k: v for k, v in vars(_module(job, path)).items() if isinstance(v, Run)}
         if wanted in found:
             return found[wanted]

@@ -68,7 +68,7 @@ class Options(ResultOptions):
     """Training steps per case and round."""
     epochs: AtLeastOne = 5
     """Epochs of accuracy and recipes."""
-    recipes: Annotated[tuple[str, ...], Commas, Metavar("NAMES")] = ("phase1",)
+    recipes: Annotated[tuple[str, ...], Commas, Metavar("NAMES")] = ("from-scratch-short",)
     """Of recipes: ftlib's, to compare with timm's, torchvision's and a plain loop. The first is
     compared with the others too."""
     timm: Annotated[str, Metavar("FILE")] = ""

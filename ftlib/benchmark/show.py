@@ -39,7 +39,12 @@ def table(part: Part, out: TextIO) -> None:
 
 
 def _spread(values: list[float]) -> tuple[str, str]:
-    return f"{statistics.median(values):.4g}", f"{min(values):.4g}..{max(values):.4g}"
+    middle, low, high = (_number(v) for v in (statistics.median(values), min(values), max(values)))
+    return middle, f"{low}..{high}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _rows(title: str, rows: list[tuple[str, ...]], out: TextIO) -> None:

@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from ftlib import config
+from ftlib import config, recipes
 from ftlib.training.schedule import learning_rate
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,3 +59,14 @@ def test_phase_1s_rates_are_those_of_the_table():
         rates == pytest.approx([6e-4, 3e-3, 6e-7])
         and "6e-4 up to 3e-3 in 30 % of the steps, down to 6e-7" in row("schedule")[1]
     )
+
+
+def test_a_recipe_is_found_with_dashes_as_with_underscores():
+    run = recipes.load("from-scratch-short")
+    assert run == recipes.load("from_scratch_short") and run.stage == "from_scratch_short"
+    assert "from_scratch_short" in recipes.available()
+
+
+def test_the_short_recipe_was_measured_at_its_own_scale():
+    run = recipes.load("from-scratch-short")
+    assert (run.measured.size, run.measured.epochs) == (run.augment.size, run.train.epochs)
