@@ -736,8 +736,8 @@ class Run(Settings):
         warmup = getattr(self.schedule, "warmup_epochs", 0)
         if warmup and warmup >= epochs:
             raise ConfigError(
-                f"schedule.warmup_epochs = {warmup}: the run has only {epochs} epochs "
-                "(train.epochs)"
+                f"schedule.warmup_epochs = {warmup:g}: the run has {epochs} epochs (train.epochs). "
+                "Set it lower; 0 starts at the full rate"
             )
 
     @property

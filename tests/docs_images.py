@@ -1,21 +1,30 @@
-"""Make the pictures of docs/images that show a run's report, an audit and a learning-rate test.
+"""Make the pictures of docs/images that show pages: reports, MLflow, a sweep, an audit.
 
-make docs-images     # about two minutes on 2 cores; needs Chromium
+make docs-images     # about ten minutes on 2 cores; needs Chromium
 
 The jobs run as a user types them, on the built-in digits, in $FTLIB_HOME or a temporary folder.
 """
 
 import argparse
 import base64
+import contextlib
 import io
+import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 
+from ftlib.track.links import experiment_page
+from ftlib.track.views import PHASES, view_key
 from tests.deploy.browser import CHROMIUM, Browser
 
 ROOT = Path(__file__).parents[1]
@@ -26,18 +35,70 @@ TRAINING = f"""
     --augment.size 32 --augment.flip 0 --train.epochs 12 --train.batch-size 32
     --train.ema-decay 0.98 --gates.val-top1 0
 """
-WIDTH = 1000
-"""Of the pages, in pixels."""
+SWEEP = "quick-sample-phase2"
+WIDTH, CHARTS_WIDTH = 1000, 1200
+"""Of our pages and of MLflow's, in pixels."""
 LARGEST = 120_000
 """Bytes of a picture, so that the repository stays small."""
 
 
-def run_job(home: Path, line: str) -> None:
+def start_job(home: Path, line: str) -> subprocess.Popen[bytes]:
     name, *words = line.split()
     print(f"python jobs/{name}.py {' '.join(words)}", flush=True)
     command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *words]
     environment = {**os.environ, "FTLIB_HOME": str(home), "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, check=True, env=environment, cwd=home, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(command, env=environment, cwd=home, stdout=subprocess.DEVNULL)
+
+
+def run_job(home: Path, line: str) -> None:
+    assert start_job(home, line).wait() == 0, f"{line} failed"
+
+
+@contextlib.contextmanager
+def mlflow_ui(home: Path) -> Iterator[str]:
+    """The address of MLflow's UI on the runs of `home`, while it is entered."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = start_job(home, f"track ui --port {port}")
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health"):
+                break
+            time.sleep(0.5)
+        yield address
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.wait(60)
+
+
+def charts(address: str, image: str, *, drawn: int, height: int) -> None:
+    """Write `image`: an MLflow page of charts once `drawn` of them are there."""
+    with tempfile.TemporaryDirectory() as profile:
+        browser = Browser(Path(profile), width=CHARTS_WIDTH, height=height)
+        try:
+            browser.call("Page.navigate", url=address)
+            browser.wait(f"document.querySelectorAll('.main-svg').length >= {2 * drawn}", 120)
+            time.sleep(5)  # the last ones are being drawn
+            taken = browser.call("Page.captureScreenshot", format="png")
+        finally:
+            browser.close()
+    save(base64.b64decode(taken["data"]), image)
+
+
+def search_and_phases(home: Path) -> None:
+    """The sample's phases in MLflow, a sweep around its second one, and the sweep's report."""
+    run_job(home, "sample")
+    run_job(home, f"sweep --recipe sample-phase2 --space quick --trials 8 --name {SWEEP}")
+    screenshot(home / "runs" / SWEEP / "report" / "index.html", "search-report.png", height=1830)
+    (record,) = (home / "runs").glob("phase3-digits-*/run.json")
+    experiment = json.loads(record.read_text())["mlflow"]["experiment_id"]
+    with mlflow_ui(home) as address:
+        page = experiment_page(experiment, PHASES)
+        charts(f"{address}/{page}", "mlflow-phases.png", drawn=6, height=900)
+        page = experiment_page(experiment, f"{view_key(SWEEP)}-all")
+        charts(f"{address}/{page}", "search-mlflow-view.png", drawn=3, height=1400)
 
 
 def screenshot(page: Path, image: str, *, heading: str = "", height: int) -> None:
@@ -86,6 +147,7 @@ def save(data: bytes, image: str) -> None:
 def make(home: Path) -> None:
     home.mkdir(parents=True, exist_ok=True)
     run_job(home, "prepare --source digits")
+    search_and_phases(home)
     run_job(home, TRAINING)
     run_job(home, f"evaluate {RUN} --no-track")
     report = home / "runs" / RUN / "report" / "report.html"

@@ -239,6 +239,8 @@ def _headline(scored: Scored, classes: Sequence[str]) -> str:
     )
     matrix = confusion(scored.logits.argmax(axis=1), scored.labels, len(classes))
     for true, said, count in confused_pairs(matrix, 1):
+        if count < 2:  # every mistake is the most frequent one
+            break
         text += (
             f" The most frequent mistake: {classes[true]} taken for {classes[said]}, "
             f"{count:,} of {matrix[true].sum():,}."
