@@ -273,9 +273,12 @@ def open_run(prepared: PreparedRun, options: LaunchOptions) -> Iterator[ActiveRu
         stack.enter_context(Signals(raise_at_once=True))
         if not options.local:
             preflight.check_shared(run_dir, prepared.dataset.path)
-        own = None if options.tracking else stack.enter_context(_open_tracking(prepared))
+        own = (
+            None if options.tracking else stack.enter_context(_open_tracking(prepared, lease.token))
+        )
         tracking: RunTracker | None = options.tracking or own
         assert tracking is not None
+        lease.fence()  # its first line takes the journal over
         tracked = _start_run(prepared, options, tracking)
         active = ActiveRun(
             prepared,
@@ -328,12 +331,13 @@ def _cluster_placement(prepared: PreparedRun) -> tuple[cluster.Placement, bool]:
     return cluster.placement(asked, capacity), capacity.can_grow
 
 
-def _open_tracking(prepared: PreparedRun) -> Tracking:
+def _open_tracking(prepared: PreparedRun, owner: str) -> Tracking:
     return open_tracking(
         prepared.run.track,
         experiment=prepared.dataset.name,
         journal_dir=local_run_folder(prepared.run_dir) / "journal",
         resuming=bool(prepared.mlflow.get("run_id")),
+        owner=owner,
     )
 
 

@@ -38,7 +38,8 @@ _BLOCK = 1 << 20
 """Bytes that one call of `read` takes from a file."""
 
 Record = dict[str, Any]
-"""One line of a journal: `op` says what it is, `t` when it was written (ms since 1970)."""
+"""One line of a journal: `op` says what it is, `t` when it was written (ms since 1970), `owner`
+which launch wrote it (see `Owners`)."""
 
 
 def journal_file(folder: Path, name: str) -> Path:
@@ -197,11 +198,36 @@ def opening(path: Path) -> Record | None:
 
 def is_open(path: Path) -> bool:
     """Whether the run was started after it was last ended."""
-    last = ""
+    last, owners = "", Owners()
     for record in read_all(path):
-        if record["op"] in ("run", "open", "end"):
+        if not owners.is_late(record) and record["op"] in ("run", "open", "end"):
             last = record["op"]
     return last in ("run", "open")
+
+
+class Owners:
+    """Tells the lines of a launch that lost the run to another one, given the journal in order.
+
+    A machine that was paused or cut off may write after its successor has begun. Each line carries
+    the token of its launch; once a new token has appeared, lines with an earlier one are late.
+    Lines without a token (of earlier versions, or repairs) always count.
+    """
+
+    def __init__(self) -> None:
+        self.late = 0
+        """Late lines so far."""
+        self._current = ""
+        self._earlier: set[str] = set()
+
+    def is_late(self, record: Record) -> bool:
+        owner = record.get("owner") or self._current
+        if owner in self._earlier:
+            self.late += 1
+            return True
+        if owner != self._current:
+            self._earlier.add(self._current)
+            self._current = owner
+        return False
 
 
 # --- how far a journal has been delivered ---------------------------------------------------------
@@ -217,6 +243,8 @@ class State:
     ended: bool = False
     rejected: int = 0
     """Records that MLflow will never take; they are kept in `<name>.rejected.jsonl`."""
+    late: int = 0
+    """Records that were not sent, because their launch had lost the run (see `Owners`)."""
 
     @classmethod
     def load(cls, journal: Path) -> State:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ftlib.track import views
-from ftlib.track.journal import Record, State, encode, read, read_all, rejected_file
+from ftlib.track.journal import Owners, Record, State, encode, read, read_all, rejected_file
 from ftlib.track.logged_model import ModelFolder, log_model
 from ftlib.track.store import ensure_experiment, first_line, request_timeout
 
@@ -167,7 +167,7 @@ class RunDelivery:
         self.is_uploading = False
         """Whether a file or model is on its way, which takes a while on a healthy server too."""
         self._tries = 0
-        self._sent: SentPoints | None = None
+        self._before: tuple[SentPoints, Owners] | None = None
 
     @property
     def is_pending(self) -> bool:
@@ -194,7 +194,7 @@ class RunDelivery:
             )
             self.state = State(rejected=self.state.rejected)
             self.state.save(self.path)
-            self._sent = None
+            self._before = None
         except RunGoneError:
             self.is_gone = True
             log.warning(
@@ -204,11 +204,13 @@ class RunDelivery:
             )
 
     def _deliver_block(self, mlflow: MlflowClient, done: Callable[[], None]) -> None:
-        sent = self._points_sent()
+        sent, owners = self._read_before()
         batch = RequestBatch()
         for record, end in read(self.path, self.state.offset):
             if record is None:
                 log.warning("tracking: %s holds a torn line, which is skipped", self.path)
+                batch.end = end
+            elif owners.is_late(record):
                 batch.end = end
             elif record["op"] in BATCH_SIZES:
                 new = sent.new(record) if record["op"] == "metrics" else record
@@ -225,18 +227,31 @@ class RunDelivery:
                 self._advance(end)
                 done()
         self._send(mlflow, batch)
-        self._sent = sent
+        self._before = sent, owners
+        self._count_late(owners.late)
         done()
 
-    def _points_sent(self) -> SentPoints:
-        """What has been sent, read from the journal at first and after an error."""
-        sent, self._sent = self._sent, None
-        if sent is None:
-            sent = SentPoints()
+    def _read_before(self) -> tuple[SentPoints, Owners]:
+        """What has been sent, and who wrote it: read from the journal at first and after an
+        error."""
+        before, self._before = self._before, None
+        if before is None:
+            before = sent, owners = SentPoints(), Owners()
             for record in read_all(self.path, self.state.offset):
-                if record["op"] == "metrics":
+                if not owners.is_late(record) and record["op"] == "metrics":
                     sent.new(record)
-        return sent
+        return before
+
+    def _count_late(self, late: int) -> None:
+        if late > self.state.late:
+            log.warning(
+                "tracking: %d records in %s were written by a launch after it had lost the run to "
+                "another one, and are not sent",
+                late - self.state.late,
+                self.path,
+            )
+            self.state.late = late
+            self.state.save(self.path)
 
     def _advance(self, end: int) -> None:
         if end > self.state.offset:
@@ -455,6 +470,7 @@ def requeue(journal: Path) -> int:
         with open(journal, "ab") as file:
             for record in records:
                 record.pop("why", None)
+                record.pop("owner", None)
                 file.write(encode({**record, "requeued": True}))
         path.unlink()
     return len(records)

@@ -22,8 +22,8 @@ from ftlib.track.journal import State, encode, journal_at
 class TrackerActor:
     """Runs on the driver's node; see `ActorJournal` for the calls."""
 
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str, owner: str) -> None:
+        self.folder, self.owner = Path(folder), owner
 
     def append(self, name: str, line: bytes) -> None:
         journal_at(self.folder / name).append(line)
@@ -33,7 +33,7 @@ class TrackerActor:
         kept.parent.mkdir(parents=True)
         kept.write_bytes(data)
         record = {"op": "artifact", "path": str(kept), "name": file, "folder": folder, "t": time_ms}
-        self.append(name, encode(record))
+        self.append(name, encode({**record, "owner": self.owner}))
 
     def state(self, name: str) -> State:
         return State.load(self.folder / name)
@@ -85,12 +85,12 @@ def may_span_machines() -> bool:
     return bool(os.environ.get("RAY_ADDRESS")) or sum(n["Alive"] for n in ray.nodes()) > 1
 
 
-def start(folder: Path) -> ActorJournal:
+def start(folder: Path, owner: str) -> ActorJournal:
     """Start a tracker actor on this node; does not wait until it is up."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     remote = ray.remote(TrackerActor)
     return ActorJournal(
         remote.options(
             num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here
-        ).remote(str(folder))
+        ).remote(str(folder), owner)
     )

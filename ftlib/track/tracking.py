@@ -24,6 +24,7 @@ import logging
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,9 +73,17 @@ class Tracking:
     """An open connection between a journal folder and an experiment. Made by `open_tracking`."""
 
     def __init__(
-        self, uri: str, experiment: str, folder: Path, offline: bool, leftovers: Iterable[Path] = ()
+        self,
+        uri: str,
+        experiment: str,
+        folder: Path,
+        offline: bool,
+        *,
+        leftovers: Iterable[Path] = (),
+        owner: str = "",
     ) -> None:
         self.uri, self.experiment = uri, experiment
+        self.owner = owner or uuid.uuid4().hex
         self.folder, self.offline = Path(folder), offline
         self.delivery = DeliveryThread(uri, self.folder, experiment, leftovers)
         self._remote: ActorJournal | None = None
@@ -112,11 +121,11 @@ class Tracking:
             from ftlib.track import tracker_actor
 
             if tracker_actor.may_span_machines():
-                self._remote = tracker_actor.start(self.folder)
+                self._remote = tracker_actor.start(self.folder, self.owner)
             else:
                 # Asked once: a Ray that has died by the run's end would not answer for a minute.
                 self._one_machine = tracker_actor.is_connected()
-        return JournalLocation(str(self.folder), machine_id(), self._remote)
+        return JournalLocation(str(self.folder), machine_id(), self._remote, self.owner)
 
     def handle(self) -> TrackerHandle:
         """For processes that start and finish runs of their own under this tracking (trials)."""
@@ -251,7 +260,7 @@ class Tracking:
 
     def _end_open_runs(self, outcome: str, note: str | None) -> None:
         tags = clean_tags({"reason": reason_of(note)}) if note else {}
-        location = JournalLocation(str(self.folder), machine_id())
+        location = JournalLocation(str(self.folder), machine_id(), owner=self.owner)
         for path in journals.find_journals(self.folder):
             if journals.is_open(path):
                 Writer(location, path.name).put({"op": "end", "outcome": outcome, "tags": tags})
@@ -291,6 +300,7 @@ def open_tracking(
     journal_dir: Path,
     resuming: bool = False,
     leftovers: Iterable[Path] | None = None,
+    owner: str = "",
 ) -> Tracking:
     """Resolve where to track to, make sure that it is there, and start delivering.
 
@@ -300,6 +310,7 @@ def open_tracking(
         resuming: the run exists already, so a server that cannot be reached is no reason to fail.
         leftovers: journal folders of other runs to deliver when nothing else waits; by default
             those beside this one (RUNS/*/journal).
+        owner: token of the launch, carried by each line of the journal; by default a new one.
 
     Raises:
         TrackingError: the address makes no sense, the store cannot be made, or the server does not
@@ -324,7 +335,7 @@ def open_tracking(
         elif sqlite_path(uri) is not None and not cfg.offline:
             with contextlib.suppress(TrackingError):  # the delivery will report what is wrong
                 ensure_store(uri)
-        return Tracking(uri, name, folder, cfg.offline, leftovers)
+        return Tracking(uri, name, folder, cfg.offline, leftovers=leftovers, owner=owner)
     except BaseException:
         journals.release(folder)
         raise

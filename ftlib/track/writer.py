@@ -89,6 +89,8 @@ class JournalLocation:
     """`machine_id()` of the driver's machine."""
     remote: RemoteJournal | None = None
     """None where every process is on the driver's machine."""
+    owner: str = ""
+    """Token of the launch, for each line that its processes write."""
 
     @property
     def is_local(self) -> bool:
@@ -126,7 +128,10 @@ class Writer:
 
     def put(self, record: Record) -> None:
         """Append a record; it gets the present time if it has none."""
-        line = encode({**record, "t": record.get("t") or now_ms()})
+        record = {**record, "t": record.get("t") or now_ms()}
+        if self.location.owner:
+            record["owner"] = self.location.owner
+        line = encode(record)
         if self.location.is_local:
             journal_at(Path(self.location.folder) / self.name).append(line)
         elif self.location.remote is not None:

@@ -15,6 +15,7 @@ import json
 import os
 import socket
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ftlib.config import Run
+from ftlib.launch.errors import LeaseLostError
 from ftlib.settings import ConfigError, Settings
 from ftlib.storage import is_remote, join, read_json, write_file
 
@@ -89,6 +91,8 @@ class TrialStore:
         self.trials: dict[int, Trial] = {}
         self.about: dict[str, Any] = {}
         """Contents of sweep.json."""
+        self.token = ""
+        """Names this driver in sweep.json, while it holds the lock."""
 
     def trials_root(self) -> str:
         return join(self.uri, "trials")
@@ -135,6 +139,8 @@ class TrialStore:
                     + "\n  ".join(differ)
                     + "\nChoose another --name, or repeat that command's settings to go on with it"
                 )
+            if self.token:
+                self._write_about()
             return True
         self.about = {
             "schema": SCHEMA,
@@ -144,12 +150,31 @@ class TrialStore:
             "identity": dict(identity),
             **more,
         }
-        self.save_about()
+        self._write_about()
         return False
 
     def save_about(self, **changes: Any) -> None:
+        self._fence()
         self.about.update(changes)
+        self._write_about()
+
+    def _write_about(self) -> None:
+        if self.token:
+            self.about["driver"] = self.token
         write_file(join(self.uri, "sweep.json"), json.dumps(self.about, indent=1).encode())
+
+    def _fence(self) -> None:
+        """Raise LeaseLostError when another driver has opened the store since this one did: a
+        machine that was paused or cut off loses its lock, and object stores have none."""
+        if not self.token:
+            return
+        driver = (read_json(join(self.uri, "sweep.json")) or {}).get("driver")
+        if driver != self.token:
+            raise LeaseLostError(
+                f"{self.name} does not belong to this process any more: another one has gone on "
+                "with it while this one was suspended or cut off. This process stops and writes "
+                "nothing more"
+            )
 
     def add(self, trial: Trial) -> None:
         self.trials[trial.number] = trial
@@ -157,6 +182,7 @@ class TrialStore:
         self.save_about(proposed=max(self.about["proposed"], trial.number + 1))
 
     def save(self, trial: Trial) -> None:
+        self._fence()
         text = json.dumps(asdict(trial), indent=1)
         write_file(join(self.trials_root(), trial.name, "trial.json"), text.encode())
 
@@ -175,8 +201,10 @@ class TrialStore:
     def lock(self) -> Iterator[None]:
         """Keep other drivers out. The system frees the lock when the process ends, however it ends.
 
-        Object stores have no locks: nothing is held there. Raises ConfigError when it is taken.
+        Object stores have no locks: there, and where a lock was lost, the driver that opens the
+        store last owns it. Raises ConfigError when the lock is taken.
         """
+        self.token = uuid.uuid4().hex
         if is_remote(self.uri):
             yield
             return

@@ -1,12 +1,13 @@
 """Each point reaches MLflow once, also when steps are repeated after a lost checkpoint."""
 
 import math
+import re
 
 import pytest
 
 from ftlib.config import Track
 from ftlib.track import journal
-from ftlib.track.journal import journal_file
+from ftlib.track.journal import Owners, State, journal_file
 from ftlib.track.leftovers import requeue_folder
 from ftlib.track.run_delivery import RunDelivery, SentPoints
 from ftlib.track.tracking import open_tracking
@@ -112,3 +113,47 @@ def test_what_was_sent_is_read_again_from_the_journal_after_an_error(store, mlfl
     journal.close_journal(path)
     points = [(p.step, p.value) for p in mlflow.get_metric_history(run.run_id, "m")]
     assert sorted(points) == [(s, float(s)) for s in range(1, 7)]
+
+
+def test_a_new_token_makes_earlier_ones_late():
+    """Lines without a token are of earlier versions, or repairs: they always count."""
+    owners = Owners()
+    lines = ["", "a", "a", "", "b", "a", "", "b", "a", "c", "b", "c", "a"]
+    late = [owners.is_late({"op": "tags", "owner": owner} if owner else {}) for owner in lines]
+    assert [i for i, is_late in enumerate(late) if is_late] == [5, 8, 10, 12]
+    assert owners.late == 4
+
+
+@pytest.mark.parametrize("has_tokens", [True, False])
+def test_a_launch_that_lost_the_run_cannot_damage_its_successor(
+    store, mlflow, tmp_path, caplog, has_tokens
+):
+    """Its machine was paused; the successor has resumed the run when its last lines are written."""
+    folder, cfg = tmp_path / "journal", Track(uri=store)
+    first = open_tracking(cfg, experiment="e", journal_dir=folder, owner="first")
+    late = first.start_run("r", tags={}, params={}).writer()
+    late.metrics({"val/top1": 50.0}, 1)
+    assert first.drain()
+    first.abandon()
+    with open_tracking(cfg, experiment="e", journal_dir=folder, owner="second") as second:
+        run = second.start_run("r", tags={}, params={})
+        run.writer().metrics({"val/top1": 60.0}, 2)
+        late.metrics({"val/top1": 10.0}, 2)
+        late.tags({"best": "10"})
+        late.put({"op": "end", "outcome": "failed", "tags": {"reason": "late"}})
+        assert journal.is_open(run.path)
+        run.finish("completed")
+        assert not journal.is_open(run.path)
+    if not has_tokens:  # as an earlier version wrote it, delivered from the start
+        lines = [dict(line, owner="") for line in journal.read_all(run.path)]
+        run.path.write_bytes(b"".join(map(journal.encode, lines)))
+        journal.state_file(run.path).unlink()
+        RunDelivery(run.path, store).deliver(mlflow)
+    found = mlflow.get_run(run.run_id)
+    points = mlflow.get_metric_history(run.run_id, "val/top1")
+    assert {p.value for p in points} == ({50.0, 60.0} if has_tokens else {50.0, 60.0, 10.0})
+    assert (found.info.status, found.data.tags["outcome"]) == ("FINISHED", "completed")
+    assert ("best" in found.data.tags, "reason" in found.data.tags) == (not has_tokens,) * 2
+    said = "3 records in .*r.jsonl were written by a launch after it had lost the run"
+    assert len(re.findall(said, caplog.text)) == 1
+    assert State.load(run.path).late == (3 if has_tokens else 0)

@@ -1,17 +1,15 @@
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from ftlib.launch.errors import LeaseLostError
 from ftlib.settings import ConfigError
-from ftlib.storage import StorageError
 from ftlib.tune import trial_store
-from ftlib.tune.ray_tune import TrialEnd
-from ftlib.tune.trial_runs import TrialStoreWriter
 from ftlib.tune.trial_store import Trial, TrialStore
 
 ROOT = str(Path(__file__).resolve().parents[2])
@@ -95,51 +93,34 @@ with TrialStore({str(tmp_path)!r}, "s").lock():
         pass
 
 
+def test_a_driver_that_lost_its_lock_cannot_damage_its_successor(tmp_path, monkeypatch):
+    """A file system whose locks end while their holder is paused: the second driver goes on with
+    the trial, and what the first one still writes is refused."""
+    monkeypatch.setattr(trial_store, "FileLock", mock.MagicMock())
+    first, second = (TrialStore(str(tmp_path), "s") for _ in range(2))
+    with first.lock(), second.lock():
+        first.open({}, {})
+        first.add(Trial(0, {}, "recipe"))
+        second.open({}, {})
+        trial = second.trials[0]
+        trial.outcome = "completed"
+        second.save(trial)
+        first.trials[0].outcome = "failed"
+        for write in (
+            lambda: first.save(first.trials[0]),
+            lambda: first.add(Trial(1, {}, "tpe")),
+            lambda: first.save_about(sentence="late"),
+        ):
+            with pytest.raises(LeaseLostError, match="s does not belong to this process any more"):
+                write()
+        second.save_about(sentence="right")
+    found = TrialStore(str(tmp_path), "s")
+    assert found.read() and found.trials == {0: trial} and found.about["sentence"] == "right"
+
+
 def test_a_store_of_a_newer_ftlib_is_refused(tmp_path):
     store = TrialStore(str(tmp_path), "s")
     store.open({}, {})
     store.save_about(schema=99)
     with pytest.raises(ConfigError, match="newer ftlib"):
         TrialStore(str(tmp_path), "s").read()
-
-
-def drive(root):
-    """A sweep of three trials of two epochs, which goes on from what is on disk."""
-    store = TrialStore(str(root), "s")
-    store.open({}, {})
-    writer = TrialStoreWriter(store)
-    for number in range(3):
-        if number not in store.trials:
-            store.add(Trial(number, {"model.dropout": number / 10}, "tpe"))
-        trial = store.trials[number]
-        if trial.outcome:
-            continue
-        for epoch in range(trial.epoch + 1, 3):
-            writer.progressed(trial, {"epoch": epoch, "score": 50.0 + number + epoch})
-        writer.ended(trial, TrialEnd("completed", "", {"run_dir": f"t{number}"}))
-    return store
-
-
-@pytest.mark.parametrize("in_a_row", [1, 3])
-def test_a_sweep_goes_on_after_any_failed_write(tmp_path, monkeypatch, in_a_row):
-    expected = drive(tmp_path / "whole").trials
-    write, count, failing = trial_store.write_file, [0], [range(0)]
-
-    def write_file(uri, data):
-        count[0] += 1
-        if count[0] in failing[0]:
-            raise StorageError("the disk is full")
-        write(uri, data)
-
-    monkeypatch.setattr(trial_store, "write_file", write_file)
-    drive(tmp_path / "counted")
-    writes = count[0]
-    assert writes > 10
-    for first in range(1, writes + 1):
-        count[0], failing[0] = 0, range(first, first + in_a_row)
-        root = tmp_path / f"{in_a_row}-{first}"
-        for _ in range(in_a_row + 1):
-            with contextlib.suppress(StorageError):
-                drive(root)
-        store = TrialStore(str(root), "s")
-        assert store.read() and store.trials == expected, f"write {first} failed"
