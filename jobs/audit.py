@@ -10,6 +10,7 @@ code: 1 where a threshold is exceeded.
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 from ftlib.checks import check_data
 from ftlib.cli import ResultOptions, job, options, reporting
 from ftlib.flags import Metavar, Position
-from ftlib.paths import data_path, home, run_folder
+from ftlib.paths import data_path, home, job_command, run_folder
 from ftlib.settings import Between
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"  {count:7,}  {what}" + (f" ({remedy})" if count else ""))
             findings[what] = count
         print(f"page: {page}")
+        if not asked.run:
+            print(f"Next: {job_command('probe', shlex.quote(asked.data))}")
         too_many = exceeded(found, asked)
         result.update(page=page, findings=findings, exceeded=too_many)
         if too_many:

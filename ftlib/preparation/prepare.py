@@ -136,8 +136,10 @@ def prepare(
     tasks = _plan(listing, out, rules, addition)
     inputs = _inputs(listing, [task.digest for task in tasks])
     older = _inputs(listing, [task.digest_of(VALIDATION_VERSION - 1) for task in tasks])
+    made = _made(name, listing, rules, reading)
     with _writing(out):
-        done = addition.unchanged() if addition else _existing(out, {inputs, older}, overwrite)
+        same = {inputs, older} | _of_the_same_built_in(out, made)
+        done = addition.unchanged() if addition else _existing(out, same, overwrite)
         if done is not None:
             report = json.loads(storage.read_file(storage.join(out, "report.json")) or b"{}")
             return PreparationResult(out, done, report, True, time.monotonic() - started)
@@ -150,7 +152,7 @@ def prepare(
             tasks=tasks,
             records=records,
             inputs=inputs,
-            made=_made(name, listing, rules, reading),
+            made=made,
             addition=addition,
         )
         dataset, report = finish.write(max_bad_fraction)
@@ -291,6 +293,19 @@ def _inputs(listing: Listing, digests: list[str]) -> str:
     """sha256 of what a set is made from."""
     rejected = [list(row) for row in listing.rejected]
     return hashlib.sha256(canonical([digests, rejected])).hexdigest()
+
+
+def _of_the_same_built_in(out: str, made: dict[str, Any]) -> set[str]:
+    """The inputs of the set at `out`, if it was made of the same built-in pictures by the same
+    options: their files may have other times, as in a home that was copied."""
+    try:
+        manifest = storage.read_json(storage.join(out, MANIFEST)) or {}
+    except storage.DamagedError:  # which is said when the set is opened
+        return set()
+    keys = ("source", "rules", "val_fraction", "seed", "reading")
+    old, new = ({k: of.get(k) for k in keys} for of in (manifest.get("made", {}), made))
+    built_in = made["folder"] == str(paths.home() / "sources" / made["source"])
+    return {manifest["inputs"]} if built_in and canonical(old) == canonical(new) else set()
 
 
 def _existing(out: str, inputs: set[str], overwrite: bool) -> Dataset | None:

@@ -471,6 +471,11 @@ def test_digits(home: Path) -> None:
     assert len(done.dataset.split("train")) == 1078 and len(done.dataset.split("val")) == 719
     assert done.report["refused"] == done.report["repaired"] == 0
     assert prepare("digits", progress=False).already_done
+    for file in (home / "sources" / "digits").rglob("*.jpg"):
+        os.utime(file, (1, 1))  # as in a copied home
+    assert prepare("digits", progress=False).already_done
+    with pytest.raises(DataError, match="with other options"):
+        prepare("digits", rules=PrepareOptions(quality=50), progress=False)
 
 
 def test_ray_tasks_make_the_same_set(
