@@ -36,6 +36,8 @@ TRAINING = f"""
     --train.ema-decay 0.98 --gates.val-top1 0
 """
 SWEEP = "quick-sample-phase2"
+IN_THE_WAY = ("assistant.chat_panel.close", "shared_view.dismiss")
+"""What MLflow shows over or beside the charts: buttons that close it."""
 WIDTH, CHARTS_WIDTH = 1000, 1200
 """Of our pages and of MLflow's, in pixels."""
 LARGEST = 120_000
@@ -80,7 +82,11 @@ def charts(address: str, image: str, *, drawn: int, height: int) -> None:
         try:
             browser.call("Page.navigate", url=address)
             browser.wait(f"document.querySelectorAll('.main-svg').length >= {2 * drawn}", 120)
-            time.sleep(5)  # the last ones are being drawn
+            for button in IN_THE_WAY:
+                browser.evaluate(
+                    f"document.querySelector('[data-component-id$=\"{button}\"]')?.click()"
+                )
+            time.sleep(10)  # charts are drawn again, for more room
             taken = browser.call("Page.captureScreenshot", format="png")
         finally:
             browser.close()

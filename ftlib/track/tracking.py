@@ -221,14 +221,25 @@ class Tracking:
             )
         return done
 
-    def end_orphan(self, name: str, outcome: str, note: str | None = None) -> None:
-        """End the run of a process that died (a trial's), if it is still open."""
+    def end_orphan(
+        self,
+        name: str,
+        outcome: str,
+        note: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """End the run of a process that died (a trial's), if it is still open.
+
+        `metrics` are logged at step 0 before.
+        """
         path = journal_file(self.folder, name)
         start = opening(path)
         if start is not None and journals.is_open(path):
             tracked = TrackedRun(
                 name, start["key"], self.location(), redact_address(self.uri), self
             )
+            if metrics:
+                tracked.writer().metrics(metrics, step=0)
             tracked.finish(outcome, note)
 
     def close(self, outcome: str = "killed", note: str | None = None) -> None:

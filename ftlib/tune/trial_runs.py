@@ -216,20 +216,25 @@ class TrialTracker:
             title = self.group.title(trial)
             self._worker.submit(self.tracking.end_orphan, title, "pruned", end.reason)
 
-    def _log_best(self, trial: Trial) -> None:
+    def _best(self, trial: Trial) -> dict[str, float]:
         """The best score of a trial that was stopped, so that charts of all trials show it."""
         if not trial.history:
-            return
+            return {}
         best = max(trial.history, key=lambda point: point["score"])
-        values = {f"best/{self.group.split}_top1": best["score"], "best/epoch": best["epoch"]}
-        self.tracking.writer_of(self.group.title(trial)).metrics(values, step=0)
+        return {f"best/{self.group.split}_top1": best["score"], "best/epoch": best["epoch"]}
+
+    def _log_best(self, trial: Trial) -> None:
+        if best := self._best(trial):
+            self.tracking.writer_of(self.group.title(trial)).metrics(best, step=0)
 
     def close(self) -> None:
         """End what is still open, once no trial runs any more."""
         self._worker.shutdown(wait=True)
         for trial, outcome in self._stopped:
             reason = trial.reason or "the sweep was stopped"
-            self.tracking.end_orphan(self.group.title(trial), outcome, reason)
+            # A process of Tune's that ends with the sweep has not logged its trial's best score.
+            best = self._best(trial) if self.local else None
+            self.tracking.end_orphan(self.group.title(trial), outcome, reason, best)
 
     def _reopen(self, trial: Trial) -> TrackedRun:
         kind = {"kind": self.group.kind, "trial": trial.label}

@@ -308,8 +308,8 @@ def test_the_best_score_of_a_pruned_trial_reaches_mlflow_before_its_run_ends(tmp
         def metrics(self, values, step):
             calls.append(("metrics", values, step))
 
-        def end_orphan(self, title, outcome, reason):
-            calls.append(("end", title, outcome))
+        def end_orphan(self, title, outcome, reason, metrics=None):
+            calls.append(("end", title, outcome, metrics))
 
     store = TrialStore(str(tmp_path), "s")
     group = TrialGroup(store, RECIPE, INPUTS, "tuning", "trial", {})
@@ -319,7 +319,12 @@ def test_the_best_score_of_a_pruned_trial_reaches_mlflow_before_its_run_ends(tmp
     tracker.ended(trial, TrialEnd("pruned", "why"))
     tracker.close()
     best = {"best/tuning_top1": 50.0, "best/epoch": 1}
-    assert calls[:2] == [("metrics", best, 0), ("end", "t03 mx.5", "pruned")]
+    assert calls[:2] == [("metrics", best, 0), ("end", "t03 mx.5", "pruned", None)]
+    calls.clear()
+    local = TrialTracker(group, Tracking(), "parent", local=True)
+    local.ended(trial, TrialEnd("pruned", "why"))
+    local.close()
+    assert calls == [("end", "t03 mx.5", "pruned", best)]
 
 
 def test_slots_and_resources_are_computed_from_the_cluster():
