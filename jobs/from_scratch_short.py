@@ -20,7 +20,7 @@ FROM_SCRATCH_SHORT = Run(
     model=Model(arch="resnet18"),
     loss=CrossEntropy(label_smoothing=0.1),
     optimizer=Adam(lr=1e-3),
-    schedule=OneCycle(peak=3.0, up=0.3, div=5.0, final_div=1000.0),
+    schedule=OneCycle(peak=3.0, up=0.15, div=5.0, final_div=1000.0),
     train=Train(epochs=8, batch_size=128, microbatch_size=128),
     measured=Measured(size=32, images=4000, epochs=8),
 )
