@@ -299,6 +299,24 @@ def test_recipes_in_their_smallest_form(job, halves, tmp_path, capsys):
     assert not list((tmp_path / "out/recipes").glob("trainings/*.part"))
 
 
+def test_a_way_that_fails_is_named_and_the_others_are_compared(halves, tmp_path, monkeypatch):
+    """Also where it fails after some seeds."""
+    monkeypatch.setattr(recipes, "_run", lambda words: "[40.0, 50.0]")
+    answers = iter([[45.0], BenchmarkError("no memory left")])
+
+    def timm(*_):
+        found = next(answers)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(recipes, "by_timm", timm)
+    part = recipes.benchmark(smallest_plan(timm="train.py"), halves, tmp_path, quiet)
+    assert list(part.curves) == ["ftlib phase1", recipes.TORCHVISION, recipes.PLAIN]
+    assert "timm's train.py: not measured: no memory left" in part.notes
+    assert f"ftlib phase1 minus {recipes.PLAIN}: +0.00 points [+0.00, +0.00], p = 1" in part.notes
+
+
 def test_peers_read_the_very_bytes_that_ftlib_reads(halves, tmp_path):
     dataset = loader.prepared(halves, tmp_path / "set", recipes.PrepareOptions(), val_fraction=0.2)
     folder = recipes.as_folders(dataset, tmp_path / "pictures")

@@ -91,6 +91,7 @@ def benchmark(plan: RecipesPlan, source: Path, folder: Path, say: Say) -> Part:
                 done = finished(cell, folder, say)
             except BenchmarkError as error:
                 missing[cell.way] = str(error)
+                found.pop(cell.way, None)  # pairs need all seeds
                 continue
             found.setdefault(cell.way, []).append(done)
             say(f"{cell.way}, seed {seed}: {done.curve[-1]:.1f} %, {done.cpu:.0f} CPU seconds")
