@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import random
 import re
 import socket
 import sqlite3
@@ -38,6 +39,8 @@ log = logging.getLogger("ftlib.track")
 
 REACH_SECONDS = 9.0
 """A server that has not answered after this is unreachable."""
+TABLES_SECONDS = 60.0
+"""How long MLflow may take to make its tables in an empty database, or wait for who makes them."""
 LOCK_SECONDS = 120.0
 """How long one process waits for another that makes the store."""
 SERVER_SCHEMES = ("http", "https")
@@ -485,18 +488,49 @@ def reach(uri: str, seconds: float = REACH_SECONDS) -> None:
     """
     _require_plugin(uri)
     try:
-        mlflow = client(uri)  # importing MLflow takes seconds, which are not the server's
-        if sqlite_path(uri) is not None:
-            mlflow.search_experiments(max_results=1)
-            return
+        import_mlflow(uri)  # takes seconds, which are not the server's
         started = time.monotonic()
         place = host_and_port(uri)
         if place is not None:
             socket.create_connection(place, timeout=min(5.0, seconds)).close()
+        if scheme(uri) in DATABASE_SCHEMES:
+            _open_database(lambda: client(uri).search_experiments(max_results=1))
+            return
+        mlflow = client(uri)
         left = max(1.0, seconds - (time.monotonic() - started))
         within(left, lambda: mlflow.search_experiments(max_results=1))
     except Exception as error:
         raise TrackingError(why_unreachable(uri, error)) from None
+
+
+def _open_database(ask: Callable[[], object]) -> None:
+    """`ask()`, which makes MLflow's tables in an empty database.
+
+    Where several processes start at once, one makes them and the others meet half of them
+    ("relation already exists", "out-of-date database schema"): these ask again until it is done.
+    """
+    end = time.monotonic() + TABLES_SECONDS
+    while True:
+        try:
+            within(max(1.0, end - time.monotonic()), ask)
+            return
+        except Exception as error:
+            if not _half_made(error) or time.monotonic() > end:
+                raise
+        time.sleep(random.uniform(0.5, 1.5))
+
+
+def _half_made(error: BaseException) -> bool:
+    """Whether a database's error is one of tables, not of the connection or of rights."""
+    from sqlalchemy import exc
+
+    kinds = (exc.IntegrityError, exc.ProgrammingError, exc.InternalError)
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, kinds) or "out-of-date database schema" in str(chain):
+            return "permission denied" not in str(chain)
+        chain = chain.__cause__ or chain.__context__
+    return False
 
 
 def _require_plugin(uri: str) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import sqlalchemy.exc
+from mlflow.exceptions import MlflowException
 
 from ftlib.track import store
 from ftlib.track.store import (
@@ -28,6 +31,57 @@ def test_the_default_is_a_database_below_the_home(home, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://u:p@h:5000/")
     assert resolve_uri() == "http://u:p@h:5000"
     assert resolve_uri("sqlite:////x/y.db") == "sqlite:////x/y.db"
+
+
+@pytest.mark.parametrize(
+    "half_made",
+    [
+        sqlalchemy.exc.IntegrityError("CREATE TABLE", None, Exception("duplicate key value")),
+        sqlalchemy.exc.ProgrammingError("CREATE TABLE", None, Exception("already exists")),
+        MlflowException("Detected out-of-date database schema (found version a, but expected b)"),
+    ],
+)
+def test_a_database_whose_tables_another_process_makes_is_asked_again(monkeypatch, half_made):
+    answers = [half_made, half_made, []]
+
+    def search_experiments(max_results):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(
+        store, "client", lambda uri: SimpleNamespace(search_experiments=search_experiments)
+    )
+    monkeypatch.setattr(store.time, "sleep", lambda seconds: None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        store.reach(f"postgresql://u:p@127.0.0.1:{server.getsockname()[1]}/mlflow")
+    assert not answers
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        sqlalchemy.exc.OperationalError("SELECT 1", None, Exception("password is wrong")),
+        sqlalchemy.exc.ProgrammingError("CREATE TABLE", None, Exception("permission denied")),
+    ],
+)
+def test_other_errors_of_a_database_are_said_at_once(monkeypatch, other):
+    asked = []
+
+    def search_experiments(max_results):
+        asked.append(max_results)
+        raise other
+
+    monkeypatch.setattr(
+        store, "client", lambda uri: SimpleNamespace(search_experiments=search_experiments)
+    )
+    with (
+        socket.create_server(("127.0.0.1", 0)) as server,
+        pytest.raises(TrackingError, match=str(other.orig)),
+    ):
+        store.reach(f"postgresql://u:p@127.0.0.1:{server.getsockname()[1]}/mlflow")
+    assert asked == [1]
 
 
 def test_relative_sqlite_paths_become_absolute(tmp_path, monkeypatch):
