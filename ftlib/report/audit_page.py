@@ -12,6 +12,7 @@ import numpy as np
 
 from ftlib.data.decode import decode
 from ftlib.data.shards import Dataset
+from ftlib.preparation.sources.splits import TornGroup, guessed_groups, torn_groups
 from ftlib.report import html
 from ftlib.report.audit import (
     Fingerprint,
@@ -52,6 +53,8 @@ class Audit:
     """Pictures whose labels were checked."""
     agreement: float
     """Share of those on which the model that judges labels agrees with them, 0..1."""
+    torn: list[TornGroup]
+    """What look like groups by their names and lie in more than one split."""
 
     def crosses(self, pair: Pair) -> bool:
         """One picture is in train, the other in val."""
@@ -140,7 +143,20 @@ def audit(
         suspects=doubtful,
         checked=len(chosen),
         agreement=agreement,
+        torn=torn_by_names(dataset),
     )
+
+
+def torn_by_names(dataset: Dataset) -> list[TornGroup]:
+    """Groups torn apart between the splits, by the pictures' names; none where the set was prepared
+    with groups, which are whole."""
+    reading = dataset.manifest.get("made", {}).get("reading", {})
+    if reading.get("group_column") or reading.get("group_pattern"):
+        return []
+    splits = [name for name in dataset.splits for _ in range(len(dataset.split(name)))]
+    parts = [dataset.split(name) for name in dataset.splits]
+    files = [part.path(row) for part in parts for row in range(len(part))]
+    return torn_groups(guessed_groups(files, len(dataset.classes))[1], splits)
 
 
 def summary(found: Audit) -> list[tuple[str, int, str]]:
@@ -178,6 +194,11 @@ def summary(found: Audit) -> list[tuple[str, int, str]]:
             f"of {found.checked:,} checked; {_label_model(found)}",
         ),
         ("odd sizes", len(found.odd), "far from the others in area or shape"),
+        (
+            "groups by name in more than one split",
+            len(found.torn),
+            "patients, videos or bursts? Keep them whole: prepare --group-pattern",
+        ),
     ]
 
 
@@ -253,6 +274,7 @@ def _sections(found: Audit, figure: bytes) -> list[str]:
             "Both perceptual hashes differ in a few bits of 64.",
         ),
         *_odd(found),
+        *_torn(found),
         html.section("Classes", html.plot(figure, "pictures per class and split")),
     ]
 
@@ -280,6 +302,8 @@ def _rows(found: Audit) -> Iterator[tuple[str, str, str, str, str, str]]:
         height, width = found.image(int(i)).shape[:2]
         own = classes[found.labels[i]]
         yield "odd size", found.file(int(i)), own, "", "", f"{width} x {height}"
+    for group in found.torn:
+        yield "torn group", group.name, "", "", "", str(group)
 
 
 def classes_figure(found: Audit) -> bytes:
@@ -363,6 +387,19 @@ def _odd(found: Audit) -> list[str]:
         cards.append(html.card(f"{width} x {height}", [_picture(found, int(i))]))
     note = "Far from the others in area or shape." + _more(len(found.odd))
     return [html.section(f"Odd sizes: {len(found.odd):,}", html.grid(cards), note=note)]
+
+
+def _torn(found: Audit) -> list[str]:
+    if not found.torn:
+        return []
+    splits = found.dataset.splits
+    rows = [(g.name, *(f"{g.counts.get(s, 0):,}" for s in splits)) for g in found.torn[:SHOWN]]
+    note = (
+        "Names that look like those of one patient, video or burst. If they are, the scores of "
+        "val and test flatter. Prepare the set again with --group-pattern." + _more(len(found.torn))
+    )
+    title = f"Groups in more than one split: {len(found.torn):,}"
+    return [html.section(title, html.table(("group", *splits), rows), note=note)]
 
 
 def _more(count: int) -> str:

@@ -224,3 +224,23 @@ def test_the_job_ends_with_1_where_a_threshold_is_passed(planted, tmp_path, caps
     assert ended.value.code == 1 and "leaks 2, more than --max-leaks 0" in capsys.readouterr().err
     module.main([planted.path, "--out", str(tmp_path / "b"), "--max-leaks", "2"])
     assert (tmp_path / "b" / "audit.html").exists()
+
+
+def test_patients_in_train_and_test_are_named(tmp_path):
+    for split, patients in (("train", range(4)), ("val", (4,)), ("test", (2, 3, 5))):
+        for patient in patients:
+            for shot in range(2):
+                name = f"{split}/{'ab'[patient % 2]}/p{patient}_{shot}{len(split)}.png"
+                made_picture = tmp_path / "pictures" / name
+                made_picture.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(scene(100 * patient + 10 * shot + len(split))).save(made_picture)
+    prepared = prepare(tmp_path / "pictures", tmp_path / "set", progress=False)
+    torn = ["p2: 2 train, 2 test", "p3: 2 train, 2 test"]
+    assert any(torn[0] in warning for warning in prepared.report["warnings"])
+    found = audit_page.audit(prepared.dataset)
+    assert [str(group) for group in found.torn] == torn
+    page, _, table = audit_page.write(found, tmp_path)
+    assert "Groups in more than one split: 2" in page.read_text()
+    with open(table) as file:
+        kept = [row["detail"] for row in csv.DictReader(file) if row["finding"] == "torn group"]
+    assert kept == torn

@@ -65,6 +65,8 @@ class LabelledFiles:
     rejected: list[Rejected] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    group_column: str = ""
+    """Column that looks like groups though no option names it; `rows` have its values."""
     hint: str = ""
     """Why a table beside the pictures is not used, for the message where there is one class."""
     keep_order: bool = False

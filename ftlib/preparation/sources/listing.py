@@ -34,6 +34,7 @@ from ftlib.preparation.sources.splits import (
     groups_split_off,
     refuse_torn_groups,
     split_off,
+    warning_of_torn_groups,
     with_groups,
 )
 from ftlib.preparation.sources.table import ENDINGS as TABLES
@@ -396,6 +397,19 @@ def _split(
         found.notes.append(f"{counted(len({row.group for row in rows}), 'group')} of pictures")
         if alone:
             warnings.append(f"{counted(alone, 'picture')} in no group: each is taken for its own")
+    held = _with_val(root, found, options, rows)
+    if not grouped and (
+        torn := warning_of_torn_groups(held, found.group_column, options.val_fraction)
+    ):
+        warnings.append(torn)
+    return held
+
+
+def _with_val(
+    root: str, found: LabelledFiles, options: SourceOptions, rows: list[Labelled]
+) -> list[Labelled]:
+    """The rows, some of train's moved to val where that was asked for."""
+    grouped = bool(options.group_column or options.group_pattern)
     has_val = any(row.split == "val" for row in rows)
     fraction = options.val_fraction
     if has_val and fraction is not None:

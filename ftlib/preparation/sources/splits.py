@@ -1,17 +1,78 @@
-"""Validation pictures split off train: a share of each class, or whole groups of pictures."""
+"""Validation pictures split off train: a share of each class, or whole groups of pictures.
+
+Groups are pictures of one patient, video or burst. Torn apart between splits, they make scores
+flatter: the model has seen nearly the same picture.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-from ftlib.data.shards import DataError
+from ftlib.data.shards import SPLITS, DataError
 from ftlib.preparation.sources.layout import Labelled
-from ftlib.preparation.sources.naming import counted, listed
+from ftlib.preparation.sources.naming import counted
 from ftlib.preparation.sources.options import SourceOptions
 from ftlib.text import printable
+
+GROUP_PATTERNS = (
+    r"([^/]*[0-9][^/]*?)[-_. (]+(?:[A-Za-z]{0,8}[0-9]+|left|right)[)]?[.][^./]+$",
+    r"([^/]*[0-9][^/]*)/[^/]+$",
+)
+"""Names that look like those of groups: patient03_07.png, 12_left.jpeg, video3/0007.jpg."""
+FEWEST_GROUPS = 3
+LARGEST_GROUP = 1 / 3
+"""Share of all pictures. A larger group is a word that all names have."""
+
+
+class TornGroup(NamedTuple):
+    """A group with pictures in more than one split."""
+
+    name: str
+    counts: dict[str, int]
+    """Split -> pictures."""
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{n:,} {split}" for split, n in self.counts.items())
+        return f"{printable(self.name)}: {counts}"
+
+
+def torn_groups(groups: Iterable[str], splits: Iterable[str]) -> list[TornGroup]:
+    """The groups (a name for each picture, empty for none) that lie in more than one split, the one
+    with the most pictures outside train first."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for group, split in zip(groups, splits):
+        if group:
+            found[group][split or "train"] += 1
+    torn = [
+        TornGroup(name, {split: counts[split] for split in SPLITS if counts[split]})
+        for name, counts in found.items()
+        if len(counts) > 1
+    ]
+    return sorted(torn, key=lambda g: (g.counts.get("train", 0) - sum(g.counts.values()), g.name))
+
+
+def guessed_groups(files: Sequence[str], classes: int) -> tuple[str, list[str]]:
+    """(pattern, a group for each file name, empty where it fits none), for names that look like
+    those of groups: several in each class, and most pictures in a group of at least two.
+
+    Without such names: ("", [])
+    """
+    for pattern in GROUP_PATTERNS:
+        compiled = re.compile(pattern)
+        groups = [match[1] if (match := compiled.search(file)) else "" for file in files]
+        sizes = Counter(filter(None, groups))
+        repeated = [size for size in sizes.values() if size > 1]
+        if (
+            len(repeated) >= max(FEWEST_GROUPS, 2 * classes)
+            and sum(repeated) >= len(files) / 2
+            and max(repeated) <= LARGEST_GROUP * len(files)
+        ):
+            return pattern, groups
+    return "", []
 
 
 def split_off(files: Sequence[str], fraction: float, seed: int) -> set[str]:
@@ -75,14 +136,45 @@ def with_groups(rows: list[Labelled], options: SourceOptions) -> tuple[list[Labe
 
 def refuse_torn_groups(rows: Sequence[Labelled]) -> None:
     """Raise DataError where a group has pictures in two splits."""
-    splits: dict[str, set[str]] = defaultdict(set)
-    for row in rows:
-        splits[row.group].add(row.split or "train")
-    if torn := sorted(group for group, found in splits.items() if len(found) > 1):
-        first = torn[0]
+    if torn := torn_groups((row.group for row in rows), (row.split for row in rows)):
+        groups = len({row.group for row in rows})
         raise DataError(
-            f"{counted(len(torn), 'group')} of {len(splits):,} have pictures in more than one "
-            f"split (first: {printable(first)}, in {listed(sorted(splits[first]))}): scores would "
-            "flatter. Move each group into one split, or give one folder of classes and "
-            "--val-fraction"
+            f"{counted(len(torn), 'group')} of {groups:,} have pictures in more than one split "
+            f"({said(torn)}): scores would flatter. Move each group into one split, or give one "
+            "folder of classes and --val-fraction"
         )
+
+
+def warning_of_torn_groups(rows: Sequence[Labelled], column: str, fraction: float | None) -> str:
+    """What to say where pictures that look like groups, by a table's column or by their names, lie
+    in two splits; empty where none do.
+
+    `fraction`: the share that was split off, which --group-column and --group-pattern would keep
+    groups whole in.
+    """
+    option, groups = f"--group-column {column}", [row.group for row in rows]
+    if not column:
+        files = [row.file.path for row in rows]
+        pattern, groups = guessed_groups(files, len({row.label for row in rows}))
+        option = f"--group-pattern '{pattern}'"
+    torn = torn_groups(groups, (row.split for row in rows))
+    if not torn:
+        return ""
+    by = f"column {column!r}" if column else "their names"
+    remedy = f"add {option}"
+    if not fraction:
+        remedy = (
+            "move each into one split, or give one folder of classes with --val-fraction 0.1 "
+            f"{option}"
+        )
+    held = sum(sum(group.counts.values()) - group.counts.get("train", 0) for group in torn)
+    return (
+        f"what {by} may group is in more than one split: {counted(len(torn), 'group')} of "
+        f"{len(set(groups) - {''}):,}, with {counted(held, 'picture')} outside train "
+        f"({said(torn)}). If these are patients, videos or bursts, scores will flatter: {remedy}"
+    )
+
+
+def said(torn: Sequence[TornGroup], most: int = 5) -> str:
+    """The first groups, with their pictures in each split."""
+    return "; ".join(map(str, torn[:most])) + (" ..." if len(torn) > most else "")

@@ -55,6 +55,11 @@ LABEL_COLUMNS = tuple(
     ]
 )
 SPLIT_COLUMNS = ("split", "set", "subset", "partition", "dataset", "fold")
+GROUP_COLUMNS = frozenset(
+    f"{word}{ending}"
+    for word in ("patient", "subject", "lesion", "case", "slide", "video", "burst", "individual")
+    for ending in ("", "id", "name")
+)
 SPLIT_FLAGS = {
     "isvalid": ("val", "train"),
     "isval": ("val", "train"),
@@ -487,6 +492,13 @@ def _split_column(table: LabelTable, file: str) -> str:
     return ""
 
 
+def _group_column(table: LabelTable, columns: Columns, options: SourceOptions) -> str:
+    """The column that looks like groups by its name; empty where a pattern gives them."""
+    used = {columns.file, columns.label, columns.split, *columns.one_hot}
+    called = [c for c in table.columns if plain(c) in GROUP_COLUMNS and c not in used]
+    return called[0] if called and not options.group_pattern else ""
+
+
 def _split_meant(column: str, value: str) -> str:
     """The split that a cell means; nothing where it means none."""
     if plain(column) not in SPLIT_FLAGS:
@@ -572,7 +584,10 @@ def _read_table(
         + (f", splits from {columns.split!r}" if columns.split else "")
     )
     links = {link.path.rpartition("/")[2]: link for link in found.tree.links}
-    groups = table.column(options.group_column) if options.group_column else [""] * len(table.rows)
+    groups = [""] * len(table.rows)
+    if group := options.group_column or _group_column(table, columns, options):
+        groups = table.column(group)
+        found.group_column = "" if options.group_column else group
     splits = table.column(columns.split) if columns.split else [split] * len(table.rows)
     missing: list[str] = []
     unclear: list[tuple[str, list[File]]] = []
