@@ -156,7 +156,7 @@ def torn_by_names(dataset: Dataset) -> list[TornGroup]:
     splits = [name for name in dataset.splits for _ in range(len(dataset.split(name)))]
     parts = [dataset.split(name) for name in dataset.splits]
     files = [part.path(row) for part in parts for row in range(len(part))]
-    return torn_groups(guessed_groups(files, len(dataset.classes))[1], splits)
+    return torn_groups(guessed_groups(files, splits, len(dataset.classes))[1], splits)
 
 
 def summary(found: Audit) -> list[tuple[str, int, str]]:

@@ -329,6 +329,8 @@ def _note_unused(tree: Tree, split_folders: dict[str, str], found: LabelledFiles
         if top not in used and is_picture(file):
             where = f"{top}/" if "/" in file.path else "the folder itself"
             found.aside[f"pictures in {where}"] += 1
+        elif top not in used:
+            found.aside["files that are no pictures"] += 1
 
 
 def _note_nested(found: LabelledFiles, branch: _Branch, options: SourceOptions) -> None:

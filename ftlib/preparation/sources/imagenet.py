@@ -70,6 +70,8 @@ class ImageNet:
         _read_val(tree, outer, options, found)
         if test := sum(is_picture(f) for f in tree.files if f.path.startswith("test/")):
             found.aside["pictures without labels in test/"] += test
+        if others := sum(not is_picture(file) for file in tree.files):
+            found.aside["files that are no pictures"] += others
         _name_synsets(_lookup(tree, outer), found)
         return found
 

@@ -55,17 +55,21 @@ def torn_groups(groups: Iterable[str], splits: Iterable[str]) -> list[TornGroup]
     return sorted(torn, key=lambda g: (g.counts.get("train", 0) - sum(g.counts.values()), g.name))
 
 
-def guessed_groups(files: Sequence[str], classes: int) -> tuple[str, list[str]]:
+def guessed_groups(
+    files: Sequence[str], splits: Sequence[str], classes: int
+) -> tuple[str, list[str]]:
     """(pattern, a group for each file name, empty where it fits none), for names that look like
-    those of groups: several in each class, and most pictures in a group of at least two.
+    those of groups: several in each class, and most pictures in a group of which one split has at
+    least two (numbers that start anew in each split are no groups).
 
     Without such names: ("", [])
     """
     for pattern in GROUP_PATTERNS:
         compiled = re.compile(pattern)
         groups = [match[1] if (match := compiled.search(file)) else "" for file in files]
-        sizes = Counter(filter(None, groups))
-        repeated = [size for size in sizes.values() if size > 1]
+        sizes = Counter(group for group in groups if group)
+        together = Counter((g, split) for g, split in zip(groups, splits) if g)
+        repeated = [sizes[g] for g in {g for (g, _), n in together.items() if n > 1}]
         if (
             len(repeated) >= max(FEWEST_GROUPS, 2 * classes)
             and sum(repeated) >= len(files) / 2
@@ -155,7 +159,8 @@ def warning_of_torn_groups(rows: Sequence[Labelled], column: str, fraction: floa
     option, groups = f"--group-column {column}", [row.group for row in rows]
     if not column:
         files = [row.file.path for row in rows]
-        pattern, groups = guessed_groups(files, len({row.label for row in rows}))
+        splits = [row.split for row in rows]
+        pattern, groups = guessed_groups(files, splits, len({row.label for row in rows}))
         option = f"--group-pattern '{pattern}'"
     torn = torn_groups(groups, (row.split for row in rows))
     if not torn:

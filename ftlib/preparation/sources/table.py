@@ -142,7 +142,7 @@ class Table:
         for table in tables:
             split = table.split if len(tables) > 1 else ""
             _read_table(table.fitted(names), names, options, found, split)
-        _finish(found)
+        _finish(found, {table.name for table in tables})
         return found
 
 
@@ -649,8 +649,8 @@ def _said(row: Labelled) -> str:
     return printable(f"{row.label} in {row.split}" if row.split else row.label)
 
 
-def _finish(found: LabelledFiles) -> None:
-    """Merge rows that name one file, and count the pictures that no row names."""
+def _finish(found: LabelledFiles, tables: set[str]) -> None:
+    """Merge rows that name one file, and count the files that no row names."""
     seen: dict[str, Labelled] = {}
     for row in found.rows:
         before = seen.setdefault(row.file.path, row)
@@ -667,6 +667,10 @@ def _finish(found: LabelledFiles) -> None:
     unnamed = sum(1 for f in found.tree.files if is_picture(f) and f.path not in seen)
     if unnamed:
         found.aside["pictures that the table does not name"] += unnamed
+    named = {*seen, *tables, *(row.file for row in found.rejected)}
+    others = sum(not is_picture(f) and f.path not in named for f in found.tree.files)
+    if others:
+        found.aside["files that are no pictures"] += others
     found.classes = natural(row.label for row in found.rows)
     if joined := [label for label in found.classes if _joins(label, found.classes)]:
         found.warnings.append(

@@ -161,7 +161,7 @@ def is_picture_name(path: str) -> bool:
 
 def is_junk(name: str) -> bool:
     """Whether a file or folder of that name is passed over: hidden, or left by a system."""
-    return name.startswith(".") or name.lower() in JUNK
+    return name.startswith(".") or name.lower() in JUNK or name.endswith(":Zone.Identifier")
 
 
 def junk_in(path: str) -> bool:

@@ -39,7 +39,7 @@ def test_kaggles_solution_labels_the_flat_val(kaggle: Path, above: int) -> None:
     found = scan(kaggle)
     assert found.classes == (DOG, CAT) and found.counts == {"train": 6, "val": 2}
     assert labels(found)["val/ILSVRC2012_val_00000001.JPEG"] == ("val", CAT)
-    assert found.aside == {"pictures without labels in test/": 1}
+    assert found.aside["pictures without labels in test/"] == 1
     assert found.split_origins["val"] == "val/, labels from LOC_val_solution.csv"
     assert rows(scan(kaggle.parents[2])) == rows(found)
 
@@ -136,4 +136,4 @@ def test_tiny_imagenet_reads_its_annotations(tmp_path: Path) -> None:
     assert found.classes == ("golden retriever", "tabby")
     assert found.counts == {"train": 6, "val": 2}
     assert labels(found)["val/images/val_1.JPEG"] == ("val", "tabby")
-    assert found.aside == {"pictures without labels in test/": 1}
+    assert found.aside["pictures without labels in test/"] == 1

@@ -164,7 +164,7 @@ def test_a_column_of_lesions_is_taken_for_groups(tmp_path: Path) -> None:
     ],
 )
 def test_names_that_look_like_groups(names: list[str], first: str) -> None:
-    assert guessed_groups(names, 1)[1][0] == (first or "v_g01_c01")
+    assert guessed_groups(names, [""] * len(names), 1)[1][0] == (first or "v_g01_c01")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,12 @@ def test_names_that_look_like_groups(names: list[str], first: str) -> None:
 )
 def test_names_of_classes_and_numbers_are_no_groups(names: list[str]) -> None:
     classes = len({name.rpartition("/")[0] for name in names})
-    assert guessed_groups(names, classes) == ("", [])
+    assert guessed_groups(names, [""] * len(names), classes) == ("", [])
+
+
+def test_numbers_that_start_anew_in_each_split_are_no_groups() -> None:
+    names = [f"{split}/0000-{i:06d}-x1.jpg" for split in ("train", "val") for i in range(9)]
+    assert guessed_groups(names, [name.partition("/")[0] for name in names], 2) == ("", [])
 
 
 def test_torn_groups_come_with_the_most_held_out_pictures_first() -> None:

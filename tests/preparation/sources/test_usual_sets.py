@@ -205,3 +205,24 @@ def test_an_archive_within_an_archive_is_named(tmp_path: Path) -> None:
         archive.writestr("train.zip", b"x")
     with pytest.raises(DataError, match=r"1 archive \(train.zip\). Unpack them"):
         scan(tmp_path / "outer.zip", options())
+
+
+TABLE = "file,label\n1.jpg,a\n2.jpg,b\n"
+IMAGENET = {"val_annotations.txt": "1.JPEG\tn00000001\n"}
+IMAGENET |= pictures("train/n00000001/x.JPEG", "train/n00000002/y.JPEG", "val/1.JPEG", "w.txt")
+
+
+@pytest.mark.parametrize(
+    ("files", "used"),
+    [
+        (pictures("i/1.jpg", "i/2.jpg", "i/3.jpg", "i/4", "n.md") | {"train.csv": TABLE}, 1),
+        (pictures("train/a/1.jpg", "train/b/2.jpg", "x/3.jpg", "x/y.md", "z.csv", "4.jpg"), 0),
+        (pictures("images/a/1.jpg", "images/b/2.jpg", "images/b/masks/2.png", "masks/1.png"), 0),
+        (IMAGENET, 0),
+        (pictures("a/1.jpg", "b/2.jpg", "b/2.jpg:Zone.Identifier", "b/.x", "c.txt"), 0),
+    ],
+)
+def test_every_file_is_a_row_or_left_aside(tmp_path: Path, files: Files, used: int) -> None:
+    own_val = any(name.startswith("val/") for name in files)
+    found = scan(written(tmp_path, files), options(val_fraction=None if own_val else 0))
+    assert len(found.entries) + sum(found.aside.values()) + used == len(files)
