@@ -228,7 +228,7 @@ class CheckpointWriter:
 
     def _delete_old(self, step: int) -> None:
         """Once the checkpoint of `step` is safe. Best models of later steps are left over from
-        before a restart at an earlier one: they are written again in their turn."""
+        before a start at the beginning: they are written again in their turn."""
         self.fence()
         for old in steps(self.checkpoints)[self.keep_last :]:
             storage.delete_folder(join(self.checkpoints, step_name(old)))
@@ -236,6 +236,13 @@ class CheckpointWriter:
         kept = [s for s in bests if s <= step][: self.keep_best]
         for old in set(bests) - set(kept):
             storage.delete_folder(join(self.best, step_name(old)))
+
+    def forget_after(self, step: int) -> None:
+        """Delete best models of later steps: those of an earlier life of the run, which goes on
+        at `step`. They are written again in their turn, or others are."""
+        self.fence()
+        for later in [s for s in steps(self.best) if s > step]:
+            storage.delete_folder(join(self.best, step_name(later)))
 
     def _twice(self, write: Callable[[], None], failed: list[StorageError]) -> bool:
         """Whether `write` succeeded at the first or second try; failures in a row are counted."""

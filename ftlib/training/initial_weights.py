@@ -467,9 +467,11 @@ class LoadedModel:
 
 
 def load_run_model(run_dir: str) -> LoadedModel:
-    """The best model of the run kept in `run_dir`, every byte checked.
+    """The best model of the run kept in `run_dir`, every byte checked: what reports, packages,
+    comparisons and promotions are made of.
 
-    Raises ValueError naming what is missing or damaged.
+    Raises ValueError naming what is missing or damaged, and where a finished run says that its
+    scores are of another model.
     """
     about = storage.read_json(join(run_dir, "run.json"))
     if about is None:
@@ -482,8 +484,29 @@ def load_run_model(run_dir: str) -> LoadedModel:
         folder = join(run_dir, "best", checkpoint.step_name(step))
         files, _ = storage.read_folder(folder)
         info = json.loads(files["model.json"])
+        _require_agreement(run_dir, folder, info)
         with torch.random.fork_rng(devices=[]):
             model = models.build(run.model, len(info["classes"]), run.augment.size)
         models.load_state(model, safetensors_load(files["model.safetensors"]))
         return LoadedModel(model.eval(), run, tuple(info["classes"]), info, folder)
     raise ValueError(f"{run_dir} holds no best model yet: the run has not been evaluated once")
+
+
+def _require_agreement(run_dir: str, folder: str, info: dict[str, Any]) -> None:
+    """Raise ValueError unless epoch and scores in result.json are those of the model in `folder`,
+    whose model.json is `info`. An unfinished run has no result.json."""
+    says = (storage.read_json(join(run_dir, "result.json")) or {}).get("metrics", {})
+    holds = {"best/epoch": info.get("epoch")}
+    for name, value in info.get("scores", {}).items():
+        holds[f"best/{name.replace('/', '_')}"] = value
+    differing = [
+        f"{name} is {says[name]:g} there and {value:g} here"
+        for name, value in holds.items()
+        if value is not None and name in says and says[name] != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{join(run_dir, 'result.json')} has the scores of another model than {folder} holds: "
+            f"{', '.join(differing)}. Was one of them copied or put back? Restore both from one "
+            "backup, or train the run again under another name"
+        )

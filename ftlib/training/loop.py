@@ -404,6 +404,8 @@ class Training:
                 )
             return
         self.state.load_state_dict(found[1])
+        if self.writer is not None:
+            self.writer.forget_after(self.state.step)
         for at, step, values in self.state.points:
             self.log.track(values, step, at)
         if self.state.history and self.state.step % self.steps_per_epoch == 0:

@@ -2,8 +2,8 @@
 `checkpoint.CheckpointWriter` and `loop.Training` together."""
 
 import dataclasses
-import errno
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ from ftlib.training import checkpoint, loop, scoring
 from ftlib.training.checkpoint import CheckpointWriter, steps
 from ftlib.training.evaluate import normalize
 from ftlib.training.loop import InterruptedTrainingError, WorkerContext, train
+from tests.failing_writes import FailingWrites
 from tests.training.conftest import MemoryDataset
 
 BASE = {
@@ -70,22 +71,6 @@ def run_in(folder, data, **more):
     return train(WorkerContext(recipe(), data, str(folder), **more))
 
 
-class Faults:
-    """Makes some of the writes of files fail, counted from 0."""
-
-    def __init__(self, monkeypatch, wanted=lambda number, path: False):
-        self.count, self.wanted = 0, wanted
-        real = storage._write_durably
-
-        def write(path, data):
-            number, self.count = self.count, self.count + 1
-            if self.wanted(number, str(path)):
-                raise OSError(errno.ENOSPC, "x")
-            real(path, data)
-
-        monkeypatch.setattr(storage, "_write_durably", write)
-
-
 def check_law(folder, result):
     """Scores, state and weights on disk are of the same epoch."""
     state = checkpoint.latest(str(folder / "checkpoints"))[1]
@@ -100,9 +85,9 @@ def check_law(folder, result):
 
 @pytest.fixture(scope="module")
 def undisturbed(few, tmp_path_factory):
-    """(weights of the best model, writes of a whole run)."""
+    """(weights of the best model, writes, renames and syncs of a whole run)."""
     with pytest.MonkeyPatch.context() as patch:
-        faults = Faults(patch)
+        faults = FailingWrites(patch)
         folder = tmp_path_factory.mktemp("undisturbed")
         fix_scores(patch)
         result = run_in(folder, few)
@@ -111,14 +96,17 @@ def undisturbed(few, tmp_path_factory):
 
 
 @pytest.mark.parametrize("length", [1, 2, 4], ids=["once", "both tries", "for a while"])
-def test_every_write_of_a_run_may_fail(few, undisturbed, tmp_path, monkeypatch, length):
-    """Each write of the run fails in turn, once or for a while. The run ends with the best model
-    that it names, or stops with an error; then the same command ends it with the same model."""
+def test_every_write_rename_and_sync_of_a_run_may_fail(
+    few, undisturbed, tmp_path, monkeypatch, length
+):
+    """Each of the run fails in turn, once or for a while. The run ends with the best model that it
+    names, or stops with an error; then the same command ends it with the same model."""
     best, writes = undisturbed
-    assert writes >= 10
+    assert writes >= 25
+    faults = FailingWrites(monkeypatch)
     for first in range(writes):
         folder = tmp_path / str(first)
-        faults = Faults(monkeypatch, lambda n, path, k=first: k <= n < k + length)
+        faults.count, faults.wanted = 0, lambda n, path, k=first: k <= n < k + length
         try:
             result = run_in(folder, few)
         except StorageError:
@@ -138,14 +126,14 @@ def test_a_best_model_that_could_not_be_written_is_tried_again(few, tmp_path, mo
         tries.append(second)
         return second and sum(tries) <= 2
 
-    Faults(monkeypatch, wanted)
+    FailingWrites(monkeypatch, wanted)
     result = run_in(tmp_path, few)
     check_law(tmp_path, result)
     assert result["best_epoch"] == 2 and sum(tries) > 2
 
 
 def test_a_best_model_that_can_never_be_written_stops_the_run(few, tmp_path, monkeypatch):
-    Faults(monkeypatch, lambda number, path: "best" in path and "step-00000004" in path)
+    FailingWrites(monkeypatch, lambda number, path: "best" in path and "step-00000004" in path)
     with pytest.raises(StorageError, match="the disk is full"):
         run_in(tmp_path, few)
     assert steps(str(tmp_path / "checkpoints"))[0] == 6
@@ -153,7 +141,9 @@ def test_a_best_model_that_can_never_be_written_stops_the_run(few, tmp_path, mon
 
 def test_weights_lost_before_a_restart_are_not_named_any_more(few, tmp_path, monkeypatch, caplog):
     """The best model was never written, and the state has gone on: the best one left counts."""
-    faults = Faults(monkeypatch, lambda number, path: "best" in path and "step-00000004" in path)
+    faults = FailingWrites(
+        monkeypatch, lambda number, path: "best" in path and "step-00000004" in path
+    )
     asked = []
 
     def notice():
@@ -246,3 +236,28 @@ def test_an_earlier_best_model_stays_until_a_checkpoint_names_the_new_one(tmp_pa
     writer.wait()
     writer.close()
     assert steps(str(tmp_path / "best")) == [2]
+
+
+def test_a_best_model_of_an_earlier_life_is_not_taken_for_the_present_one(
+    few, tmp_path, monkeypatch
+):
+    """The run crashed after the best model of epoch 2 was written, goes on from epoch 1, and epoch
+    2 comes out worse, as it may on other hardware. The best model is the one of epoch 1."""
+    asked = []
+
+    def notice():
+        asked.append(0)
+        return "stop" if len(asked) == 3 else ""
+
+    with pytest.raises(InterruptedTrainingError):
+        run_in(tmp_path / "run", few, notice=notice)
+    assert checkpoint.latest(str(tmp_path / "run" / "checkpoints"))[0] == 3
+    shutil.copytree(tmp_path / "run", tmp_path / "went on")
+    run_in(tmp_path / "went on", few)
+    late = "best/step-00000004"
+    shutil.copytree(tmp_path / "went on" / late, tmp_path / "run" / late)
+    for epoch in (2, 3):
+        monkeypatch.setitem(SCORES, epoch, 10.0)
+    result = run_in(tmp_path / "run", few)
+    assert result["best_epoch"] == 1 and steps(str(tmp_path / "run" / "best")) == [2]
+    check_law(tmp_path / "run", result)

@@ -10,8 +10,10 @@ from safetensors.torch import save, save_file
 
 from ftlib import storage
 from ftlib.config import Model, Run
+from ftlib.report import evaluation
 from ftlib.settings import ConfigError, override, to_dict
 from ftlib.training import initial_weights, models
+from ftlib.tune import stored_predictions
 from tests import weights
 
 CLASSES = ("cat", "dog", "owl")
@@ -330,3 +332,29 @@ def test_a_hand_made_timm_checkpoint_starts_a_run(tmp_path):
     assert initial_weights.with_preprocessing(run, source).data.mean == (0.5, 0.5, 0.5)
     model = initial_weights.start(run, CLASSES, source)
     assert torch.equal(model.conv_stem.weight, state["conv_stem.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"best/epoch": 4.0}, "best/epoch is 4 there and 3 here"),
+        ({"best/val_top1": 60.0}, "best/val_top1 is 60 there and 50 here"),
+    ],
+)
+def test_scores_of_another_model_are_noticed_by_all_that_is_made_of_a_run(tmp_path, changed, words):
+    """result.json was copied from elsewhere, or best/ was. Report, package and the predictions that
+    a promotion judges by are made of neither."""
+    finished(tmp_path, "a", epoch=3)
+    folder = tmp_path / "a"
+    metrics = {"best/epoch": 3.0, "best/val_top1": 50.0, "final/train_top1": 70.0}
+    write = (folder / "result.json").write_text
+    write(json.dumps({"status": "completed", "metrics": metrics}))
+    assert evaluation.load(str(folder)).about["epoch"] == 3
+    write(json.dumps({"status": "completed", "metrics": metrics | changed}))
+    for read in (
+        evaluation.load,  # the report, and every evaluation
+        initial_weights.load_run_model,  # the package
+        stored_predictions.predictions,  # promotion and comparison
+    ):
+        with pytest.raises(ValueError, match=f"the scores of another model.*{words}"):
+            read(str(folder))
