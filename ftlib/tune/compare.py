@@ -14,7 +14,7 @@ import numpy as np
 from ftlib.config import NOT_IN_FINGERPRINT, Run
 from ftlib.report import html
 from ftlib.settings import ConfigError, flat, from_dict
-from ftlib.storage import DamagedError, join, read_json
+from ftlib.storage import DamagedError, join, read_json, write_file
 from ftlib.tune import figures
 from ftlib.tune.statistics import Difference, holm, paired_difference
 from ftlib.tune.stored_predictions import ComparisonError, StoredPredictions, predictions
@@ -318,7 +318,7 @@ def write(comparison: Comparison, folder: Path, title: str = "Comparison") -> li
         html.section("Curves", figures.drawing(drawn["curves"], "c")),
     ]
     index = folder / "index.html"
-    index.write_text(html.page(title, parts), encoding="utf-8")
+    write_file(str(index), html.page(title, parts).encode())
     return [index, *files]
 
 

@@ -322,12 +322,11 @@ def _write_files(
     recipes = []
     for file_name, text in _recipes(judgement, sweep, files).items():
         written.append(folder / file_name)
-        written[-1].write_text(text)
+        write_file(str(written[-1]), text.encode())
         recipes.append(str(written[-1]))
         if files.folder is not None:
-            files.folder.mkdir(parents=True, exist_ok=True)
-            (files.folder / file_name).write_text(text)
             recipes[-1] = str(files.folder / file_name)
+            write_file(recipes[-1], text.encode())
     if is_remote(sweep.uri):
         for file in written:
             write_file(join(sweep.uri, "promotion", "report", file.name), file.read_bytes())

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from ftlib.report import html
+from ftlib.storage import write_file
 from ftlib.tune import figures
 from ftlib.tune.compare import RunGroup, differing_settings
 from ftlib.tune.suggest import describe
@@ -80,7 +81,7 @@ def write(judgement: Judgement, sweep: str, folder: Path) -> list[Path]:
     files[-1].write_text(json.dumps(table))
     index = folder / "index.html"
     parts = _page_parts(judgement, drawn)
-    index.write_text(html.page(f"Promotion of sweep {sweep}", parts), encoding="utf-8")
+    write_file(str(index), html.page(f"Promotion of sweep {sweep}", parts).encode())
     return [index, *files]
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from ftlib.launch.progress import duration
 from ftlib.report import html
+from ftlib.storage import write_file
 from ftlib.tune import figures, spaces
 from ftlib.tune.importance import Importance, importance
 from ftlib.tune.promotion_plan import plan_promotion
@@ -110,7 +111,7 @@ def write_report(store: TrialStore, space: Space, folder: Path) -> list[Path]:
         files[-1].write_bytes(figures.png(figure))
     index = folder / "index.html"
     parts = _page_parts(store, space, found, drawn)
-    index.write_text(html.page(f"Sweep {store.name}", parts), encoding="utf-8")
+    write_file(str(index), html.page(f"Sweep {store.name}", parts).encode())
     return [index, *files]
 
 

@@ -352,7 +352,7 @@ def _write_results(plan: Sweep, store: TrialStore, best: Trial, folder: Path) ->
     files = write_report(store, plan.space, folder)
     recipe = with_values(plan.recipe, best, plan.space.constants)
     files.append(folder / "best.json")
-    files[-1].write_text(to_json(replace(recipe, name="")))
+    write_file(str(files[-1]), to_json(replace(recipe, name="")).encode())
     if is_remote(store.uri):
         for file in files:
             write_file(join(store.uri, "report", file.name), file.read_bytes())

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.fs
@@ -28,11 +29,13 @@ from PIL import Image
 
 from ftlib import storage
 from ftlib.data.shards import DataError, Dataset
-from ftlib.preparation import executor, shard_task
+from ftlib.preparation import executor, sandbox, shard_task
 from ftlib.preparation import prepare as preparing
 from ftlib.preparation.options import PrepareOptions
 from ftlib.preparation.prepare import prepare
 from ftlib.preparation.report import next_steps
+from ftlib.preparation.sandbox import DecoderSandbox
+from tests.failing_writes import FailingWrites, whole
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -380,6 +383,58 @@ def test_a_full_disk_is_a_clear_error_and_nothing_is_lost(
         kept.items()
         <= (prepare(pictures, tmp_path / "set", progress=False) and files(tmp_path / "set")).items()
     )
+
+
+class InThisProcess(DecoderSandbox):
+    """Decodes here: starting a process for each of a hundred preparations takes too long."""
+
+    def _ask(self, what: str, file: str | bytes, name: str) -> Any:
+        answer = sandbox._answer(self._rules, what, file, name)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@pytest.mark.parametrize("length", [1, 6], ids=["once", "for a while"])
+def test_every_write_rename_and_sync_may_fail(
+    tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """Each fails in turn: an error says so, and nothing half-made is read as a set. The same
+    command then makes the set that it would have made, byte for byte."""
+    monkeypatch.setattr(executor, "DecoderSandbox", InThisProcess)
+    source = tmp_path / "pictures"
+    for i, place in enumerate(("train/ant", "train/bee", "val/ant", "val/bee")):
+        (source / place).mkdir(parents=True)
+        (source / place / "00.jpg").write_bytes(jpeg(i))
+    spoil(source)
+    faults = FailingWrites(monkeypatch)
+
+    def prepared(out: Path) -> dict[str, bytes]:
+        done = prepare(source, out, workers=1, progress=False, max_bad_fraction=0.9)
+        done.dataset.verify(deep=True)
+        manifest = json.loads((out / "manifest.json").read_text())
+        del manifest["made"]["at"], manifest["checksum"], manifest["name"]
+        found = whole(out, but=("manifest.json", ".lock", ".parts"))
+        return found | {"manifest.json": json.dumps(manifest).encode()}
+
+    expected = prepared(tmp_path / "undisturbed")
+    writes = faults.count
+    assert writes > 30 and "report.csv" in expected
+    for first in range(writes):
+        out = tmp_path / f"set-{first}"
+        faults.count = 0
+        faults.wanted = lambda number, path, k=first: k <= number < k + length
+        try:
+            prepare(source, out, workers=1, progress=False, max_bad_fraction=0.9)
+        except DataError as error:
+            assert "cannot write" in str(error) and "the disk is full" in str(error), first
+            if (out / "manifest.json").exists():  # only the last sync has failed
+                Dataset.open(str(out)).verify(deep=True)
+            else:
+                with pytest.raises(DataError, match="not prepared to the end|no manifest.json"):
+                    Dataset.open(str(out))
+        faults.wanted = lambda number, path: False
+        assert prepared(out) == expected, f"write {first} of {writes} failed"
 
 
 def test_no_room_is_said_before_anything_is_decoded(
