@@ -46,7 +46,7 @@ def test_a_repeated_set_reads_as_a_prepared_one(tmp_path):
 
 
 def test_what_the_number_of_rows_costs_is_measured_in_its_smallest_form(tmp_path):
-    scale.prepared(tmp_path, tmp_path / "set", 200)
+    scale.prepared(tmp_path / "files", tmp_path / "set", 200)
     found = scale.measure(str(tmp_path / "set"), workers=0, batches=4)
     assert found["index_bytes"] > 200 * 32 and found["manifest_bytes"] > 500
     assert all(len(found[step]) == 2 for step in ("open", "shuffle", "first batch"))

@@ -1,8 +1,8 @@
 """What the number of rows costs: to prepare, to open, to shuffle, to the first batch, and in
 memory.
 
-The pictures are tiny, so that nothing but their number counts. The smallest set is prepared
-from files as users do it; the larger ones repeat one shard, whose index is written as
+The pictures are tiny, so that nothing but their number counts. Sets of up to PREPARED rows are
+prepared from files as users do it; larger ones repeat one shard, whose index is written as
 preparation writes it. Each set is measured in a process of its own:
 
     python -m ftlib.benchmark.scale SET WORKERS        # prints one line of JSON
@@ -40,6 +40,8 @@ from ftlib.data.shards import (
 Say = Callable[[str], None]
 
 ROWS = (10_000, 100_000, 1_000_000)
+PREPARED = 100_000
+"""Most rows that are prepared from files: more would take longer than all the rest."""
 SIDE = 32
 BATCH = 32
 BATCHES = 200
@@ -55,8 +57,10 @@ def benchmark(scratch: Path, *, workers: int, say: Say, rows: Sequence[int] = RO
     for count in rows:
         say(f"{count:,} rows")
         folder = scratch / f"{count}-rows"
-        if count == min(rows):
-            costs[f"prepare, {count:,} rows"] = [prepared(scratch, folder, count)]
+        if count <= PREPARED:
+            cost = prepared(scratch / f"{count}-files", folder, count)
+            costs[f"prepare, {count:,} rows"] = [cost]
+            notes.append(f"{count:,} rows: {count / cost.wall:,.0f} pictures/s prepared")
         else:
             repeated(folder, count)
         found = _in_a_process(folder, workers)
@@ -70,11 +74,11 @@ def benchmark(scratch: Path, *, workers: int, say: Say, rows: Sequence[int] = RO
     return Part("Rows", "set", costs, [], notes)
 
 
-def prepared(scratch: Path, out: Path, count: int) -> Cost:
-    """Prepare `count` files of tiny pictures; the cost of it, all processes together."""
+def prepared(source: Path, out: Path, count: int) -> Cost:
+    """Write and prepare `count` files of tiny pictures; the cost of preparing, all processes
+    together."""
     from ftlib.preparation.prepare import prepare
 
-    source = scratch / "files"
     jpegs = _jpegs()
     for row in range(count + CLASSES // 10):
         split = "train" if row < count else "val"

@@ -1,6 +1,7 @@
 """Addresses as sources: s3://, gs://, abfss:// and hf:// are listed, files at https:// fetched.
 
-An object store is listed folder by folder with a bounded number of requests at a time. A single
+An object store is listed folder by folder with a bounded number of requests at a time; gs:// as a
+whole, since pyarrow finds folders there only where an object marks them. A single
 file at https:// (an archive, a table, Parquet) is copied to $FTLIB_HOME/sources/downloads, and an
 interrupted copy goes on where it stopped.
 """
@@ -22,7 +23,7 @@ from filelock import FileLock
 from ftlib import paths
 from ftlib.data.shards import DataError
 from ftlib.preparation.sources.places import ATTEMPTS, FIRST_WAIT, filesystem, retried
-from ftlib.preparation.sources.tree import File, Tree, is_junk
+from ftlib.preparation.sources.tree import File, Tree, is_junk, junk_in
 from ftlib.text import hide_password
 
 REQUESTS_AT_ONCE = 16
@@ -56,8 +57,10 @@ def _folders(pool: ThreadPoolExecutor, fs: Any, root: str) -> Iterator[tuple[str
     """(folder, what lies in it) of a folder and all below it, in no special order."""
     from pyarrow.fs import FileSelector, FileType
 
+    whole = fs.type_name.endswith("gcs")
+
     def items(folder: str) -> list[Any]:
-        return list(retried(lambda: fs.get_file_info(FileSelector(folder))))
+        return list(retried(lambda: fs.get_file_info(FileSelector(folder, recursive=whole))))
 
     running: dict[Future[list[Any]], str] = {pool.submit(items, root): root}
     while running:
@@ -65,7 +68,7 @@ def _folders(pool: ThreadPoolExecutor, fs: Any, root: str) -> Iterator[tuple[str
         for future in done:
             found = future.result()
             yield running.pop(future), found
-            for item in found:
+            for item in () if whole else found:
                 if item.type == FileType.Directory and not is_junk(item.base_name):
                     running[pool.submit(items, item.path)] = item.path
 
@@ -75,11 +78,12 @@ def _add(tree: Tree, folder: str, items: list[Any], skip: int) -> None:
 
     for item in items:
         path = item.path.rstrip("/")[skip:]
-        if is_junk(item.base_name):
+        if junk_in(path):
             tree.skipped["hidden files and system folders"] += 1
         elif item.type == FileType.Directory:
             tree.folders.add(path)
         elif path:
+            tree.folders |= {path[:at] for at, letter in enumerate(path) if letter == "/"}
             tree.files.append(File(path, int(item.size or 0), int(item.mtime_ns or 0)))
 
 

@@ -105,6 +105,23 @@ def test_a_faulty_store_gives_the_set_that_its_folder_gives(
     assert again.already_done
 
 
+def test_a_store_that_hides_folders_without_a_marker_is_listed_as_a_whole(
+    bucket: FaultyHandler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree(tmp_path / "bucket" / "pets", ".cache/train/a/x.jpg", "train/a/.hidden.jpg")
+
+    def as_gcs(handler: FaultyHandler, selector: Any) -> Any:
+        found = handler.inner.get_file_info(selector)
+        files = [info for info in found if info.type == pyarrow.fs.FileType.File]
+        return files if selector.recursive else []
+
+    monkeypatch.setattr(FaultyHandler, "get_file_info_selector", as_gcs)
+    monkeypatch.setattr(FaultyHandler, "get_type_name", lambda _: "gcs")
+    found = scan("s3://bucket/pets")
+    assert rows(found) == rows(scan(tmp_path / "bucket" / "pets"))
+    assert found.aside == {"hidden files and system folders": 2}
+
+
 def test_an_archive_at_an_address_is_read_by_ranges(bucket: FaultyHandler, tmp_path: Path) -> None:
     bucket.every = 0
     folder = tmp_path / "bucket" / "pets"
