@@ -153,17 +153,16 @@ def write_file(uri: str, data: bytes) -> None:
         raise StorageError(explain(uri, error)) from error
 
 
+_ELSEWHERE = "name another place (checkpoint.storage for a run's checkpoints)"
 _REMEDIES = {
-    errno.ENOSPC: "the disk is full. Free some space, or set checkpoint.storage to another place",
-    errno.EDQUOT: (
-        "the quota is used up. Free some space, or set checkpoint.storage to another place"
-    ),
+    errno.ENOSPC: f"the disk is full. Free some space, or {_ELSEWHERE}",
+    errno.EDQUOT: f"the quota is used up. Free some space, or {_ELSEWHERE}",
     errno.EFBIG: (
         "the file would be larger than is allowed here. Raise the limit (ulimit -f), "
-        "or set checkpoint.storage to another place"
+        f"or {_ELSEWHERE}"
     ),
-    errno.EROFS: ("the disk is read-only. Set checkpoint.storage to a place that can be written"),
-    errno.EACCES: ("permission denied. Set checkpoint.storage to a place that this user can write"),
+    errno.EROFS: f"the disk is read-only: {_ELSEWHERE}",
+    errno.EACCES: f"permission denied: {_ELSEWHERE} that this user may write to",
     errno.ENOENT: "the folder is gone. Was the disk unmounted?",
 }
 

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ftlib import storage
 from ftlib.config import Run
 from ftlib.packaging.model_card import evaluation_size
-from ftlib.packaging.package import Program, export
+from ftlib.packaging.package import Program, export, save_program
 
 TOLERANCE = 1e-3
 """Largest difference of a logit, relative to the largest logit, that is taken for rounding."""
@@ -56,7 +57,7 @@ def write(
     eager = Program(model, run.data.mean, run.data.std)
     differences: dict[str, float] = {}
     if "torch" in formats:
-        torch.export.save(program, str(out / "model.pt2"))
+        save_program(program, out / "model.pt2")
         loaded = torch.export.load(str(out / "model.pt2")).module()
         differences["torch"] = compare(
             eager,
@@ -107,7 +108,7 @@ def _write_onnx(eager: Program, size: int, path: Path) -> None:
 
     buffer = io.BytesIO()
     onnx.save_model(made.model_proto, buffer)
-    path.write_bytes(buffer.getvalue())
+    storage.write_file(str(path), buffer.getvalue())
     onnx.checker.check_model(str(path))
 
 

@@ -29,7 +29,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ftlib import picture
+from ftlib import picture, storage
 from ftlib.config import Run
 from ftlib.packaging.model_card import evaluation_size, model_card
 from ftlib.settings import to_dict
@@ -105,6 +105,14 @@ def export(model: nn.Module, run: Run) -> torch.export.ExportedProgram:
     return program
 
 
+def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write an exported program by way of memory: on a full disk torch's own writer does not raise,
+    it ends the process. Raises StorageError."""
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    storage.write_file(str(path), buffer.getvalue())
+
+
 def package(
     model: nn.Module,
     run: Run,
@@ -132,9 +140,11 @@ def package(
     if out.exists() and any(out.iterdir()):
         raise PackageError(f"{out} is not empty. A package needs a folder of its own")
     meta = _metadata(run, classes, scores=scores, temperature=temperature, data=data or {})
-    with tempfile.TemporaryDirectory() as folder:
-        here = Path(folder)
-        torch.export.save(export(model, run), str(here / "program.pt2"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Made beside its place, then moved there: what stands at `out` is whole.
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".tmp-") as folder:
+        here, made = Path(folder), Path(folder) / "package"
+        save_program(export(model, run), here / "program.pt2")
         (here / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
         save_file(
             {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()},
@@ -143,7 +153,7 @@ def package(
         )
         with _quiet():
             mlflow.pyfunc.save_model(
-                path=str(out),
+                path=str(made),
                 python_model=str(CODE),
                 pip_requirements=[f"{name}=={_release(name)}" for name in REQUIREMENTS],
                 artifacts={
@@ -158,18 +168,24 @@ def package(
                     "input_size": meta["size"],
                 },
             )
-    _forget_paths(out)
-    shutil.copyfile(PICTURE_CODE, out / "picture.py")
-    text = model_card(
-        run,
-        classes,
-        scores=scores,
-        temperature=temperature,
-        data=data or {},
-        calibrated_on=calibrated_on,
-        program_bytes=(out / "artifacts" / "program.pt2").stat().st_size,
-    )
-    (out / "README.md").write_text(text, "utf-8")
+        _forget_paths(made)
+        shutil.copyfile(PICTURE_CODE, made / "picture.py")
+        text = model_card(
+            run,
+            classes,
+            scores=scores,
+            temperature=temperature,
+            data=data or {},
+            calibrated_on=calibrated_on,
+            program_bytes=(made / "artifacts" / "program.pt2").stat().st_size,
+        )
+        (made / "README.md").write_text(text, "utf-8")
+        try:
+            if out.exists():
+                out.rmdir()
+            made.rename(out)
+        except OSError:  # a volume is mounted there
+            shutil.copytree(made, out, dirs_exist_ok=True)
     return out
 
 

@@ -1,6 +1,9 @@
 """Exports against the model itself, in another runtime, for batches they were not made with."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,6 +40,47 @@ def test_torch_export_computes_what_the_model_computes(model, tmp_path):
     np.testing.assert_allclose(got, eager(model, x), atol=1e-4)
     meta = json.loads((tmp_path / "meta.json").read_text())
     assert meta["classes"] == list("abcdef") and meta["temperature"] == 1.3 and meta["size"] == 32
+
+
+FULL_DISK = """
+import resource, signal, sys, torch
+from pathlib import Path
+from ftlib.config import Augment, Model, Run
+from ftlib.packaging import export
+from ftlib.packaging.package import package
+from ftlib.storage import StorageError
+from ftlib.training import models
+
+run = Run(model=Model(arch="resnet18"), augment=Augment(size=32))
+model = models.build(run.model, 6).eval()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+out = Path(sys.argv[1])
+for write in (
+    lambda: export.write(model, run, "abcdef", 1.0, out / "export", ["torch"]),
+    lambda: package(model, run, "abcdef", scores={}, temperature=1.0, out=out / "package"),
+):
+    try:
+        write()
+    except StorageError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_is_an_error_that_leaves_nothing_half_written(tmp_path):
+    """In a process of its own: torch's own writer would end it."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = done.stdout.splitlines()
+    assert "export/model.pt2: the file would be larger than is allowed here" in first
+    assert "program.pt2: the file would be larger than is allowed here" in second
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+    assert not (tmp_path / "package").exists()
 
 
 @pytest.mark.slow

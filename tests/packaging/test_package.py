@@ -312,8 +312,8 @@ def test_nothing_in_it_is_a_pickle_and_nothing_names_this_machine(folder):
         for entry in archive.infolist():
             assert not archive.read(entry).startswith(
                 (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05")
-            ) or entry.filename.startswith("program/data/weights/")
-        assert not archive.read("program/data/sample_inputs/model.pt")
+            ) or entry.filename.startswith("archive/data/weights/")
+        assert not archive.read("archive/data/sample_inputs/model.pt")
 
 
 def test_a_program_with_a_smuggled_pickle_is_not_loaded(folder, tmp_path):
