@@ -261,8 +261,11 @@ def _read_classes(tree: Tree, found: LabelledFiles, options: SourceOptions) -> N
 
 
 def _refuse_parts(tree: Tree, names: list[str]) -> None:
-    parts = [n for n in sorted(names) if goes_with_pictures(n) or n.lower() in IMAGE_FOLDERS]
-    if parts:
+    """Raise DataError for `images` as a class, or classes that all are called like masks. One that
+    is so among others may be a class: mask, no_mask."""
+    images = {name for name in names if name.lower() in IMAGE_FOLDERS}
+    parts = [n for n in sorted(names) if goes_with_pictures(n) or n in images]
+    if images or len(parts) == len(names):
         raise DataError(
             f"{tree.root}: {listed(parts)} {'is' if len(parts) == 1 else 'are'} called like a part "
             "of a data set, not like a class. Put the pictures into class folders, name the file "

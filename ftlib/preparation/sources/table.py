@@ -622,8 +622,8 @@ def _refuse_unclear(table: LabelTable, unclear: list[tuple[str, list[File]]]) ->
         value, files = unclear[0]
         raise DataError(
             f"{table.name}: {counted(len(unclear), 'name')} fit several files (first: "
-            f"{printable(value)} fits {listed([f.path for f in files], 3)}). Write the folders "
-            "into the column, or point --source at the folder that is meant"
+            f"{printable(value)} fits {listed([f.path for f in files], 3)}). Write folders and "
+            "extensions into the column, or point --source at the folder that is meant"
         )
 
 

@@ -97,6 +97,11 @@ def test_masks_beside_the_pictures_of_a_class_are_left_aside(tmp_path: Path) -> 
     assert found.aside == {"files in folders called masks": 20}
 
 
+def test_a_class_may_be_called_mask(tmp_path: Path) -> None:
+    found = scan(tree(tmp_path, *many("mask", "no_mask")), options())
+    assert found.classes == ("mask", "no_mask") and found.counts == {"train": 20}
+
+
 def test_inaturalists_json_gives_labels_and_splits(tmp_path: Path) -> None:
     for split, numbers in (("train", range(6)), ("val", range(6, 8))):
         value = {
