@@ -626,10 +626,9 @@ def test_the_command(pictures: Path, tmp_path: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     assert "60 training and 12 validation pictures of 2 classes (30 each in train)" in shown.stdout
     assert "refused 0 of 72 files" in shown.stdout
-    assert shown.stdout.splitlines()[-2:] == [
-        f"Next: python jobs/probe.py {tmp_path / 'set'}",
-        f"      python jobs/finetune.py --data.path {tmp_path / 'set'}",
-    ]
+    first, second = shown.stdout.splitlines()[-2:]
+    assert first.startswith("Next: ") and first.endswith(f"jobs/probe.py {tmp_path / 'set'}")
+    assert second.endswith(f"jobs/finetune.py --data.path {tmp_path / 'set'}")
     assert (
         "Already prepared"
         in job("--source", "pictures", "--out", str(tmp_path / "set"), cwd=tmp_path).stdout

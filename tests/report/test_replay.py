@@ -28,6 +28,8 @@ class Recorder:
         if "step/loss" in values:
             self.loss[step] = values["step/loss"]
 
+    def image(self, image, key, step): ...
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
