@@ -23,7 +23,9 @@ SAMPLE_IMAGES = 32
 """Images that are scored again at a run's end."""
 TOLERANCE = {torch.float32: 0.01, torch.bfloat16: 0.05, torch.float16: 0.05}
 """Largest mean difference of the sample's losses, relative to 1 + their mean. Another batch size,
-another kernel or another card rounds differently: below 1e-5 in float32 on CPUs."""
+another kernel or another card may round differently. Measured on a CPU with a ResNet-18 at 32 px:
+0 at batch sizes of 16 to 256 and 1 or 2 threads, in float32 and in bfloat16, which differ from
+each other by 0.006. Not measured on a GPU."""
 
 
 def sample(rows: np.ndarray) -> np.ndarray:
