@@ -6,6 +6,7 @@ once, in one line, what is wrong; that line names the file with the libraries' o
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
@@ -69,7 +70,8 @@ def stop(folder: Path) -> None:
     with _lock:
         for handler in [h for h in _active if h.baseFilename == file][-1:]:
             _active.remove(handler)
-            handler.close()
+            with contextlib.suppress(OSError):  # a full disk; what is lost is a log's last lines
+                handler.close()
         if not _active:
             for name, (handlers, propagate) in _replaced.items():
                 logger = logging.getLogger(name)

@@ -15,13 +15,21 @@ from ftlib.track.store import ensure_store
 ROOT = Path(__file__).parents[2]
 
 
+def loggers():
+    """The state of each logger; pytest's own handlers come and go within a test."""
+    found = [logging.getLogger(name) for name in library_log.LIBRARIES]
+    return [
+        ([h for h in log.handlers if "pytest" not in type(h).__module__], log.propagate)
+        for log in found
+    ]
+
+
 @pytest.fixture(autouse=True)
 def unchanged():
     """The loggers are as before when a test ends."""
-    loggers = [logging.getLogger(name) for name in library_log.LIBRARIES]
-    before = [(logger.handlers[:], logger.propagate) for logger in loggers]
+    before = loggers()
     yield
-    assert [(logger.handlers, logger.propagate) for logger in loggers] == before
+    assert loggers() == before
 
 
 def test_messages_go_to_the_file_while_it_is_active_and_nowhere_else(tmp_path, capsys):
@@ -104,3 +112,12 @@ def test_a_full_disk_under_sqlite_costs_two_lines_on_the_terminal(home, empty_st
     assert "disk is full" in lines[0] and str(folder / library_log.FILE) in lines[0]
     assert "has not taken everything yet" in lines[1] and "track.py deliver" in lines[1]
     assert "disk is full" in (folder / library_log.FILE).read_text()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_does_not_hide_the_error_that_ends_a_run(tmp_path):
+    (tmp_path / library_log.FILE).symlink_to("/dev/full")
+    library_log.start(tmp_path)
+    logging.getLogger("sqlalchemy").error("database or disk is full")
+    library_log.stop(tmp_path)
+    assert not library_log._active
