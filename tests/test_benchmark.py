@@ -288,7 +288,7 @@ def test_recipes_in_their_smallest_form(job, halves, tmp_path, capsys):
     assert "timm's train.py: not measured: give its file with --timm" in first
     (part,) = json.loads((tmp_path / "out" / "benchmark.json").read_text())["parts"]
     assert [case["name"] for case in part["cases"]] == [
-        "ftlib phase1",
+        "ftlib from-scratch-short",
         recipes.TORCHVISION,
         recipes.PLAIN,
     ]
