@@ -11,7 +11,6 @@ import ipaddress
 import logging
 import os
 import secrets
-import socket
 import sys
 import warnings
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 from ftlib.config import Cluster
-from ftlib.launch import own_ray
+from ftlib.launch import own_ray, ray_address
 from ftlib.launch.errors import LaunchError
 from ftlib.paths import environment_variables
 
@@ -28,8 +27,6 @@ ROOT = str(Path(__file__).resolve().parents[2])
 """Folder that holds ftlib: workers need it on their PYTHONPATH, wherever the job was started."""
 BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 """Left on the head node by `ray up`: what the autoscaler may start."""
-PROBE_SECONDS = 5.0
-"""Time for a cluster's address to answer."""
 
 _TRAIN_DEFAULTS = {
     # A lost worker is noticed, and a report taken, this fast (Ray: 2 s).
@@ -49,13 +46,14 @@ def connect(*, dashboard: bool = False) -> bool:
     and without a token anybody who reaches them can run code. `dashboard` is needed where trials
     with their own worker groups are stopped early (Ray cleans up after them through it).
 
-    Raises LaunchError where no cluster answers at RAY_ADDRESS, or none can be started here.
+    Raises LaunchError where no cluster answers at RAY_ADDRESS or it cannot be joined, or none can
+    be started here.
     """
     for name, value in _TRAIN_DEFAULTS.items():
         os.environ.setdefault(name, value)
     address = os.environ.get("RAY_ADDRESS", "")
     if address:
-        _probe(address)
+        ray_address.check(address)
     elif not _initialized():
         # It starts a process that waits for a notice that this machine is going.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
@@ -102,34 +100,16 @@ def _make_token() -> None:
         raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
-def _probe(address: str) -> None:
-    """Raise LaunchError where nothing accepts a connection at HOST:PORT.
-
-    Ray itself would try for minutes. Addresses of other forms (auto, local) are left to Ray.
-    """
-    host, _, port = address.rpartition("://")[2].rstrip("/").rpartition(":")
-    if not host or not port.isdigit():
-        return
-    try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS):
-            pass
-    except (OSError, OverflowError) as error:
-        raise _no_cluster(address, str(error)) from None
-
-
-def _no_cluster(address: str, reason: str) -> LaunchError:
-    return LaunchError(
-        f"RAY_ADDRESS = {address}: no Ray cluster answers there ({reason}). Start one "
-        "(ray start --head), or unset RAY_ADDRESS to train on this machine alone"
-    )
-
-
 def _join(ray: ModuleType, address: str, path: str, common: dict[str, Any]) -> None:
     variables = {"PYTHONPATH": path, "NO_ALBUMENTATIONS_UPDATE": "1"}
     try:
         ray.init(**common, runtime_env={"env_vars": variables})
     except ConnectionError as error:
-        raise _no_cluster(address, str(error).splitlines()[0]) from None
+        raise ray_address.no_cluster(address, str(error).splitlines()[0]) from None
+    except RuntimeError as error:
+        if "ersion mismatch" not in str(error):
+            raise
+        raise LaunchError(f"RAY_ADDRESS = {address}: {' '.join(str(error).split())}") from None
     except ValueError as error:
         if "env_vars" not in str(error) and "runtime_env" not in str(error):
             raise
@@ -147,10 +127,8 @@ def _initialized() -> bool:
 def refuse_open(allow_open: bool) -> None:
     """Raise LaunchError on a cluster that others can reach while token authentication is off."""
     import ray
-    from ray import _raylet
 
-    raylet: Any = _raylet
-    if allow_open or raylet.get_authentication_mode() == raylet.AuthenticationMode.TOKEN:
+    if allow_open or ray_address.asks_for_token(ray.get_runtime_context().gcs_address):
         return
     addresses = sorted({str(n["NodeManagerAddress"]) for n in ray.nodes() if n["Alive"]})
     outside = [a for a in addresses if not _loopback(a)]

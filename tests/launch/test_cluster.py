@@ -1,7 +1,5 @@
 """What fits on a cluster, and which clusters are refused."""
 
-import socket
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -116,30 +114,18 @@ def test_which_addresses_are_closed(address, closed):
     assert cluster._loopback(address) == closed
 
 
-@pytest.fixture
-def nodes_at(monkeypatch):
+def test_an_open_cluster_is_refused(monkeypatch):
     import ray
 
-    def at(*addresses):
-        monkeypatch.setattr(
-            ray, "nodes", lambda: [{"NodeManagerAddress": a, "Alive": True} for a in addresses]
-        )
+    class Context:
+        gcs_address = "10.0.0.4:6379"
 
-    return at
+    def nodes_at(*addresses):
+        nodes = [{"NodeManagerAddress": a, "Alive": True} for a in addresses]
+        monkeypatch.setattr(ray, "nodes", lambda: nodes)
 
-
-def mode(monkeypatch, name):
-    import ray._raylet
-
-    monkeypatch.setattr(
-        ray._raylet,
-        "get_authentication_mode",
-        lambda: getattr(ray._raylet.AuthenticationMode, name),
-    )
-
-
-def test_an_open_cluster_is_refused(monkeypatch, nodes_at):
-    mode(monkeypatch, "DISABLED")
+    monkeypatch.setattr(ray, "get_runtime_context", Context)
+    monkeypatch.setattr(cluster.ray_address, "asks_for_token", lambda address: False)
     nodes_at("127.0.0.1")
     cluster.refuse_open(False)
     nodes_at("127.0.0.1", "10.0.0.4")
@@ -148,31 +134,8 @@ def test_an_open_cluster_is_refused(monkeypatch, nodes_at):
     ):
         cluster.refuse_open(False)
     cluster.refuse_open(True)
-    mode(monkeypatch, "TOKEN")
+    monkeypatch.setattr(cluster.ray_address, "asks_for_token", lambda address: True)
     cluster.refuse_open(False)
-
-
-def test_an_address_where_nothing_listens_is_named_at_once(monkeypatch, free_port):
-    """Ray is not asked: it would try for minutes."""
-    import ray
-
-    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
-    monkeypatch.setattr(ray, "init", lambda **settings: pytest.fail("ray.init was called"))
-    with pytest.raises(LaunchError, match="no Ray cluster answers there .*refused.* unset RAY_ADD"):
-        cluster.connect()
-
-
-@pytest.mark.parametrize("scheme", ["", "ray://"])
-def test_an_address_that_accepts_connections_passes_the_probe(scheme):
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        server.listen()
-        cluster._probe(f"{scheme}127.0.0.1:{server.getsockname()[1]}")
-
-
-@pytest.mark.parametrize("address", ["auto", "local", "somewhere"])
-def test_an_address_without_a_port_is_left_to_ray(address):
-    cluster._probe(address)
 
 
 def test_what_ray_says_of_a_cluster_is_passed_on(monkeypatch):
