@@ -3,6 +3,7 @@ where each one begins."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -50,13 +51,16 @@ class _Hashing(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         self._file = open(path, "wb")  # noqa: SIM115 - closed by close()
         self.sha256 = hashlib.sha256()
+        self.discards = False
+        """What is written from now on goes nowhere."""
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        self._file.write(data)
-        self.sha256.update(data)
+        if not self.discards:
+            self._file.write(data)
+            self.sha256.update(data)
         return len(data)
 
     def flush(self) -> None:
@@ -132,8 +136,11 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Close without finishing, after an error."""
-        # Otherwise it would write a footer into the closed file when it is collected.
-        self._writer.is_open = False
+        # Arrow's writer writes a footer when it is closed, or else when it is collected: at any
+        # later moment, with an error from a closed file.
+        self._sink.discards = True
+        with contextlib.suppress(OSError, pa.ArrowException):
+            self._writer.close()
         self._sink.close()
 
     def _write_group(self) -> None:
