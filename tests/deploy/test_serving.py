@@ -28,12 +28,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ftlib.config import Augment, Model, Run
+from ftlib.config import Augment, Data, Evaluate, Model, Run
+from ftlib.data.augment import EvalTransform
 from ftlib.deploy.http_server import bound_socket, close_idle
 from ftlib.deploy.http_server import server as server_of
 from ftlib.deploy.serving import Service
 from ftlib.packaging.package import load, package
 from ftlib.training import models
+from ftlib.training.evaluate import normalize
 from tests.deploy.browser import CHROMIUM, Browser
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel", "<fox>")
@@ -196,6 +198,43 @@ def test_the_explanation_is_a_picture_and_depends_on_the_class(server):
             assert image.size == (224, 224)
             shown.append(np.asarray(image))
     assert not np.array_equal(*shown)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arch", ["timm/resnet10t", "timm/vit_tiny_patch16_224", "timm/convnext_atto"]
+)
+def test_models_of_timm_are_served_with_their_own_answers_and_explanations(arch, tmp_path):
+    half = (0.5, 0.5, 0.5)
+    run = Run(
+        name="served",
+        model=Model(arch=arch),
+        augment=Augment(size=64),
+        data=Data(mean=half, std=half),
+        evaluate=Evaluate(crop=0.9, interpolation="bicubic"),
+    )
+    torch.manual_seed(3)
+    model = models.build(run.model, len(CLASSES), 64).eval()
+    torch.nn.init.normal_(models.head(model).weight, std=0.5)
+    folder = package(model, run, CLASSES, {}, 1.0, tmp_path / "model")
+    jpeg = picture()
+    with torch.inference_mode():
+        pixels = EvalTransform(64, 0.9, "bicubic")(jpeg)
+        logits = model(normalize(torch.from_numpy(pixels)[None], half, half))[0]
+    expected = dict(zip(CLASSES, logits.softmax(0).tolist(), strict=True))
+    threads = torch.get_num_threads()
+    try:
+        with serving(folder) as (server, _):
+            status, body = ask(f"{server}/predict?top_k=6", jpeg)
+            assert status == 200
+            given = {t["class"]: t["probability"] for t in json.loads(body)["top"]}
+            assert given == pytest.approx(expected, abs=2e-4)
+            status, body = ask(f"{server}/explain?class=bee", jpeg)
+            assert status == 200
+            with Image.open(io.BytesIO(body)) as shown:
+                assert shown.size == (224, 224)
+    finally:
+        torch.set_num_threads(threads)
 
 
 GIVE = """

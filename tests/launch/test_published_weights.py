@@ -1,11 +1,13 @@
 """Runs that start from published weights: `prepared_run` and `active_run` around
 `training.initial_weights`."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 
+from ftlib import recipes
 from ftlib.launch import run_record
 from ftlib.launch.launch import launch, prepare_run
 from ftlib.settings import ConfigError, override
@@ -79,3 +81,28 @@ def test_a_run_from_before_published_weights_were_recorded_resumes(tiny, home):
             fingerprint,
             None,
         )
+
+
+@pytest.mark.parametrize("stage", ["phase2", pytest.param("phase3", marks=pytest.mark.slow)])
+def test_a_later_phase_starts_from_published_weights_without_a_phase_before(
+    lite0, stage, home, capsys
+):
+    """The phase's own regularization on EfficientNet-Lite0, for one epoch of 32 px pictures."""
+    recipe = recipes.load(stage)
+    run = override(
+        dataclasses.replace(lite0, stage=stage, mix=recipe.mix, optimizer=recipe.optimizer),
+        {
+            "model.dropout": recipe.model.dropout,
+            "train.ema_decay": recipe.train.ema_decay,
+            "augment.randaugment_n": recipe.augment.randaugment_n,
+            "augment.randaugment_m": recipe.augment.randaugment_m,
+        },
+    )
+    outcome = launch(run, local=True)
+    assert "the classifier starts anew" in capsys.readouterr().out
+    record = json.loads((home / "runs" / outcome.name / "run.json").read_text())
+    assert record["init"]["name"] == "tf_efficientnet_lite0.in1k"
+    trained = load_run_model(outcome.run_dir).model.state_dict()["conv_stem.weight"]
+    # One epoch of two small steps: still the published weights, a little changed.
+    published = weights.lite0_state()["conv_stem.weight"]
+    assert 0 < (trained - published).abs().max() < 0.01
