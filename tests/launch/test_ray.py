@@ -304,7 +304,7 @@ def test_a_sweep_submitted_as_a_job(jobs, home, head):
         "far",
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "best of 3 trials" in done.stdout and "0 failed" in done.stdout
+    assert "3 trials (" in done.stdout and "0 failed" in done.stdout
     report = home / "runs" / "far" / "report"
     assert (report / "index.html").is_file() and json.loads((report / "best.json").read_text())[
         "data"
