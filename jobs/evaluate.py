@@ -11,7 +11,6 @@ report.
 """
 
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,9 +82,10 @@ def score_sizes(
     asked: Options, loaded: "LoadedModel", dataset: "Dataset", own: "Dataset | None"
 ) -> list["Scored"]:
     """The scores, one for each size."""
+    from ftlib.data.loader import all_but_one_cpu
     from ftlib.report.evaluation import score
 
-    workers = asked.workers if asked.workers >= 0 else max((os.cpu_count() or 1) - 1, 0)
+    workers = asked.workers if asked.workers >= 0 else all_but_one_cpu()
     return [
         score(
             loaded,

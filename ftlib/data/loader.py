@@ -139,6 +139,32 @@ def eval_batches(
     return Batches(EvalSource(split, size, crop, interpolation), plan, batch_size, workers)
 
 
+def scored_batches(
+    run: config.Run,
+    split: Split,
+    rows: np.ndarray,
+    *,
+    workers: int = 0,
+    size: int = 0,
+    batch_size: int = 0,
+) -> Batches:
+    """`eval_batches` as the run evaluates; `size` and `batch_size` replace its own."""
+    return eval_batches(
+        split,
+        rows,
+        size=size or run.eval_size,
+        crop=run.evaluate.crop,
+        batch_size=batch_size or run.evaluate.batch_size,
+        workers=workers,
+        interpolation=run.evaluate.interpolation,
+    )
+
+
+def all_but_one_cpu() -> int:
+    """Loader processes where the driver itself reads: one for each CPU of this machine but one."""
+    return max((os.cpu_count() or 1) - 1, 0)
+
+
 # --- sources ------------------------------------------------------------------------------------
 
 

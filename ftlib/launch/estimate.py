@@ -22,7 +22,7 @@ import torch
 
 from ftlib.config import Run
 from ftlib.data import sampler
-from ftlib.data.loader import PREFETCH, Batch, eval_batches, train_batches
+from ftlib.data.loader import PREFETCH, Batch, train_batches
 from ftlib.launch import cluster, timing
 from ftlib.launch.cluster_cost import Workload
 from ftlib.launch.prepared_run import PreparedRun
@@ -30,8 +30,7 @@ from ftlib.launch.prices import Price
 from ftlib.launch.progress import duration, duration_short
 from ftlib.launch.worker import loader_workers, training_threads
 from ftlib.settings import override
-from ftlib.training import checkpoint
-from ftlib.training.evaluate import count
+from ftlib.training import checkpoint, scoring
 from ftlib.training.initial_weights import keeps_classifier
 from ftlib.training.loop import OutOfMemoryError, Training, WorkerContext
 
@@ -306,30 +305,12 @@ def _evaluation(training: Training, workers: int, processes: int, seconds: float
     """Seconds to score one worker's part of the scored images, measured on a sample of them."""
     job, run = training.context, training.run
     mine = training.scored_rows[::workers]
-    split = job.dataset.split("train" if training.split == "tuning" else "val")
 
     def score(rows: np.ndarray) -> float:
         began = timing.synchronize(job.device)
-        with contextlib.closing(
-            eval_batches(
-                split,
-                rows,
-                size=run.eval_size,
-                crop=run.evaluate.crop,
-                batch_size=run.evaluate.batch_size,
-                workers=processes,
-                interpolation=run.evaluate.interpolation,
-            )
-        ) as batches:
-            count(
-                training.state.scored_model,
-                batches,
-                training.classes,
-                device=job.device,
-                mean=run.data.mean,
-                std=run.data.std,
-                dtype=training.dtype,
-            )
+        scoring.score(
+            job, training.state.scored_model, rows, dtype=training.dtype, loader_workers=processes
+        )
         return timing.synchronize(job.device) - began
 
     size = min(len(mine), run.evaluate.batch_size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from ftlib.config import Run
 from ftlib.data.shards import Dataset
 from ftlib.launch import gates
 from ftlib.launch.outcome import Outcome
-from ftlib.paths import home, local_run_folder
+from ftlib.paths import home, job_command, local_run_folder
 from ftlib.settings import ConfigError, to_dict
 from ftlib.storage import join
 from ftlib.track.tracking import TrackedRun
@@ -161,12 +160,13 @@ def score_test(outcome: Outcome, dataset: Dataset, say: Callable[[str], None]) -
     if count > MOST_WITHOUT_GPU and not torch.cuda.is_available():
         say(
             f"{outcome.name}: {count:,} test pictures are many for a machine without a GPU. Score "
-            f"them where there is one: python jobs/evaluate.py {outcome.name} --split test"
+            f"them where there is one: {job_command('evaluate', f'{outcome.name} --split test')}"
         )
         return None
+    from ftlib.data.loader import all_but_one_cpu
     from ftlib.report.evaluation import load, score_test
 
-    workers = 0 if count <= THREADED else max((os.cpu_count() or 1) - 1, 0)
+    workers = 0 if count <= THREADED else all_but_one_cpu()
     with _log_failure("the test split could not be scored"):
         return score_test(load(outcome.run_dir), dataset, workers=workers)
     return None

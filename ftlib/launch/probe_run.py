@@ -15,6 +15,7 @@ from torch import nn
 
 from ftlib import settings, storage
 from ftlib.config import Run
+from ftlib.data.loader import all_but_one_cpu
 from ftlib.data.shards import Dataset
 from ftlib.launch import cluster, summary
 from ftlib.launch.active_run import ActiveRun, LaunchOptions, open_run
@@ -90,7 +91,7 @@ def _probe(active: ActiveRun, options: LaunchOptions) -> TrainingResult:
         run_dir=prepared.run_dir,
         device=device,
         source=prepared.source,
-        loader_workers=max((os.cpu_count() or 1) - 1, 0),
+        loader_workers=all_but_one_cpu(),
         fence=active.lease.fence,
         owner=active.lease.token,
     )

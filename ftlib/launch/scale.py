@@ -56,7 +56,9 @@ def _batch(run: Run, images: int, steps_per_epoch: int) -> list[str]:
     batch = run.train.batch_size
     if steps_per_epoch >= FEW_STEPS or batch <= 8:
         return []
-    suits = max(8, min(batch // 2, 2 ** (images // (2 * FEW_STEPS)).bit_length() // 2))
+    # Twice as many steps as are few, with the next smaller power of two.
+    most = images // (2 * FEW_STEPS)
+    suits = max(8, min(batch // 2, 2 ** (most.bit_length() - 1) if most else 0))
     return [
         f"train.batch_size = {batch}: {images:,} images make {steps_per_epoch} optimizer steps an "
         f"epoch, {steps_per_epoch * run.train.epochs:,} in all. "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +11,7 @@ import torch
 
 from ftlib.config import Run
 from ftlib.data import sampler
-from ftlib.data.loader import eval_batches
+from ftlib.data.loader import scored_batches
 from ftlib.data.shards import Dataset, Split
 from ftlib.report.calibration import Calibration, cross_fitted, held_out
 from ftlib.report.metrics import Floats, IntervalEstimate, Ints, TestSplit, scores
@@ -248,16 +247,7 @@ class _Predictor:
     def __call__(self, split: Split, rows: Ints) -> tuple[Ints, Floats]:
         """(labels int64[n], logits float32[n, C]) of the rows."""
         run = self.loaded.run
-        batches = eval_batches(
-            split,
-            rows,
-            size=self.size,
-            crop=run.evaluate.crop,
-            batch_size=run.evaluate.batch_size,
-            workers=self.workers,
-            interpolation=run.evaluate.interpolation,
-        )
-        with contextlib.closing(batches):
+        with scored_batches(run, split, rows, workers=self.workers, size=self.size) as batches:
             try:
                 found = predict(
                     self.loaded.model.to(self.device),

@@ -97,11 +97,12 @@ def count(
         with autocast(dtype, device):
             logits = model(normalize(batch.images.to(device, non_blocking=True), mean, std))
         logits = logits.float()
-        loss = F.cross_entropy(logits, labels, reduction="none").double()
+        nll = F.cross_entropy(logits, labels, reduction="none")
+        loss = nll.double()
         # Indices, because a GPU's mask would have to be waited for.
         losses.append(loss[torch.isin(batch.rows, kept).nonzero()[:, 0].to(device)])
         if remember is not None:
-            remember.add(batch.rows, labels, logits)
+            remember.add(batch.rows, labels, logits.argmax(1), nll)
         hits = logits.topk(k).indices == labels[:, None]
         first = hits[:, 0].double()
         sums[:4] += torch.stack(

@@ -25,7 +25,7 @@ from torch import nn
 from ftlib import storage
 from ftlib.config import Run
 from ftlib.data import rng, sampler
-from ftlib.data.loader import eval_batches
+from ftlib.data.loader import scored_batches
 from ftlib.data.shards import Split
 from ftlib.settings import ConfigError
 from ftlib.training import checkpoint, initial_weights, models, scoring
@@ -121,17 +121,9 @@ def compute_features(
     tick: called with the number of images of each batch.
     """
     batch_size = min(run.evaluate.batch_size, LARGEST_BATCH)
-    batches = eval_batches(
-        split,
-        rows,
-        size=run.eval_size,
-        crop=run.evaluate.crop,
-        batch_size=batch_size,
-        workers=loader_workers,
-        interpolation=run.evaluate.interpolation,
-    )
+    batches = scored_batches(run, split, rows, workers=loader_workers, batch_size=batch_size)
     model = model.to(device).eval()
-    with head_inputs(model) as kept, contextlib.closing(batches) as pictures:
+    with head_inputs(model) as kept, batches as pictures:
         for batch in pictures:
             images = normalize(batch.images.to(device), run.data.mean, run.data.std)
             with autocast(torch.float32, device):

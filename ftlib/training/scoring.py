@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from safetensors.torch import load as safetensors_load
 from torch import nn
 
-from ftlib.data.loader import eval_batches
+from ftlib.data.loader import scored_batches
 from ftlib.storage import StorageError
 from ftlib.training import models
 from ftlib.training.checkpoint import SAMPLE, StoredModel
@@ -49,16 +48,7 @@ def score(
     """
     run = context.run
     split = "train" if run.data.tuning_fraction else "val"
-    batches = eval_batches(
-        context.dataset.split(split),
-        rows,
-        size=run.eval_size,
-        crop=run.evaluate.crop,
-        batch_size=run.evaluate.batch_size,
-        workers=loader_workers,
-        interpolation=run.evaluate.interpolation,
-    )
-    with contextlib.closing(batches):
+    with scored_batches(run, context.dataset.split(split), rows, workers=loader_workers) as batches:
         return count(
             model,
             batches,

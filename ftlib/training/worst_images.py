@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.nn import functional as F
 
 from ftlib.config import Run
 from ftlib.data.augment import EvalTransform
@@ -29,10 +28,9 @@ class Losses:
         self._rows: list[Tensor] = []
         self._values: list[Tensor] = []
 
-    def add(self, rows: Tensor, labels: Tensor, logits: Tensor) -> None:
-        """Remember a batch: rows int64[b] of the split, labels int64[b], logits float32[b, C]."""
-        nll = F.cross_entropy(logits, labels, reduction="none")
-        answers = logits.argmax(1)
+    def add(self, rows: Tensor, labels: Tensor, answers: Tensor, nll: Tensor) -> None:
+        """Remember a batch: rows of the split, labels and answers int64[b], and the negative
+        log-likelihoods of the labels float32[b]."""
         nll = nll.where(answers != labels, -1.0)  # negative: no mistake
         self._rows.append(rows)
         self._values.append(torch.stack([nll, labels.float(), answers.float()]))

@@ -141,7 +141,7 @@ def _predict(run_dir: str) -> Predictions:
     import torch
 
     from ftlib.config import Run
-    from ftlib.data.loader import eval_batches
+    from ftlib.data.loader import scored_batches
     from ftlib.data.shards import Dataset
     from ftlib.settings import from_dict
     from ftlib.training.evaluate import predict
@@ -156,14 +156,5 @@ def _predict(run_dir: str) -> Predictions:
     split = Dataset.open(about["data"]["path"]).split("val")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = np.arange(len(split), dtype=np.int64)
-    batches = eval_batches(
-        split,
-        rows,
-        size=run.eval_size,
-        crop=run.evaluate.crop,
-        batch_size=run.evaluate.batch_size,
-        workers=max(run.data.loader_workers, 0),
-        interpolation=run.evaluate.interpolation,
-    )
-    with contextlib.closing(batches):
+    with scored_batches(run, split, rows, workers=max(run.data.loader_workers, 0)) as batches:
         return predict(loaded.model.to(device), batches, device, run.data.mean, run.data.std)

@@ -11,12 +11,17 @@ from ftlib.training.worst_images import SHOWN, Losses, sheet
 RUN = Run(augment=Augment(size=32))
 
 
+def add(losses, rows, labels, logits):
+    nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    losses.add(rows, labels, logits.argmax(1), nll)
+
+
 def filled(logits, labels, batch=7):
     losses = Losses()
     for start in range(0, len(labels), batch):
         part = slice(start, start + batch)
         rows = torch.arange(len(labels))[part] + 100
-        losses.add(rows, labels[part], logits[part])
+        add(losses, rows, labels[part], logits[part])
     return losses
 
 
@@ -40,7 +45,7 @@ def test_a_sheet_shows_the_pictures_of_the_mistakes(shapes):
     labels = torch.tensor(split.labels[:3].astype(np.int64))
     answers = (labels + 1) % 3
     losses = Losses()
-    losses.add(torch.arange(3), labels, torch.eye(3)[answers] * 5)
+    add(losses, torch.arange(3), labels, torch.eye(3)[answers] * 5)
     page = sheet(losses, split, shapes.classes, RUN)
     assert page.mode == "RGB" and page.width > page.height > 128
     assert np.asarray(page)[20:120, 20:120].std() > 5  # a picture, not paper
@@ -49,7 +54,7 @@ def test_a_sheet_shows_the_pictures_of_the_mistakes(shapes):
 def test_without_mistakes_there_is_no_sheet(shapes):
     labels = torch.tensor([0, 1, 2])
     losses = Losses()
-    losses.add(torch.arange(3), labels, torch.eye(3) * 5)
+    add(losses, torch.arange(3), labels, torch.eye(3) * 5)
     assert sheet(losses, shapes.split("val"), shapes.classes, RUN) is None
     assert sheet(Losses(), shapes.split("val"), shapes.classes, RUN) is None
 
