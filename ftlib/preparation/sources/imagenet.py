@@ -24,6 +24,7 @@ from ftlib.preparation.sources.layout import Labelled, LabelledFiles
 from ftlib.preparation.sources.naming import counted, listed
 from ftlib.preparation.sources.options import SourceOptions
 from ftlib.preparation.sources.places import Span
+from ftlib.preparation.sources.published import matlab_variable
 from ftlib.preparation.sources.table import labels_by_name
 from ftlib.preparation.sources.tree import File, Tree, parents_of
 
@@ -221,12 +222,10 @@ def _devkit_synsets(data: bytes | None) -> dict[int, str]:
     """The kit's numbers of the synsets, from its meta.mat."""
     if not data:
         return {}
-    from scipy.io import loadmat
-
+    synsets = matlab_variable(data, "meta.mat", "synsets")
     try:
-        synsets = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
         return {int(row[0]): str(row[1]) for row in synsets}
-    except Exception as error:  # scipy raises many kinds of error on a damaged file
+    except (TypeError, ValueError, IndexError) as error:
         raise DataError(f"meta.mat cannot be read ({error})") from None
 
 

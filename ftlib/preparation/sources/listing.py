@@ -20,6 +20,7 @@ from ftlib.preparation.sources.file_names import by_file_name
 from ftlib.preparation.sources.folders import Folders, has_flat_split
 from ftlib.preparation.sources.foreign import refuse_foreign
 from ftlib.preparation.sources.imagenet import ImageNet
+from ftlib.preparation.sources.label_table import LabelTable
 from ftlib.preparation.sources.layout import Entry, Labelled, LabelledFiles, Layout, Rejected
 from ftlib.preparation.sources.naming import (
     counted,
@@ -38,7 +39,7 @@ from ftlib.preparation.sources.splits import (
     with_groups,
 )
 from ftlib.preparation.sources.table import ENDINGS as TABLES
-from ftlib.preparation.sources.table import LabelTable, Table, usable_tables
+from ftlib.preparation.sources.table import Table, usable_tables
 from ftlib.preparation.sources.tree import File, Tree, walk
 from ftlib.preparation.sources.webdataset import WebDataset
 from ftlib.preparation.sources.wrapping import unwrapped

@@ -6,28 +6,22 @@ there is one choice; otherwise the message lists them and the option that names 
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
-import unicodedata
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from ftlib.data.shards import DataError
+from ftlib.preparation.sources.label_table import FileNames, LabelTable, load_table, parse_table
 from ftlib.preparation.sources.layout import Labelled, LabelledFiles, Rejected
 from ftlib.preparation.sources.naming import (
     counted,
     listed,
     natural,
     plain,
-    split_in,
     split_of,
 )
 from ftlib.preparation.sources.options import SourceOptions
+from ftlib.preparation.sources.published import published_table
 from ftlib.preparation.sources.tree import File, Tree
 from ftlib.preparation.sources.wrapping import is_picture, unwrapped
 from ftlib.text import printable
@@ -73,42 +67,12 @@ SAMPLE = 200
 """Rows looked at to guess a column."""
 ENOUGH = 0.5
 """Share of a column's values that must name files for it to be the column of file names."""
-LARGEST_TABLE = 1 << 30
 LARGEST_GUESS = 128 << 20
 """Bytes of a table that is read without being named."""
 MOST_TABLES = 20
 """More of them are taken for something else, such as a file for each class."""
-LARGEST_FIELD = 1 << 20
-CUB = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
 NO_LABEL = ("", "nan", "NaN")
 """What tables have where a label is missing."""
-
-
-@dataclass
-class LabelTable:
-    """A table as text: column names and rows of the same length."""
-
-    name: str
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-    folder: str = ""
-    """Where the table lies below the source's root, for names given from there."""
-
-    @property
-    def split(self) -> str:
-        """The split that the table's name or folder means, as in train.csv or val/metadata.csv."""
-        return split_in(Path(self.name).stem) or split_of(self.folder.rpartition("/")[2])
-
-    def fitted(self, names: FileNames) -> LabelTable:
-        """The same table; with a header made up where the first row already names a file."""
-        if not any(names.find(cell, self.folder, self.split) for cell in self.columns):
-            return self
-        header = tuple(f"column {i + 1}" for i in range(len(self.columns)))
-        return LabelTable(self.name, header, [self.columns, *self.rows], self.folder)
-
-    def column(self, name: str) -> list[str]:
-        at = self.columns.index(name)
-        return [row[at] for row in self.rows]
 
 
 class Table:
@@ -160,11 +124,17 @@ def usable_tables(tree: Tree, options: SourceOptions) -> tuple[list[LabelTable],
         and "submission" not in file.name.lower()
     ]
     names = FileNames(tree)
-    if names.count and (joined := _joined_lists(tree)):
-        return [joined], problems
-    if not candidates or len(candidates) > MOST_TABLES:
+    if not names.count:
         return found, problems
-    for file in candidates if names.count else []:
+    try:
+        if table := published_table(tree):
+            Columns.of(table, names, options)
+            return [table], problems
+    except DataError as error:
+        problems.append(str(error))
+    if len(candidates) > MOST_TABLES:
+        return found, problems
+    for file in candidates:
         try:
             if file.bytes > LARGEST_GUESS:
                 raise DataError(f"{file.path} has {file.bytes:,} bytes; name it with --labels")
@@ -181,226 +151,6 @@ def usable_tables(tree: Tree, options: SourceOptions) -> tuple[list[LabelTable],
 def _is_list(file: File) -> bool:
     """Whether a file is called like a list of a split's pictures: train.txt, val.txt."""
     return file.extension == "txt" and bool(split_of(file.path.removesuffix(".txt")))
-
-
-def _joined_lists(tree: Tree) -> LabelTable | None:
-    """The table that CUB-200-2011 keeps in three lists: id and file, id and class, id and 1 for
-    train or 0 for test."""
-    lists = {file.path: file for file in tree.files if file.path in CUB}
-    if len(lists) < len(CUB):
-        return None
-    try:
-        files, labels, splits = (
-            dict(line.split() for line in tree.read(lists[name]).decode().splitlines())
-            for name in CUB
-        )
-        rows: list[tuple[str, ...]] = [
-            (files[i], labels[i], "train" if splits[i] == "1" else "test") for i in files
-        ]
-    except (ValueError, KeyError):  # lists of another set
-        return None
-    return LabelTable(CUB[0], ("file", "label", "split"), rows)
-
-
-class FileNames:
-    """The pictures of a tree, found by what a table calls them."""
-
-    def __init__(self, tree: Tree) -> None:
-        self.count = 0
-        self._by_name: dict[str, list[File]] = defaultdict(list)
-        self._by_stem: dict[str, list[File]] = defaultdict(list)
-        self._by_lower: dict[str, list[File]] = defaultdict(list)
-        """Names in lower case: tables and cameras differ about `.jpg` and `.JPG`."""
-        for file in tree.files:
-            if is_picture(file) or "." not in file.name:
-                self.count += 1
-                name = _composed(file.name)
-                self._by_name[name].append(file)
-                self._by_lower[name.lower()].append(file)
-                if "." in name:
-                    self._by_stem[name.rpartition(".")[0]].append(file)
-
-    def find(self, value: str, folder: str = "", split: str = "") -> list[File]:
-        """The files that a value names: one, none, or several that it cannot tell apart."""
-        value = _composed(value.strip().replace("\\", "/")).removeprefix("./").strip("/")
-        name = value.rpartition("/")[2]
-        found = (
-            self._by_name.get(name) or self._by_stem.get(name) or self._by_lower.get(name.lower())
-        )
-        if not found:
-            return []
-        if "/" in value:
-            found = [f for f in found if _same_end(_composed(f.path), value)]
-        if len(found) > 1:
-            exact = f"{folder}/{value}" if folder else value
-            same = [f for f in found if f.path in (value, exact)]
-            found = same or found
-        if len(found) > 1 and split:
-            of_split = [f for f in found if split_in(f.path.partition("/")[0]) == split]
-            found = of_split or found
-        return found
-
-
-def _composed(name: str) -> str:
-    """A name in Unicode's composed form: macOS takes accents apart."""
-    return unicodedata.normalize("NFC", name)
-
-
-def _same_end(path: str, value: str) -> bool:
-    """Whether one is the end of the other: a table may name folders of another machine."""
-    whole, wanted = f"/{path}".lower(), f"/{value}".lower()
-    stem = whole.rpartition(".")[0]
-    return any(a.endswith(b) for a, b in ((whole, wanted), (stem, wanted), (wanted, whole))) or (
-        wanted.endswith(stem)
-    )
-
-
-# --- reading tables ---
-
-
-def load_table(path: str) -> LabelTable:
-    """The table in a file on disk. Raises DataError."""
-    where = Path(path).expanduser()
-    try:
-        if where.stat().st_size > LARGEST_TABLE:
-            raise DataError(f"--labels {path}: a file of over {LARGEST_TABLE:,} bytes")
-        return parse_table(where.read_bytes(), where.name)
-    except OSError as error:
-        raise DataError(f"--labels {path} cannot be read ({error.strerror or error})") from None
-
-
-def parse_table(data: bytes, path: str) -> LabelTable:
-    """A table's columns and rows as text. Raises DataError where it is none."""
-    ending = path.rpartition(".")[2].lower()
-    folder = path.rpartition("/")[0]
-    try:
-        if ending == "parquet":
-            columns, rows = _parquet(data)
-        elif ending in ("json", "jsonl", "ndjson"):
-            columns, rows = _records(_json(data, ending))
-        else:
-            columns, rows = _separated(data, ending)
-    except (ValueError, KeyError, TypeError, csv.Error, RecursionError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path} cannot be read as a table ({error})") from None
-    if not rows or not columns:
-        raise DataError(f"{path} holds no rows")
-    return LabelTable(path, columns, rows, folder)
-
-
-def _separated(data: bytes, ending: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    text = _decoded(data)
-    first = text.partition("\n")[0]
-    if ending == "tsv":
-        separator = "\t"
-    else:
-        counts = {mark: first.count(mark) for mark in ",;\t|"}
-        separator = max(counts, key=lambda mark: counts[mark]) if any(counts.values()) else " "
-    csv.field_size_limit(LARGEST_FIELD)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    rows = [tuple(cell.strip() for cell in row) for row in reader if any(row)]
-    if not rows:
-        return (), []
-    width = len(rows[0])
-    if uneven := [i for i, row in enumerate(rows) if len(row) != width]:
-        raise ValueError(
-            f"row {uneven[0] + 1} has {len(rows[uneven[0]])} columns, the first row {width}"
-        )
-    return _distinct(rows[0]), rows[1:]
-
-
-def _decoded(data: bytes) -> str:
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return data.decode("utf-16")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"not UTF-8: {error.reason} at byte {error.start:,}; save it as UTF-8, such as with "
-            "iconv -f latin1 -t utf-8"
-        ) from None
-
-
-def _distinct(names: Sequence[str]) -> tuple[str, ...]:
-    seen: Counter[str] = Counter()
-    found = []
-    for name in names:
-        seen[name] += 1
-        found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return tuple(found)
-
-
-def _json(data: bytes, ending: str) -> Any:
-    text = _decoded(data)
-    if ending != "json":
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    return json.loads(text)
-
-
-def _records(value: Any) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Rows of a list of objects, of an object of lists (columns, or the files of each class), or of
-    an object of file -> label, or of COCO's lists of images and annotations."""
-    if isinstance(value, dict) and {"images", "annotations", "categories"} <= set(value):
-        value = _coco_records(value)
-    elif isinstance(value, dict) and _is_files_of_classes(value):
-        value = [{"file": file, "label": label} for label in value for file in value[label]]
-    elif isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
-        if len({len(v) for v in value.values()}) != 1:
-            raise ValueError("its columns have different lengths")
-        value = [dict(zip(value, row)) for row in zip(*value.values())]
-    elif isinstance(value, dict) and all(isinstance(v, str | int) for v in value.values()):
-        value = [{"file": name, "label": label} for name, label in value.items()]
-    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
-        raise ValueError("it needs a list of objects, or an object of file names and labels")
-    columns = tuple(dict.fromkeys(str(key) for row in value for key in row))
-    return columns, [tuple(_cell(row.get(name)) for name in columns) for row in value]
-
-
-def _is_files_of_classes(value: dict[Any, Any]) -> bool:
-    """Whether each key has a list of names, and no name is in two of them."""
-    lists = list(value.values())
-    if len(lists) < 2 or not all(isinstance(one, list) and one for one in lists):
-        return False
-    files = [name for one in lists for name in one]
-    return all(isinstance(n, str) for n in files) and len(set(files)) == len(files) > len(lists)
-
-
-def _coco_records(value: dict[str, Any]) -> list[dict[str, Any]]:
-    """File and label of COCO's lists, where an annotation is a label and no box or outline."""
-    annotations = value["annotations"]
-    boxed = sum("bbox" in one or "segmentation" in one for one in annotations)
-    if boxed:
-        raise ValueError(
-            f"COCO's object detection: {boxed:,} boxes or outlines, where a picture needs one "
-            "label. Cut the objects out, or write a table of file and label"
-        )
-    files = {image["id"]: image["file_name"] for image in value["images"]}
-    names = {category["id"]: category["name"] for category in value["categories"]}
-    return [{"file": files[a["image_id"]], "label": names[a["category_id"]]} for a in annotations]
-
-
-def _parquet(data: bytes) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(io.BytesIO(data))
-    except pa.ArrowException as error:
-        raise ValueError(str(error)) from None
-    flat = [f.name for f in table.schema if not pa.types.is_nested(f.type)]
-    values = [table[name].to_pylist() for name in flat]
-    return tuple(flat), [tuple(_cell(value) for value in row) for row in zip(*values)]
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if isinstance(value, list | dict):
-        raise ValueError("a cell holds several values; a picture needs one label")
-    return str(value).strip()
 
 
 def labels_by_name(tree: Tree, options: SourceOptions) -> dict[str, str]:
@@ -450,7 +200,7 @@ class Columns:
         rest = [n for n in table.columns if n not in (file, split, options.group_column)]
         one_hot: tuple[str, ...] = ()
         if not label:
-            label, one_hot = _label_column(table, rest)
+            label, one_hot = (table.label, ()) if table.label else _label_column(table, rest)
         return Columns(file, label, split, one_hot)
 
 

@@ -1,4 +1,7 @@
-"""Tables of labels: formats, guessed columns, names that fit, and hostile tables."""
+"""Tables of labels: formats, guessed columns, names that fit, and hostile tables.
+
+Modules: label_table, table.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftlib.data.shards import DataError
+from ftlib.preparation.sources.label_table import parse_table
 from ftlib.preparation.sources.listing import scan
 from ftlib.preparation.sources.options import SourceOptions
-from ftlib.preparation.sources.table import parse_table
 from tests.preparation.sources.files import labels, many, rows, tree
 
 ROWS = [("c0.jpg", "cat"), ("c1.jpg", "cat"), ("d0.jpg", "dog"), ("d1.jpg", "dog")]

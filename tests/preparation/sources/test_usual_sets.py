@@ -1,6 +1,6 @@
 """Public sets as they are downloaded: read rightly, or refused by name with what to do.
 
-Modules: file_names, foreign.
+Modules: file_names, foreign, published.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy.io import savemat
 
 from ftlib.data.shards import DataError
 from ftlib.preparation.sources.listing import scan
@@ -57,6 +59,74 @@ def test_cub_takes_labels_from_folders_and_splits_from_its_lists(tmp_path: Path)
     assert found.counts == {"train": 4, "test": 2}
     assert labels(found)[f"images/{names[2]}"] == ("test", "001.Bird1")
     assert "labels come from the folders, splits from images.txt" in found.notes
+
+
+def test_aircraft_is_labelled_by_variant_or_by_the_level_that_is_named(tmp_path: Path) -> None:
+    lists = {}
+    for split, ids in (("train", "12"), ("val", "3"), ("test", "4")):
+        for level, names in (
+            ("variant", ("A320", "F/A-18")),
+            ("family", ("A320", "F/A-18")),
+            ("manufacturer", ("Airbus", "McDonnell Douglas")),
+        ):
+            lines = "".join(f"100{i} {names[int(i) % 2]}\n" for i in ids)
+            lists[f"fgvc/data/images_{level}_{split}.txt"] = lines
+    files = pictures(*(f"fgvc/data/images/100{i}.jpg" for i in range(1, 5)), "fgvc/evaluation.m")
+    root = written(tmp_path, lists | files)
+    found = scan(root)
+    assert found.classes == ("A320", "F/A-18")
+    assert found.counts == {"train": 2, "val": 1, "test": 1}
+    assert labels(found)["data/images/1003.jpg"] == ("val", "F/A-18")
+    found = scan(root, SourceOptions(label_column="manufacturer"))
+    assert labels(found)["data/images/1003.jpg"] == ("val", "McDonnell Douglas")
+
+
+def test_pets_take_the_breed_from_the_names_and_splits_from_the_lists(tmp_path: Path) -> None:
+    lists = {
+        "annotations/trainval.txt": "Abyssinian_1 1 1 1\nbasset_hound_1 2 2 1\n",
+        "annotations/test.txt": "basset_hound_20 2 2 1\n",
+    }
+    names = ("Abyssinian_1", "basset_hound_1", "basset_hound_20", "basset_hound_3")
+    files = pictures(*(f"images/{n}.jpg" for n in names), "annotations/trimaps/Abyssinian_1.png")
+    found = scan(written(tmp_path, lists | files), options())
+    assert labels(found) == {
+        "images/Abyssinian_1.jpg": ("train", "Abyssinian"),
+        "images/basset_hound_1.jpg": ("train", "basset_hound"),
+        "images/basset_hound_20.jpg": ("test", "basset_hound"),
+    }
+    assert found.aside["pictures that the table does not name"] == 2
+
+
+def test_flowers_102_takes_labels_and_splits_from_its_matlab_files(tmp_path: Path) -> None:
+    root = tree(tmp_path, *(f"jpg/image_{i:05d}.jpg" for i in range(1, 7)))
+    savemat(root / "imagelabels.mat", {"labels": np.array([[77, 77, 5, 5, 77, 5]], np.uint8)})
+    splits = {"trnid": [[1, 3]], "valid": [[4, 2]], "tstid": [[6, 5]]}
+    savemat(root / "setid.mat", {name: np.array(ids, np.uint16) for name, ids in splits.items()})
+    found = scan(root)
+    assert found.classes == ("5", "77")
+    assert [labels(found)[f"jpg/image_{i:05d}.jpg"] for i in range(1, 7)] == [
+        ("train", "77"), ("val", "77"), ("train", "5"), ("val", "5"), ("test", "77"), ("test", "5")
+    ]  # fmt: skip
+    (root / "setid.mat").write_bytes(b"MATLAB 5.0" + bytes(200))
+    with pytest.raises(DataError, match=r"no use: setid.mat cannot be read"):
+        scan(root)
+
+
+@pytest.mark.parametrize("with_test", [True, False])
+def test_stanford_cars_takes_class_names_from_its_kit(tmp_path: Path, with_test: bool) -> None:
+    names = [f"cars_{split}/0000{i}.jpg" for split in ("train", "test") for i in (1, 2)]
+    root = tree(tmp_path, *names, "devkit/README.txt")
+    meta = {"class_names": np.array([["AM General Hummer", "Ram C/V Van"]], dtype=object)}
+    savemat(root / "devkit/cars_meta.mat", meta)
+    kind = [("bbox_x1", "O"), ("class", "O"), ("fname", "O")]
+    records = np.array([[(39, c, f"0000{c}.jpg") for c in (1, 2)]], dtype=kind)
+    savemat(root / "devkit/cars_train_annos.mat", {"annotations": records})
+    if with_test:
+        savemat(root / "cars_test_annos_withlabels.mat", {"annotations": records[:, :1]})
+    found = scan(root, options())
+    assert found.classes == ("AM General Hummer", "Ram C/V Van")
+    assert found.counts == ({"train": 2, "test": 1} if with_test else {"train": 2})
+    assert labels(found)["cars_train/00002.jpg"] == ("train", "Ram C/V Van")
 
 
 def test_food101_takes_splits_from_its_lists_of_each_class(tmp_path: Path) -> None:
