@@ -15,6 +15,7 @@ PORT ?= 5000
 KILLS ?= 30
 SEED ?= 0
 FAULTS ?= kill
+OVER ?= workers
 # TORCH=cpu installs torch's CPU build (200 MB instead of 5 GB), without the lock's hashes.
 TORCH ?=
 
@@ -73,8 +74,8 @@ format: $(DEV_STAMP)  ## Lay the code out and mend what the linter can
 ui: $(STAMP)  ## Open MLflow's UI on this machine's runs (PORT=5000)
 	$(BIN)/python jobs/track.py ui --port $(PORT)
 
-soak: $(DEV_STAMP)  ## Break training at random moments and compare (KILLS=30 SEED=0 FAULTS=kill,stop,disk,clock,loader)
-	$(BIN)/python tests/soak.py --kills $(KILLS) --seed $(SEED) --faults $(FAULTS)
+soak: $(DEV_STAMP)  ## Break training at random moments and compare (KILLS=30 SEED=0 OVER=workers|sweep|ray FAULTS=kill,stop,disk)
+	$(BIN)/python tests/soak.py --over $(OVER) --kills $(KILLS) --seed $(SEED) --faults $(FAULTS)
 
 docs-images: $(DEV_STAMP)  ## Make the pictures in docs/images that show reports and figures again
 	PYTHONPATH=. $(BIN)/python tests/docs_images.py

@@ -36,6 +36,7 @@ from ftlib import flags as flags_
 from ftlib.config import Run
 from ftlib.flags import Commas, Flag, FormerValue, OptionalFile, Repeatable, flags_of
 from ftlib.settings import ConfigError, Settings, from_json, hints, nearest, override, to_json
+from ftlib.storage import write_file
 from ftlib.text import hide_password, printable, shorten
 
 UNIONS = ("loss", "optimizer", "schedule")
@@ -191,7 +192,7 @@ def reporting(asked: ResultOptions) -> Iterator[dict[str, Any]]:
         if asked.json == "-":
             print(text, file=stdout, flush=True)
         elif asked.json:
-            Path(asked.json).write_text(text + "\n", "utf-8")
+            write_file(asked.json, text.encode() + b"\n")
         if ended is not None:
             raise ended
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
+from collections.abc import Iterable
 
 # Bounded, so that no text makes the search quadratic.
 _SCHEME = r"(?P<scheme>[A-Za-z][\w+.-]{0,30}://)"
@@ -45,6 +48,13 @@ def csv_cell(text: str) -> str:
     A quote is put before it, as OWASP's page on CSV injection advises.
     """
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+
+
+def csv_bytes(rows: Iterable[Iterable[object]]) -> bytes:
+    """A CSV file of `rows`; text from outside must have gone through `csv_cell`."""
+    table = io.StringIO()
+    csv.writer(table).writerows(rows)
+    return table.getvalue().encode("utf-8", "replace")
 
 
 def figure_text(text: str, limit: int = 40) -> str:

@@ -11,7 +11,6 @@ are not touched.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from ftlib import recipes
@@ -20,6 +19,7 @@ from ftlib.cli import ResultOptions, job, options_and_recipe, reporting
 from ftlib.config import Positive, Run
 from ftlib.flags import Metavar, Position
 from ftlib.settings import Between, ConfigError, to_json
+from ftlib.storage import write_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def find(asked: Options, run: Run) -> dict[str, object]:
     reading = lr_finder.read(curve)
     better = lr_finder.applied(run, reading)
     figure = lr_figure(curve, reading.steepest, reading.minimum, reading.suggestion, title)
-    Path(asked.figure).write_bytes(figure)
+    write_file(asked.figure, figure)
     print(
         f"steepest at {reading.steepest:.2e}, minimum at {reading.minimum:.2e}: "
         f"the highest rate should be about {reading.suggestion:.1e}"
@@ -87,7 +87,7 @@ def find(asked: Options, run: Run) -> dict[str, object]:
     )
     print(f"figure: {asked.figure}")
     if asked.apply:
-        Path(asked.apply).write_text(to_json(better), "utf-8")
+        write_file(asked.apply, to_json(better).encode())
         print(f"recipe: {asked.apply} (use it with --recipe {asked.apply})")
     return {
         "steepest": reading.steepest,

@@ -1,5 +1,6 @@
 """Faults by counting: every write, rename and sync gets a number, and those wanted fail."""
 
+import builtins
 import errno
 import os
 import threading
@@ -13,11 +14,12 @@ class FailingWrites:
     """Fails as a full disk does: a write after half of its bytes, a rename or a sync instead.
 
     Counted from 0, over all that `storage`, `shard_writer` and `Path.write_bytes` do; what a write
-    of `storage` syncs by itself is part of it.
+    of `storage` syncs by itself is part of it. With `opens`, a folder, every file that anybody else
+    opens for writing in it counts too, and Path.rename: for what MLflow and shutil write.
     """
 
-    def __init__(self, monkeypatch, wanted=lambda number, path: False):
-        self.count, self.wanted = 0, wanted
+    def __init__(self, monkeypatch, wanted=lambda number, path: False, opens=None):
+        self.count, self.wanted, self.opens = 0, wanted, opens
         self._inside = threading.local()
         self._write = storage._write_durably
         monkeypatch.setattr(storage, "_write_durably", self._write_durably)
@@ -32,6 +34,10 @@ class FailingWrites:
             "write_text",
             lambda path, text, encoding="utf-8", **_: self._write_path(path, text.encode()),
         )
+        if opens:
+            self._open, self._rename_path = builtins.open, Path.rename
+            monkeypatch.setattr(builtins, "open", self._open_to_write)
+            monkeypatch.setattr(Path, "rename", lambda path, target: self._move(path, target))
         self._replace, self._fsync = os.replace, os.fsync
         monkeypatch.setattr(os, "replace", self._rename)
         monkeypatch.setattr(os, "fsync", self._sync)
@@ -64,6 +70,19 @@ class FailingWrites:
             self._path_write(path, data[: len(data) // 2])
             raise self._full()
         return self._path_write(path, data)
+
+    def _open_to_write(self, file, mode="r", *arguments, **named):
+        inside = str(file).startswith(str(self.opens)) and not getattr(self._inside, "write", False)
+        opened = self._open(file, mode, *arguments, **named)
+        if inside and set("wax") & set(mode) and self._fails(file):
+            opened.close()  # it exists, and is empty
+            raise self._full()
+        return opened
+
+    def _move(self, source, target):
+        if self._fails(target):
+            raise self._full()
+        return self._rename_path(source, target)
 
     def _rename(self, source, target):
         if self._fails(target):

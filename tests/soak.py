@@ -1,9 +1,12 @@
 """A chaos soak: break a small run at random moments until it gets through.
 
     make soak KILLS=30 SEED=0 FAULTS=kill,stop,disk,clock,loader
+    make soak KILLS=15 OVER=sweep FAULTS=kill,stop,disk,server,net
+    make soak KILLS=15 OVER=ray FAULTS=kill,stop,disk,server,net
 
-Every life draws its number of workers (1 or 2, strictly elastic), and faults of the kinds that were
-asked for, at random times: while starting, restoring, stepping, writing a checkpoint, scoring.
+Over `workers` (the default), training alone. Every life draws its number of workers (1 or 2,
+strictly elastic), and faults of the kinds that were asked for, at random times: while starting,
+restoring, stepping, writing a checkpoint, scoring.
 
     kill     kill -9 of all workers; the next life resumes
     stop     SIGSTOP of one worker for up to a second, then SIGCONT
@@ -12,7 +15,20 @@ asked for, at random times: while starting, restoring, stepping, writing a check
     loader   kill -9 of a loader process
 
 The end must be bit-identical to that of an undisturbed run: weights, weight average, optimizer,
-metrics history. The exit code is 1 if it is not.
+metrics history.
+
+Over `sweep` and `ray` (a run on two workers), whole jobs in a namespace of their own (Linux with
+`unshare`); each is given again when it has ended:
+
+    kill     kill -9 of the driver, or of any process below it: workers, loaders, Ray's own
+    stop     SIGSTOP of one of them for up to 5 s
+    disk     the disk of its home is full for up to 4 s
+    server   the MLflow server answers 500, late, never, or is killed and started again
+    net      the network is down for up to 3 s
+
+The scores, the best model, the trials and all points in MLflow must be those of an undisturbed job
+(of one worker, for `ray`), no run may be left open, and what ended with an error must have said one
+in a line. The exit code is 1 where that does not hold.
 """
 
 import argparse
@@ -30,8 +46,10 @@ from pathlib import Path
 import psutil
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE / "training"), str(HERE.parent)]
+sys.path[:0] = [str(HERE / "training"), str(HERE), str(HERE.parent)]
 
+import soak_jobs
+from soak_jobs import JobSoak, scores
 from test_workers import Workers
 
 FAULTS = ("kill", "stop", "disk", "clock", "loader")
@@ -109,51 +127,85 @@ class Soak:
         return f"{len(workers.processes)} worker(s), {reached}"
 
 
-def scores(result):
-    """The part of a history that does not depend on the machine's speed."""
-    kept = ("train/loss", "train/top1", "val/loss", "val/top")
-    return [{k: v for k, v in row.items() if k.startswith(kept)} for row in result["history"]]
-
-
 def options():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=30, help="faults to draw")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--faults", default="kill", help=f"of {','.join(FAULTS)}")
+    parser.add_argument("--over", choices=("workers", "sweep", "ray"), default="workers")
+    known = {"workers": FAULTS, "sweep": soak_jobs.FAULTS, "ray": soak_jobs.FAULTS}
+    parser.add_argument("--faults", default="kill", help="some of those above, with commas")
     asked = parser.parse_args()
     asked.faults = asked.faults.split(",")
-    if unknown := set(asked.faults) - set(FAULTS):
-        parser.error(f"--faults {','.join(sorted(unknown))}: there are {', '.join(FAULTS)}")
+    if unknown := set(asked.faults) - set(known[asked.over]):
+        parser.error(
+            f"--faults {','.join(sorted(unknown))}: over {asked.over} there are "
+            f"{', '.join(known[asked.over])}"
+        )
     return asked
 
 
-def main():
-    asked = options()
+def over_workers(asked, folder):
+    """Break the training of one run; what came of it."""
     changes = {
         "cluster.strict_elastic": True,
         "checkpoint.every_steps": 2,
         "train.epochs": max(2, asked.kills // 3),
         "data.loader_workers": int("loader" in asked.faults),
     }
-    with tempfile.TemporaryDirectory() as folder:
-        started = time.monotonic()
-        truth = Workers(Path(folder, "undisturbed"), changes=changes).finish()
-        steps = changes["train.epochs"] * 7
-        print(f"undisturbed: {steps} steps, state {truth['digest'][:16]}", flush=True)
-        soak = Soak(Path(folder, "soak"), random.Random(asked.seed), changes)
-        soak.run(asked.kills, asked.faults)
-        result = Workers(soak.folder / "run", changes=changes).finish()
-    report = {
+    truth = Workers(folder / "undisturbed", changes=changes).finish()
+    steps = changes["train.epochs"] * 7
+    print(f"undisturbed: {steps} steps, state {truth['digest'][:16]}", flush=True)
+    soak = Soak(folder / "soak", random.Random(asked.seed), changes)
+    soak.run(asked.kills, asked.faults)
+    result = Workers(soak.folder / "run", changes=changes).finish()
+    return {
         "faults": dict(soak.drawn),
-        "seed": asked.seed,
         "identical_state": result["digest"] == truth["digest"],
         "identical_history": scores(result) == scores(truth),
-        "seconds": round(time.monotonic() - started, 1),
     }
-    print(json.dumps(report))
-    sys.exit(0 if report["identical_state"] and report["identical_history"] else 1)
+
+
+def over_jobs(asked, folder):
+    """Break a job as a user starts it; what came of it."""
+    truth = JobSoak(folder / "undisturbed", random.Random(asked.seed), asked.over, asked.kills)
+    truth.workers = 1
+    soak = JobSoak(
+        folder / "soak", truth.rng, asked.over, asked.kills, server="server" in asked.faults
+    )
+    try:
+        truth.run()
+        expected = truth.found()
+        print(f"undisturbed: {', '.join(expected)}", flush=True)
+        soak.run(asked.faults)
+        found = soak.found()
+    finally:
+        truth.end()
+        soak.end()
+    differ = [part for part in {**expected, **found} if expected.get(part) != found.get(part)]
+    for part in differ:
+        print(f"{part}:\n  {str(expected.get(part))[:2000]}\n  now {str(found.get(part))[:2000]}")
+    for text in soak.unclear:
+        print(f"not one clear message: {text}")
+    return {
+        "faults": dict(soak.drawn),
+        "endings": {str(code): n for code, n in soak.endings.items()},
+        "identical_parts": not differ,
+        "clear_messages": not soak.unclear,
+    }
+
+
+def main():
+    asked = options()
+    if asked.over != "workers":
+        soak_jobs.in_namespace()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        found = (over_workers if asked.over == "workers" else over_jobs)(asked, Path(folder))
+    seconds = round(time.monotonic() - started, 1)
+    print(json.dumps({"over": asked.over, "seed": asked.seed, **found, "seconds": seconds}))
+    sys.exit(0 if all(v for k, v in found.items() if k.startswith(("identical", "clear"))) else 1)
 
 
 if __name__ == "__main__":

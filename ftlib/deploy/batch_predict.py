@@ -7,8 +7,8 @@ ones by Ray Data, with one copy of the model per worker.
 
 from __future__ import annotations
 
-import csv
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -20,8 +20,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ftlib import storage
 from ftlib.deploy.picture_list import PictureList, list_pictures
-from ftlib.text import csv_cell
+from ftlib.text import csv_bytes, csv_cell
 
 PART = 512
 """Pictures per part: what is lost when the job is killed."""
@@ -190,12 +191,10 @@ def _predict_parts(
 
 def _write(table: pa.Table, out: Path) -> None:
     """The whole file or none: a temporary one takes its place."""
-    temporary = out.with_name(f".{out.name}.tmp")
     if out.suffix == ".parquet":
-        pq.write_table(table, temporary)
+        _write_parquet(table, out)
     else:
-        _write_csv(table, temporary)
-    os.replace(temporary, out)
+        _write_csv(table, out)
 
 
 def _write_csv(table: pa.Table, out: Path) -> None:
@@ -203,15 +202,14 @@ def _write_csv(table: pa.Table, out: Path) -> None:
     rows = table.to_pylist()
     places = range(1, max((len(row["top_classes"]) for row in rows), default=0))
     extra = [f"{name}_{place + 1}" for place in places for name in ("class", "probability")]
-    with open(out, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "class", "probability", "error", *extra])
-        for row in rows:
-            top = zip(row["top_classes"][1:], row["top_probabilities"][1:])
-            others = [cell for name, p in top for cell in (csv_cell(name), p)]
-            others += [""] * (len(extra) - len(others))
-            texts = [csv_cell(row[name] or "") for name in ("path", "class", "error")]
-            writer.writerow([texts[0], texts[1], row["probability"], texts[2], *others])
+    cells: list[list[object]] = [["path", "class", "probability", "error", *extra]]
+    for row in rows:
+        top = zip(row["top_classes"][1:], row["top_probabilities"][1:])
+        others = [cell for name, p in top for cell in (csv_cell(name), p)]
+        others += [""] * (len(extra) - len(others))
+        texts = [csv_cell(row[name] or "") for name in ("path", "class", "error")]
+        cells.append([texts[0], texts[1], row["probability"], texts[2], *others])
+    storage.write_file(str(out), csv_bytes(cells))
 
 
 def _keep(table: pa.Table, parts: Path) -> None:
@@ -220,8 +218,13 @@ def _keep(table: pa.Table, parts: Path) -> None:
     It is named by its first picture, so that a repeated part takes its place.
     """
     name = hashlib.sha256(table["path"][0].as_py().encode()).hexdigest()[:16]
-    pq.write_table(table, parts / f".tmp-{name}")
-    os.replace(parts / f".tmp-{name}", parts / f"part-{name}.parquet")
+    _write_parquet(table, parts / f"part-{name}.parquet")
+
+
+def _write_parquet(table: pa.Table, out: Path) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    storage.write_file(str(out), buffer.getvalue())
 
 
 Arguments = tuple[str, str, PredictOptions]

@@ -85,7 +85,7 @@ def write(
         "to `short` (antialiased), central crop",
         "output": "logits: float32[b, classes]; probabilities are softmax(logits / temperature)",
     }
-    (out / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
+    storage.write_file(str(out / "meta.json"), json.dumps(meta, indent=1).encode())
     return differences
 
 

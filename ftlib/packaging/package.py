@@ -10,6 +10,7 @@ to the torch that reads them; the safetensors file outlives it.
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import json
 import logging
@@ -26,7 +27,7 @@ from typing import Any, Protocol, TypedDict
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ftlib import picture, storage
@@ -135,22 +136,20 @@ def package(
 
     Raises:
         PackageError: `out` is not empty.
+        StorageError: it cannot be written; nothing is left at `out`.
     """
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise PackageError(f"{out} is not empty. A package needs a folder of its own")
     meta = _metadata(run, classes, scores=scores, temperature=temperature, data=data or {})
-    out.parent.mkdir(parents=True, exist_ok=True)
     # Made beside its place, then moved there: what stands at `out` is whole.
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".tmp-") as folder:
+    with _explained(out), _temporary_folder(out.parent) as folder:
         here, made = Path(folder), Path(folder) / "package"
         save_program(export(model, run), here / "program.pt2")
         (here / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()},
-            here / "model.safetensors",
-            metadata={"arch": run.model.arch, "classes": json.dumps(list(classes))},
-        )
+        weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+        about = {"arch": run.model.arch, "classes": json.dumps(list(classes))}
+        storage.write_file(str(here / "model.safetensors"), save(weights, about))
         with _quiet():
             mlflow.pyfunc.save_model(
                 path=str(made),
@@ -180,13 +179,44 @@ def package(
             program_bytes=(made / "artifacts" / "program.pt2").stat().st_size,
         )
         (made / "README.md").write_text(text, "utf-8")
-        try:
-            if out.exists():
-                out.rmdir()
-            made.rename(out)
-        except OSError:  # a volume is mounted there
-            shutil.copytree(made, out, dirs_exist_ok=True)
+        _move(made, out)
     return out
+
+
+@contextmanager
+def _temporary_folder(parent: Path) -> Iterator[str]:
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".tmp-") as folder:
+        yield folder
+
+
+@contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """Turn errors of the disk, also where MLflow hides them, into a StorageError on `out`."""
+    try:
+        yield
+    except (OSError, mlflow.exceptions.MlflowException) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if not isinstance(cause, OSError):
+            raise
+        raise storage.StorageError(storage.explain(str(out), cause)) from error
+
+
+def _move(made: Path, out: Path) -> None:
+    """Give a finished package its name; of one that cannot be whole, nothing is left."""
+    try:
+        if out.exists():
+            out.rmdir()
+        made.rename(out)
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.EXDEV):
+            raise
+        try:  # a volume is mounted there
+            shutil.copytree(made, out, dirs_exist_ok=True)
+        except BaseException:
+            for entry in out.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            raise
 
 
 def size_bytes(folder: Path) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shlex
 from collections import Counter
@@ -17,7 +15,7 @@ from ftlib.data.shards import DataError, Dataset
 from ftlib.preparation.shard_task import ShardRecord
 from ftlib.preparation.sources.listing import Listing
 from ftlib.preparation.sources.naming import counted, listed, text_of
-from ftlib.text import csv_cell, printable
+from ftlib.text import csv_bytes, csv_cell, printable
 
 ON_PURPOSE = ("reduced", "reencoded", "tiled")
 """Changes that were asked for, and are counted but not listed as repairs."""
@@ -107,16 +105,12 @@ class PreparationReport:
             storage.join(self.out, "report.json"),
             json.dumps(self.summary, indent=1, ensure_ascii=False).encode(),
         )
-        table = io.StringIO()
-        rows = csv.writer(table)
-        rows.writerow(("action", "file", "split", "class", "why", "detail"))
-        rows.writerows(("refused", *map(csv_cell, row)) for row in self.refused)
+        rows: list[tuple[str, ...]] = [("action", "file", "split", "class", "why", "detail")]
+        rows += [("refused", *map(csv_cell, row)) for row in self.refused]
         for row in self.repaired:
             detail = "; ".join(map(meaning, row[3].split()))
-            rows.writerow(("repaired", *map(csv_cell, row), detail))
-        storage.write_file(
-            storage.join(self.out, "report.csv"), table.getvalue().encode("utf-8", "replace")
-        )
+            rows.append(("repaired", *map(csv_cell, row), detail))
+        storage.write_file(storage.join(self.out, "report.csv"), csv_bytes(rows))
 
     def check(self, per_class: Mapping[str, Sequence[int]]) -> None:
         """Raise DataError when too much was refused or a class has nothing left to train on; warn

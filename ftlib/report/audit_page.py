@@ -3,7 +3,6 @@ findings."""
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,8 @@ from ftlib.report.audit import (
     suspects,
 )
 from ftlib.report.misclassified import BLUE, GREY, RED, axes, png
-from ftlib.text import csv_cell, figure_text
+from ftlib.storage import write_file
+from ftlib.text import csv_bytes, csv_cell, figure_text
 
 SHOWN = 24
 """Findings of a kind whose pictures are on the page; the CSV has all."""
@@ -220,14 +220,13 @@ def write(found: Audit, out: Path) -> list[Path]:
         out / name for name in ("audit.html", "classes.png", "findings.csv")
     )
     figure = classes_figure(found)
-    page.write_text(
-        html.page(f"Audit of {found.dataset.name}", _sections(found, figure), _lead(found)), "utf-8"
-    )
-    figure_file.write_bytes(figure)
-    with open(findings, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("finding", "file", "class", "other file", "other class", "detail"))
-        writer.writerows([csv_cell(cell) for cell in row] for row in _rows(found))
+    heads = ("finding", "file", "class", "other file", "other class", "detail")
+    rows = [[csv_cell(cell) for cell in row] for row in _rows(found)]
+    page.unlink(missing_ok=True)  # a page stands beside its own findings, or not at all
+    write_file(str(figure_file), figure)
+    write_file(str(findings), csv_bytes([heads, *rows]))
+    title = f"Audit of {found.dataset.name}"
+    write_file(str(page), html.page(title, _sections(found, figure), _lead(found)).encode())
     return [page, figure_file, findings]
 
 

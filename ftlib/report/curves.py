@@ -7,6 +7,7 @@ well.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from ftlib.storage import write_file
 
 Row = Mapping[str, float]
 """One epoch: `epoch` (1-based) and metrics such as `train/loss`, `val/top1`, `train/lr`,
@@ -217,6 +220,7 @@ def _finish(axis: Axes, title: str, legend: bool = False) -> None:
 
 
 def _save(figure: Figure, path: str | Path) -> Figure:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Software": None})
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", metadata={"Software": None})
+    write_file(str(path), drawn.getvalue())
     return figure

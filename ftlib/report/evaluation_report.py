@@ -5,7 +5,6 @@ It is one HTML file that needs nothing else, with its figures as PNG and scores 
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,8 @@ from ftlib.report.metrics import (
     softmax,
 )
 from ftlib.report.run_facts import RunFacts, run_facts
-from ftlib.text import csv_cell
+from ftlib.storage import write_file
+from ftlib.text import csv_bytes, csv_cell
 from ftlib.training.evaluate import normalize
 from ftlib.training.initial_weights import LoadedModel
 
@@ -132,14 +132,14 @@ def write(
     ]
     name = str(loaded.about.get("run") or loaded.run.name)
     page = out / "report.html"
-    lead = _lead(loaded, dataset, first, split, facts.mlflow)
-    page.write_text(html.page(f"{name}: report", sections, lead), "utf-8")
-    for file, data in drawn.items():
-        (out / file).write_bytes(data)
+    page.unlink(missing_ok=True)  # a page stands beside its own figures and tables, or not at all
     if not tiles:
         (out / "worst.png").unlink(missing_ok=True)
-    _write_tables(out, by_class, classes, all_scored)
-    tables = (out / "classes.csv", out / "scores.json")
+    for file, data in drawn.items():
+        write_file(str(out / file), data)
+    tables = _write_tables(out, by_class, classes, all_scored)
+    lead = _lead(loaded, dataset, first, split, facts.mlflow)
+    write_file(str(page), html.page(f"{name}: report", sections, lead).encode())
     return EvaluationReport(page, tuple(out / file for file in drawn), tables, first)
 
 
@@ -360,21 +360,15 @@ def _class_table(by_class: PerClass, classes: Sequence[str]) -> str:
 
 def _write_tables(
     out: Path, by_class: PerClass, classes: Sequence[str], all_scored: Sequence[Scored]
-) -> None:
-    with open(out / "classes.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("class", "pictures", "recall", "precision", "f1"))
-        writer.writerows(
-            (
-                csv_cell(name),
-                int(by_class.support[i]),
-                *(
-                    round(float(v[i]), 6)
-                    for v in (by_class.recall, by_class.precision, by_class.f1)
-                ),
-            )
-            for i, name in enumerate(classes)
-        )
+) -> tuple[Path, Path]:
+    """classes.csv and scores.json in `out`."""
+    columns = (by_class.recall, by_class.precision, by_class.f1)
+    rows = (
+        (csv_cell(name), int(by_class.support[i]), *(round(float(v[i]), 6) for v in columns))
+        for i, name in enumerate(classes)
+    )
+    heads = ("class", "pictures", "recall", "precision", "f1")
+    write_file(str(out / "classes.csv"), csv_bytes([heads, *rows]))
     entries = [
         {
             "size": s.size,
@@ -390,4 +384,5 @@ def _write_tables(
         }
         for s in all_scored
     ]
-    (out / "scores.json").write_text(json.dumps(entries, indent=1), "utf-8")
+    write_file(str(out / "scores.json"), json.dumps(entries, indent=1).encode())
+    return out / "classes.csv", out / "scores.json"

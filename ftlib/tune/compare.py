@@ -296,7 +296,7 @@ def write(comparison: Comparison, folder: Path, title: str = "Comparison") -> li
     files = []
     for name, figure in drawn.items():
         files.append(folder / f"{name}.png")
-        files[-1].write_bytes(figures.png(figure))
+        write_file(str(files[-1]), figures.png(figure))
     names = [g.name for g in comparison.groups]
     parts = [
         *[html.paragraph(s, "lead" if i else "") for i, s in enumerate(comparison.sentences())],

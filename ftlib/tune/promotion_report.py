@@ -75,10 +75,10 @@ def write(judgement: Judgement, sweep: str, folder: Path) -> list[Path]:
     files = []
     for name, figure in drawn.items():
         files.append(folder / f"{name}.png")
-        files[-1].write_bytes(figures.png(figure))
+        write_file(str(files[-1]), figures.png(figure))
     table = {"columns": list(COLUMNS), "data": table_rows(judgement)}
     files.append(folder / "comparison.json")
-    files[-1].write_text(json.dumps(table))
+    write_file(str(files[-1]), json.dumps(table).encode())
     index = folder / "index.html"
     parts = _page_parts(judgement, drawn)
     write_file(str(index), html.page(f"Promotion of sweep {sweep}", parts).encode())

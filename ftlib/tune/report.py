@@ -108,7 +108,7 @@ def write_report(store: TrialStore, space: Space, folder: Path) -> list[Path]:
     files = []
     for name, figure in drawn.items():
         files.append(folder / f"{name}.png")
-        files[-1].write_bytes(figures.png(figure))
+        write_file(str(files[-1]), figures.png(figure))
     index = folder / "index.html"
     parts = _page_parts(store, space, found, drawn)
     write_file(str(index), html.page(f"Sweep {store.name}", parts).encode())

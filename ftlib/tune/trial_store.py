@@ -220,7 +220,7 @@ class TrialStore:
                 f"{self.name} is running already ({by}). Wait for it, or stop it first"
             ) from None
         try:
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            write_file(str(holder), f"process {os.getpid()} on {socket.gethostname()}".encode())
             yield
         finally:
             lock.release()

@@ -23,8 +23,10 @@ from safetensors.torch import load_file
 from ftlib.config import Augment, Evaluate, Model, Run
 from ftlib.data.augment import EvalTransform
 from ftlib.packaging import package as P
+from ftlib.storage import StorageError
 from ftlib.training import models
 from ftlib.training.evaluate import normalize
+from tests.failing_writes import FailingWrites, whole
 
 code = P.image_classifier
 
@@ -370,3 +372,28 @@ def test_an_occupied_folder_and_a_missing_package_are_explained(folder, model, t
         P.package(model, RUN, CLASSES, {}, 1.0, folder)
     with pytest.raises(ValueError, match="cannot be loaded as a packaged model"):
         P.load(str(tmp_path))
+
+
+def test_every_write_of_a_package_may_fail(model, tmp_path, monkeypatch):
+    """Each file in turn, MLflow's own too: nothing is left at its place but a whole package."""
+    program = P.export(model, RUN)
+    monkeypatch.setattr(P, "export", lambda *_: program)  # most of the time
+    faults = FailingWrites(monkeypatch, opens=tmp_path)
+
+    def make(name):
+        out = tmp_path / name / "model"
+        return P.package(model, RUN, CLASSES, {}, 1.0, out)
+
+    expected = set(whole(make("whole")))
+    writes = faults.count
+    assert writes > 15 and {"MLmodel", "artifacts/model.safetensors", "README.md"} <= expected
+    for first in range(writes):
+        faults.count, faults.wanted = 0, lambda number, _, k=first: number == k
+        try:
+            made = make(f"{first}")
+        except StorageError as error:
+            assert "the disk is full" in str(error)
+            left = [str(p) for p in (tmp_path / f"{first}").rglob("*")]
+            assert not left, f"write {first} of {writes} failed"
+        else:
+            assert set(whole(made)) == expected, f"write {first} of {writes} failed"

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, recall_score
 
-from ftlib.report import evaluation, evaluation_report
+from ftlib.report import evaluation, evaluation_report, misclassified
 from ftlib.report.run_facts import RunFacts
+from ftlib.storage import StorageError
+from tests.failing_writes import FailingWrites, whole
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +135,33 @@ def test_it_shows_the_probabilities_that_the_packaged_model_gives(
     packaged = {f"{t['class']}: {t['probability']:.1%}" for answer in wrong for t in answer["top"]}
     shown = set(re.findall(r"\b(?:disc|frame|stripes): \d+\.\d%", written.page.read_text()))
     assert wrong and shown and shown <= packaged
+
+
+@pytest.mark.parametrize(
+    "length", [1, pytest.param(5, marks=pytest.mark.slow)], ids=["once", "for a while"]
+)
+def test_every_write_of_a_report_may_fail(shapes, shapes_run, tmp_path, monkeypatch, length):
+    """Each in turn, over the report of another scoring: a page that stands is whole, and so are
+    the tables and figures beside it, which are its own."""
+    loaded = evaluation.load(str(shapes_run))
+    monkeypatch.setattr(misclassified, "png", lambda figure: b"a picture")  # most of the time
+    faults = FailingWrites(monkeypatch)
+    scored = {limit: [evaluation.score(loaded, shapes, limit=limit)] for limit in (0, 8)}
+
+    def write(name, limit=0):
+        evaluation_report.write(loaded, scored[limit], shapes, tmp_path / name, "val")
+        return whole(tmp_path / name)
+
+    earlier, faults.count = write("earlier", limit=8), 0
+    expected, writes = write("whole"), faults.count
+    assert writes >= 15 and earlier["report.html"] != expected["report.html"]
+    for first in range(writes):
+        write("torn", limit=8)
+        faults.count, faults.wanted = 0, lambda number, _, k=first: k <= number < k + length
+        with pytest.raises(StorageError, match="the disk is full"):
+            write("torn")
+        found = whole(tmp_path / "torn")
+        assert all(data in (earlier.get(f), expected.get(f)) for f, data in found.items()), first
+        assert "report.html" not in found or found == expected, f"write {first} of {writes} failed"
+        faults.wanted = lambda number, _: False
+    assert write("torn") == expected

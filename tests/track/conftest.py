@@ -156,6 +156,8 @@ class Proxy:
                         self.reply(got.status, got.read(), got.headers.get("Content-Type", ""))
                 except urllib.error.HTTPError as error:
                     self.reply(error.code, error.read(), error.headers.get("Content-Type", ""))
+                except urllib.error.URLError:  # the server is gone
+                    self.close_connection = True
 
             def reply(self, status: int, body: bytes, kind: str = "text/plain") -> None:
                 with contextlib.suppress(OSError):

@@ -1,12 +1,16 @@
 """Holds the tests of promote.py, verdict.py and promotion_report.py."""
 
+import contextlib
 import json
 
 import numpy as np
 import pytest
 
 from ftlib.config import Data, Mix, Run, Train
+from ftlib.report.html import Markup
 from ftlib.settings import ConfigError, from_json, to_dict
+from ftlib.storage import StorageError
+from ftlib.tune import figures
 from ftlib.tune import promote as promotion
 from ftlib.tune.promote import RecipeFiles, candidates
 from ftlib.tune.ray_tune import TrialEnd
@@ -15,6 +19,7 @@ from ftlib.tune.train_trial import SweepInputs
 from ftlib.tune.trial_runs import Hooks, TrialStoreWriter
 from ftlib.tune.trial_store import Trial, TrialStore
 from ftlib.tune.verdict import judge
+from tests.failing_writes import FailingWrites, whole
 
 RECIPE = Run(stage="phase2", data=Data(path="x"), mix=Mix(mixup_alpha=0.2), train=Train(epochs=3))
 SEEDS = (42, 43, 44, 45, 46)
@@ -199,9 +204,10 @@ def promote(monkeypatch, finished, tmp_path):
             run = group.recipe_of(trial)
             assert run.data.tuning_fraction == 0
             assert run.seed == trial.seed and run.train.epochs == 3
+            gain = 0.0 if trial.origin == "recipe" else gain_of_run[0]
             folder = finished(
-                trial.label.replace(" ", "-"),
-                correct_images(trial.seed, 0.0 if trial.origin == "recipe" else gain_of_run[0]),
+                f"{trial.label}-{len(ran)}".replace(" ", "-"),
+                correct_images(trial.seed, gain),
                 seed=trial.seed,
                 changes={"mix.mixup_alpha": run.mix.mixup_alpha},
             )
@@ -215,7 +221,7 @@ def promote(monkeypatch, finished, tmp_path):
     monkeypatch.setattr(promotion, "run_trials", run_trials)
     monkeypatch.setattr(promotion, "connect", lambda *a: TrialResources(2, {"CPU": 1.0}, True))
 
-    def go(store, gain=0.4, onto=None, seen_in_val=0, **more):
+    def go(store, gain=0.4, onto=None, seen_in_val=0, recipes=tmp_path / "recipes", **more):
         def check(run):
             labels, seen = np.arange(100) % 10, np.zeros(100, bool)
             return SweepInputs("set", "d" * 64, labels, seen, seen_in_val=seen_in_val)
@@ -224,7 +230,7 @@ def promote(monkeypatch, finished, tmp_path):
         result = promotion.promote(
             store,
             hooks=Hooks(check, open_tracking=lambda *a, **k: tracking),
-            files=RecipeFiles(folder=tmp_path / "recipes", onto=onto),
+            files=RecipeFiles(folder=recipes, onto=onto),
             **more,
         )
         return result, list(ran), tracking
@@ -308,3 +314,58 @@ def test_other_data_or_weights_than_the_sweeps_are_refused(promote, tmp_path):
 def test_validation_images_that_the_starting_weights_have_seen_are_refused(promote, tmp_path):
     with pytest.raises(ComparisonError, match="of the validation images, .* have seen 7"):
         promote(sweep_store(tmp_path / "a"), top=1, seeds=2, seen_in_val=7)
+
+
+@pytest.mark.parametrize(
+    "length", [1, pytest.param(5, marks=pytest.mark.slow)], ids=["once", "for a while"]
+)
+def test_every_write_of_a_promotion_may_fail(promote, tmp_path, monkeypatch, length):
+    """Each in turn: an error, and no recipe and no page but those of the whole promotion. The same
+    command then ends with the same files, and runs nothing again that had ended."""
+    monkeypatch.setattr(figures, "png", lambda figure: b"a picture")  # most of the time
+    monkeypatch.setattr(figures, "drawing", lambda *_: Markup("a drawing"))
+    faults = FailingWrites(monkeypatch)
+    runs = str(tmp_path / "runs")  # of the stand-in for training
+    failing = []
+
+    def wanted(number, path):
+        if path.startswith(runs):
+            return False
+        failing.append(number)
+        return first <= len(failing) - 1 < first + length
+
+    def go(root):
+        store = TrialStore(str(root), "s")
+        if not store.read():
+            store = sweep_store(root)
+        failing.clear()
+        faults.wanted = wanted
+        try:
+            return promote(store, top=1, seeds=2, recipes=root / "recipes")
+        finally:
+            faults.wanted = lambda *_: False
+
+    def files(root):
+        """All but what names this hour, this driver and the runs of the stand-in."""
+        found = whole(root, but=("sweep.json", "trial.json", ".lock", ".lock-holder"))
+        trials = sorted((root / "s" / "promotion" / "trials").glob("*/trial.json"))
+        about = [json.loads(file.read_text()) for file in trials]
+        return found, [(t["origin"], t["seed"], t["outcome"]) for t in about]
+
+    first = 10**9
+    _, ran, _ = go(tmp_path / "whole")
+    writes, expected, before = len(failing), files(tmp_path / "whole"), len(ran)
+    page, recipe = "s/promotion/report/index.html", "recipes/s.json"
+    assert writes > 60 and {page, recipe} <= set(expected[0])
+    for first in range(writes):
+        root = tmp_path / f"{first}"
+        with contextlib.suppress(StorageError):
+            go(root)
+        for name in (page, recipe):
+            file = root / name
+            assert not file.exists() or file.read_bytes() == expected[0][name], first
+        first = 10**9
+        _, ran, _ = go(root)
+        assert files(root) == expected
+        assert len(ran) - before <= 5, "at most the run whose end could not be written is repeated"
+        before = len(ran)
