@@ -313,9 +313,14 @@ def _fitted(
         hint = _other_library(run.model.arch, state)
         if not hint and source.kind == "run" and not run.model.reset_head:
             hint = " If only the classifier differs, add --model.reset-head"
+        if not hint:
+            hint = (
+                " Set model.arch to the architecture that they were trained as, or rename the "
+                "file's keys to the model's"
+            )
         raise ConfigError(
             f"model.init_from = {run.model.init_from}: the weights in {source.uri} do not fit a "
-            f"{run.model.arch} with {model_classes(model)} classes ({error}).{hint}"
+            f"{run.model.arch} with {model_classes(model)} classes: {error}.{hint}"
         ) from None
 
 

@@ -304,6 +304,27 @@ def test_weights_of_another_architecture_do_not_fit(tmp_path):
         resolve(run)
 
 
+@pytest.mark.parametrize("arch", [weights.LITE0, "shufflenet_v2_x0_5"])
+def test_a_file_with_other_names_says_how_many_fit_which_do_not_and_what_to_do(tmp_path, arch):
+    """timm's own message lists every name; cut off, it ends within one."""
+    run = recipe(**{"model.arch": arch, "model.init_from": f"file:{tmp_path}/w.safetensors"})
+    own = models.build(run.model, 3).state_dict()
+    _, second, third, *_ = names = [k for k in own if not k.endswith(models.COUNTER)]
+    save_file(
+        {f"net.{k}" if k in (second, third) else k: own[k] for k in names},
+        tmp_path / "w.safetensors",
+    )
+    wrong = sorted([f"net.{second}", f"net.{third}"])
+    with pytest.raises(ConfigError) as refused:
+        resolve(run)
+    assert str(refused.value).endswith(
+        f"with 3 classes: {len(names) - 2} of its {len(names)} tensors fit by name and shape; 2 do "
+        f"not, such as {wrong[0]}, {wrong[1]}; the model lacks 2, such as {second}, {third}. Set "
+        "model.arch to the architecture that they were trained as, or rename the file's keys to "
+        "the model's"
+    )
+
+
 @pytest.mark.parametrize(
     "arch, theirs, hint",
     [

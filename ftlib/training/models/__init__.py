@@ -61,6 +61,8 @@ __all__ = [
 
 TIMM = "timm/"
 """Prefix of timm's architectures."""
+COUNTER = ".num_batches_tracked"
+"""BatchNorm's counter of steps, which some files leave out and nothing here needs."""
 
 
 def source_of_arch(arch: str) -> ModelSource:
@@ -293,24 +295,24 @@ def fit_state(
     Raises ValueError saying what does not fit.
     """
     own, prefixes = model.state_dict(), _head_prefixes(model)
-    found = dict(state)
+    found, cause = dict(state), ""
     if _shapes(found, prefixes) != _shapes(own, prefixes):
         if classes is None:
             classes = head_rows(model, state)
         if classes is None:
             classes = published_classes(cfg.arch) or 1000
-        with torch.random.fork_rng(devices=[]):
-            found = source_of_arch(cfg.arch).convert(cfg, image_size, state, classes)
-    if new_head:
-        found = {k: v for k, v in found.items() if not k.startswith(prefixes)}
-        found |= {k: v for k, v in own.items() if k.startswith(prefixes)}
-    for name, value in own.items():
-        if name.endswith("num_batches_tracked"):
-            found.setdefault(name, value)
-    problem = misfit(own, found)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                found = source_of_arch(cfg.arch).convert(cfg, image_size, state, classes)
+        except ValueError as error:
+            cause = str(error)
+    left_out = prefixes if new_head else ()
+    found = _without(found, left_out)
+    problem = misfit(_without(own, left_out), found) or cause
     if problem:
         raise ValueError(problem)
-    return found
+    counters = {k: v for k, v in own.items() if k.endswith(COUNTER)}
+    return counters | found | {k: v for k, v in own.items() if k.startswith(left_out)}
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -322,23 +324,32 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def misfit(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
-    """The first difference between the names and shapes of a model's tensors and those found;
-    '' where there is none."""
-    missing = [name for name in own if name not in found]
+    """How many of the tensors found have a name and shape of the model's, and up to three on
+    either side that do not; '' where all fit and none is missing but BatchNorm's counters."""
+    missing = [name for name in own if name not in found and not name.endswith(COUNTER)]
+    wrong = sorted(name for name in found if name not in own)
+    wrong += [
+        f"{name} of {list(found[name].shape)}, where the model's is {list(value.shape)}"
+        for name, value in own.items()
+        if name in found and found[name].shape != value.shape
+    ]
+    if not missing and not wrong:
+        return ""
+    text = f"{len(found) - len(wrong)} of its {len(found)} tensors fit by name and shape"
+    if wrong:
+        text += f"; {len(wrong)} do not, such as {', '.join(wrong[:3])}"
     if missing:
-        return f"{len(missing)} of {len(own)} tensors are missing, such as {missing[0]}"
-    unknown = [name for name in found if name not in own]
-    if unknown:
-        return f"{len(unknown)} tensors have no place in the model, such as {unknown[0]}"
-    for name, value in own.items():
-        if found[name].shape != value.shape:
-            return f"{name} is {list(found[name].shape)}, and the model's is {list(value.shape)}"
-    return ""
+        text += f"; the model lacks {len(missing)}, such as {', '.join(missing[:3])}"
+    return text
+
+
+def _without(state: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    return {k: v for k, v in state.items() if not k.startswith(prefixes)}
 
 
 def _shapes(state: Mapping[str, Tensor], heads: tuple[str, ...]) -> dict[str, torch.Size]:
     return {
         name: value.shape
-        for name, value in state.items()
-        if not name.startswith(heads) and not name.endswith("num_batches_tracked")
+        for name, value in _without(state, heads).items()
+        if not name.endswith(COUNTER)
     }
