@@ -56,7 +56,8 @@ class Data(Settings):
     smaller subsets have not seen those. Sweeps use the reserve where they can."""
     loader_workers: Annotated[int, Between(-1, 256)] = -1
     """Loader processes per training worker. 0: a thread of the training process loads. -1: one
-    process for each CPU of the worker but one."""
+    process for each CPU of the worker but one; a thread where a run reads 2,000 pictures at most,
+    those of all its epochs together."""
     cache_limit: NotNegative = 0.0
     """GB that copies of a remote set's shards may take on each node; 0 keeps all. With a limit the
     order goes through the shards in blocks of a third of it: fetched ahead, deleted behind. It is

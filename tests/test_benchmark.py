@@ -1,7 +1,7 @@
 """The benchmark runs in its smallest form and its report is whole. No time is asserted.
 
-Modules of ftlib.benchmark: baselines, loader, measure, one_recipe, pictures, recipes, show,
-small_run, training, two_workers.
+Modules of ftlib.benchmark: baselines, loader, measure, one_recipe, pictures, process_tree,
+recipes, show, small_run, training, two_workers.
 """
 
 import importlib.util
@@ -9,6 +9,8 @@ import io
 import json
 import multiprocessing
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -93,6 +95,19 @@ def test_cpu_of_other_processes_counts():
     process.start()
     process.join()
     assert 0.28 < tree.cpu() - before < 0.3 + 0.5
+
+
+def test_processes_that_outlive_their_parents_count(tmp_path):
+    """A child that nobody waits for works 0.4 s after the command has ended."""
+    work = "import time\nwhile time.process_time() < 0.4: pass"
+    leave = (
+        f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {work!r}]); sys.exit(3)"
+    )
+    out = tmp_path / "cost.json"
+    command = ["ftlib.benchmark.process_tree", str(out), sys.executable, "-c", leave]
+    assert subprocess.run([sys.executable, "-m", *command]).returncode == 3
+    found = json.loads(out.read_text())
+    assert found["cpu"] > 0.4 and found["processes"] == 2
 
 
 def test_stream_counts_what_was_made_not_what_was_there():
@@ -249,6 +264,10 @@ def test_two_workers_and_startup(tmp_path):
     )
     started = training.startup(smallest, tmp_path, quiet)
     assert "ftlib --help" in started.costs and "goal" in started.notes[-1]
+    assert [(ratio.ours, ratio.of) for ratio in started.ratios] == [
+        ("ftlib whole run", "cpu"),
+        ("ftlib whole run", "wall"),
+    ]
 
 
 # --- recipes beside other ways ---

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -44,6 +43,15 @@ from ftlib.training.loop import Training, WorkerContext
 Say = Callable[[str], None]
 CLASSES = 100
 IMAGES = 12_800
+ONE_STEP = """
+import torch, torchvision
+model = torchvision.models.resnet18(num_classes=3)
+optimizer = torch.optim.Adam(model.parameters())
+logits = model(torch.randn(18, 3, 16, 16))
+torch.nn.functional.cross_entropy(logits, torch.zeros(18, dtype=torch.long)).backward()
+optimizer.step()
+"""
+"""What a start costs at least: imports, a model, a step."""
 
 
 @dataclass(frozen=True)
@@ -267,8 +275,8 @@ def checkpoints(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
 
 
 def startup(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
-    """Whole processes: --help, a wrong flag, a small one-worker run, and a plain script that
-    trains the same."""
+    """Whole processes: --help, a wrong flag, a one-worker trial beside a plain Tune function that
+    trains the same, and a whole run (report, package, MLflow) beside a script of one step."""
     from ftlib.benchmark.loader import photos
     from ftlib.benchmark.small_run import EPOCHS, PHOTOS
     from ftlib.preparation.prepare import prepare
@@ -278,17 +286,23 @@ def startup(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
         scratch / "few", scratch / "few-prepared", val_fraction=0.25, engine="local", progress=False
     )
     here, jobs = str(scratch), jobs_folder()
+    recipe = f"--data.path {here}/few-prepared --model.arch {s.arch} --augment.size {s.size}"
+    batches = f"--train.epochs 1 --train.batch-size {s.batch} --train.microbatch-size {s.batch}"
+    ours, peer = "ftlib whole run", "bare script"
     commands = {
         "ftlib --help": [str(jobs / "phase2.py"), "--help"],
         "ftlib wrong flag": [str(jobs / "phase2.py"), "--model.dropuot", "0.1"],
         "ftlib one-worker trial": ["-m", "ftlib.benchmark.small_run", "ftlib", here],
         "plain Tune function": ["-m", "ftlib.benchmark.small_run", "plain", here],
+        ours: [str(jobs / "phase1.py"), *recipe.split(), *batches.split()],
+        peer: ["-c", ONE_STEP],
     }
     cases = [
-        Case(name, partial(_process, arguments, expect=2 if "wrong" in name else 0))
+        Case(name, partial(_process, scratch, arguments, expect=2 if "wrong" in name else 0))
         for name, arguments in commands.items()
     ]
-    part = by_turns("Start-up", "start", cases, goals=[], rounds=s.rounds, say=say)
+    goals = [Goal(ours, peer, "cpu", 2.2), Goal(ours, peer, "wall", 2.2)]
+    part = by_turns("Start-up", "start", cases, goals=goals, rounds=s.rounds, say=say)
     more = [
         a.wall - b.wall
         for a, b in zip(part.costs["ftlib one-worker trial"], part.costs["plain Tune function"])
@@ -302,24 +316,26 @@ def startup(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
         f"epochs of {PHOTOS} pictures, whole processes): goal <= 3 s, "
         f"{_met(statistics.median(more) <= 3)}"
     )
-    return Part(part.title, part.unit, part.costs, [], notes)
+    return Part(part.title, part.unit, part.costs, part.ratios, notes)
 
 
-def _process(arguments: list[str], expect: int) -> Cost:
-    """CPU and wall time of a Python process and all that it started and waited for."""
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": ROOT},
-        capture_output=True,
-        text=True,
-    )
-    wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+def _process(scratch: Path, arguments: list[str], expect: int) -> Cost:
+    """CPU and wall time of a Python process with all below it, in an FTLIB_HOME of its own."""
+    with tempfile.TemporaryDirectory(dir=scratch) as home:
+        out = Path(home) / "cost.json"
+        command = ["-m", "ftlib.benchmark.process_tree", str(out), sys.executable, *arguments]
+        done = subprocess.run(
+            [sys.executable, *command],
+            env={**os.environ, "PYTHONPATH": ROOT, "FTLIB_HOME": home},
+            capture_output=True,
+            text=True,
+        )
+        cost = json.loads(out.read_text("utf-8")) if out.exists() else {}
     if done.returncode != expect:
         raise BenchmarkError(
             f"{' '.join(arguments)} ended with {done.returncode}: {_last_line(done.stderr)}"
         )
-    return Cost(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall)
+    return Cost(cost["cpu"], cost["wall"])
 
 
 def _last_line(stderr: str) -> str:

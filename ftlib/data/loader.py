@@ -49,6 +49,8 @@ PREFETCH = 2
 """Microbatches that each process (or the thread) prepares ahead."""
 HELD = 4
 """Microbatches that the training process may hold before further ones are pickled."""
+FEW = 2000
+"""Pictures up to which loader processes would take longer to start than they save."""
 RESTARTS, WITHIN = 3, 100
 """The loader's processes are started again at most RESTARTS times within WITHIN batches."""
 

@@ -28,7 +28,7 @@ from ftlib.launch.cluster_cost import Workload
 from ftlib.launch.prepared_run import PreparedRun
 from ftlib.launch.prices import Price
 from ftlib.launch.progress import duration, duration_short
-from ftlib.launch.worker import loader_workers, training_threads
+from ftlib.launch.worker import processes_and_threads
 from ftlib.settings import override
 from ftlib.training import checkpoint, scoring
 from ftlib.training.initial_weights import keeps_classifier
@@ -130,10 +130,10 @@ def measure(
     workers = placement.high
     mine = _as_one_worker(run, workers)
     device = torch.device("cuda" if placement.gpus and torch.cuda.is_available() else "cpu")
-    processes = loader_workers(run.data.loader_workers, placement.cpus)
+    processes, threads = processes_and_threads(run, dataset, placement.cpus)
     with (
         tempfile.TemporaryDirectory(prefix="ftlib-estimate-") as scratch,
-        _threads(training_threads(placement.cpus, processes)),
+        _threads(threads),
     ):
         say("building the model")
         training = Training(

@@ -31,8 +31,6 @@ REPORT_IMAGES = 2000
 the driver's node may have no GPU. `jobs/evaluate.py RUN` scores all of them."""
 MOST_WITHOUT_GPU = 10_000
 """Test pictures that a driver without a GPU scores at a run's end."""
-THREADED = 2000
-"""Pictures up to which loader processes would take longer to start than they save."""
 EXPECTED = {
     "phase2": {
         10: (35.0, 30.0),
@@ -163,10 +161,10 @@ def score_test(outcome: Outcome, dataset: Dataset, say: Callable[[str], None]) -
             f"them where there is one: {job_command('evaluate', f'{outcome.name} --split test')}"
         )
         return None
-    from ftlib.data.loader import all_but_one_cpu
+    from ftlib.data.loader import FEW, all_but_one_cpu
     from ftlib.report.evaluation import load, score_test
 
-    workers = 0 if count <= THREADED else all_but_one_cpu()
+    workers = 0 if count <= FEW else all_but_one_cpu()
     with _log_failure("the test split could not be scored"):
         return score_test(load(outcome.run_dir), dataset, workers=workers)
     return None

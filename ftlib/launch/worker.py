@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.train
 from ray.train import Checkpoint, UserCallback
@@ -21,6 +21,9 @@ from ftlib.config import Run
 from ftlib.data.fork_server import LoaderProcessError
 from ftlib.launch.driver_actor import Channel, DriverLogHandler, StopSignals
 from ftlib.storage import StorageError
+
+if TYPE_CHECKING:
+    from ftlib.data.shards import Dataset
 
 
 def train_loop(config: dict[str, Any]) -> dict[str, Any]:
@@ -48,16 +51,17 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     if not config["local"]:
         logging.getLogger("ftlib").addHandler(DriverLogHandler(channel))
         channel.send("register_node", ray.get_runtime_context().get_node_id())
-    loaders = loader_workers(run.data.loader_workers, config["cpus"])
-    threads = torch.get_num_threads()
-    if not (config["local"] and "OMP_NUM_THREADS" in os.environ):
-        torch.set_num_threads(training_threads(config["cpus"], loaders))
+    threads_before = torch.get_num_threads()
     stop_signals = StopSignals(channel)
     try:
+        dataset = Dataset.open(config["data"], limit=run.data.cache_limit)
+        loaders, threads = processes_and_threads(run, dataset, config["cpus"])
+        if not (config["local"] and "OMP_NUM_THREADS" in os.environ):
+            torch.set_num_threads(threads)
         return loop.train(
             loop.WorkerContext(
                 run=run,
-                dataset=Dataset.open(config["data"], limit=run.data.cache_limit),
+                dataset=dataset,
                 run_dir=config["run_dir"],
                 device=device,
                 rank=context.get_world_rank(),
@@ -80,20 +84,23 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
         raise
     finally:
         stop_signals.close()
-        torch.set_num_threads(threads)  # in local mode the process goes on
+        torch.set_num_threads(threads_before)  # in local mode the process goes on
 
 
-def loader_workers(asked: int, cpus: int) -> int:
-    """Loader processes of one worker: as asked, or (-1) one per reserved CPU but one."""
-    return asked if asked >= 0 else max(cpus - 1, 0)
+def processes_and_threads(run: Run, dataset: Dataset, cpus: int) -> tuple[int, int]:
+    """(loader processes, threads of the training process) of one worker with `cpus`.
 
-
-def training_threads(cpus: int, loaders: int) -> int:
-    """Threads of the training process: the CPUs that no loader process has.
-
-    More threads would spin against the loaders and each other, several times slower.
+    Processes: as asked, or (-1) one per CPU but one; none for a run of so few pictures that a
+    thread has loaded them before processes start. Threads: the CPUs that those processes have not.
+    More would spin against the loaders and each other, several times slower. A small run has as
+    many threads as a larger one, because their number changes the last bits of sums.
     """
-    return max(cpus - loaders, 1)
+    from ftlib.data.loader import FEW
+
+    asked = run.data.loader_workers
+    loaders = asked if asked >= 0 else max(cpus - 1, 0)
+    pictures = run.train.epochs * sum(len(dataset.split(name)) for name in ("train", "val"))
+    return (0 if asked < 0 and pictures <= FEW else loaders), max(cpus - loaders, 1)
 
 
 def reporter(

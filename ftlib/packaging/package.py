@@ -42,6 +42,7 @@ with warnings.catch_warnings():  # mlflow.pyfunc warns about its own type hints 
     warnings.simplefilter("ignore")
     import mlflow.models
     import mlflow.pyfunc
+    import mlflow.utils.environment
 
     from ftlib.packaging import image_classifier
 
@@ -307,7 +308,7 @@ def load(uri: str, tracking: str = "") -> PackagedModel:
         if tracking:
             mlflow.set_tracking_uri(tracking)
         with _quiet():
-            loaded: PackagedModel = mlflow.pyfunc.load_model(uri)
+            loaded: PackagedModel = mlflow.pyfunc.load_model(uri, suppress_warnings=True)
             return loaded
     except (mlflow.exceptions.MlflowException, OSError, ValueError, RuntimeError) as error:
         raise PackageError(
@@ -339,20 +340,25 @@ def _release(name: str) -> str:
 def _quiet() -> Iterator[None]:
     """Silence MLflow's advice and progress bars.
 
-    Inputs are described by their type hint on purpose, and the requirements are pinned.
+    Inputs are described by their type hint on purpose, and the requirements are pinned to what is
+    installed. Comparing the two, MLflow would read the file lists of all installed packages.
     """
+    environment = mlflow.utils.environment
+    checks = environment.warn_dependency_requirement_mismatches
     names = ("mlflow.pyfunc", "mlflow.models", "mlflow.types.type_hints", "mlflow.utils")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     bar = os.environ.get(PROGRESS_BAR)
     os.environ[PROGRESS_BAR] = "false"
     try:
+        environment.warn_dependency_requirement_mismatches = lambda model_requirements: None
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"mlflow\.")
             yield
     finally:
+        environment.warn_dependency_requirement_mismatches = checks
         for logger, level in zip(loggers, levels):
             logger.setLevel(level)
         os.environ.pop(PROGRESS_BAR)

@@ -8,14 +8,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import cv2
-import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ftlib.config import Run
 from ftlib.data import ops
@@ -25,6 +23,7 @@ from ftlib.data.pipeline import Pipeline
 from ftlib.data.rng import AUGMENT, MIX, Randomness, key
 from ftlib.data.sampler import run_rows
 from ftlib.data.shards import Dataset
+from ftlib.report.lettering import fit, font
 from ftlib.settings import override
 from ftlib.training import losses, mixing
 
@@ -148,7 +147,7 @@ def epochs_section(dataset: Dataset, run: Run, images: int = 4) -> Section:
             Tile(whole(jpeg), "at evaluation"),
             *(Tile(image, f"epoch {i}") for i, image in enumerate(epochs, start=1)),
         ]
-        file = _fit(Path(split.path(row)).name, LABEL - 24, _font(13))
+        file = fit(Path(split.path(row)).name, LABEL - 24, font(13))
         rows.append(Row(dataset.classes[int(split.labels[row])], file, tiles))
     return Section("The same image, epoch by epoch", _policy(run), rows)
 
@@ -355,8 +354,8 @@ def draw_sheet(head: str, summary: str, sections: Sequence[Section]) -> Image.Im
 def _heading(title: str, note: str, width: int, size: int) -> Image.Image:
     part = Image.new("RGB", (width, size + 62), PAPER)
     pen = ImageDraw.Draw(part)
-    pen.text((MARGIN, 22), title, INK, _font(size, bold=True))
-    pen.text((MARGIN, 22 + size + 9), _fit(note, width - 2 * MARGIN, _font(14)), QUIET, _font(14))
+    pen.text((MARGIN, 22), title, INK, font(size, bold=True))
+    pen.text((MARGIN, 22 + size + 9), fit(note, width - 2 * MARGIN, font(14)), QUIET, font(14))
     return part
 
 
@@ -368,25 +367,25 @@ def _row(row: Row, width: int) -> Image.Image:
     pen.rectangle((MARGIN, top, MARGIN + 3, top + TILE - 1), row.color)
     pen.text(
         (MARGIN + 14, top + 2),
-        _fit(row.title, LABEL - 24, _font(16, bold=True)),
+        fit(row.title, LABEL - 24, font(16, bold=True)),
         row.color,
-        _font(16, bold=True),
+        font(16, bold=True),
     )
     note = "\n".join(line for text in row.note.split("\n") for line in textwrap.wrap(text, 23))
-    pen.multiline_text((MARGIN + 14, top + 27), note, QUIET, _font(13), spacing=3)
+    pen.multiline_text((MARGIN + 14, top + 27), note, QUIET, font(13), spacing=3)
     for column, tile in enumerate(row.tiles):
         left = MARGIN + LABEL + column * (TILE + GAP)
         if tile.marked:
             pen.rectangle((left - 3, top - 3, left + TILE + 2, top + TILE + 2), MARK)
         part.paste(Image.fromarray(_shown(tile.image)), (left, top))
         for line, text in enumerate(tile.caption.split("\n")):
-            font = _font(13, bold=tile.marked)
-            text = _fit(text, TILE, font)
+            lettering = font(13, bold=tile.marked)
+            text = fit(text, TILE, lettering)
             pen.text(
                 (left + TILE / 2, top + TILE + 11 + 17 * line),
                 text,
                 MARK if tile.marked else INK if line == 0 else QUIET,
-                font,
+                lettering,
                 anchor="mm",
             )
     return part
@@ -397,21 +396,4 @@ def _shown(image: np.ndarray) -> np.ndarray:
     small = min(image.shape[:2]) < TILE
     return cv2.resize(
         image, (TILE, TILE), interpolation=cv2.INTER_NEAREST if small else cv2.INTER_AREA
-    )
-
-
-def _fit(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
-    """The text, cut off with an ellipsis where it is wider than `width` pixels."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
-
-
-@lru_cache(maxsize=16)
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib and knows most scripts' class names."""
-    return ImageFont.truetype(
-        f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans{'-Bold' if bold else ''}.ttf", size
     )

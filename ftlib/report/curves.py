@@ -7,7 +7,6 @@ well.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ftlib.report.misclassified import png
 from ftlib.storage import write_file
 
 Row = Mapping[str, float]
@@ -220,7 +220,5 @@ def _finish(axis: Axes, title: str, legend: bool = False) -> None:
 
 
 def _save(figure: Figure, path: str | Path) -> Figure:
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", metadata={"Software": None})
-    write_file(str(path), drawn.getvalue())
+    write_file(str(path), png(figure))
     return figure

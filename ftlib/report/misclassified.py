@@ -9,13 +9,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from ftlib.report.lettering import fit, font
 from ftlib.report.metrics import Floats, Ints, Reliability, most_confused_classes
-from ftlib.text import figure_text
+from ftlib.text import figure_text, printable
 
 MANY = 50
 """Classes that a confusion matrix shows; of more, the most confused ones."""
+SIDE, GAP, LINE = 114, 8, 14
+"""Pixels in the contact sheet: a picture's side, the space around it, a line of text."""
 BLUE, RED, GREY = "#2563a8", "#c2410c", "#8a94a3"
 
 
@@ -46,7 +49,10 @@ def png(figure: Figure) -> bytes:
     """The figure in 256 colors: a third of the bytes, which figures and small pictures bear."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    drawn = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    return _png(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+
+
+def _png(drawn: Image.Image) -> bytes:
     buffer = io.BytesIO()
     drawn.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
@@ -152,20 +158,15 @@ def sheet(tiles: Sequence[tuple[str, Sequence[np.ndarray]]], heads: Sequence[str
     `heads` name the pictures.
     """
     across = 2 if len(tiles) > 1 else 1
-    down = -(-len(tiles) // across)
-    figure = Figure(figsize=(across * len(heads) * 1.45, down * 1.95), dpi=84, facecolor="white")
-    cells = figure.subplots(down, across * len(heads), squeeze=False)
-    for cell in cells.ravel():
-        cell.axis("off")
+    width, height = len(heads) * (SIDE + GAP) + GAP, SIDE + 2 * LINE + 2 * GAP
+    page = Image.new("RGB", (across * width, -(-len(tiles) // across) * height), "white")
+    pen, letters = ImageDraw.Draw(page), font(10)
     for i, (title, pictures) in enumerate(tiles):
-        row, start = divmod(i, across)
-        for j, image in enumerate(pictures):
-            cell = cells[row, start * len(heads) + j]
-            cell.imshow(image, interpolation="nearest")
-            cell.set_title(
-                (figure_text(title) + "\n" if j == 0 else "\n") + heads[j], fontsize=8, loc="left"
-            )
-    figure.subplots_adjust(
-        left=0.01, right=0.99, bottom=0.02, top=1 - 0.42 / (down * 1.95), wspace=0.06, hspace=0.42
-    )
-    return png(figure)
+        left, top = GAP + i % across * width, GAP + i // across * height
+        pen.text((left, top), fit(printable(title), width - 2 * GAP, letters), "black", letters)
+        for j, (head, image) in enumerate(zip(heads, pictures, strict=True)):
+            x, y = left + j * (SIDE + GAP), top + LINE
+            pen.text((x, y), fit(head, SIDE, letters), "black", letters)
+            shown = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.NEAREST)
+            page.paste(shown, (x, y + LINE))
+    return _png(page)

@@ -3,6 +3,9 @@
 import io
 import logging
 
+import pytest
+
+from ftlib.config import Data, Run, Train
 from ftlib.launch.driver_actor import (
     DriverActor,
     DriverLogHandler,
@@ -11,7 +14,7 @@ from ftlib.launch.driver_actor import (
     ignore_errors,
 )
 from ftlib.launch.progress import ProgressDisplay, duration, sentence
-from ftlib.launch.worker import is_final, loader_workers
+from ftlib.launch.worker import is_final, processes_and_threads
 from ftlib.settings import ConfigError
 from ftlib.storage import StorageError
 
@@ -77,9 +80,22 @@ def test_only_errors_that_would_come_again_are_final():
     )
 
 
-def test_loader_workers():
-    assert [loader_workers(-1, c) for c in (1, 2, 8)] == [0, 1, 7]
-    assert loader_workers(0, 8) == 0 and loader_workers(3, 1) == 3
+@pytest.mark.parametrize(
+    ("asked", "epochs", "expected"),
+    [
+        (-1, 101, [(0, 1), (1, 1), (7, 1)]),
+        (-1, 100, [(0, 1), (0, 1), (0, 1)]),  # 2,000 pictures: a thread, and no other sums
+        (0, 1, [(0, 1), (0, 2), (0, 8)]),
+        (3, 1, [(3, 1), (3, 1), (3, 5)]),
+    ],
+)
+def test_loader_processes_and_threads_of_a_worker(asked, epochs, expected):
+    class TwentyPictures:
+        def split(self, name):
+            return range({"train": 16, "val": 4}[name])
+
+    run = Run(data=Data(path="x", loader_workers=asked), train=Train(epochs=epochs))
+    assert [processes_and_threads(run, TwentyPictures(), cpus) for cpus in (1, 2, 8)] == expected
 
 
 def test_plain_lines_epoch_ends_and_restarts():

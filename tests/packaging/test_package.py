@@ -14,6 +14,7 @@ import sys
 import zipfile
 from dataclasses import replace
 
+import mlflow.utils.requirements_utils
 import numpy as np
 import pytest
 import torch
@@ -76,6 +77,18 @@ def folder(model, tmp_path_factory):
         data={"name": "zoo", "digest": "0123456789abcdef"},
         calibrated_on="1,000 images",
     )
+
+
+def test_no_file_list_of_an_installed_package_is_read(model, tmp_path, monkeypatch):
+    """MLflow would read them all to compare the requirements with what is installed."""
+    read = []
+    for name in ("_init_modules_to_packages_map", "_init_packages_to_modules_map"):
+        monkeypatch.setattr(mlflow.utils.requirements_utils, name, lambda: read.append(1))
+    made = P.package(model, RUN, CLASSES, {}, 1.0, tmp_path / "model")
+    P.load(str(made))
+    assert not read
+    mlflow.pyfunc.load_model(str(made))  # as others load it: it does compare
+    assert read
 
 
 @pytest.fixture(scope="module")
