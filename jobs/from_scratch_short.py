@@ -3,7 +3,7 @@
     python jobs/prepare.py --source FOLDER --out NAME
     python jobs/from_scratch_short.py --data.path NAME
 
-Measured on 4,000 pictures of CIFAR-10 at 32 px with a ResNet-18 over 8 epochs, about a minute of
+Measured on 4,000 pictures of CIFAR-10 at 32 px with a ResNet-18-D over 8 epochs, about a minute of
 one CPU core: docs/results.md has its scores beside timm's train.py and torchvision's reference, and
 what was tried and did not win. For longer runs, larger pictures or published weights there are
 jobs/phase1.py and jobs/finetune.py.
@@ -17,7 +17,7 @@ FROM_SCRATCH_SHORT = Run(
     stage="from_scratch_short",
     seed=42,
     augment=Augment(size=32, crop_scale=(0.5, 1.0), flip=0.5, color_jitter_p=0.2),
-    model=Model(arch="resnet18"),
+    model=Model(arch="timm/resnet18d"),
     loss=CrossEntropy(label_smoothing=0.1),
     optimizer=Adam(lr=1e-3),
     schedule=OneCycle(peak=3.0, up=0.15, div=5.0, final_div=1000.0),
