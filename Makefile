@@ -20,7 +20,7 @@ OVER ?= workers
 TORCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow check format ui soak docs-images lock install install-dev clean
+.PHONY: help run test test-slow check format ui soak cluster-test docs-images lock install install-dev clean
 
 help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -76,6 +76,9 @@ ui: $(STAMP)  ## Open MLflow's UI on this machine's runs (PORT=5000)
 
 soak: $(DEV_STAMP)  ## Break training at random moments and compare (KILLS=30 SEED=0 OVER=workers|sweep|ray FAULTS=kill,stop,disk)
 	$(BIN)/python tests/soak.py --over $(OVER) --kills $(KILLS) --seed $(SEED) --faults $(FAULTS)
+
+cluster-test: $(DEV_STAMP)  ## Start cluster.yaml on three machines made of namespaces, and break them (root)
+	$(BIN)/python -m pytest -q -rs tests/test_cluster_hosts.py
 
 docs-images: $(DEV_STAMP)  ## Make the pictures in docs/images that show reports and figures again
 	PYTHONPATH=. $(BIN)/python tests/docs_images.py

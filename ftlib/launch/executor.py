@@ -224,6 +224,8 @@ def _without_ray(process: str, signals: Signals) -> BaseException:
 
 def _trainer(task: TrainingTask, channel: ActorChannel) -> Any:
     train, torch_train = _ray_train()
+    from ftlib.launch.torch_network import NodeNetworkConfig
+
     placement, run = task.placement, task.run
     # Ray's own folder is new at every launch: resuming is ours, so no state of Ray's can break a
     # run or resume another one.
@@ -233,7 +235,7 @@ def _trainer(task: TrainingTask, channel: ActorChannel) -> Any:
     return _without_dataset_manager(torch_train.TorchTrainer)(
         worker.train_loop,
         train_loop_config=task.config(channel, local=False),
-        torch_config=torch_train.TorchConfig(timeout_s=600),
+        torch_config=NodeNetworkConfig(timeout_s=600),
         scaling_config=train.ScalingConfig(
             num_workers=placement.num_workers,
             use_gpu=bool(placement.gpus),
