@@ -170,6 +170,11 @@ _REMEDIES = {
 def explain(uri: str, error: OSError) -> str:
     """The message of a write to `uri` that failed: what happened and what to do."""
     remedy = _REMEDIES.get(error.errno or 0)
+    if "ACCESS_DENIED" in str(error):  # of an object store, by its name in Arrow
+        remedy = (
+            "access denied. Allow it to the credentials in use (AWS_ACCESS_KEY_ID, AWS_PROFILE or "
+            f"the machine's role), or {_ELSEWHERE}"
+        )
     if remedy is None:
         reason = hide_password(str(error.strerror or error))
         remedy = f"{reason}. Check that the storage is reachable"

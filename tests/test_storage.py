@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -255,3 +257,36 @@ def test_messages_hide_passwords():
     with pytest.raises(StorageError) as error:
         storage.filesystem("gopher://key:sec#ret@bucket/runs")
     assert "sec" not in str(error.value)
+
+
+class _Forbidden(BaseHTTPRequestHandler):
+    """An object store that allows nothing."""
+
+    protocol_version = "HTTP/1.1"
+
+    def answer(self):
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.send_response(403)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD = do_PUT = do_POST = answer
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_bucket_without_rights_is_said_to_deny_access(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Forbidden)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    port = server.server_address[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    try:
+        with pytest.raises(StorageError, match=r"s3://bucket/runs/a: access denied\. Allow"):
+            storage.write_file("s3://bucket/runs/a", b"x")
+    finally:
+        server.shutdown()
+        server.server_close()

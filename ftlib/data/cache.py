@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import random
 import shutil
 import time
 from dataclasses import dataclass
@@ -24,7 +25,11 @@ log = logging.getLogger("ftlib.data")
 TRIES = 5
 """How often a file is asked for; storage on a network fails now and then."""
 FIRST_WAIT = 0.5
-"""Seconds before the second try; doubled before each further one."""
+"""Seconds before the second try; doubled before each further one.
+
+Each wait is half to all of that, by chance, so that many workers do not ask again at once."""
+_CHANCE = random.SystemRandom()
+"""Not a run's: no seed makes workers wait alike."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +121,9 @@ class Cache:
             except (OSError, storage.StorageError, ValueError) as error:
                 if left == 0 or isinstance(error, FileNotFoundError):
                     raise
-                log.info("%s/%s: %s; asking again in %.1f s", self.uri, file, error, wait)
-                time.sleep(wait)
+                pause = wait * _CHANCE.uniform(0.5, 1.0)
+                log.info("%s/%s: %s; asking again in %.1f s", self.uri, file, error, pause)
+                time.sleep(pause)
                 wait *= 2
 
     def _copy(self, file: str, target: Path) -> str:

@@ -22,6 +22,9 @@ from ftlib.launch.scale import far_outside
 from ftlib.settings import ConfigError
 from ftlib.storage import StorageError, is_remote, join
 
+NODES_SECONDS = 60.0
+"""Time for all nodes together to say what they see; a process may have to start there first."""
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -198,7 +201,11 @@ def check_shared(run_dir: str, data: str) -> None:
 def _ask_nodes(
     nodes: list[dict[str, Any]], probe: str | None, data: str | None
 ) -> dict[str, tuple[bool, bool]]:
-    """(whether it sees `probe`, whether it sees `data`) of each node, by its address."""
+    """(whether it sees `probe`, whether it sees `data`) of each node, by its address.
+
+    All are asked at once, within NODES_SECONDS together. Raises LaunchError with those that do not
+    answer.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -207,15 +214,21 @@ def _ask_nodes(
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         options = look.options(num_cpus=0, scheduling_strategy=there)
-        asked[node["NodeManagerAddress"]] = options.remote(probe, data)
-    seen = {}
-    for address, answer in asked.items():
+        asked[options.remote(probe, data)] = node["NodeManagerAddress"]
+    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=NODES_SECONDS)
+    seen, without = {}, [asked[answer] for answer in silent]
+    for answer in answered:
         try:
-            seen[address] = ray.get(answer, timeout=120)
-        except ray.exceptions.RayError as error:
-            raise LaunchError(
-                f"the node {address} does not answer ({type(error).__name__}). Look at `ray status`"
-            ) from None
+            seen[asked[answer]] = ray.get(answer)
+        except ray.exceptions.RayError:  # the node went meanwhile
+            without.append(asked[answer])
+    if without:
+        shown = ", ".join(sorted(without)[:5]) + (", ..." if len(without) > 5 else "")
+        raise LaunchError(
+            f"{len(without)} of {len(asked)} other nodes did not answer within "
+            f"{NODES_SECONDS:g} s: {shown}. `ray status` shows which are alive; the same command "
+            "tries again"
+        )
     return seen
 
 

@@ -122,6 +122,25 @@ def test_storage_that_stays_away_is_a_storage_error_that_says_so(store, home, mo
         next(batches)
 
 
+def test_workers_that_were_refused_together_do_not_ask_again_together(store, monkeypatch):
+    dataset = Dataset.open("s3://bucket/set")
+    waits = []
+    monkeypatch.setattr(cache.time, "sleep", waits.append)
+
+    def fail(path):
+        raise OSError("503 Slow Down")
+
+    monkeypatch.setattr(store, "open_input_stream", fail)
+    for _ in range(2):
+        with pytest.raises(storage.StorageError):
+            dataset.split("train").image(0)
+    first, second = waits[: cache.TRIES - 1], waits[cache.TRIES - 1 :]
+    assert len(first) == len(second) and not set(first) & set(second)
+    most = [cache.FIRST_WAIT * 2**i for i in range(cache.TRIES - 1)]
+    for found in (first, second):
+        assert all(m / 2 <= wait <= m for wait, m in zip(found, most, strict=True))
+
+
 def test_what_a_killed_copy_left_is_deleted(store, home):
     dataset = Dataset.open("s3://bucket/set")
     left = dataset._cache.folder / ".tmp-train-00002.parquet-1"
