@@ -145,3 +145,29 @@ def test_a_worker_that_dies_takes_the_other_down_and_both_resume(alone, tmp_path
     workers.processes[0].join(120)
     assert workers.processes[0].exitcode not in (0, None)
     assert Workers(tmp_path, 2, often).finish()["digest"] == alone["digest"]
+
+
+TIMM = {
+    "model.arch": "timm/tf_efficientnet_lite0",
+    "model.drop_path": 0.2,
+    "model.freeze_epochs": 1,
+    "optimizer.layer_decay": 0.75,
+}
+"""Fine-tuning's model and rates per depth; the gradients of epoch 2 are of other parameters."""
+
+
+@pytest.mark.slow
+def test_a_model_of_timm_is_bit_identical_for_one_two_and_four_workers(tmp_path):
+    alone = Workers(tmp_path / "alone", changes=TIMM).finish()
+    plain = Workers(tmp_path / "plain", world=2, changes=TIMM).finish()
+    for one_row, two_row in zip(numbers(alone), numbers(plain)):
+        assert one_row[0] == pytest.approx(two_row[0], rel=2e-2)
+    strict = {**TIMM, **STRICT, "checkpoint.every_steps": 1}
+    two = Workers(tmp_path / "two", world=2, changes=strict).finish()
+    assert numbers(two) == numbers(alone) and two["digest"] == alone["digest"]
+    # 4 workers, killed inside epoch 1; then 2, killed inside epoch 2; then 4 to the end.
+    for world, step in ((4, 4), (2, 9)):
+        workers = Workers(tmp_path / "changing", world, strict)
+        workers.wait_for(step)
+        workers.kill()
+    assert Workers(tmp_path / "changing", 4, strict).finish()["digest"] == alone["digest"]
