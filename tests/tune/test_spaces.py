@@ -40,7 +40,8 @@ def test_every_space_loads_and_its_values_survive_a_recipe(name):
 
 
 def test_the_documented_spaces_exist():
-    assert {"regularisation", "augmentation", "optimisation", "quick"} <= set(space_names())
+    documented = {"regularisation", "augmentation", "optimisation", "quick", "finetuning"}
+    assert documented <= set(space_names())
     assert set(spaces.load("regularisation").describe()) == {
         "model.dropout",
         "mix.mixup_alpha",
