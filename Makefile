@@ -20,7 +20,7 @@ OVER ?= workers
 TORCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow check format ui soak cluster-test docs-images lock install install-dev clean
+.PHONY: help run test test-slow check format ui soak cluster-test docs-images lock install install-dev clean gpu
 
 help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -61,6 +61,20 @@ test: $(DEV_STAMP)  ## Run the tests (about 20 minutes on 2 cores)
 
 test-slow: $(DEV_STAMP)  ## Run the tests that take minutes each
 	$(BIN)/python -m pytest -q -m slow
+
+# Nothing is installed or downloaded here: a machine with a GPU may have no network.
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_NEEDS = torch torchvision ray mlflow albumentations cv2 simplejpeg pytest pytest_timeout
+gpu:  ## What a GPU must show: tests and benchmark, in at most 9 minutes (SOURCE=PICTURES TIMM=train.py)
+	@$(GPU_PYTHON) -c 'import importlib.util as u, sys; \
+	  no = [name for name in sys.argv[1:] if u.find_spec(name) is None]; \
+	  sys.exit("not installed: " + ", ".join(no) + ". Run make install-dev" if no else 0)' $(GPU_NEEDS)
+	@$(GPU_PYTHON) -c 'import torch; n = torch.cuda.device_count(); \
+	  print([torch.cuda.get_device_name(i) for i in range(n)] or "no GPU: the same on the CPU")'
+	timeout 240 $(GPU_PYTHON) -m pytest -q -m gpu tests; tests=$$?; \
+	PYTHONPATH=. $(GPU_PYTHON) jobs/benchmark.py --what gpu --arch resnet50 --size 224 --batch 256 \
+	  --steps 20 --rounds 3 --workers $$(( $$(nproc) - 1 )) --out gpu \
+	  $(if $(SOURCE),--source $(SOURCE)) $(if $(TIMM),--timm $(TIMM)) && exit $$tests
 
 check: $(DEV_STAMP)  ## The gate: format, lint and types
 	$(BIN)/python -m ruff format --check $(SOURCES)

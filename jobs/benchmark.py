@@ -8,6 +8,7 @@
     python jobs/benchmark.py --what scale                                # up to a million rows
     python jobs/benchmark.py --what serve --rounds 3                     # good and hostile clients
     python jobs/benchmark.py --what recipes --source FOLDER --size 32 --out bench  # accuracy
+    python jobs/benchmark.py --what gpu --arch resnet50 --batch 256 --out bench    # `make gpu`
 
 Cases are measured in turn, over several rounds; what counts is the ratio within a round, and its
 spread. Peers (timm, FFCV, DALI) are measured where they are installed; none is needed. It takes
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from ftlib.benchmark.measure import Part
 
 WHAT = ("loader", "step", "scaling", "checkpoint", "startup")
-BY_NAME_ONLY = ("sides", "accuracy", "scale", "serve", "recipes")
+BY_NAME_ONLY = ("sides", "accuracy", "scale", "serve", "recipes", "gpu")
 Pixels = Annotated[AtLeastOne, Metavar("PIXELS")]
 
 
@@ -41,7 +42,7 @@ Pixels = Annotated[AtLeastOne, Metavar("PIXELS")]
 class Options(ResultOptions):
     what: Annotated[tuple[str, ...], Common, Commas, Metavar("NAMES")] = ("all",)
     """One or more of loader, step, scaling, checkpoint and startup, or all of these; and, by name
-    only, sides, accuracy, scale, serve and recipes."""
+    only, sides, accuracy, scale, serve, recipes and gpu."""
     source: Annotated[str, Common, Metavar("FOLDER")] = ""
     """Pictures in class folders. By default generated ones of about 375 x 500 pixels."""
     rounds: Annotated[AtLeastOne, Common] = 5
@@ -51,7 +52,7 @@ class Options(ResultOptions):
     images: AtLeastOne = 512
     """Images per case and round of the loader."""
     size: Pixels = 224
-    """Side of the training input of loader, sides, accuracy and recipes."""
+    """Side of the training input of loader, sides, accuracy, recipes and gpu."""
     max_side: Pixels = 352
     """Longer side of the pictures that are encoded again."""
     workers: Count = 2
@@ -59,7 +60,7 @@ class Options(ResultOptions):
     only: Annotated[tuple[str, ...], Metavar("WORDS")] = ()
     """Only the loaders whose name contains one of these: --only timm 'ftlib Phase 2'."""
     arch: Annotated[str, Metavar("NAME")] = "resnet18"
-    """Model of the training steps, accuracy, recipes and serve."""
+    """Model of the training steps, accuracy, recipes, gpu and serve."""
     step_size: Pixels = 64
     """Side of the pictures in the training steps and of serve's input."""
     batch: AtLeastOne = 32
@@ -72,10 +73,10 @@ class Options(ResultOptions):
     """Of recipes: ftlib's, to compare with timm's, torchvision's and a plain loop. The first is
     compared with the others too."""
     timm: Annotated[str, Metavar("FILE")] = ""
-    """Of recipes: timm's train.py, from its repository."""
+    """Of recipes and gpu: timm's train.py, from its repository."""
     out: Annotated[str, Common, Metavar("FOLDER")] = ""
-    """Write benchmark.json and benchmark.png there. recipes also keeps its trainings there, and
-    does only those that are missing."""
+    """Write benchmark.json, benchmark.md and benchmark.png there. recipes also keeps its
+    trainings there, and does only those that are missing."""
     mlflow: bool = False
     """Record ratios, JSON and figure as a run of the MLflow experiment `benchmark`."""
 
@@ -109,10 +110,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         parts: list[Part] = []
         with tempfile.TemporaryDirectory(prefix="ftlib-benchmark-") as folder:
             for name in asked.parts:
-                part = measure(name, asked, Path(folder))
+                measured = measure_all(name, asked, Path(folder))
                 show_progress("")
-                show.table(part, sys.stdout)
-                parts.append(part)
+                for part in measured:
+                    show.table(part, sys.stdout)
+                parts += measured
         words = sys.argv[1:] if argv is None else argv
         found = show.as_json(parts, about, shlex.join(["python", "jobs/benchmark.py", *words]))
         result.update(found)
@@ -120,12 +122,30 @@ def main(argv: Sequence[str] | None = None) -> None:
             out = Path(asked.out)
             out.mkdir(parents=True, exist_ok=True)
             (out / "benchmark.json").write_text(json.dumps(found, indent=1), "utf-8")
+            (out / "benchmark.md").write_text(show.markdown(parts, found), "utf-8")
             (out / "benchmark.png").write_bytes(show.figure(parts, about))
-            print(f"{out / 'benchmark.json'}, {out / 'benchmark.png'}")
+            print(", ".join(str(out / f"benchmark.{kind}") for kind in ("json", "md", "png")))
         if asked.mlflow:
             from ftlib.benchmark.record import record
 
             print(f"MLflow: {record(found, show.figure(parts, about))}")
+
+
+def measure_all(name: str, asked: Options, scratch: Path) -> "list[Part]":
+    """The tables of one part."""
+    if name != "gpu":
+        return [measure(name, asked, scratch)]
+    from ftlib.benchmark import gpu
+    from ftlib.benchmark.training import BenchmarkSettings
+
+    plan = gpu.GpuPlan(
+        BenchmarkSettings(asked.arch, asked.size, asked.batch, asked.steps, asked.rounds),
+        workers=asked.workers,
+        max_side=asked.max_side,
+        source=Path(asked.source) if asked.source else None,
+        timm=asked.timm,
+    )
+    return gpu.benchmark(plan, scratch / name, show_progress)
 
 
 def measure(name: str, asked: Options, scratch: Path) -> "Part":

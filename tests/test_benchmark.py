@@ -1,6 +1,6 @@
 """The benchmark runs in its smallest form and its report is whole. No time is asserted.
 
-Modules of ftlib.benchmark: baselines, loader, measure, one_recipe, pictures, process_tree,
+Modules of ftlib.benchmark: baselines, gpu, loader, measure, one_recipe, pictures, process_tree,
 recipes, show, small_run, training, two_workers.
 """
 
@@ -13,12 +13,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ftlib.benchmark import loader, measure, pictures, recipes, scale, show, training
+from ftlib.benchmark import gpu, loader, measure, pictures, recipes, scale, show, training
 from ftlib.benchmark.measure import BenchmarkError, Case, Cost, Goal, by_turns, ratios
 
 JOB = Path(__file__).parents[1] / "jobs" / "benchmark.py"
@@ -268,6 +269,39 @@ def test_two_workers_and_startup(tmp_path):
         ("ftlib whole run", "cpu"),
         ("ftlib whole run", "wall"),
     ]
+
+
+# --- a GPU ---
+
+
+def test_gpu_in_its_smallest_form(job, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "PICTURES", 24)
+    words = "--what gpu --arch shufflenet_v2_x0_5 --size 32 --batch 2 --steps 1 --rounds 1"
+    job.main([*words.split(), "--workers", "0", "--max-side", "64", "--out", str(tmp_path)])
+    capsys.readouterr()
+    steps, kept = json.loads((tmp_path / "benchmark.json").read_text())["parts"]
+    assert steps["ratios"][0]["goal"] == pytest.approx(1 / 0.95) and kept["title"] == "Checkpoints"
+    said = " ".join(steps["notes"])
+    assert all(word in said for word in ("images/s", "GFLOP", "wait of", "cores", "--timm"))
+    page = (tmp_path / "benchmark.md").read_text()
+    assert "| ftlib end to end |" in page and all(f"- {note}" in page for note in steps["notes"])
+
+
+def test_no_piece_is_begun_when_the_time_is_over():
+    assert gpu._try("timm", lambda: ["measured"], time.monotonic() + 60, quiet) == ["measured"]
+    (said,) = gpu._try("timm", lambda: ["measured"], time.monotonic() - 1, quiet)
+    assert "timm: left out" in said
+
+
+def test_the_longest_waits_and_what_the_host_did_in_them():
+    def event(name, start, end):
+        return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end))
+
+    kernels = [event("c", 50, 60), event("a", 0, 10), event("inner", 2, 30), event("d", 62, 70)]
+    assert [(w, s, e.name) for w, s, e in gpu.gaps(kernels)] == [(20, 30, "c"), (2, 60, "d")]
+    host = [event("aten::item", 31, 46), event("aten::to", 46, 50)]
+    assert gpu.during(host, 30, 20) == "75% of it in aten::item"
+    assert "Python" in gpu.during(host, 60, 2)
 
 
 # --- recipes beside other ways ---

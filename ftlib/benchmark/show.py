@@ -14,6 +14,28 @@ from ftlib.report.misclassified import BLUE, GREY, axes, png
 
 def table(part: Part, out: TextIO) -> None:
     """Costs and ratios: drawn by rich on a terminal, plain aligned text elsewhere."""
+    costs, found = rows_of(part)
+    for rows in (costs, found) if part.ratios else (costs,):
+        _rows(part.title if rows is costs else f"{part.title}: ratios", rows, out)
+    for note in part.notes:
+        print(f"  {note}", file=out)
+    print(file=out, flush=True)
+
+
+def markdown(parts: list[Part], found: dict[str, Any]) -> str:
+    """One page of all tables and notes; `found` is `as_json`'s."""
+    lines = ["# Benchmark", "", f"`{found['command']}` on {sentence(found['machine'])}"]
+    for part in parts:
+        lines += ["", f"## {part.title}"]
+        for rows in (rows for rows in rows_of(part) if len(rows) > 1):
+            rule = ("---",) * len(rows[0])
+            lines += ["", *(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))]
+        lines += ["", *(f"- {note}" for note in part.notes)]
+    return "\n".join(lines) + "\n"
+
+
+def rows_of(part: Part) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """(costs, ratios), each with a heading."""
     costs: list[tuple[str, ...]] = [("", f"CPU ms/{part.unit}", "", f"wall ms/{part.unit}", "")]
     costs += [
         (name, *_spread([1000 * c.cpu for c in found]), *_spread([1000 * c.wall for c in found]))
@@ -31,11 +53,7 @@ def table(part: Part, out: TextIO) -> None:
                 goal,
             )
         )
-    for rows in (costs, found) if part.ratios else (costs,):
-        _rows(part.title if rows is costs else f"{part.title}: ratios", rows, out)
-    for note in part.notes:
-        print(f"  {note}", file=out)
-    print(file=out, flush=True)
+    return costs, found
 
 
 def _spread(values: list[float]) -> tuple[str, str]:

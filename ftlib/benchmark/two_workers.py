@@ -1,5 +1,5 @@
-"""What each of torchrun's two workers does: DistributedDataParallel and ftlib's loop by turns, in
-the same process group.
+"""What each of torchrun's workers (two in the benchmark) does: DistributedDataParallel and ftlib's
+loop by turns, in the same process group.
 
 python -m torch.distributed.run --standalone --nproc-per-node 2 -m ftlib.benchmark.two_workers
 OUT.json SETTINGS_AS_JSON
@@ -8,6 +8,7 @@ OUT.json SETTINGS_AS_JSON
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +22,8 @@ from ftlib.benchmark.training import BenchmarkSettings, describe, loops, trainin
 
 
 def main(out: str, settings: BenchmarkSettings) -> None:
-    backend = "nccl" if torch.cuda.device_count() > 1 else "gloo"
+    workers = int(os.environ["WORLD_SIZE"])
+    backend = "nccl" if torch.cuda.device_count() >= workers else "gloo"
     dist.init_process_group(backend)
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(1)

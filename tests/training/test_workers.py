@@ -31,7 +31,7 @@ FORK.set_forkserver_preload(
 class Workers:
     """`world` worker processes of one run in `run_dir`."""
 
-    def __init__(self, run_dir, world=1, changes=None, faults=""):
+    def __init__(self, run_dir, world=1, changes=None, faults="", device="cpu"):
         run_dir.mkdir(parents=True, exist_ok=True)
         stamp = time.monotonic_ns()
         self.lines = run_dir / f"lines-{stamp}"
@@ -41,6 +41,7 @@ class Workers:
             "world": world,
             "changes": changes or {},
             "faults": str(faults),
+            "device": device,
             "rendezvous": str(run_dir / f"rendezvous-{stamp}"),
         }
         self.processes = [

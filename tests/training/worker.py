@@ -5,6 +5,7 @@ Its lines go to a file: each step, and at the end the hash of the final state.
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -84,6 +85,11 @@ def main(spec):
 
         faults.install(spec["faults"])
     torch.set_num_threads(1)
+    device = torch.device(spec.get("device", "cpu"))
+    if device.type == "cuda":  # the order of sums on a GPU is settled by these alone
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.backends.cudnn.deterministic = True
+        torch.use_deterministic_algorithms(True, warn_only=True)
     rank, world = spec.get("rank", 0), spec.get("world", 1)
     with open(spec["lines"], "a", buffering=1) as lines:
         if world > 1:
@@ -94,6 +100,7 @@ def main(spec):
             override(Run(), {**BASE, **spec.get("changes", {})}),
             MemoryDataset(100, 37),
             spec["dir"],
+            device,
             rank=rank,
             world=world,
             progress=lambda values: print("step", int(values["step"]), file=lines),
