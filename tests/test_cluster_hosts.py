@@ -9,7 +9,6 @@ import time
 
 import cv2
 import numpy as np
-import psutil
 import pytest
 import yaml
 
@@ -144,28 +143,15 @@ def cluster(tmp_path_factory):
 
 
 def test_the_pipeline_from_pictures_to_a_report(cluster):
-    """Phase 1, Phase 2 from its weights, a sweep with two workers per trial, an evaluation."""
+    """Phase 1 and, from its weights, Phase 2, each on two machines; an evaluation."""
     two = [*SHARED, *SMALL, "--cluster.workers", "2"]
     from_phase1 = [*two, "--model.init-from", "phase1"]
     phase1 = cluster.done("phase1", "jobs/phase1.py", "--name", "first", *two)
     assert "with 2 workers (1 CPU each)" in phase1 and "first: finished" in phase1
     phase2 = cluster.done("phase2", "jobs/phase2.py", "--name", "second", *from_phase1)
     assert "second: finished" in phase2 and "above the model it started from" in phase2
-    search = ("--recipe", "phase2", "--space", "quick", "--trials", "2", "--name", "search")
-    cluster.done("sweep", "jobs/sweep.py", *search, *from_phase1)
     score = cluster.done("evaluate", "jobs/evaluate.py", "/shared/runs/second")
     assert "on 60 pictures of halves (val)" in score
-
-
-def test_a_stopped_job_leaves_a_checkpoint_and_goes_on(cluster):
-    with cluster.job("stopped", "jobs/phase1.py", *LONG, "--name", "stopped") as job:
-        job.until(lambda: cluster.steps("stopped"))
-        cluster.laptop.run(f"{TOKEN}; ray job stop stopped", 120)
-        job.process.wait(120)
-    with cluster.job("again", "jobs/phase1.py", *LONG, "--name", "stopped") as job:
-        before = cluster.steps("stopped")[-1]
-        job.until(lambda: cluster.steps("stopped")[-1] > before)
-        assert "stopped: going on" in job.log(), job.log()
 
 
 def test_training_survives_a_killed_raylet_and_a_cut_network(cluster):
@@ -184,18 +170,6 @@ def test_training_survives_a_killed_raylet_and_a_cut_network(cluster):
         time.sleep(20)
         cluster.rack.mend("worker2")
         goes_on()
-
-
-def test_the_same_command_goes_on_after_its_driver_was_killed(cluster):
-    with cluster.job("driver", "jobs/phase1.py", *LONG, "--name", "driver") as job:
-        job.until(lambda: cluster.steps("driver"))
-        for process in cluster.head.processes("jobs/phase1.py"):
-            with contextlib.suppress(psutil.NoSuchProcess):  # the shell that waited for it
-                process.kill()
-        job.process.wait(120)
-    with cluster.job("driver2", "jobs/phase1.py", *LONG, "--name", "driver") as job:
-        before = cluster.steps("driver")[-1]
-        job.until(lambda: cluster.steps("driver")[-1] > before)
 
 
 def test_down_ends_ray_on_every_machine(cluster):

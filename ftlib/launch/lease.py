@@ -64,6 +64,12 @@ class Fence:
                 break
         if holder.get("token") == self.token:
             return
+        folder = self.file.removeprefix("file://").rpartition("/")[0]
+        if not holder and not storage.is_remote(self.file) and not os.path.isdir(folder):
+            raise StorageError(
+                f"{folder}: the folder is gone, so nobody can tell who owns the run "
+                f"{self.name!r}. Was the disk unmounted?"
+            )
         who = (
             f"process {holder.get('pid')} on {holder.get('host')} has taken it over"
             if holder

@@ -265,6 +265,19 @@ def test_a_removed_lease_is_lost(tmp_path, quick):
             held.fence()
 
 
+def test_a_folder_that_is_unmounted_is_not_a_lost_lease(tmp_path, quick):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with Lease(str(run_dir), "r") as held:
+        os.rename(run_dir, tmp_path / "away")
+        with pytest.raises(StorageError, match="the folder is gone"):
+            held.fence()
+        with pytest.raises(StorageError, match="the folder is gone"):
+            held.fence()
+        os.rename(tmp_path / "away", run_dir)
+        held.fence()
+
+
 def test_storage_that_is_away_is_not_a_lost_lease(tmp_path, quick, monkeypatch):
     with Lease(str(tmp_path), "r") as held:
 
