@@ -97,7 +97,7 @@ class Service:
         own = Path(artifacts["meta"]).parents[1] / "picture.py"  # older packages have none
         cpus = available_cpus()
         one_torch_thread()
-        self.batcher = Batcher(self.classifier.probabilities, min(8, cpus), BATCH)
+        self.batcher = Batcher(self.classifier.probabilities, model_threads(cpus), BATCH)
         self.decoders = Decoders(own if own.exists() else Path(picture.__file__), self.meta, cpus)
         self.body = BodyLimits(int(max_megabytes * 1e6))
         self.max_megapixels = float(self.meta.get("max_megapixels", picture.MAX_MEGAPIXELS))
@@ -246,6 +246,14 @@ def available_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def model_threads(cpus: int) -> int:
+    """Batches that are computed at once: one CPU stays with the event loop and the decoders.
+
+    With 32 clients on 2 cores a request then takes a sixth less CPU (docs/performance.md).
+    """
+    return max(1, min(8, cpus - 1))
 
 
 def one_torch_thread() -> None:

@@ -32,7 +32,7 @@ from ftlib.config import Augment, Data, Evaluate, Model, Run
 from ftlib.data.augment import EvalTransform
 from ftlib.deploy.http_server import bound_socket, close_idle
 from ftlib.deploy.http_server import server as server_of
-from ftlib.deploy.serving import Service
+from ftlib.deploy.serving import Service, model_threads
 from ftlib.packaging.package import load, package
 from ftlib.training import models
 from ftlib.training.evaluate import normalize
@@ -179,6 +179,10 @@ def counters(server):
 def test_bad_requests_are_explained(server, path, body, method, status, says):
     got, answer = ask(server + path, body, method)
     assert got == status and says in json.loads(answer)["error"]
+
+
+def test_one_cpu_is_left_to_the_event_loop_and_the_decoders():
+    assert [model_threads(cpus) for cpus in (1, 2, 4, 64)] == [1, 1, 3, 8]
 
 
 def test_health_and_metrics(server):
