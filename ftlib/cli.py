@@ -124,6 +124,9 @@ def job(main: Callable[[], Any], *, deliver_leftovers: bool = True) -> None:
             traceback.print_exc()
         else:
             _complain(error)
+        if getattr(error, "ends_at_once", False):
+            sys.stdout.flush()
+            os._exit(1)
         wrong_input = isinstance(error, ValueError) and explained(error)
         raise SystemExit(2 if wrong_input else 1) from None
     if isinstance(code, int) and code:

@@ -21,3 +21,16 @@ class StoppedError(SystemExit):
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(128 + signal_number)
         self.message = message
+
+
+class RayGoneError(RunFailedError):
+    """A process of the job's own Ray has ended, so that nothing can be asked of Ray any more."""
+
+    ends_at_once = True
+    """Without Ray's exit handlers, which wait for the dead process for up to a minute."""
+
+    def __init__(self, process: str, during: str) -> None:
+        super().__init__(
+            f"Ray's {process} has ended while {during}. Was it killed, or was memory short "
+            "(`dmesg` says so)? The same command goes on from the newest checkpoint"
+        )

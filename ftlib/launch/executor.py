@@ -23,7 +23,7 @@ from ftlib.launch.driver_actor import (
     LocalChannel,
     ignore_errors,
 )
-from ftlib.launch.errors import LeaseLostError, RunFailedError, StoppedError
+from ftlib.launch.errors import LeaseLostError, RayGoneError, RunFailedError, StoppedError
 from ftlib.launch.lease import Lease
 from ftlib.launch.outcome import TrainingResult
 from ftlib.launch.progress import ProgressDisplay
@@ -216,10 +216,7 @@ def _without_ray(process: str, signals: Signals) -> BaseException:
             f"stopped without a checkpoint, because Ray's {process} had ended; the same command "
             "resumes from the newest one",
         )
-    return RunFailedError(
-        f"Ray's {process} has ended while the run was training. Was it killed, or was memory short "
-        "(`dmesg` says so)? The same command resumes from the newest checkpoint"
-    )
+    return RayGoneError(process, "the run was training")
 
 
 def _trainer(task: TrainingTask, channel: ActorChannel) -> Any:

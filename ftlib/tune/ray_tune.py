@@ -31,6 +31,8 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
+from ftlib.launch import own_ray
+from ftlib.launch.errors import RayGoneError
 from ftlib.paths import environment_variables
 from ftlib.tune.asha import AsynchronousHalving
 from ftlib.tune.train_trial import TrainTrial, TrialConfig, TrialStoppedError
@@ -44,6 +46,9 @@ WORKER_DEATHS = 2
 UNWIND_SECONDS = 60
 """Time a stopped trial has to close its loader and its MLflow run before its process is killed.
 Tune's default of 2 s would also kill the next trial of that process."""
+
+LOOK_SECONDS = 0.3
+"""How often the driver looks whether its Ray is still there."""
 
 _interrupt = threading.Event()
 _signal: int = signal.SIGINT
@@ -62,7 +67,7 @@ class TrialEnd:
 
 
 class TrialListener(Protocol):
-    """Gets each event of a trial exactly once, in the driver's thread."""
+    """Gets each event of a trial exactly once, in one thread of the driver's."""
 
     def started(self, trial: Trial) -> None: ...
     def progressed(self, trial: Trial, point: dict[str, float]) -> None:
@@ -123,7 +128,7 @@ def execute(
     )
     try:
         with environment_variables(**_ENVIRONMENT), _quiet(), _signals():
-            tuner.fit()
+            _fit(tuner, watch)
     except BaseException:
         if watch.error is not None:
             raise watch.error from None
@@ -133,6 +138,31 @@ def execute(
     if watch.error is not None:
         raise watch.error
     return not _interrupt.is_set()
+
+
+def _fit(tuner: tune.Tuner, watch: TuneCallback) -> None:
+    """`tuner.fit()`, given up once Ray is gone: Tune would wait for it until Ray, after a minute,
+    ends this whole process."""
+    ended: list[BaseException | None] = []
+
+    def fit() -> None:
+        try:
+            tuner.fit()
+            ended.append(None)
+        except BaseException as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=fit, name="tune", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(LOOK_SECONDS)
+        if thread.is_alive() and (process := own_ray.gone()):
+            own_ray.end_processes()
+            for number in list(watch.running):
+                watch.end(number, TrialEnd("interrupted", "the sweep's Ray has ended"))
+            raise RayGoneError(process, "trials were running")
+    if ended[0] is not None:
+        raise ended[0]
 
 
 def interrupt() -> None:
@@ -216,7 +246,7 @@ class TuneCallback(tune.Callback):
             self.error = self.error or error
             _interrupt.set()
 
-    def _end(self, number: int, end: TrialEnd) -> None:
+    def end(self, number: int, end: TrialEnd) -> None:
         trial = self.running.pop(number, None)
         if trial is not None:
             self._notify(lambda listener: listener.ended(trial, end))
@@ -230,7 +260,7 @@ class TuneCallback(tune.Callback):
     ) -> None:
         number = trial.config["number"]
         if "ended" in result:
-            self._end(
+            self.end(
                 number,
                 TrialEnd(result["outcome"], result.get("reason", ""), dict(result["result"] or {})),
             )
@@ -245,11 +275,11 @@ class TuneCallback(tune.Callback):
         number = trial.config["number"]
         epoch = self.halving.stopped.get(number) if self.halving else None
         if self.halving is None or epoch is None:
-            self._end(number, TrialEnd("interrupted", "the sweep was stopped"))
+            self.end(number, TrialEnd("interrupted", "the sweep was stopped"))
             return
         share = f"1/{self.halving.reduction:g}"
         reason = f"stopped after epoch {epoch}: not among the best {share} there"
-        self._end(number, TrialEnd("pruned", reason))
+        self.end(number, TrialEnd("pruned", reason))
 
     def on_trial_error(self, iteration: int, trials: list, trial: TuneTrial, **info: Any) -> None:
         self._fail(trial)
@@ -274,7 +304,7 @@ class TuneCallback(tune.Callback):
         if "runner reuse" in why and "Failure #" in why and not trial.run_metadata.last_result:
             self.requeued.append(self.running[number])
             return
-        self._end(number, TrialEnd("failed", _death_reason(why)))
+        self.end(number, TrialEnd("failed", _death_reason(why)))
 
 
 def _is_number(value: Any) -> bool:

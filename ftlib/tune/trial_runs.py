@@ -149,19 +149,21 @@ def run_trials(
     function: TrainTrial = functools.partial(train, context)
     tracker = TrialTracker(group, tracking, parent, local=resources.local)
     groups = ray_tune.placement_groups()
-    with opened.table:
-        finished = ray_tune.execute(
-            next_trial,
-            lambda trial: group.config(trial, resources.each),
-            function,
-            (TrialStoreWriter(group.store), opened.table, tracker, *listeners),
-            resources=resources.reserved,
-            slots=resources.slots,
-            halving=halving,
-            reuse=resources.local,
-        )
+    try:
+        with opened.table:
+            finished = ray_tune.execute(
+                next_trial,
+                lambda trial: group.config(trial, resources.each),
+                function,
+                (TrialStoreWriter(group.store), opened.table, tracker, *listeners),
+                resources=resources.reserved,
+                slots=resources.slots,
+                halving=halving,
+                reuse=resources.local,
+            )
+    finally:
+        tracker.close()
     ray_tune.remove_placement_groups(groups)
-    tracker.close()
     return finished
 
 
