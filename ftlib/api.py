@@ -12,8 +12,10 @@ Everything is the code of the jobs: the same runs, the same resume, the same MLf
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -74,8 +76,36 @@ def prepare(source: str | Path, name: str, **options: Any) -> Dataset:
 
     rules, reading = PrepareOptions(**taken(PrepareOptions)), SourceOptions(**taken(SourceOptions))
     options.setdefault("connect_ray", connect)
-    done = prepare_pictures(str(source), out=name, rules=rules, reading=reading, **options)
+    with _errors_name_arguments():
+        done = prepare_pictures(str(source), out=name, rules=rules, reading=reading, **options)
     return done.dataset
+
+
+@contextlib.contextmanager
+def _errors_name_arguments() -> Iterator[None]:
+    """Errors of `prepare` within speak of its arguments, not of the options of jobs/prepare.py."""
+    try:
+        yield
+    except ValueError as error:
+        error.args = (_with_arguments(str(error)), *error.args[1:])
+        raise
+
+
+_SWITCHES = {"accept-warnings", "allow-similar-names", "append", "follow-links", "nested"}
+_SWITCHES |= {"overwrite", "tiles"}
+
+
+def _with_arguments(message: str) -> str:
+    """`message` with `overwrite=True` for --overwrite. Commands stay as they are."""
+
+    def argument(found: re.Match[str]) -> str:
+        flag = found[1]
+        if not flag:
+            return found[0]
+        name = "name" if flag == "out" else flag.replace("-", "_")
+        return f"{name}=True" if flag in _SWITCHES else name
+
+    return re.sub(r"`[^`]*`|python jobs/\S+ .*|(?<![\w-])--([a-z][a-z-]*)", argument, message)
 
 
 def train(run: Run, *, quiet: bool = False) -> TrainedRun:

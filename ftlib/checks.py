@@ -6,6 +6,7 @@ What these checks let through is checked again, fully, by the code that uses it.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import importlib.util
 import os
@@ -135,8 +136,8 @@ def nearest_path(path: str) -> str:
     """' Did you mean X?' for a path that does not exist, from what lies beside it; or ''."""
     asked = Path(path).expanduser()
     with contextlib.suppress(OSError):
-        beside = [str(asked.parent / name) for name in os.listdir(asked.parent)]
-        return nearest(str(asked), beside)
+        names = difflib.get_close_matches(asked.name, os.listdir(asked.parent), n=1)
+        return f" Did you mean {asked.parent / names[0]}?" if names else ""
     return ""
 
 

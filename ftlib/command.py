@@ -58,6 +58,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(completion_script(words[1:]))
     elif words[0] == "--complete":
         print("\n".join(candidates(words[1:])))
+    elif words[0].startswith("-"):
+        near = get_close_matches(words[0], ("--help", "--version", "--completion"), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        print(
+            f"error: there is no option {words[0][:40]}.{hint} A job comes first: `ftlib --help` "
+            "lists them.",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
     else:
         run_job(words[0], words[1:])
 
@@ -84,6 +93,7 @@ def overview() -> str:
     lines += [
         "`ftlib JOB --help` lists a job's options; `python jobs/JOB.py` runs the same code.",
         "`ftlib --completion bash` (or zsh) prints a completion script for your shell.",
+        "`ftlib --version` prints the version.",
     ]
     return "\n".join(lines)
 

@@ -12,6 +12,7 @@ code: 1 where a threshold is exceeded.
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{found.dataset.name}: {train:,} training and {val:,} validation pictures")
         findings = {}
         for what, count, remedy in summary(found):
-            print(f"  {count:7,}  {what}" + (f" ({remedy})" if count else ""))
+            line = f"  {count:7,}  {what}" + (f" ({remedy})" if count else "")
+            print(textwrap.fill(line, 100, subsequent_indent=" " * 11))
             findings[what] = count
         print(f"page: {page}")
         if not asked.run:

@@ -131,23 +131,18 @@ def table(loaded: "LoadedModel", dataset: "Dataset", split: str, scored: Sequenc
         f"weights of step {about.get('step', '?')} ({averaged}), "
         f"on {len(scored[0].rows):,} pictures of {dataset.name} ({split})"
     )
-    rows: list[tuple[str, ...]] = [
-        ("input", "top-1 %", "top-5 %", "NLL", "ECE", "NLL calibrated", "ECE calibrated", "T")
-    ]
-    for s in scored:
-        mirrored = " + mirror" if s.flip else ""
-        rows.append(
-            (
-                f"{s.size} px{mirrored}",
-                *s.cells,
-            )
-        )
+    rows = [("input", *scored[0].cells)]
+    rows += [(f"{s.size} px{' + mirror' if s.flip else ''}", *s.cells.values()) for s in scored]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     foot = (
         "In brackets: 95 % bootstrap intervals. "
         f"Temperature fitted on {scored[0].calibration.fitted_on}."
     )
+    if scored[0].chose:
+        from ftlib.report.evaluation import CHOSEN_HERE
+
+        foot += f"\n{CHOSEN_HERE}"
     return "\n".join([head, "", *lines, "", foot])
 
 

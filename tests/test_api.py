@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 import ftlib
+from ftlib.data.shards import DataError
 from ftlib.settings import ConfigError
 
 SMALL = {
@@ -62,3 +63,10 @@ def test_the_interface_is_what_the_docs_name():
     assert {f.name for f in dataclasses.fields(ftlib.TrainedRun)} >= {"folder", "recipe"}
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = ftlib.nothing
+
+
+def test_an_error_of_prepare_names_its_arguments(home, tmp_path):
+    out = tmp_path / "set"
+    ftlib.prepare("digits", str(out), progress=False)
+    with pytest.raises(DataError, match="another name, or give overwrite=True .* or append=True"):
+        ftlib.prepare("digits", str(out), max_side=24, progress=False)

@@ -1,4 +1,4 @@
-"""The `ftlib` command: the list of jobs, typos, running a job, shell completion."""
+"""The `ftlib` command (also as `python -m ftlib`: `__main__`): list, jobs, completion, wheel."""
 
 import shutil
 import subprocess
@@ -58,6 +58,14 @@ def test_a_job_runs_with_its_options_and_its_exit_code(environment, tmp_path):
     assert shown.returncode == 0 and '"mixup_alpha": 0.4' in shown.stdout
     wrong = ftlib("phase2", "--mix.mixup-alhpa", "0.4", cwd=tmp_path)
     assert wrong.returncode == 2
+
+
+def test_a_mistyped_option_gets_the_nearest_and_the_package_runs_as_a_module():
+    typed = [sys.executable, "-m", "ftlib"]
+    wrong = subprocess.run([*typed, "--versoin"], capture_output=True, text=True, timeout=60)
+    assert wrong.returncode == 2 and "Did you mean --version?" in wrong.stderr
+    right = subprocess.run([*typed, "--version"], capture_output=True, text=True, timeout=60)
+    assert right.stdout == f"ftlib {command.__version__}\n"
 
 
 def test_completion_offers_jobs_and_then_the_flags_of_the_job():

@@ -121,7 +121,6 @@ class ActiveRun:
         self.own_tracking = own_tracking
         """The tracking that was opened for this run alone."""
         self.ended = False
-        self._started = time.monotonic()
 
     def train(self) -> TrainingResult:
         """Train to the end, or raise what stopped it."""
@@ -167,7 +166,6 @@ class ActiveRun:
             gates=gates.check(run.gates, metrics, start),
             start_top1=start,
             figures=self._figures(result) if self.options.kind == "train" else [],
-            seconds=time.monotonic() - self._started,
         )
         if self.options.kind in FINAL:
             test = finalize.score_test(outcome, prepared.dataset, self.options.say)
@@ -175,7 +173,8 @@ class ActiveRun:
         report = finalize.log_end(self.tracked, self.writer, run, prepared.dataset, outcome)
         # Last, since it makes the run a finished one: what is stopped before is done again.
         self._write_result(result, outcome)
-        outcome = dataclasses.replace(outcome, figures=outcome.figures + report)
+        seconds = time.monotonic() - prepared.began
+        outcome = dataclasses.replace(outcome, figures=outcome.figures + report, seconds=seconds)
         written = any(file.endswith("/report.html") for file in report)
         link = self.tracked.artifact_link("report/report.html") if written else ""
         self.end("completed", summary.note(outcome, prepared.source, link))

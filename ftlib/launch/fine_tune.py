@@ -37,8 +37,10 @@ def with_steps(run: Run, steps: int, *, quiet: bool = False) -> Run:
     rows, _ = sampler.run_rows(open_dataset(run.data).split("train").labels, run.data)
     epochs = epochs_for(len(rows), run.train.batch_size, steps)
     if not quiet:
+        each = sampler.steps_per_epoch(len(rows), run.train.batch_size)
         print(
-            f"{len(rows):,} training pictures: {epochs} epochs, for about {steps} optimizer steps"
+            f"{len(rows):,} training pictures, {each:,} optimizer steps an epoch: {epochs} epochs "
+            f"({MOST_EPOCHS} at most), {epochs * each:,} steps"
         )
     return override(run, {"train.epochs": epochs})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,8 @@ class PreparedRun:
     plan: preflight.RunPlan
     forced_gate: str
     """A gate that was overridden, and why; empty where none was."""
+    began: float
+    """When preparing began, by `time.monotonic`, in seconds."""
 
     @property
     def finished(self) -> bool:
@@ -79,6 +82,7 @@ def prepare_run(run: Run) -> PreparedRun:
     Starts nothing and writes nothing. Raises ConfigError, DataError or LaunchError (all
     ValueErrors) with what to do.
     """
+    began = time.monotonic()
     dataset = open_dataset(run.data)
     plan = preflight.plan(run, dataset)
     root = runs_root(run)
@@ -114,6 +118,7 @@ def prepare_run(run: Run) -> PreparedRun:
         result=storage.read_json(join(run_dir, "result.json")),
         plan=plan,
         forced_gate=forced_gate,
+        began=began,
     )
 
 

@@ -38,6 +38,8 @@ def starting(run: Run, run_dir: str, url: str, placement: Placement, *, resumed:
         )
     if url:
         lines.append(f"  MLflow   {url}")
+    if url.startswith(OWN_UI):
+        lines.append(f"  its UI   {job_command('track', 'ui')}")
     return "\n".join(lines)
 
 

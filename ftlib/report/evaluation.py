@@ -48,18 +48,22 @@ class Scored:
     after: dict[str, IntervalEstimate]
     """The same after temperature scaling; the temperature was fitted on other images."""
 
+    chose: bool = False
+    """Whether the epoch of the model was chosen by its score on these pictures."""
+
     @property
-    def cells(self) -> tuple[str, ...]:
-        """A table's row: top-1, top-5, NLL, ECE, both calibrated, and the temperature."""
-        return (
-            self.before["top1"].show(),
-            self.before["top5"].show(),
-            self.before["nll"].show(3),
-            self.before["ece"].show(3),
-            self.after["nll"].show(3),
-            self.after["ece"].show(3),
-            f"{self.calibration.temperature:.3f}",
-        )
+    def cells(self) -> dict[str, str]:
+        """Head -> text of a table's row. No top-5 of five classes or fewer: it is always 100."""
+        top5 = {"top-5 %": self.before["top5"].show()} if self.logits.shape[1] > 5 else {}
+        return {
+            "top-1 %": self.before["top1"].show(),
+            **top5,
+            "NLL": self.before["nll"].show(3),
+            "ECE": self.before["ece"].show(3),
+            "NLL calibrated": self.after["nll"].show(3),
+            "ECE calibrated": self.after["ece"].show(3),
+            "temperature": f"{self.calibration.temperature:.3f}",
+        }
 
     @property
     def plain(self) -> dict[str, float]:
@@ -216,7 +220,22 @@ def score(
         calibration=calibration,
         before=scores(logits, labels),
         after=scores(calibration.scaled, labels),
+        chose=_chose_the_epoch(loaded, dataset, split),
     )
+
+
+def _chose_the_epoch(loaded: LoadedModel, dataset: Dataset, split: str) -> bool:
+    """Whether the weights are the best of several epochs by their score on this split."""
+    run = loaded.run
+    best_of_several = "/best/" in loaded.folder and run.stage != "probe" and run.train.epochs > 1
+    monitored = "tuning" if run.data.tuning_fraction else "val"
+    own_data = (loaded.about.get("data") or {}).get("digest") == dataset.digest
+    return best_of_several and split == monitored and own_data
+
+
+CHOSEN_HERE = (
+    "The epoch was chosen by its score on these pictures, so new ones may score a little lower."
+)
 
 
 def score_test(

@@ -16,7 +16,7 @@ import torch
 from ftlib.data.augment import EvalTransform
 from ftlib.data.shards import Dataset
 from ftlib.report import html, misclassified
-from ftlib.report.evaluation import Scored, load, score
+from ftlib.report.evaluation import CHOSEN_HERE, Scored, load, score
 from ftlib.report.gradcam import grad_cam, overlay, target_layer
 from ftlib.report.metrics import (
     Floats,
@@ -163,13 +163,15 @@ def _figures(
 def _test_split(test: TestSplit | None) -> list[str]:
     if test is None:
         return []
-    heads = ("pictures", "top-1 %", "top-5 %", "NLL", "ECE")
-    shown = [test.scores[k].show(2 if k.startswith("top") else 3) for k in test.scores]
+    heads = {"top1": "top-1 %", "top5": "top-5 %", "nll": "NLL", "ece": "ECE"}
+    shown = [e.show(2 if k.startswith("top") else 3) for k, e in test.shown.items()]
     note = (
         "Scored once, by the final model. The split chose nothing: no epoch, no setting and no "
         "temperature. In brackets: 95 % bootstrap intervals over the pictures."
     )
-    table = html.table(heads, [(f"{test.images:,}", *shown)])
+    table = html.table(
+        ["pictures", *(heads[k] for k in test.shown)], [(f"{test.images:,}", *shown)]
+    )
     return [html.section("Test split", table, note=note, half=True)]
 
 
@@ -237,6 +239,8 @@ def _headline(scored: Scored, classes: Sequence[str]) -> str:
         f"Of other pictures like these, {top1.low:.1f} to {top1.high:.1f} % would be classified "
         f"correctly (95 % interval from {n:,} pictures)."
     )
+    if scored.chose:
+        text += f" {CHOSEN_HERE}"
     matrix = confusion(scored.logits.argmax(axis=1), scored.labels, len(classes))
     for true, said, count in confused_pairs(matrix, 1):
         if count < 2:  # every mistake is the most frequent one
@@ -265,9 +269,9 @@ class _Pixels:
 
 def _score_table(all_scored: Sequence[Scored]) -> str:
     """A row for each score, so that it fits a phone; a column for each way of scoring."""
-    names = ("top-1 %", "top-5 %", "NLL", "ECE", "NLL calibrated", "ECE calibrated", "temperature")
     heads = [f"{s.size} px{', with mirror' if s.flip else ''}" for s in all_scored]
-    rows = zip(names, *(s.cells for s in all_scored), strict=True)
+    names = all_scored[0].cells
+    rows = [(name, *(s.cells[name] for s in all_scored)) for name in names]
     return html.table(["", *heads], rows)
 
 

@@ -50,8 +50,14 @@ class TestSplit:
     """top1, top5, nll, ece"""
 
     def __str__(self) -> str:
-        top1, top5 = self.scores["top1"].show(), self.scores["top5"].show()
-        return f"top-1 {top1} %, top-5 {top5} %, of {self.images:,} pictures, scored once"
+        top5 = f", top-5 {self.shown['top5'].show()} %" if "top5" in self.shown else ""
+        top1 = self.scores["top1"].show()
+        return f"top-1 {top1} %{top5}, of {self.images:,} pictures, scored once"
+
+    @property
+    def shown(self) -> dict[str, IntervalEstimate]:
+        """The scores, without a top-5 of 100 %, as five classes or fewer always have."""
+        return {k: e for k, e in self.scores.items() if k != "top5" or e.value < 100}
 
     @property
     def metrics(self) -> dict[str, float]:

@@ -61,6 +61,21 @@ def test_the_first_sentence_gives_the_interval_and_the_most_frequent_mistake(wri
 def test_top5_is_no_headline_where_there_are_at_most_five_classes(written):
     facts = re.search(r'<div class="facts">.*?</div></div>', written.page.read_text())[0]
     assert "top-1" in facts and "top-5" not in facts
+    assert "<td>top-5 %</td>" not in written.page.read_text()
+
+
+def test_a_score_says_that_its_pictures_chose_the_epoch(shapes, shapes_run, tmp_path):
+    loaded = evaluation.load(str(shapes_run))
+
+    def says_so(epochs, split):
+        train = dataclasses.replace(loaded.run.train, epochs=epochs)
+        run = dataclasses.replace(loaded.run, train=train)
+        of = dataclasses.replace(loaded, run=run)
+        scored = [evaluation.score(of, shapes, split)]
+        page = evaluation_report.write(of, scored, shapes, tmp_path, split).page
+        return evaluation.CHOSEN_HERE in page.read_text()
+
+    assert says_so(9, "val") and not says_so(1, "val") and not says_so(9, "train")
 
 
 def test_curves_changed_settings_and_the_mlflow_page_are_shown(shapes, shapes_run, tmp_path):

@@ -1,0 +1,5 @@
+"""`python -m ftlib JOB` is `ftlib JOB`."""
+
+from ftlib.command import main
+
+main()
