@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ftlib.cli import job
 from ftlib.config import Augment, Cluster, Data, Mix, Model, Run, Train
 from ftlib.tune import spaces, train_trial
 from ftlib.tune.sweep import Sweep, sweep
@@ -88,7 +89,7 @@ def train(context, config, report):
     return final
 
 
-if __name__ == "__main__":
+def main():
     recipe = Run(
         stage="phase2",
         data=Data(path="fake"),
@@ -116,3 +117,7 @@ if __name__ == "__main__":
         groups = [g for g in ray.util.placement_group_table().values() if g["state"] != "REMOVED"]
         print("PLACEMENT GROUPS LEFT", len(groups))
     print("FINISHED", result.finished)
+
+
+if __name__ == "__main__":
+    job(main)

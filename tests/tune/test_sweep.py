@@ -137,7 +137,7 @@ def test_a_sweep_with_stopped_failing_and_dying_trials(driver, home):
     process = driver.start(trials=9, epochs=4)
     assert (
         "recipe.train.epochs is 3 there, 4 here" in wait(process, driver)
-        and process.returncode == 1
+        and process.returncode == 2
     )
 
 
@@ -191,6 +191,25 @@ def test_a_driver_killed_twice_goes_on_and_runs_each_trial_once(driver, home):
     assert sum(tags.get("kind") == "trial" for _, tags in runs.values()) == 10, (
         "a trial that went on is one run"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+def test_a_sweep_whose_ray_died_says_so_ends_and_goes_on(driver, home, name):
+    process = driver.start(trials=4, epochs=40, seconds=0.5, asha=False)
+    deadline = time.monotonic() + 200
+    while not any(line[0] == "epoch" for line in driver.log()):
+        assert process.poll() is None and time.monotonic() < deadline, driver.output()
+        time.sleep(0.1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    (victim,) = (p for p in family if name in p.name())
+    victim.kill()
+    out = wait(process, driver)
+    assert process.returncode == 1 and f"error: Ray's {name} has ended while trials were" in out
+    assert "Traceback" not in out and "GCS may have been killed" not in out
+    assert not gone(family)
+    assert "RUNNING" not in {status for status, _ in mlflow_runs(home).values()}
+    assert not store_of(home).done()
 
 
 @pytest.mark.slow
