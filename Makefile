@@ -65,7 +65,7 @@ test-slow: $(DEV_STAMP)  ## Run the tests that take minutes each
 # Nothing is installed or downloaded here: a machine with a GPU may have no network.
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_NEEDS = torch torchvision ray mlflow albumentations cv2 simplejpeg pytest pytest_timeout
-gpu:  ## What a GPU must show: tests and benchmark, in at most 9 minutes (SOURCE=PICTURES TIMM=train.py)
+gpu:  ## What a GPU must show: tests and benchmark, planned for 9 minutes (SOURCE=PICTURES TIMM=train.py)
 	@$(GPU_PYTHON) -c 'import importlib.util as u, sys; \
 	  no = [name for name in sys.argv[1:] if u.find_spec(name) is None]; \
 	  sys.exit("not installed: " + ", ".join(no) + ". Run make install-dev" if no else 0)' $(GPU_NEEDS)
