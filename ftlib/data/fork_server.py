@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import shutil
 import sys
@@ -60,8 +61,29 @@ class _Process(multiprocessing.context.ForkServerProcess):
         return _Popen(process_obj)
 
 
+class _Event:
+    """An event that is read and set without a lock.
+
+    A process that is killed while it reads multiprocessing.Event keeps that one's lock, and all
+    others wait for ever: torch's DataLoader reads one every 5 s in each of its processes.
+    """
+
+    def __init__(self, semaphore: multiprocessing.synchronize.Semaphore) -> None:
+        self._semaphore = semaphore
+
+    def is_set(self) -> bool:
+        # Semaphore.get_value() is not there on macOS.
+        return not self._semaphore._semlock._is_zero()  # type: ignore[attr-defined]
+
+    def set(self) -> None:
+        self._semaphore.release()
+
+
 class _Context(multiprocessing.context.ForkServerContext):
     Process = _Process
+
+    def Event(self) -> _Event:  # type: ignore[override]
+        return _Event(self.Semaphore(0))
 
 
 def context(module: str) -> multiprocessing.context.ForkServerContext:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -135,3 +136,29 @@ def test_loader_processes_are_in_another_session_than_the_job():
     finally:
         started.kill()
         started.join()
+
+
+def ask_for_ever(event, asking):
+    asking.release()
+    while True:
+        event.is_set()
+
+
+def test_processes_killed_while_they_read_an_event_keep_no_lock_of_it():
+    """multiprocessing.Event: in most of the rounds the next reader waits for ever."""
+    context = fork_server.context("json")
+    event, asking = context.Event(), context.Semaphore(0)
+    for _ in range(10):
+        reader = context.Process(target=ask_for_ever, args=(event, asking), daemon=True)
+        reader.start()
+        assert asking.acquire(timeout=60)
+        time.sleep(0.01)
+        reader.kill()
+        reader.join()
+    found = []
+    asked = threading.Thread(target=lambda: found.append(event.is_set()), daemon=True)
+    asked.start()
+    asked.join(60)
+    assert found == [False]
+    event.set()
+    assert event.is_set()
