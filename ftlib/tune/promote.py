@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from ftlib.config import Run
 from ftlib.paths import local_run_folder
 from ftlib.settings import ConfigError, flat, from_dict, nearest, override, to_json
-from ftlib.storage import is_remote, join, write_file
+from ftlib.storage import delete_file, is_remote, join, write_file
 from ftlib.tune import promotion_report
 from ftlib.tune.compare import BUDGET, settings
 from ftlib.tune.live_table import TrialTable
@@ -201,6 +201,7 @@ def _confirm(
     except ComparisonError as error:
         parent.finish("failed", str(error))
         raise
+    withdrawn = list(_withdraw_recipes(judgement, sweep, files))
     written, recipes = _write_files(judgement, sweep, files)
     recipe_file = recipes[0] if recipes else ""
     promotion_report.log(
@@ -219,7 +220,7 @@ def _confirm(
         concluded=time.time(),
     )
     report = str(_folder(sweep) / "report")
-    lines = [*map(str, judgement.verdicts), *judgement.left_out, judgement.sentence]
+    lines = [*map(str, judgement.verdicts), *judgement.left_out, judgement.sentence, *withdrawn]
     lines.append(f"report: {report}/index.html")
     if recipe_file:
         lines.append(f"recipe: {recipe_file}")
@@ -333,6 +334,34 @@ def _write_files(
     return written, recipes
 
 
+def _withdraw_recipes(judgement: Judgement, sweep: TrialStore, files: RecipeFiles) -> Iterator[str]:
+    """Delete recipes that an earlier judgement, of fewer seeds, promoted and this one does not.
+
+    Yields a line for each. A copy that was edited since is left and named.
+    """
+    source, rewritten = _source(judgement, sweep), _recipes(judgement, sweep, files)
+    for old in sorted((_folder(sweep) / "report").glob("*.json")):
+        text = old.read_bytes()
+        promoted_from = json.loads(text).get("promoted_from", "")
+        if promoted_from in ("", source) or old.name in rewritten:
+            continue
+        copy = files.folder / old.name if files.folder is not None else old
+        if copy.is_file() and copy.read_bytes() != text:
+            yield f"{promoted_from} is no longer promoted; {copy} was edited since and is left"
+        else:
+            yield f"{promoted_from} is no longer promoted: {copy} is deleted"
+            copy.unlink(missing_ok=True)
+        old.unlink(missing_ok=True)
+        if is_remote(sweep.uri):
+            delete_file(join(sweep.uri, "promotion", "report", old.name))
+
+
+def _source(judgement: Judgement, sweep: TrialStore) -> str:
+    """SWEEP/TRIAL of the winner; empty where the recipe is kept."""
+    winner = judgement.winner
+    return f"{sweep.name}/{winner.candidate.name}" if winner else ""
+
+
 def _recipes(judgement: Judgement, sweep: TrialStore, files: RecipeFiles) -> dict[str, str]:
     """File name -> JSON of the winner's recipes; empty where the recipe is kept."""
     if (winner := judgement.winner) is None:
@@ -342,7 +371,7 @@ def _recipes(judgement: Judgement, sweep: TrialStore, files: RecipeFiles) -> dic
     if files.onto is not None:
         onto[f"{name}-{files.onto[0]}.json"] = files.onto[1]
     constants = sweep.about.get("constants", {})
-    source = f"{sweep.name}/{winner.candidate.name}"
+    source = _source(judgement, sweep)
     return {
         file_name: to_json(
             replace(with_values(recipe, winner.candidate, constants), name="", promoted_from=source)

@@ -289,6 +289,23 @@ def test_no_winner_writes_no_recipe(promote, tmp_path):
     )
 
 
+@pytest.mark.parametrize("edited", [False, True])
+def test_a_recipe_is_withdrawn_when_more_seeds_unmake_its_promotion(
+    promote, tmp_path, capsys, edited
+):
+    store = sweep_store(tmp_path / "runs2")
+    promote(store, top=1, seeds=3)
+    copy = tmp_path / "recipes" / "s.json"
+    if edited:
+        copy.write_text(copy.read_text().replace('"seed": 42', '"seed": 43'))
+    result, _, _ = promote(store, gain=-0.4, top=1, seeds=9)
+    assert result.winner is None
+    assert not (tmp_path / "runs2" / "s" / "promotion" / "report" / "s.json").exists()
+    assert copy.exists() == edited
+    said = "was edited since and is left" if edited else "is deleted"
+    assert f"{copy} {said}" in capsys.readouterr().out
+
+
 def test_impossible_requests_are_refused(promote, tmp_path):
     with pytest.raises(ConfigError, match="two seeds"):
         promote(sweep_store(tmp_path / "a"), top=1, seeds=1)
