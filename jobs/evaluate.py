@@ -151,7 +151,7 @@ def attach(run_dir: str, record: Mapping[str, Any], files: Sequence[Path], folde
     known = record.get("mlflow") or {}
     if not known.get("run_id"):
         return
-    from ftlib.track.links import absolute, run_page
+    from ftlib.track.links import absolute, opened_by, run_page
     from ftlib.track.store import client, reach, store_of_run
 
     try:
@@ -162,6 +162,8 @@ def attach(run_dir: str, record: Mapping[str, Any], files: Sequence[Path], folde
             mlflow.log_artifact(known["run_id"], str(file), folder)
         page = absolute(uri, run_page(known.get("experiment_id", ""), known["run_id"]))
         print(f"in MLflow: {page} (artifacts, {folder})")
+        if command := opened_by(page):
+            print(f"its UI: {command}")
     except Exception as error:
         reason = json.dumps(str(error).splitlines()[0])
         print(

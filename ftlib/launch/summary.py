@@ -10,13 +10,10 @@ from ftlib.config import Run
 from ftlib.launch.cluster import Placement
 from ftlib.launch.outcome import Outcome
 from ftlib.launch.progress import duration
-from ftlib.paths import home, job_command
-from ftlib.track.links import ui_base
+from ftlib.paths import home
+from ftlib.track.links import opened_by
 from ftlib.training.checkpoint import step_name
 from ftlib.training.initial_weights import InitialWeights
-
-OWN_UI = ui_base("sqlite://")
-"""Where pages are of a store without a server, once its UI is started."""
 
 
 def starting(run: Run, run_dir: str, url: str, placement: Placement, *, resumed: bool) -> str:
@@ -38,8 +35,8 @@ def starting(run: Run, run_dir: str, url: str, placement: Placement, *, resumed:
         )
     if url:
         lines.append(f"  MLflow   {url}")
-    if url.startswith(OWN_UI):
-        lines.append(f"  its UI   {job_command('track', 'ui')}")
+    if command := opened_by(url):
+        lines.append(f"  its UI   {command}")
     return "\n".join(lines)
 
 
@@ -102,8 +99,8 @@ def _places(outcome: Outcome) -> list[str]:
         lines.append(f"  MLflow      {outcome.mlflow_url}")
     if outcome.compare_url:
         lines.append(f"  all runs    {outcome.compare_url}")
-    if outcome.mlflow_url.startswith(OWN_UI):
-        lines.append(f"  its UI      {job_command('track', 'ui')}")
+    if command := opened_by(outcome.mlflow_url):
+        lines.append(f"  its UI      {command}")
     return lines
 
 

@@ -141,7 +141,7 @@ def package(
     """
     out = Path(out)
     if out.exists() and any(out.iterdir()):
-        raise PackageError(f"{out} is not empty. A package needs a folder of its own")
+        raise PackageError(f"{out} is not empty. A package needs a folder of its own: name another")
     meta = _metadata(run, classes, scores=scores, temperature=temperature, data=data or {})
     # Made beside its place, then moved there: what stands at `out` is whole.
     with _explained(out), _temporary_folder(out.parent) as folder:

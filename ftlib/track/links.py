@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+from ftlib.paths import job_command
 from ftlib.track.redact import redact_address
 from ftlib.track.store import DATABASE_SCHEMES, SERVER_SCHEMES, artifacts_root, scheme, sqlite_path
 
@@ -27,6 +28,12 @@ def ui_base(uri: str, port: int = 5000) -> str:
         parts = urlsplit(uri)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
     return f"http://127.0.0.1:{port}" if scheme(uri) in DATABASE_SCHEMES else ""
+
+
+def opened_by(url: str) -> str:
+    """The command that starts the UI at `url`; empty where a server shows it already."""
+    own = url.startswith(f"{ui_base('sqlite://')}/")
+    return job_command("track", "ui") if own else ""
 
 
 def absolute(uri: str, page: str) -> str:
