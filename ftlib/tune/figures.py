@@ -71,7 +71,14 @@ def learning_curves(trials: Sequence[Trial], best: Trial | None, split: str) -> 
         below = sum(t.outcome != "completed" and (t.score or 0.0) < floor for t in trials)
         axes.set_ylim(floor, min(axes.get_ylim()[1], 100.5))
         if below:
-            axes.text(0.01, 0.02, f"{below} stopped below this", transform=axes.transAxes, size=8)
+            axes.text(
+                0.01,
+                0.02,
+                f"{below} stopped below this",
+                transform=axes.transAxes,
+                size=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
+            )
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False, fontsize=8)
         return figure
@@ -134,7 +141,7 @@ def _slice(
         value = trial.values[axis.path]
         x = places[value] if places is not None else value
         if trial is best:
-            axes.plot(x, trial.score, "*", color=BEST, ms=11, zorder=4)
+            axes.plot(x, trial.score, "*", color=BEST, ms=11, zorder=4, clip_on=False)
         if trial.number == 0:
             axes.plot(x, trial.score, "D", color=OWN, mec="white", ms=6, zorder=5)
         elif trial is not best:
