@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from ftlib.benchmark import loader
-from ftlib.benchmark.measure import BenchmarkError, Case, Goal, Part, by_turns, timed
+from ftlib.benchmark.measure import BenchmarkError, Case, Goal, Part, by_turns, last_line, timed
 from ftlib.benchmark.recipes import as_folders
 from ftlib.benchmark.training import (
     BenchmarkSettings,
@@ -258,7 +258,6 @@ def _timm(plan: GpuPlan, dataset: Dataset, scratch: Path, ours: float) -> list[s
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     rates = TIMM_RATE.findall(done.stdout)
     if done.returncode or not rates:
-        last = (done.stdout.strip().splitlines() or ["no message"])[-1]
-        raise BenchmarkError(f"{plan.timm} ended with {done.returncode}: {last}")
+        raise BenchmarkError(f"{plan.timm} ended with {done.returncode}: {last_line(done.stdout)}")
     rate = float(rates[-1])
     return [f"timm's train.py: {rate:,.1f} images/s; ftlib {ours / rate:.2f} times (goal 1.3)"]

@@ -32,6 +32,11 @@ class BenchmarkError(ValueError):
     """A benchmark that cannot be run as it was asked for; the message says what to do."""
 
 
+def last_line(output: str) -> str:
+    """Where a failed process says why."""
+    return (output.strip().splitlines() or ["no message"])[-1]
+
+
 @dataclass(frozen=True)
 class Cost:
     """What one unit (an image, a step, a start) took."""

@@ -26,7 +26,7 @@ from scipy import stats
 
 from ftlib import recipes
 from ftlib.benchmark.loader import prepared
-from ftlib.benchmark.measure import BenchmarkError, Cost, Goal, Part, ratios
+from ftlib.benchmark.measure import BenchmarkError, Cost, Goal, Part, last_line, ratios
 from ftlib.benchmark.one_recipe import Loop
 from ftlib.config import Gates, Run, Track
 from ftlib.data.shards import Dataset
@@ -213,8 +213,7 @@ def _run(words: list[str]) -> str:
         [sys.executable, *words], env=environment, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise BenchmarkError(f"{words[0]} ended with {done.returncode}: {last}")
+        raise BenchmarkError(f"{words[0]} ended with {done.returncode}: {last_line(done.stderr)}")
     return done.stdout
 
 

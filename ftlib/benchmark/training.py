@@ -20,7 +20,17 @@ import torch
 import torchvision
 from torch.nn import functional as F
 
-from ftlib.benchmark.measure import BenchmarkError, Case, Cost, Goal, Part, Ratio, by_turns, timed
+from ftlib.benchmark.measure import (
+    BenchmarkError,
+    Case,
+    Cost,
+    Goal,
+    Part,
+    Ratio,
+    by_turns,
+    last_line,
+    timed,
+)
 from ftlib.config import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -214,7 +224,7 @@ def scaling(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
         text=True,
     )
     if done.returncode or not out.exists():
-        raise BenchmarkError(f"torchrun could not run two workers: {_last_line(done.stderr)}")
+        raise BenchmarkError(f"torchrun could not run two workers: {last_line(done.stderr)}")
     found = json.loads(out.read_text("utf-8"))
     costs = {name: [Cost(*pair) for pair in pairs] for name, pairs in found["costs"].items()}
     ours, peer = "ftlib, two workers", "torchrun DDP, two workers"
@@ -333,13 +343,9 @@ def _process(scratch: Path, arguments: list[str], expect: int) -> Cost:
         cost = json.loads(out.read_text("utf-8")) if out.exists() else {}
     if done.returncode != expect:
         raise BenchmarkError(
-            f"{' '.join(arguments)} ended with {done.returncode}: {_last_line(done.stderr)}"
+            f"{' '.join(arguments)} ended with {done.returncode}: {last_line(done.stderr)}"
         )
     return Cost(cost["cpu"], cost["wall"])
-
-
-def _last_line(stderr: str) -> str:
-    return (stderr.strip().splitlines() or ["no message"])[-1]
 
 
 def _met(reached: bool) -> str:
