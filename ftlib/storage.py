@@ -17,6 +17,7 @@ import errno
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import uuid
@@ -165,6 +166,15 @@ _REMEDIES = {
     errno.EACCES: f"permission denied: {_ELSEWHERE} that this user may write to",
     errno.ENOENT: "the folder is gone. Was the disk unmounted?",
 }
+
+
+def pauses(first: float, tries: int) -> Iterator[float]:
+    """Seconds to wait after each of `tries` attempts but the last: `first`, then doubled, of which
+    each is half to all, by chance, so that many workers do not ask again at once."""
+    # Not a run's random numbers: no seed makes workers wait alike.
+    chance = random.SystemRandom()
+    for attempt in range(tries - 1):
+        yield first * 2**attempt * chance.uniform(0.5, 1.0)
 
 
 def explain(uri: str, error: OSError) -> str:

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import random
 import shutil
 import time
 from dataclasses import dataclass
@@ -25,11 +24,7 @@ log = logging.getLogger("ftlib.data")
 TRIES = 5
 """How often a file is asked for; storage on a network fails now and then."""
 FIRST_WAIT = 0.5
-"""Seconds before the second try; doubled before each further one.
-
-Each wait is half to all of that, by chance, so that many workers do not ask again at once."""
-_CHANCE = random.SystemRandom()
-"""Not a run's: no seed makes workers wait alike."""
+"""Seconds before the second try at most; `storage.pauses` has the others."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +104,7 @@ class Cache:
 
     def _copy_checked(self, file: str, target: Path, sha256: str) -> None:
         """Copy `file` to `target`, asking again where the storage fails."""
-        wait = FIRST_WAIT
-        for left in reversed(range(TRIES)):
+        for pause in (*storage.pauses(FIRST_WAIT, TRIES), None):
             try:
                 found = self._copy(file, target)
                 if found == sha256:
@@ -119,12 +113,10 @@ class Cache:
                     f"its sha256 is {found[:12]}..., the manifest says {sha256[:12]}..."
                 )
             except (OSError, storage.StorageError, ValueError) as error:
-                if left == 0 or isinstance(error, FileNotFoundError):
+                if pause is None or isinstance(error, FileNotFoundError):
                     raise
-                pause = wait * _CHANCE.uniform(0.5, 1.0)
                 log.info("%s/%s: %s; asking again in %.1f s", self.uri, file, error, pause)
                 time.sleep(pause)
-                wait *= 2
 
     def _copy(self, file: str, target: Path) -> str:
         """Copy `file` to `target` and return its sha256 (hex)."""

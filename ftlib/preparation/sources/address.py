@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from ftlib import paths
+from ftlib import paths, storage
 from ftlib.data.shards import DataError
 from ftlib.preparation.sources.places import ATTEMPTS, FIRST_WAIT, filesystem, retried
 from ftlib.preparation.sources.tree import File, Tree, is_junk, junk_in
@@ -94,8 +94,7 @@ def fetch(address: str) -> Path:
     target, part = folder / name, folder / f"{name}.part"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
-        wait_for = FIRST_WAIT
-        for attempt in range(ATTEMPTS):
+        for pause in (*storage.pauses(FIRST_WAIT, ATTEMPTS), None):
             if target.exists():
                 return target
             try:
@@ -104,13 +103,12 @@ def fetch(address: str) -> Path:
                 return target
             except (OSError, ValueError) as error:
                 refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
-                if refused or attempt + 1 == ATTEMPTS:
+                if refused or pause is None:
                     raise DataError(
                         f"--source {hide_password(address)} cannot be fetched ({error}). Check the "
                         "address and the network; the same command goes on where the copy stopped"
                     ) from error
-            time.sleep(wait_for)
-            wait_for *= 2
+            time.sleep(pause)
     raise AssertionError("unreachable")
 
 

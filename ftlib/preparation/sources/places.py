@@ -22,7 +22,7 @@ from ftlib.data.shards import DataError
 ATTEMPTS = 4
 """Times that a read from an address is tried."""
 FIRST_WAIT = 0.5
-"""Seconds before the second attempt; doubled each time."""
+"""Seconds before the second attempt at most; `storage.pauses` has the others."""
 LARGEST_FILE = 1 << 30
 """Bytes. Larger files are not read into memory."""
 GZIP_STEP = 32 << 20
@@ -176,17 +176,15 @@ def filesystem(where: str) -> tuple[Any, str]:
 
 def retried(read: Callable[[], T]) -> T:
     """`read()`, tried again after an OSError that is not about the file itself."""
-    wait = FIRST_WAIT
-    for attempt in range(ATTEMPTS):
+    for pause in (*storage.pauses(FIRST_WAIT, ATTEMPTS), None):
         try:
             return read()
         except (FileNotFoundError, PermissionError):
             raise
         except OSError:
-            if attempt + 1 == ATTEMPTS:
+            if pause is None:
                 raise
-        time.sleep(wait)
-        wait *= 2
+        time.sleep(pause)
     raise AssertionError("unreachable")
 
 
