@@ -201,8 +201,9 @@ def _confirm(
     except ComparisonError as error:
         parent.finish("failed", str(error))
         raise
-    withdrawn = list(_withdraw_recipes(judgement, sweep, files))
-    written, recipes = _write_files(judgement, sweep, files)
+    promoted = _recipes(judgement, sweep, files)
+    withdrawn = list(_withdraw_recipes(judgement, promoted, sweep, files))
+    written, recipes = _write_files(judgement, promoted, sweep, files)
     recipe_file = recipes[0] if recipes else ""
     promotion_report.log(
         judgement,
@@ -315,13 +316,13 @@ def _plan(store: TrialStore, own: Trial, chosen: list[Trial], seeds: list[int]) 
 
 
 def _write_files(
-    judgement: Judgement, sweep: TrialStore, files: RecipeFiles
+    judgement: Judgement, promoted: Mapping[str, str], sweep: TrialStore, files: RecipeFiles
 ) -> tuple[list[Path], list[str]]:
     """Write the report, and the winner as a recipe: (the report's files, addresses of recipes)."""
     folder = _folder(sweep) / "report"
     written = promotion_report.write(judgement, sweep.name, folder)
     recipes = []
-    for file_name, text in _recipes(judgement, sweep, files).items():
+    for file_name, text in promoted.items():
         written.append(folder / file_name)
         write_file(str(written[-1]), text.encode())
         recipes.append(str(written[-1]))
@@ -334,19 +335,21 @@ def _write_files(
     return written, recipes
 
 
-def _withdraw_recipes(judgement: Judgement, sweep: TrialStore, files: RecipeFiles) -> Iterator[str]:
-    """Delete recipes that an earlier judgement, of fewer seeds, promoted and this one does not.
+def _withdraw_recipes(
+    judgement: Judgement, promoted: Mapping[str, str], sweep: TrialStore, files: RecipeFiles
+) -> Iterator[str]:
+    """Delete recipes that an earlier judgement, of fewer seeds, wrote and `promoted` has not.
 
     Yields a line for each. A copy that was edited since is left and named.
     """
-    source, rewritten = _source(judgement, sweep), _recipes(judgement, sweep, files)
+    source = _source(judgement, sweep)
     for old in sorted((_folder(sweep) / "report").glob("*.json")):
-        text = old.read_bytes()
-        promoted_from = json.loads(text).get("promoted_from", "")
-        if promoted_from in ("", source) or old.name in rewritten:
+        written = old.read_bytes()
+        promoted_from = json.loads(written).get("promoted_from", "")
+        if promoted_from in ("", source) or old.name in promoted:
             continue
         copy = files.folder / old.name if files.folder is not None else old
-        if copy.is_file() and copy.read_bytes() != text:
+        if copy.is_file() and copy.read_bytes() != written:
             yield f"{promoted_from} is no longer promoted; {copy} was edited since and is left"
         else:
             yield f"{promoted_from} is no longer promoted: {copy} is deleted"
