@@ -20,7 +20,8 @@ OVER ?= workers
 TORCH ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow check format ui soak cluster-test docs-images lock install install-dev clean gpu
+.PHONY: help run test test-slow gpu check format ui soak cluster-test docs-images lock install \
+  install-dev clean
 
 help:  ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) \
@@ -65,7 +66,7 @@ test-slow: $(DEV_STAMP)  ## Run the tests that take minutes each
 # Nothing is installed or downloaded here: a machine with a GPU may have no network.
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_NEEDS = torch torchvision ray mlflow albumentations cv2 simplejpeg pytest pytest_timeout
-gpu:  ## What a GPU must show: tests and benchmark, planned for 9 minutes (SOURCE=PICTURES TIMM=train.py)
+gpu:  ## Tests and benchmark of a GPU, planned for 9 minutes (SOURCE=PICTURES TIMM=train.py)
 	@$(GPU_PYTHON) -c 'import importlib.util as u, sys; \
 	  no = [name for name in sys.argv[1:] if u.find_spec(name) is None]; \
 	  sys.exit("not installed: " + ", ".join(no) + ". Run make install-dev" if no else 0)' $(GPU_NEEDS)
@@ -88,10 +89,10 @@ format: $(DEV_STAMP)  ## Lay the code out and mend what the linter can
 ui: $(STAMP)  ## Open MLflow's UI on this machine's runs (PORT=5000)
 	$(BIN)/python jobs/track.py ui --port $(PORT)
 
-soak: $(DEV_STAMP)  ## Break training at random moments and compare (KILLS=30 SEED=0 OVER=workers|sweep|ray FAULTS=kill,stop,disk)
+soak: $(DEV_STAMP)  ## Break jobs at random moments (KILLS=30 SEED=0 OVER=sweep FAULTS=kill)
 	$(BIN)/python tests/soak.py --over $(OVER) --kills $(KILLS) --seed $(SEED) --faults $(FAULTS)
 
-cluster-test: $(DEV_STAMP)  ## Start cluster.yaml on three machines made of namespaces, and break them (root)
+cluster-test: $(DEV_STAMP)  ## Start cluster.yaml on three machines of namespaces, break them (root)
 	$(BIN)/python -m pytest -q -rs tests/test_cluster_hosts.py
 
 docs-images: $(DEV_STAMP)  ## Make the pictures in docs/images that show reports and figures again
