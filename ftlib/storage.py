@@ -177,9 +177,10 @@ def pauses(first: float, tries: int) -> Iterator[float]:
         yield first * 2**attempt * chance.uniform(0.5, 1.0)
 
 
-def explain(uri: str, error: OSError) -> str:
-    """The message of a write to `uri` that failed: what happened and what to do."""
-    remedy = _REMEDIES.get(error.errno or 0)
+def explain(uri: str, error: OSError, doing: str = "write") -> str:
+    """The message of an error at `uri`: what happened and what to do. doing: write, read, list or
+    delete."""
+    remedy = _REMEDIES.get(error.errno or 0) if doing == "write" else None
     if "ACCESS_DENIED" in str(error):  # of an object store, by its name in Arrow
         remedy = (
             "access denied. Allow it to the credentials in use (AWS_ACCESS_KEY_ID, AWS_PROFILE or "
@@ -188,7 +189,21 @@ def explain(uri: str, error: OSError) -> str:
     if remedy is None:
         reason = hide_password(str(error.strerror or error))
         remedy = f"{reason}. Check that the storage is reachable"
-    return f"cannot write {hide_password(uri)}: {remedy}"
+    return f"cannot {doing} {hide_password(uri)}: {remedy}"
+
+
+@contextlib.contextmanager
+def _explained(uri: str, doing: str) -> Iterator[None]:
+    """Raise what an object store refuses as a StorageError; that nothing is there stays as it is.
+
+    (Errors of a local disk name their file themselves.)
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(explain(uri, error, doing)) from error
 
 
 def _write_durably(path: Path, data: bytes) -> None:
@@ -242,7 +257,10 @@ def _upload(uri: str, contents: Mapping[str, bytes]) -> None:
 
 
 def read_file(uri: str) -> bytes | None:
-    """The file's bytes, or None when there is no such file."""
+    """The file's bytes, or None when there is no such file.
+
+    Raises StorageError where an object store refuses, OSError where a disk does.
+    """
     if not is_remote(uri):
         try:
             return Path(uri.removeprefix("file://")).read_bytes()
@@ -250,7 +268,7 @@ def read_file(uri: str) -> bytes | None:
             return None
     fs, path = filesystem(uri)
     try:
-        with fs.open_input_stream(path) as stream:
+        with _explained(uri, "read"), fs.open_input_stream(path) as stream:
             return stream.readall()
     except FileNotFoundError:
         return None
@@ -323,7 +341,9 @@ def folders(uri: str) -> Iterator[str]:
     from pyarrow.fs import FileSelector, FileType
 
     fs, path = filesystem(uri)
-    for entry in fs.get_file_info(FileSelector(path, allow_not_found=True)):
+    with _explained(uri, "list"):
+        entries = fs.get_file_info(FileSelector(path, allow_not_found=True))
+    for entry in entries:
         if entry.type == FileType.Directory and not entry.base_name.startswith("."):
             yield entry.base_name
 
@@ -332,7 +352,7 @@ def delete_file(uri: str) -> None:
     """Delete one file; one that does not exist is no error."""
     if is_remote(uri):
         fs, path = filesystem(uri)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), _explained(uri, "delete"):
             fs.delete_file(path)
     else:
         Path(uri.removeprefix("file://")).unlink(missing_ok=True)
@@ -342,7 +362,7 @@ def delete_folder(uri: str) -> None:
     """Delete a folder and all in it; one that does not exist is no error."""
     if is_remote(uri):
         fs, path = filesystem(uri)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), _explained(uri, "delete"):
             fs.delete_dir(path)
     else:
         shutil.rmtree(uri.removeprefix("file://"), ignore_errors=True)

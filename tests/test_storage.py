@@ -270,7 +270,7 @@ class _Forbidden(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    do_GET = do_HEAD = do_PUT = do_POST = answer
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
 
     def log_message(self, *_):
         pass
@@ -285,8 +285,15 @@ def test_a_bucket_without_rights_is_said_to_deny_access(monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     try:
-        with pytest.raises(StorageError, match=r"s3://bucket/runs/a: access denied\. Allow"):
-            storage.write_file("s3://bucket/runs/a", b"x")
+        for door in (
+            lambda uri: storage.write_file(uri, b"x"),
+            storage.read_file,
+            storage.delete_file,
+            storage.delete_folder,
+            lambda uri: list(storage.folders(uri)),
+        ):
+            with pytest.raises(StorageError, match=r"s3://bucket/runs/a: access denied\. Allow"):
+                door("s3://bucket/runs/a")
     finally:
         server.shutdown()
         server.server_close()

@@ -178,7 +178,7 @@ class ActiveRun:
         written = any(file.endswith("/report.html") for file in report)
         link = self.tracked.artifact_link("report/report.html") if written else ""
         self.end("completed", summary.note(outcome, prepared.source, link))
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(storage.StorageError):
             storage.delete_folder(join(prepared.run_dir, "ray"))
         return outcome
 
