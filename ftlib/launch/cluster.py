@@ -13,6 +13,7 @@ import os
 import secrets
 import sys
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -156,6 +157,8 @@ class Node:
 
     cpus: float
     gpus: float
+    head: bool = False
+    """Whether it is the head of a cluster, which no autoscaler starts."""
 
 
 @dataclass(frozen=True)
@@ -164,14 +167,14 @@ class Capacity:
 
     nodes: tuple[Node, ...]
     growing: tuple[Node, ...] = ()
-    """Nodes that an autoscaler can start."""
+    """Nodes that an autoscaler can start, those that it has started included."""
     unknown: bool = False
     """Whether an autoscaler is at work whose limits cannot be seen from here (Kubernetes)."""
 
     @property
     def reachable(self) -> tuple[Node, ...]:
-        """All nodes, started or not."""
-        return self.nodes + self.growing
+        """All nodes, started or not. An autoscaler's started node is known by its size."""
+        return self.nodes + tuple((Counter(self.growing) - Counter(self.nodes)).elements())
 
     @property
     def can_grow(self) -> bool:
@@ -202,7 +205,11 @@ def capacity() -> Capacity:
     import ray
 
     nodes = tuple(
-        Node(n["Resources"].get("CPU", 0), n["Resources"].get("GPU", 0))
+        Node(
+            n["Resources"].get("CPU", 0),
+            n["Resources"].get("GPU", 0),
+            head="node:__internal_head__" in n["Resources"],
+        )
         for n in ray.nodes()
         if n["Alive"]
     )

@@ -66,6 +66,16 @@ def test_what_an_autoscaler_may_start_counts():
     )
 
 
+def test_a_node_that_an_autoscaler_has_started_counts_once():
+    head, growing = Node(8, 0, head=True), (Node(8.0, 0.0),) * 2
+    for started in range(3):
+        where = Capacity((head, *growing[:started]), growing)
+        assert placement(Cluster(workers="24", cpus_per_worker=1), where).low == 24
+        with pytest.raises(LaunchError, match="only 24 fit .* on 3 nodes"):
+            placement(Cluster(workers="25", cpus_per_worker=1), where)
+        assert where.can_grow, "it starts a lost node again"
+
+
 def test_workers_are_not_put_on_cpus_because_no_gpu_node_has_started_yet():
     """On Kubernetes the autoscaler's limits cannot be seen, and the head has no CPUs to give."""
     empty = Capacity((Node(0, 0),), unknown=True)
