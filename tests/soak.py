@@ -151,7 +151,7 @@ def over_workers(asked, folder):
     changes = {
         "cluster.strict_elastic": True,
         "checkpoint.every_steps": 2,
-        "train.epochs": max(2, asked.kills // 3),
+        "train.epochs": max(2, asked.kills),
         "data.loader_workers": int("loader" in asked.faults),
     }
     truth = Workers(folder / "undisturbed", changes=changes).finish()
