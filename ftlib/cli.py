@@ -119,18 +119,29 @@ def job(main: Callable[[], Any], *, deliver_leftovers: bool = True) -> None:
     except BrokenPipeError:  # the reader (`| head`) is gone, and with it all interest
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+    except SystemExit as error:
+        _end_at_once(error, error.code)
+        raise
     except Exception as error:
         if os.environ.get("FTLIB_TRACEBACK") or not _understood(error):
             traceback.print_exc()
         else:
             _complain(error)
-        if getattr(error, "ends_at_once", False):
-            sys.stdout.flush()
-            os._exit(1)
         wrong_input = isinstance(error, ValueError) and explained(error)
-        raise SystemExit(2 if wrong_input else 1) from None
+        code = 2 if wrong_input else 1
+        _end_at_once(error, code)
+        raise SystemExit(code) from None
     if isinstance(code, int) and code:
         raise SystemExit(code)
+
+
+def _end_at_once(error: BaseException, code: Any) -> None:
+    """End the process without exit handlers, where `error` is a Ray that is gone: Ray's own wait
+    for it, up to a minute."""
+    if getattr(error, "ends_at_once", False):
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
 
 
 def explained(error: BaseException) -> bool:

@@ -201,6 +201,26 @@ def test_exit_codes(capsys, error, code, said):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [("RayGoneError('raylet', 'it trained')", 1), ("StoppedError(15, '', ends_at_once=True)", 143)],
+)
+def test_a_job_whose_ray_is_gone_ends_without_exit_handlers(error, code):
+    """Ray's own wait for a dead Ray."""
+    program = f"""
+import atexit
+from ftlib.cli import job
+from ftlib.launch.errors import RayGoneError, StoppedError
+def main():
+    atexit.register(print, "an exit handler")
+    print("a line")
+    raise {error}
+job(main, deliver_leftovers=False)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stdout) == (code, "a line\n")
+
+
 def test_a_failed_job_has_no_traceback_unless_asked(capsys, monkeypatch):
     monkeypatch.setenv("FTLIB_TRACEBACK", "1")
 

@@ -18,9 +18,9 @@ class LeaseLostError(RuntimeError):
 class StoppedError(SystemExit):
     """A signal stopped the run. As the process's exit code: 128 + the signal's number."""
 
-    def __init__(self, signal_number: int, message: str) -> None:
+    def __init__(self, signal_number: int, message: str, *, ends_at_once: bool = False) -> None:
         super().__init__(128 + signal_number)
-        self.message = message
+        self.message, self.ends_at_once = message, ends_at_once
 
 
 class RayGoneError(RunFailedError):

@@ -198,6 +198,7 @@ def _watch(thread: threading.Thread, messages: _Messages, signals: Signals, leas
                 signals.number or 15,
                 "stopped without a checkpoint, because Ray does not answer; the same command "
                 "resumes from the newest one",
+                ends_at_once=True,
             )
         if signals.count > 1 or now - stop_requested > grace_seconds():
             raise StoppedError(
@@ -215,6 +216,7 @@ def _without_ray(process: str, signals: Signals) -> BaseException:
             signals.number,
             f"stopped without a checkpoint, because Ray's {process} had ended; the same command "
             "resumes from the newest one",
+            ends_at_once=True,
         )
     return RayGoneError(process, "the run was training")
 

@@ -131,6 +131,21 @@ def test_a_driver_whose_ray_died_ends_and_leaves_nothing(jobs, home, name):
     assert alive == [] and runs_in_mlflow(home) == {"orphan": "FAILED"}
 
 
+def test_a_stop_that_finds_ray_silent_ends_without_a_checkpoint_and_leaves_nothing(jobs, home):
+    given = (*FLAGS, "--name", "silent", "--train.epochs", "4000", *CLUSTER)
+    with jobs.started(*given) as process:
+        jobs.until(lambda: "loss" in process.log(), process)
+        family = psutil.Process(process.pid).children(recursive=True)
+        for name in ("gcs_server", "raylet"):
+            (silent,) = ray_processes(process, name)
+            silent.suspend()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143, process.log()
+        assert "stopped without a checkpoint, because Ray does not answer" in process.log()
+    _, alive = psutil.wait_procs(family, 30)
+    assert alive == [] and runs_in_mlflow(home) == {"silent": "KILLED"}
+
+
 def test_an_error_that_would_come_again_is_not_retried(jobs, home):
     with jobs.started(
         *FLAGS,
