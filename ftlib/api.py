@@ -34,13 +34,14 @@ Picture = bytes | str | Path
 """A picture: the bytes of its file, or the file's path."""
 
 
-def recipe(name: str, data: str = "", **settings: Any) -> Run:
+def recipe(name: str, /, data: str = "", **settings: Any) -> Run:
     """A recipe by name, with settings replaced.
 
     Args:
         name: phase1, finetune, sample-phase2 ... (`ftlib.recipes.available()`), or a .json file.
         data: a prepared data set: the name given to `prepare`, a folder or an address.
-        settings: dotted paths into the recipe: `**{"mix.mixup_alpha": 0.4, "train.epochs": 5}`.
+        settings: those of the recipe, also by dotted paths: `name="my-run"`,
+            `**{"mix.mixup_alpha": 0.4, "train.epochs": 5}`.
 
     Raises:
         ConfigError: an unknown recipe or setting (with the nearest name), or a wrong value.
@@ -83,7 +84,7 @@ def prepare(source: str | Path, name: str, **options: Any) -> Dataset:
 
 @contextlib.contextmanager
 def _errors_name_arguments() -> Iterator[None]:
-    """Errors of `prepare` within speak of its arguments, not of the options of jobs/prepare.py."""
+    """Errors within speak of arguments and settings, not of the flags of a job."""
     try:
         yield
     except ValueError as error:
@@ -96,7 +97,8 @@ _SWITCHES |= {"overwrite", "tiles"}
 
 
 def _with_arguments(message: str) -> str:
-    """`message` with `overwrite=True` for --overwrite. Commands stay as they are."""
+    """`message` with `overwrite=True` for --overwrite and `train.batch_size` for
+    --train.batch-size. Commands stay as they are."""
 
     def argument(found: re.Match[str]) -> str:
         flag = found[1]
@@ -105,7 +107,8 @@ def _with_arguments(message: str) -> str:
         name = "name" if flag == "out" else flag.replace("-", "_")
         return f"{name}=True" if flag in _SWITCHES else name
 
-    return re.sub(r"`[^`]*`|python jobs/\S+ .*|(?<![\w-])--([a-z][a-z-]*)", argument, message)
+    command = r"`[^`]*`|\S*python\S* \S*jobs/\S+ .*?(?=\. |\n|$)"
+    return re.sub(rf"{command}|(?<![\w-])--([a-z][a-z0-9.-]*[a-z0-9])", argument, message)
 
 
 def train(run: Run, *, quiet: bool = False) -> TrainedRun:
@@ -121,7 +124,8 @@ def train(run: Run, *, quiet: bool = False) -> TrainedRun:
     """
     from ftlib.launch.launch import launch
 
-    return load(launch(run, quiet=quiet).run_dir)
+    with _errors_name_arguments():
+        return load(launch(run, quiet=quiet).run_dir)
 
 
 def finetune(
@@ -142,7 +146,8 @@ def finetune(
 
     run = recipe("finetune", data=data, **settings)
     steps = 0 if "train.epochs" in settings else steps
-    return load(fine_tune(run, steps=steps, probe=probe, quiet=quiet).run_dir)
+    with _errors_name_arguments():
+        return load(fine_tune(run, steps=steps, probe=probe, quiet=quiet).run_dir)
 
 
 def load(run: str | Path) -> TrainedRun:
@@ -153,10 +158,13 @@ def load(run: str | Path) -> TrainedRun:
     """
     from ftlib.settings import ConfigError
 
-    folder = run_folder(str(run))
+    with _errors_name_arguments():
+        folder = run_folder(str(run))
     result = storage.read_json(storage.join(folder, "result.json"))
     if not result or result.get("status") != "completed":
-        raise ConfigError(f"{run}: this run is not finished. Its job's command goes on with it")
+        raise ConfigError(
+            f"{run}: this run is not finished. Its command, or ftlib.train, goes on with it"
+        )
     record = storage.read_json(storage.join(folder, "run.json")) or {}
     return TrainedRun(folder, from_dict(Run, record["run"]), result, record)
 

@@ -93,7 +93,7 @@ def data_path(name_or_path: str) -> str:
     if not name_or_path:
         raise ConfigError(
             "data.path is empty: name a prepared data set with --data.path. "
-            "`python jobs/prepare.py --source FOLDER --out NAME` makes one"
+            f"`{job_command('prepare', '--source FOLDER --out NAME')}` makes one"
         )
     if is_remote(name_or_path) or os.sep in name_or_path or name_or_path.startswith((".", "~")):
         return absolute(name_or_path)

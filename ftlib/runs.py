@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ftlib.paths import job_command
 from ftlib.settings import ConfigError, nearest
 from ftlib.storage import DamagedError, folders, join, read_json
 
@@ -72,6 +73,6 @@ def _no_run(
         )
     return (
         f"model.init_from = {stage}: there is no finished {stage} run on the data set {data!r} "
-        f"below {root}.{near} Make one with: python jobs/{stage}.py --data.path {data}.{known} "
+        f"below {root}.{near} Make one with: {job_command(stage, f'--data.path {data}')}.{known} "
         "Or start from published weights with --model.init-from pretrained"
     )

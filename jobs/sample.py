@@ -65,6 +65,13 @@ CHANGES = {
     "Phase 2": "the same fifth at 32 px, with Mixup, CutMix and RandAugment",
     "Phase 3": "all digits, with averaged weights",
 }
+EXPECTED = {
+    "Phase 1": ".\nIts validation score stays low for 14 of the 20 epochs and then rises to about "
+    "89 %: with\ntwo steps an epoch, the statistics of batch norm follow only when the learning "
+    "rate falls.",
+    "Phase 2": ".\nIts training top-1 stays low: it is of mixed and augmented pictures.",
+}
+"""What else a person who watches wants to know."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +95,11 @@ def train_sample(quiet: bool) -> dict[str, object]:
     from ftlib.tune.stored_predictions import predictions
 
     prepare("digits", engine="local")
-    phases = {
-        name: launch(run, quiet=quiet)
-        for name, run in zip(CHANGES, (PHASE1, PHASE2, PHASE3), strict=True)
-    }
+    phases = {}
+    for name, run in zip(CHANGES, (PHASE1, PHASE2, PHASE3), strict=True):
+        if not quiet:
+            print(f"\n{name} of 3: {CHANGES[name]}{EXPECTED.get(name, '')}", flush=True)
+        phases[name] = launch(run, quiet=quiet)
     right = [predictions(outcome.run_dir).correct for outcome in phases.values()]
     gains = [paired_difference(new, old) for old, new in itertools.pairwise(right)]
     last, names = phases["Phase 3"].name, " ".join(o.name for o in phases.values())

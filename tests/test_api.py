@@ -6,6 +6,7 @@ import pytest
 
 import ftlib
 from ftlib.data.shards import DataError
+from ftlib.paths import job_command
 from ftlib.settings import ConfigError
 
 SMALL = {
@@ -70,3 +71,13 @@ def test_an_error_of_prepare_names_its_arguments(home, tmp_path):
     ftlib.prepare("digits", str(out), progress=False)
     with pytest.raises(DataError, match="another name, or give overwrite=True .* or append=True"):
         ftlib.prepare("digits", str(out), max_side=24, progress=False)
+
+
+def test_an_error_of_training_names_settings_not_flags(home):
+    ftlib.prepare("digits", "digits", progress=False)
+    run = ftlib.recipe("phase2", data="digits", name="mine", **SMALL)
+    assert run.name == "mine"
+    with pytest.raises(ConfigError, match=r"with model\.init_from pretrained") as refused:
+        ftlib.train(run)
+    command = job_command("phase1", "--data.path digits")
+    assert command in str(refused.value) and "--model" not in str(refused.value)

@@ -32,7 +32,7 @@ def test_a_missing_stage_says_what_there_is(tmp_path):
         best_of_stage("phase1", "pets", "d1", str(tmp_path))
     for words in (
         "no finished phase1 run on the data set 'pets'",
-        "python jobs/phase1.py --data.path pets",
+        "jobs/phase1.py --data.path pets",
         "elsewhere (on set-d2)",
         "--model.init-from pretrained",
     ):

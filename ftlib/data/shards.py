@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -33,7 +34,7 @@ import numpy as np
 from ftlib import storage
 from ftlib.config import Data
 from ftlib.data.cache import Cache
-from ftlib.paths import data_path
+from ftlib.paths import data_path, job_command
 
 FORMAT = "ftlib-dataset"
 SCHEMA = 1
@@ -167,7 +168,7 @@ def _check_count(value: object, what: str) -> None:
 
 
 def _explain_missing_manifest(path: str) -> str:
-    command = f"python jobs/prepare.py --source FOLDER_OF_PICTURES --out {path}"
+    command = job_command("prepare", f"--source FOLDER_OF_PICTURES --out {shlex.quote(path)}")
     if storage.is_remote(path):
         return (
             f"{path} holds no prepared data set (no {MANIFEST}). Check the address, or prepare one "
@@ -187,7 +188,7 @@ def _explain_missing_manifest(path: str) -> str:
     if folder.is_dir() and any(entry.is_dir() for entry in folder.iterdir()):
         return (
             f"{path} is not a prepared data set (no {MANIFEST}). If it holds folders of pictures, "
-            f"prepare them first: python jobs/prepare.py --source {path}"
+            f"prepare them first: {job_command('prepare', f'--source {shlex.quote(path)}')}"
         )
     return f"{path} is not a prepared data set (no {MANIFEST}). Prepare one: {command}"
 

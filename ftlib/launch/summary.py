@@ -42,7 +42,7 @@ def starting(run: Run, run_dir: str, url: str, placement: Placement, *, resumed:
 
 def finished(outcome: Outcome) -> str:
     """The lines at a run's end."""
-    lines = [f"{outcome.name}: finished in {duration(outcome.seconds)}.  {scores(outcome)}"]
+    lines = [f"{outcome.name}: finished in {duration(outcome.seconds)}", f"  {scores(outcome)}"]
     lines += _test(outcome)
     lines += [f"  {gate}" for gate in outcome.gates]
     if not outcome.passed:
@@ -58,7 +58,8 @@ def already_finished(outcome: Outcome) -> str:
     """The lines for a command that was given again."""
     return "\n".join(
         [
-            f"{outcome.name}: this run is finished already.  {scores(outcome)}",
+            f"{outcome.name}: this run is finished already",
+            f"  {scores(outcome)}",
             *_test(outcome),
             *(f"  {gate}" for gate in outcome.gates),
             *_places(outcome),
@@ -73,12 +74,12 @@ def scores(outcome: Outcome) -> str:
     split = "tuning" if "best/tuning_top1" in metrics else "val"
     if f"best/{split}_top1" not in metrics:
         return "It was never scored."
-    top1, top5 = metrics[f"best/{split}_top1"], metrics.get(f"best/{split}_top5", 100.0)
+    top1 = metrics[f"best/{split}_top1"]
     text = f"Best {split} top-1 {top1:.2f} %"
     if not outcome.best_dir.endswith(step_name(0)):  # a probe has no epochs
         text += f" (epoch {metrics.get('best/epoch', 0):.0f})"
-    if top5 < 100:  # with five classes or fewer it is always 100
-        text += f", top-5 {top5:.2f} %"
+    if f"best/{split}_top5" in metrics:
+        text += f", top-5 {metrics[f'best/{split}_top5']:.2f} %"
     if outcome.start_top1 is not None:
         gain = top1 - outcome.start_top1
         direction = "above" if gain >= 0 else "below"
@@ -162,7 +163,7 @@ def sample(
     for name, outcome in phases.items():
         shown = [f for f in outcome.figures if f.endswith(".html")]
         report = os.path.relpath(shown[0], outcome.run_dir) if shown else "report/"
-        lines.append(f"  {name}      {outcome.run_dir}/ ({report}, checkpoints/, best/)")
+        lines.append(f"  {name}      {outcome.run_dir}/{report}")
     lines += ["", "What next"]
     lines += [f"  {what:<28} {command}" for what, command in commands]
     return "\n".join(lines)

@@ -23,7 +23,7 @@ from ftlib.data.pipeline import Pipeline
 from ftlib.data.rng import AUGMENT, MIX, Randomness, key
 from ftlib.data.sampler import run_rows
 from ftlib.data.shards import Dataset
-from ftlib.report.lettering import fit, font
+from ftlib.lettering import fit, font
 from ftlib.settings import override
 from ftlib.training import losses, mixing
 

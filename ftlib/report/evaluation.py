@@ -44,7 +44,7 @@ class Scored:
     flip: bool
     calibration: Calibration
     before: dict[str, IntervalEstimate]
-    """top1, top5, nll, ece of the logits as they are."""
+    """What `metrics.scores` gives of the logits as they are."""
     after: dict[str, IntervalEstimate]
     """The same after temperature scaling; the temperature was fitted on other images."""
 
@@ -53,8 +53,8 @@ class Scored:
 
     @property
     def cells(self) -> dict[str, str]:
-        """Head -> text of a table's row. No top-5 of five classes or fewer: it is always 100."""
-        top5 = {"top-5 %": self.before["top5"].show()} if self.logits.shape[1] > 5 else {}
+        """Head -> text of a table's row."""
+        top5 = {"top-5 %": self.before["top5"].show()} if "top5" in self.before else {}
         return {
             "top-1 %": self.before["top1"].show(),
             **top5,

@@ -164,13 +164,13 @@ def _test_split(test: TestSplit | None) -> list[str]:
     if test is None:
         return []
     heads = {"top1": "top-1 %", "top5": "top-5 %", "nll": "NLL", "ece": "ECE"}
-    shown = [e.show(2 if k.startswith("top") else 3) for k, e in test.shown.items()]
+    shown = [e.show(2 if k.startswith("top") else 3) for k, e in test.scores.items()]
     note = (
         "Scored once, by the final model. The split chose nothing: no epoch, no setting and no "
         "temperature. In brackets: 95 % bootstrap intervals over the pictures."
     )
     table = html.table(
-        ["pictures", *(heads[k] for k in test.shown)], [(f"{test.images:,}", *shown)]
+        ["pictures", *(heads[k] for k in test.scores)], [(f"{test.images:,}", *shown)]
     )
     return [html.section("Test split", table, note=note, half=True)]
 
@@ -213,7 +213,7 @@ def _lead(
         weights = "a classifier fitted on pretrained features"
     mistakes = int((scored.logits.argmax(axis=1) != scored.labels).sum())
     facts = [(f"{scored.before['top1'].value:.2f} %", "top-1")]
-    if len(loaded.classes) > 5:
+    if "top5" in scored.before:
         facts.append((f"{scored.before['top5'].value:.2f} %", "top-5"))
     facts += [
         (f"{mistakes:,}", "mistakes"),

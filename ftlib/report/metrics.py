@@ -47,17 +47,12 @@ class TestSplit:
 
     images: int
     scores: Mapping[str, IntervalEstimate]
-    """top1, top5, nll, ece"""
+    """What `scores` gives."""
 
     def __str__(self) -> str:
-        top5 = f", top-5 {self.shown['top5'].show()} %" if "top5" in self.shown else ""
+        top5 = f", top-5 {self.scores['top5'].show()} %" if "top5" in self.scores else ""
         top1 = self.scores["top1"].show()
         return f"top-1 {top1} %{top5}, of {self.images:,} pictures, scored once"
-
-    @property
-    def shown(self) -> dict[str, IntervalEstimate]:
-        """The scores, without a top-5 of 100 %, as five classes or fewer always have."""
-        return {k: e for k, e in self.scores.items() if k != "top5" or e.value < 100}
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -279,8 +274,8 @@ def share(right: NDArray[np.bool_], resampled: Floats) -> IntervalEstimate:
 def scores(logits: Floats, labels: Ints, seed: int = 0) -> dict[str, IntervalEstimate]:
     """top1, top5 (percent), nll (nats) and ece (0..1), with 95 % bootstrap intervals over images.
 
-    top5 of fewer than five classes is 100. The bins of the ece stay those of the full set while
-    resampling.
+    Five classes or fewer have no top5: it is always 100. The bins of the ece stay those of the
+    full set while resampling.
     """
     check(logits, labels)
     top1, top5 = hits(logits, labels, 1), hits(logits, labels, 5)
@@ -299,7 +294,7 @@ def scores(logits: Floats, labels: Ints, seed: int = 0) -> dict[str, IntervalEst
     drawn = bootstrap(len(labels), statistic, seed)
     return {
         "top1": share(top1, drawn[:, 0]),
-        "top5": share(top5, drawn[:, 1]),
+        **({"top5": share(top5, drawn[:, 1])} if logits.shape[1] > 5 else {}),
         "nll": interval(float(losses.mean()), drawn[:, 2], 0),
         "ece": interval(reliability(confidence, top1).error, drawn[:, 3], 0, 1),
     }

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from ftlib.report.lettering import fit, font
+from ftlib.lettering import fit, font
 from ftlib.report.metrics import Floats, Ints, Reliability, most_confused_classes
 from ftlib.text import figure_text, printable
 

@@ -28,7 +28,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from filelock import FileLock, Timeout
 
-from ftlib.paths import home
+from ftlib.paths import home, job_command
 from ftlib.track import library_log
 from ftlib.track.redact import HIDDEN, redact, redact_address
 
@@ -575,7 +575,8 @@ def why_unreachable(uri: str, error: Exception) -> str:
             "it, or name another in the address, such as postgresql+psycopg2://"
         )
     is_server = scheme(uri) in SERVER_SCHEMES
-    start = "Start it (python jobs/track.py ui prints how), correct" if is_server else "Correct"
+    command = job_command("track", "ui")
+    start = f"Start it ({command} prints how), correct" if is_server else "Correct"
     return (
         f"the tracking server {where} cannot be reached ({why}). {start} track.uri or "
         f"MLFLOW_TRACKING_URI, {_OFFLINE_HINT}"

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ftlib.config import Track
+from ftlib.paths import job_command
 from ftlib.process_identity import machine_id
 from ftlib.track import background, library_log
 from ftlib.track import journal as journals
@@ -214,10 +215,10 @@ class Tracking:
             self._has_warned = True
             log.warning(
                 "tracking: %s has not taken everything yet. The rest is kept in %s. The same "
-                "command or any other job on this home delivers it, or: python jobs/track.py "
-                "deliver",
+                "command or any other job on this home delivers it, or: %s",
                 redact_address(self.uri),
                 self.folder,
+                job_command("track", "deliver"),
             )
         return done
 

@@ -54,12 +54,14 @@ class Counts:
     """float64: losses of those of the `sample` that this worker scored, in their order."""
 
     def metrics(self, split: str) -> dict[str, float]:
-        """`val/loss`, `val/top1`, `val/top5`: mean nats, percent."""
+        """`val/loss`, `val/top1`, `val/top5`: mean nats, percent. Five classes or fewer have no
+        top-5: it is always 100."""
         n = max(self.images, 1)
+        top5 = {f"{split}/top5": percent(self.top5, n)} if len(self.class_images) > 5 else {}
         return {
             f"{split}/loss": round(self.loss / n, 6),
             f"{split}/top1": percent(self.top1, n),
-            f"{split}/top5": percent(self.top5, n),
+            **top5,
         }
 
 

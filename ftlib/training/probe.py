@@ -272,9 +272,10 @@ def probe(
     losses = image_losses(scored_logits, scored_labels)
     scores = {
         f"{split}/top1": round(accuracy(scored_logits, scored_labels), 4),
-        f"{split}/top5": round(accuracy(scored_logits, scored_labels, min(5, classes)), 4),
         f"{split}/loss": round(float(losses.mean()), 6),
     }
+    if classes > 5:  # of fewer it is always 100
+        scores[f"{split}/top5"] = round(accuracy(scored_logits, scored_labels, 5), 4)
     top1 = round(accuracy(logits, labels), 4)
     row = {
         "epoch": 1.0,

@@ -122,6 +122,7 @@ class RunLog:
         out = {
             f"best/{self.split}_{name}": best[f"{self.split}/{name}"]
             for name in ("top1", "top5", "loss")
+            if f"{self.split}/{name}" in best
         } | {"best/epoch": best["epoch"], "best/gap": best["train/gap"]}
         return out | {
             "final/train_top1": state.history[-1]["train/top1"],

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from ftlib.config import Run
 from ftlib.data.augment import EvalTransform
 from ftlib.data.shards import Split
+from ftlib.lettering import fit, font
 
 SHOWN, ACROSS, SIDE, CAPTION, GAP = 12, 4, 128, 30, 8
 """Mistakes, columns; pixels of a picture's side, of the caption below it, and between two."""
@@ -60,7 +61,7 @@ def sheet(losses: Losses, split: Split, classes: Sequence[str], run: Run) -> Ima
     down = -(-len(found) // ACROSS)
     width, height = ACROSS * (SIDE + GAP) + GAP, down * (SIDE + CAPTION + GAP) + GAP
     page = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(11)
+    draw, letters = ImageDraw.Draw(page), font(11)
     for place, (row, nll, label, answer) in enumerate(found):
         y, x = divmod(place, ACROSS)
         left, top = GAP + x * (SIDE + GAP), GAP + y * (SIDE + CAPTION + GAP)
@@ -68,9 +69,6 @@ def sheet(losses: Losses, split: Split, classes: Sequence[str], run: Run) -> Ima
         page.paste(Image.fromarray(pixels).resize((SIDE, SIDE)), (left, top))
         lines = (f"{classes[label]} ({np.exp(-nll):.0%})", f"taken for {classes[answer]}")
         for number, line in enumerate(lines):
-            draw.text((left, top + SIDE + 2 + 13 * number), _cut(line), "black", font)
+            corner = (left, top + SIDE + 2 + 13 * number)
+            draw.text(corner, fit(line, SIDE, letters), "black", letters)
     return page
-
-
-def _cut(line: str, longest: int = 22) -> str:
-    return line if len(line) <= longest else line[: longest - 1] + "…"

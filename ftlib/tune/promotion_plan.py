@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 from ftlib.launch.progress import duration
+from ftlib.paths import job_command
 from ftlib.tune.trial_store import Trial, TrialStore
 
 MOST_CANDIDATES = 3
@@ -51,12 +52,7 @@ class PromotionPlan:
         """The command that promotes; empty where it is not worth its cost."""
         if not self.worth:
             return ""
-        return f"python jobs/promote.py {self.options}"
-
-    @property
-    def options(self) -> str:
-        """What follows the job's name."""
-        return f"{self.sweep} --top {self.top} --seeds {self.seeds}"
+        return job_command("promote", f"{self.sweep} --top {self.top} --seeds {self.seeds}")
 
     @property
     def cost(self) -> str:

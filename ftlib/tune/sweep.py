@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ftlib.config import NOT_IN_FINGERPRINT, Run
 from ftlib.launch.progress import duration
-from ftlib.paths import job_command, local_run_folder, runs_root
+from ftlib.paths import local_run_folder, runs_root
 from ftlib.settings import flat, override, to_dict, to_json
 from ftlib.storage import is_remote, join, write_file
 from ftlib.track.links import opened_by
@@ -390,6 +390,5 @@ def sentence(plan: Sweep, result: SweepResult, total: int, budget: TimeBudget) -
     if result.best.number:
         lines.append(promotion.reason)
     if promotion.worth:
-        command = job_command("promote", promotion.options)
-        lines.append(f"To confirm it ({promotion.cost}): {command}")
+        lines.append(f"To confirm it ({promotion.cost}): {promotion.command}")
     return "\n".join([*lines, f"report: {result.report}/index.html"])

@@ -179,13 +179,13 @@ def test_rows_outside_the_split_are_index_errors(made: Path) -> None:
 def test_a_missing_set_is_an_error_that_says_how_to_make_it(tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
-        match=r"no such data set. Prepare one: python jobs/prepare.py --source FOLDER_OF_PICTURES "
-        r"--out",
+        match=r"no such data set. Prepare one: \S*python \S*jobs/prepare.py "
+        r"--source FOLDER_OF_PICTURES --out",
     ):
         Dataset.open(str(tmp_path / "nothing"))
     (tmp_path / "cat").mkdir()
     with pytest.raises(
-        DataError, match=rf"prepare them first: python jobs/prepare.py --source {tmp_path}"
+        DataError, match=rf"prepare them first: \S*python \S*jobs/prepare.py --source {tmp_path}"
     ):
         Dataset.open(str(tmp_path))
     (tmp_path / ".parts").mkdir()

@@ -140,6 +140,15 @@ def test_the_interval_agrees_with_scipys_bootstrap():
     )
 
 
+@pytest.mark.parametrize("classes, said", [(5, False), (6, True)])
+def test_top5_is_left_out_by_the_number_of_classes_alone(classes, said):
+    labels = np.arange(60) % classes
+    found = M.TestSplit(60, M.scores(np.eye(classes)[labels] * 9, labels))
+    assert ("top5" in found.scores) is ("top-5" in str(found)) is said
+    assert ("test/top5" in found.metrics) is said
+    assert M.TestSplit.from_dict(found.to_dict()) == found
+
+
 def test_all_right_is_not_certainty():
     logits = np.eye(5)[np.arange(100) % 5] * 9
     found = M.scores(logits, np.arange(100) % 5)["top1"]

@@ -3,6 +3,7 @@ import pytest
 from scipy import stats
 
 from ftlib.config import Data, Run, Train
+from ftlib.paths import job_command
 from ftlib.settings import to_dict
 from ftlib.tune.promotion_plan import expected_maximum, plan_promotion, seeds_needed
 from ftlib.tune.trial_store import Trial, TrialStore
@@ -45,7 +46,7 @@ def test_trials_that_were_stopped_early_count_as_chances(tmp_path):
 def test_a_clear_gain_is_worth_its_cost(tmp_path):
     plan = plan_promotion(sweep(tmp_path, [80.0, 85.0, 88.0, 79.0]))
     assert plan.worth and plan.top == 2 and 3 <= plan.seeds <= 12
-    assert plan.command == f"python jobs/promote.py s --top 2 --seeds {plan.seeds}"
+    assert plan.command == job_command("promote", f"s --top 2 --seeds {plan.seeds}")
     runs = 3 * plan.seeds
     assert plan.runs == runs
     # A trial of 3 epochs takes 60 s, so a run of 6 takes 120 s, two at once.
@@ -61,7 +62,7 @@ def test_a_sweep_of_an_earlier_version_gets_the_usual_promotion(tmp_path):
     store = sweep(tmp_path, [80.0, 82.0])
     del store.about["tuning"]
     plan = plan_promotion(store)
-    assert plan.worth and plan.command == "python jobs/promote.py s --top 1 --seeds 5"
+    assert plan.worth and plan.command == job_command("promote", "s --top 1 --seeds 5")
 
 
 def test_the_lead_by_chance_is_that_of_simulated_trials():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ftlib.report.lettering import fit, font
+from ftlib.lettering import fit, font
 
 
 @pytest.mark.parametrize("text", ["ant", "a long name of a class", "W" * 60])
