@@ -7,6 +7,7 @@
 
 Each is a set of Linux namespaces with an sshd and a home, /tmp, /data and /dev/shm of its own. They
 are plugged into one switch and share the folder /shared, as by NFS. Programs are this machine's.
+The clock of worker2 is ten minutes fast, where libfaketime is installed.
 All of it hangs on one process, the rack: when that ends, every process in it does, and the kernel
 takes networks and mounts away. It ends with the process that made it, whatever happens to that.
 """
@@ -31,6 +32,8 @@ ROOT = Path(__file__).parents[1]
 TOOLS = ("unshare", "nsenter", "setpriv", "ip", "ssh", "ssh-keygen", "rsync", "/usr/sbin/sshd")
 ADDRESSES = {"laptop": 9, "head": 10, "worker1": 11, "worker2": 12}
 GATEWAY = "10.77.0.1"
+FAKE_CLOCK = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+SHARED_MB = 300
 OWN_FOLDERS = ("root", "home", "tmp", "data", "run", "shared", "mnt")
 """Folders below / that each machine has for itself."""
 
@@ -62,9 +65,7 @@ cd /
 mount -t proc proc /proc
 umount -l /old
 ip link set lo up
-ip link set eth0 up
-ip address add $ADDRESS/24 dev eth0
-ip route add default via $GATEWAY
+eval "$ONLINE"
 exec /usr/sbin/sshd -D -e -f /root/.ssh/sshd_config < /dev/null
 """
 
@@ -91,6 +92,11 @@ class Machine:
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.files = name, folder / name
         self.address = f"10.77.0.{ADDRESSES[name]}"
+        self.online = (
+            f"ip link set eth0 up && ip address add {self.address}/24 dev eth0 && "
+            f"ip route add default via {GATEWAY}"
+        )
+        """Commands that bring its network card up."""
         self.pid = 0
         self.started: list[subprocess.Popen[Any]] = []
 
@@ -135,20 +141,29 @@ class Rack:
     """The machines, by name, and the folder that they share."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.shared = folder, folder / "shared"
+        self.folder = folder
+        self._pid = 0
         self.machines = {name: Machine(name, folder) for name in ADDRESSES}
 
     def __getitem__(self, name: str) -> Machine:
         return self.machines[name]
 
+    @property
+    def shared(self) -> Path:
+        """What the machines have as /shared: a small disk, mounted where only they are."""
+        return Path(f"/proc/{self._pid}/root{self.folder}/shared")
+
     @contextlib.contextmanager
     def running(self) -> Iterator[Rack]:
         """Make the machines; end them, and delete their files, afterwards."""
-        self.shared.mkdir(parents=True)
+        shared = self.folder / "shared"
+        shared.mkdir(parents=True)
         new = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
         rack = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", *new, "sleep", "infinity"])
         try:
             self._pid = _descendant(rack.pid, 1)
+            disk = ("mount", "-t", "tmpfs", "-o", f"size={SHARED_MB}m", "disk", str(shared))
+            subprocess.run([*_inside(self._pid, "-m"), *disk], check=True)
             self._on_switch("link set lo up")
             self._on_switch("link add switch type bridge")
             self._on_switch("link set switch up")
@@ -174,6 +189,28 @@ class Rack:
         """Put the cable back."""
         self._on_switch(f"link set port-{name} up")
 
+    @contextlib.contextmanager
+    def bad_line(self, name: str, seconds: float, loss: float) -> Iterator[None]:
+        """Give a machine a cable that takes `seconds` each way and loses a share of all frames.
+
+        The addresses stay, so that connections do.
+        """
+        machine = self[name]
+        command = (sys.executable, ROOT / "tests/bad_line.py", self._pid, machine.pid, "bad")
+        relay = subprocess.Popen(
+            [*map(str, (*command, seconds, loss))], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert relay.stdin and relay.stdout
+        with relay:
+            assert relay.stdout.readline() == b"there\n"
+            card = json.loads(machine.run("ip --json link show eth0"))[0]["address"]
+            machine.run("ip address flush dev eth0; ip link set eth0 down name good")
+            machine.run(f"ip link set bad name eth0 address {card}; {machine.online}")
+            self._on_switch("link set bad master switch up")
+            yield
+            relay.stdin.close()
+        machine.run(f"ip link set good name eth0; {machine.online}")
+
     def _on_switch(self, command: str) -> None:
         subprocess.run([*_inside(self._pid, "-n"), "ip", *command.split()], check=True)
 
@@ -182,10 +219,9 @@ class Rack:
         settings = {
             "PATH": _PATH,
             "NAME": machine.name,
-            "ADDRESS": machine.address,
-            "GATEWAY": GATEWAY,
+            "ONLINE": machine.online,
             "FILES": str(machine.files),
-            "SHARED": str(self.shared),
+            "SHARED": str(self.folder / "shared"),
             "OWN": " ".join(OWN_FOLDERS),
             "VISIBLE": " ".join(sorted({sys.prefix, sys.base_prefix, str(ROOT)})),
         }
@@ -282,4 +318,9 @@ def _own_files(machine: Machine, key: Path) -> None:
     (ssh / "sshd_config").write_text(
         "HostKey /root/.ssh/id_ed25519\nStrictModes no\nUsePAM no\nPidFile none\n"
     )
-    (machine.files / "root/.bashrc").write_text(f"export PATH={_PATH}\n")
+    settings = f"export PATH={_PATH}\n"
+    if machine.name == "worker2" and FAKE_CLOCK.exists():
+        settings += (
+            f"export LD_PRELOAD={FAKE_CLOCK} FAKETIME=+600s FAKETIME_DONT_FAKE_MONOTONIC=1\n"
+        )
+    (machine.files / "root/.bashrc").write_text(settings)

@@ -4,7 +4,9 @@ Minutes in all, in this order: `make cluster-test`.
 """
 
 import contextlib
+import json
 import re
+import sqlite3
 import time
 
 import cv2
@@ -31,6 +33,7 @@ SMALL = [
 LONG = [
     *(*SHARED, *SMALL, "--cluster.workers", "1:2"),
     *("--train.epochs", "5000", "--checkpoint.every-steps", "5"),
+    *("--cluster.max-failures", "20"),
 ]
 
 
@@ -46,12 +49,18 @@ def draw_halves(folder):
                 cv2.imwrite(str(folder / split / side / f"{i:03d}.jpg"), image)
 
 
+def variables(**values):
+    """The option of `ray job submit` that sets environment variables of the job."""
+    values = {name: str(value) for name, value in values.items()}
+    return f"--runtime-env-json '{json.dumps({'env_vars': values})}'"
+
+
 class Job:
     """A submitted job; `log()` is what `ray job submit` has printed of it."""
 
-    def __init__(self, cluster, name, command):
+    def __init__(self, cluster, name, command, options):
         self.cluster, self.name = cluster, name
-        submit = f"ray job submit --submission-id {name} --working-dir . -- {command}"
+        submit = f"ray job submit --submission-id {name} {options} -- {command}"
         self._file = cluster.rack.folder / f"{name}.log"
         self.process = cluster.laptop.start(
             f"{TOKEN}; cd {cluster_hosts.ROOT} && {submit}", self._file
@@ -84,6 +93,7 @@ class Cluster:
     def __init__(self, rack):
         self.rack, self.laptop, self.head = rack, rack["laptop"], rack["head"]
         self.workers = [rack["worker1"], rack["worker2"]]
+        self.table = []
 
     def up(self):
         file = self.laptop.files / "root/cluster.yaml"
@@ -106,6 +116,10 @@ class Cluster:
         found = (self.rack.shared / "runs" / run / "checkpoints").glob("step-*/manifest.json")
         return sorted(int(file.parent.name.removeprefix("step-")) for file in found)
 
+    def newest(self, run):
+        """The step of its newest checkpoint; 0 for none."""
+        return max(self.steps(run), default=0)
+
     def until(self, condition, seconds=180):
         deadline = time.monotonic() + seconds
         while not (found := condition()):
@@ -114,15 +128,40 @@ class Cluster:
         return found
 
     @contextlib.contextmanager
-    def job(self, name, *command):
+    def job(self, name, *command, options="--working-dir ."):
         """A submitted job, stopped if it still runs at the end."""
-        job = Job(self, name, " ".join(["python", *command]))
+        job = Job(self, name, " ".join(["python", *command]), options)
         try:
             yield job
         finally:
             if job.process.poll() is None:
                 self.laptop.run(f"{TOKEN}; ray job stop --no-wait {name} || true")
                 job.process.wait(60)
+
+    @contextlib.contextmanager
+    def training(self, name, run):
+        """A job that trains `run`, from its beginning or its newest checkpoint."""
+        before = self.newest(run)
+        options = f"--working-dir . {variables(RAY_JOB_STOP_WAIT_TIME_S=60)}"
+        with self.job(name, "jobs/phase1.py", *LONG, "--name", run, options=options) as job:
+            job.until(lambda: self.newest(run) > before)
+            yield job
+
+    @contextlib.contextmanager
+    def fault(self, job, run, what):
+        """What is broken in the block is survived; notes how long it takes."""
+        before, began = self.newest(run), time.monotonic()
+        yield
+        job.until(lambda: self.newest(run) > before + 10)
+        self.note(what, "goes on", f"{time.monotonic() - began:.0f}")
+
+    def note(self, *cells):
+        """A row of the table of faults: what, how it ends, seconds."""
+        self.table.append(cells)
+
+    def mlflow_status(self, run):
+        with contextlib.closing(sqlite3.connect(self.head.files / "data/ftlib/mlflow.db")) as db:
+            return db.execute("select status from runs where name = ?", [run]).fetchone()[0]
 
     def done(self, name, *command):
         """What a job prints that must succeed."""
@@ -132,7 +171,8 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster(request, tmp_path_factory):
+    """The running cluster with prepared pictures; prints the table of faults at its end."""
     with cluster_hosts.Rack(tmp_path_factory.mktemp("rack") / "r").running() as rack:
         cluster = Cluster(rack)
         cluster.up()
@@ -140,6 +180,10 @@ def cluster(tmp_path_factory):
         source = ("--source", "/shared/pictures", "--out", "/shared/halves")
         cluster.done("prepare", "jobs/prepare.py", *source)
         yield cluster
+    terminal = request.config.pluginmanager.getplugin("terminalreporter")
+    terminal.write_line("\n| fault | ends in | seconds |\n|---|---|---|")
+    for cells in cluster.table:
+        terminal.write_line(f"| {' | '.join(cells)} |")
 
 
 def test_the_pipeline_from_pictures_to_a_report(cluster):
@@ -154,22 +198,95 @@ def test_the_pipeline_from_pictures_to_a_report(cluster):
     assert "on 60 pictures of halves (val)" in score
 
 
+def test_a_sweep_whose_trials_have_two_workers(cluster):
+    sweep = ("--recipe", "phase2", "--space", "quick", "--trials", "2", "--name", "search")
+    from_phase1 = [*SHARED, *SMALL, "--cluster.workers", "2", "--model.init-from", "phase1"]
+    printed = cluster.done("sweep", "jobs/sweep.py", *sweep, *from_phase1)
+    assert "search: finished" in printed and "2 of 2 trials" in printed
+
+
+def test_job_stop_and_a_killed_driver_are_resumed_by_the_same_command(cluster):
+    with cluster.training("first-life", "run") as job:
+        asked = time.monotonic()
+        cluster.laptop.run(f"{TOKEN}; ray job stop first-life", 90)
+        job.process.wait(60)
+        assert "on request, with a checkpoint" in job.log() and "was stopped" in job.log()
+        seconds = f"{time.monotonic() - asked:.0f} until it has ended"
+        assert cluster.mlflow_status("run") == "KILLED"
+        cluster.note("`ray job stop`", "a checkpoint, MLflow run killed", seconds)
+    with cluster.training("second-life", "run") as job:
+        assert "run: going on" in job.log()
+        for driver in cluster.head.processes("jobs/phase1.py"):
+            driver.kill()
+        job.process.wait(120)
+        assert cluster.mlflow_status("run") == "RUNNING"  # nobody is left to end it
+        killed = time.monotonic()
+    with cluster.training("third-life", "run") as job:
+        assert "run: going on" in job.log()
+        seconds = f"{time.monotonic() - killed:.0f} from the same command to the next checkpoint"
+        cluster.note("the driver killed (kill -9)", "the job failed", seconds)
+
+
 def test_training_survives_a_killed_raylet_and_a_cut_network(cluster):
     """On the other machine; the autoscaler starts Ray there again."""
-    with cluster.job("lost", "jobs/phase1.py", *LONG, "--name", "lost") as job:
-
-        def goes_on():
-            before = cluster.steps("lost")[-1]
-            job.until(lambda: cluster.steps("lost")[-1] > before + 10)
-
-        job.until(lambda: cluster.steps("lost"))
-        for raylet in cluster.workers[1].processes("raylet/raylet"):
-            raylet.kill()
-        goes_on()
-        cluster.rack.cut("worker2")
-        time.sleep(20)
+    with cluster.training("lost", "run") as job:
+        with cluster.fault(job, "run", "the other machine's raylet killed"):
+            for raylet in cluster.workers[1].processes("raylet/raylet"):
+                raylet.kill()
+        with cluster.fault(job, "run", "the other machine's network cut for 20 s"):
+            cluster.rack.cut("worker2")
+            time.sleep(20)
+            cluster.rack.mend("worker2")
+        cluster.until(lambda: cluster.cpus() == 2)
+        with cluster.fault(job, "run", "the other machine's network cut for good"):
+            cluster.rack.cut("worker2")
         cluster.rack.mend("worker2")
-        goes_on()
+        cluster.until(lambda: cluster.cpus() == 2)
+
+
+def test_training_survives_a_shared_folder_that_fails(cluster):
+    everyone = [cluster.head, *cluster.workers]
+    lines = {
+        "read-only": "mount --bind /shared /shared && mount -o remount,bind,ro /shared",
+        "away": "mount -t tmpfs -o ro away /shared",
+    }
+    with cluster.training("storage", "run") as job:
+        for state, command in lines.items():
+            with cluster.fault(job, "run", f"the shared folder {state} for 30 s"):
+                for machine in everyone:
+                    machine.run(command)
+                time.sleep(30)
+                for machine in everyone:
+                    machine.run("umount -l /shared")
+        with cluster.fault(job, "run", "the shared folder full for 30 s"):
+            cluster.head.run("cat /dev/zero > /shared/filler || true")
+            time.sleep(30)
+            cluster.head.run("rm /shared/filler")
+
+
+def test_training_goes_on_over_a_line_of_50_ms_that_loses_frames(cluster):
+    what = "a line of 50 ms there and back that loses 1 % of its frames for 20 s"
+    with (
+        cluster.training("slow", "run") as job,
+        cluster.fault(job, "run", what),
+        cluster.rack.bad_line("worker2", 0.025, 0.01),
+    ):
+        time.sleep(20)
+
+
+def test_a_node_with_another_version_of_ftlib_is_refused_and_named(cluster):
+    """Without --working-dir each node has the ftlib that is installed on it."""
+    other = cluster.workers[1]
+    package = cluster_hosts.ROOT / "ftlib"
+    other.run(
+        f"cp -r {package} /data && sed -i 's/^__version__.*/__version__ = \"9.9\"/' "
+        f"/data/ftlib/__init__.py && mount --bind /data/ftlib {package}"
+    )
+    program = (f"{cluster_hosts.ROOT}/jobs/phase1.py", *LONG, "--name", "version")
+    with cluster.job("version", *program, options=variables(PYTHONPATH=cluster_hosts.ROOT)) as job:
+        assert job.wait() == 2
+        assert f"{other.address} runs ftlib 9.9" in job.log()
+    other.run(f"umount -l {package}")
 
 
 def test_down_ends_ray_on_every_machine(cluster):

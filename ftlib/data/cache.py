@@ -76,6 +76,10 @@ class Cache:
                 temporary.unlink(missing_ok=True)
         return target
 
+    def has(self, file: str, size: int) -> bool:
+        """Whether the copy of `file` is here."""
+        return self._has(self.folder / file, size)
+
     def _has(self, path: Path, size: int) -> bool:
         try:
             found = path.stat().st_size == size

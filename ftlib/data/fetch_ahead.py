@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
+import time
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -14,6 +18,11 @@ from ftlib.data.shards import BLOCKS_IN_CACHE, Split
 from ftlib.settings import ConfigError
 
 log = logging.getLogger("ftlib.data")
+
+REQUESTS = 8
+"""Shards that a machine copies at once before they are needed."""
+SAY_SECONDS = 10.0
+"""How often it is said how many have been."""
 
 
 def shard_blocks(split: Split, rows: np.ndarray, limit: float) -> ShardBlocks | None:
@@ -32,6 +41,78 @@ def shard_blocks(split: Split, rows: np.ndarray, limit: float) -> ShardBlocks | 
             "shuffles better"
         )
     return ShardBlocks(split.shards_of(rows), sizes, int(limit * 1e9) // BLOCKS_IN_CACHE)
+
+
+@contextlib.contextmanager
+def warm_up(
+    needed: Sequence[tuple[Split, np.ndarray]],
+    *,
+    worker: int = 0,
+    workers: int = 1,
+    say: Callable[[str], object],
+) -> Iterator[None]:
+    """Copy the shards of a run to this machine's cache while the block runs, several at once.
+
+    In any order, an epoch soon needs all of them. Meanwhile whoever needs a shard that is not here
+    copies it, or waits for the copy that is being made. What fails is left to that process, which
+    asks again and reports it. Does nothing where the cache has a limit (`FetchAhead` copies then).
+
+    Args:
+        needed: splits and their rows, int64[n].
+        worker: this process among the `workers` on this machine, which share the work: each begins
+            elsewhere.
+        say: called with a line about the progress.
+    """
+    missing = [
+        (split, shard)
+        for split, rows in needed
+        for shard in np.unique(split.shards_of(rows)).tolist()
+        if not split.dataset.cache_limit and not split.is_here(shard)
+    ]
+    if not missing:
+        yield
+        return
+    copied = _Copied([split.shards[shard].bytes for split, shard in missing], say)
+    first = len(missing) * worker // workers
+    pool = ThreadPoolExecutor(max(REQUESTS // workers, 1), "ftlib-warm-up")
+    for split, shard in missing[first:] + missing[:first]:
+        pool.submit(_fetch, split, shard, copied.add)
+    try:
+        yield
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Copied:
+    """Counts shards that have been copied, and says so now and then."""
+
+    def __init__(self, sizes: list[int], say: Callable[[str], object]) -> None:
+        self.shards, self.bytes = len(sizes), sum(sizes)
+        self.say, self.began, self.said = say, time.monotonic(), time.monotonic()
+        self.done, self.bytes_done, self._lock = 0, 0, threading.Lock()
+
+    def add(self, size: int) -> None:
+        with self._lock:
+            self.done, self.bytes_done, now = (
+                self.done + 1,
+                self.bytes_done + size,
+                time.monotonic(),
+            )
+            if self.done == self.shards or now - self.said > SAY_SECONDS:
+                self.said, seconds = now, max(now - self.began, 1e-3)
+                self.say(
+                    f"data: {self.done:,} of {self.shards:,} shards in the cache "
+                    f"({self.bytes_done / 1e9:.2f} of {self.bytes / 1e9:.2f} GB, "
+                    f"{self.bytes_done / seconds / 1e6:.0f} MB/s)"
+                )
+
+
+def _fetch(split: Split, shard: int, done: Callable[[int], None]) -> None:
+    try:
+        split.fetch(shard)
+        done(split.shards[shard].bytes)
+    except Exception as error:
+        log.info("shard %d could not be fetched ahead: %s", shard, error)
 
 
 class FetchAhead:
@@ -77,7 +158,4 @@ class FetchAhead:
                 if self._closed:
                     return
                 shard = self._wanted.popleft()
-            try:
-                self._split.fetch(shard)
-            except Exception as error:
-                log.info("shard %d could not be fetched ahead: %s", shard, error)
+            _fetch(self._split, shard, lambda size: None)

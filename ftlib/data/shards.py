@@ -321,6 +321,10 @@ class Dataset:
                 "credentials and the disk"
             ) from error
 
+    def is_here(self, entry: FileEntry) -> bool:
+        """Whether `file` would copy nothing."""
+        return self._cache is None or self._cache.has(entry["file"], entry["bytes"])
+
     def _files(self) -> Iterator[FileEntry]:
         for split in self.manifest["splits"].values():
             yield split["index"]
@@ -478,6 +482,10 @@ class Split:
     def fetch(self, shard: int) -> None:
         """Copy a shard of a remote set to the cache, if it is not there. Raises as `file` does."""
         self.dataset.file(self._entries[shard])
+
+    def is_here(self, shard: int) -> bool:
+        """Whether a shard lies on this machine, or in a folder that is mounted here."""
+        return self.dataset.is_here(self._entries[shard])
 
     def shards_of(self, rows: np.ndarray) -> np.ndarray:
         """int64[b]: the numbers of the shards that `rows` lie in."""

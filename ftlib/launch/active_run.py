@@ -271,7 +271,7 @@ def open_run(prepared: PreparedRun, options: LaunchOptions) -> Iterator[ActiveRu
         # After ray.init, which installs handlers of its own.
         stack.enter_context(Signals(raise_at_once=True))
         if not options.local:
-            preflight.check_shared(run_dir, prepared.dataset.path)
+            preflight.check_nodes(run_dir, prepared.dataset.path)
         own = (
             None if options.tracking else stack.enter_context(_open_tracking(prepared, lease.token))
         )

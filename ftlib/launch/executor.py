@@ -26,8 +26,10 @@ from ftlib.launch.driver_actor import (
 from ftlib.launch.errors import LeaseLostError, RayGoneError, RunFailedError, StoppedError
 from ftlib.launch.lease import Lease
 from ftlib.launch.outcome import TrainingResult
+from ftlib.launch.preflight import check_storage
 from ftlib.launch.progress import ProgressDisplay
 from ftlib.launch.signals import Signals, grace_seconds
+from ftlib.launch.source_version import source_version
 from ftlib.storage import StorageError, join
 from ftlib.track.writer import Writer
 
@@ -37,6 +39,8 @@ DRAIN_SECONDS = 1.0
 """How often the driver asks Ray for nodes that are about to go."""
 SILENT_SECONDS = 8.0
 """A stop waits no longer than this for a Ray that does not answer."""
+STORAGE_SECONDS = 300.0
+"""Storage that failed is waited for as long."""
 START_ATTEMPTS = 10
 """Times Ray may fail to start the workers (30 s each) before the run fails; enough to replace a
 node by hand."""
@@ -76,6 +80,7 @@ class TrainingTask:
             "cpus": self.placement.cpus,
             "gpus": self.placement.gpus,
             "local": local,
+            "version": source_version(),
         }
         return {**values, "on_report": self.on_report} if local else values
 
@@ -114,30 +119,80 @@ def run_local(task: TrainingTask, display: ProgressDisplay) -> TrainingResult:
 def run_on_cluster(task: TrainingTask, display: ProgressDisplay) -> TrainingResult:
     """Train in Ray workers.
 
+    Ray restarts workers, but does not try again to write its own record of the run: where that
+    fails because storage is away, training starts again once storage is back, from the newest
+    checkpoint, up to cluster.max_failures times.
+
     Raises RunFailedError with the first worker's reason, StorageError, LeaseLostError, and
     StoppedError after a signal.
     """
     channel = ActorChannel.start()
-    trainer = _trainer(task, channel)
+    with Signals(raise_second=False) as signals, _Messages(channel, display) as messages:
+        for failures in itertools.count(1):
+            done = _fit(task, channel, messages, signals)
+            reason = _storage_failure(done)
+            if not reason or failures > task.run.cluster.max_failures:
+                break
+            display.say(
+                f"{reason}. Training starts again from the newest checkpoint once {task.run_dir} "
+                f"can be written; waiting up to {STORAGE_SECONDS:g} s"
+            )
+            if not _storage_is_back(task, signals):
+                break
+    _show(channel, display)
+    failure = ignore_errors(lambda: channel.call("failure"))
+    ignore_errors(lambda: _kill(channel))
+    if isinstance(done, BaseException):
+        raise _explained(done, failure) from done
+    return _result(done, signals)
+
+
+def _fit(task: TrainingTask, channel: ActorChannel, messages: _Messages, signals: Signals) -> Any:
+    """What rank 0 returns, or the error that ended training."""
     done: list[Any] = []
 
     def fit() -> None:
         try:
-            done.append(trainer.fit().return_value)
+            done.append(_trainer(task, channel).fit().return_value)
         except BaseException as error:
             done.append(error)
 
     # In a thread, so that signals come to us: Ray's handler ends the workers without a checkpoint.
     thread = threading.Thread(target=fit, name="fit", daemon=True)
-    with Signals(raise_second=False) as signals, _Messages(channel, display) as messages:
-        thread.start()
-        _watch(thread, messages, signals, task.lease)
-    _show(channel, display)
-    failure = ignore_errors(lambda: channel.call("failure"))
-    ignore_errors(lambda: _kill(channel))
-    if isinstance(done[0], BaseException):
-        raise _explained(done[0], failure) from done[0]
-    return _result(done[0], signals)
+    thread.start()
+    _watch(thread, messages, signals, task.lease)
+    return done[0]
+
+
+def _storage_failure(done: Any) -> str:
+    """Why Ray's controller could not write to storage; '' where something else ended training."""
+    error = getattr(done, "controller_failure", done)
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
+        return str(error).strip()
+    return ""
+
+
+def _storage_is_back(task: TrainingTask, signals: Signals) -> bool:
+    """Wait until the run's folder can be written, STORAGE_SECONDS at most.
+
+    Raises StoppedError after a signal.
+    """
+    deadline = time.monotonic() + STORAGE_SECONDS
+    while time.monotonic() < deadline:
+        task.lease.check()
+        if signals.count:
+            raise StoppedError(
+                signals.number or 15,
+                "stopped while its storage was away; the same command resumes from the newest "
+                "checkpoint",
+            )
+        try:
+            check_storage(task.run_dir, 0)
+        except (OSError, StorageError):
+            time.sleep(1)
+        else:
+            return True
+    return False
 
 
 class _Messages:
@@ -327,7 +382,7 @@ def _kill(channel: ActorChannel) -> None:
 
 
 class _LocalActor(DriverActor):
-    """In this process a progress point is shown at once, and a lost lease stops the next step."""
+    """In this process what comes is shown at once, and a lost lease stops the next step."""
 
     def __init__(self, display: ProgressDisplay, lease: Lease) -> None:
         super().__init__()
@@ -336,6 +391,9 @@ class _LocalActor(DriverActor):
 
     def add_progress(self, values: dict[str, float]) -> None:
         self._display.show(values)
+
+    def add_message(self, text: str) -> None:
+        self._display.say(text)
 
     def requests(self) -> tuple[bool, int]:
         self._lease.check()

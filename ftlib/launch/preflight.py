@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from ftlib.data.fetch_ahead import shard_blocks
 from ftlib.data.shards import Dataset
 from ftlib.launch.errors import LaunchError
 from ftlib.launch.scale import far_outside
+from ftlib.launch.source_version import check_version, source_version
 from ftlib.settings import ConfigError
 from ftlib.storage import StorageError, is_remote, join
 
@@ -165,8 +167,8 @@ def check_storage(run_dir: str, needed_bytes: int) -> None:
             )
 
 
-def check_shared(run_dir: str, data: str) -> None:
-    """On a cluster of several nodes: refuse folders that not every node sees.
+def check_nodes(run_dir: str, data: str) -> None:
+    """On a cluster of several nodes: refuse another ftlib, and folders that not every node sees.
 
     Costs nothing on one node. Raises LaunchError.
     """
@@ -174,17 +176,18 @@ def check_shared(run_dir: str, data: str) -> None:
 
     here = ray.get_runtime_context().get_node_id()
     others = [n for n in ray.nodes() if n["Alive"] and n["NodeID"] != here]
-    if not others or (is_remote(run_dir) and is_remote(data)):
+    if not others:
         return
-    probe = join(run_dir, f".tmp-probe-{uuid.uuid4().hex[:8]}")
-    storage.write_file(probe, b"ftlib")
+    probe = "" if is_remote(run_dir) else join(run_dir, f".tmp-probe-{uuid.uuid4().hex[:8]}")
+    if probe:
+        storage.write_file(probe, b"ftlib")
     try:
-        seen = _ask_nodes(
-            others, None if is_remote(run_dir) else probe, None if is_remote(data) else data
-        )
+        seen = _ask_nodes(others, probe, "" if is_remote(data) else data)
     finally:
-        storage.delete_file(probe)
-    for address, (sees_runs, sees_data) in seen.items():
+        if probe:
+            storage.delete_file(probe)
+    for address, (version, sees_runs, sees_data) in seen.items():
+        check_version(address, version, source_version())
         if not sees_runs:
             raise LaunchError(
                 f"checkpoint.storage: the node {address} does not see {run_dir}, so a restart "
@@ -199,9 +202,9 @@ def check_shared(run_dir: str, data: str) -> None:
 
 
 def _ask_nodes(
-    nodes: list[dict[str, Any]], probe: str | None, data: str | None
-) -> dict[str, tuple[bool, bool]]:
-    """(whether it sees `probe`, whether it sees `data`) of each node, by its address.
+    nodes: list[dict[str, Any]], probe: str, data: str
+) -> dict[str, tuple[str, bool, bool]]:
+    """(its ftlib, whether it sees `probe`, whether it sees `data`) of each node, by its address.
 
     All are asked at once, within NODES_SECONDS together. Raises LaunchError with those that do not
     answer.
@@ -209,7 +212,7 @@ def _ask_nodes(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    look = ray.remote(_sees)
+    look = ray.remote(_question())
     asked = {}
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
@@ -232,5 +235,16 @@ def _ask_nodes(
     return seen
 
 
-def _sees(probe: str | None, data: str | None) -> tuple[bool, bool]:
-    return probe is None or os.path.exists(probe), data is None or os.path.exists(data)
+def _question() -> Callable[[str, str], tuple[str, bool, bool]]:
+    """What a node is asked. A function within one is sent as it is: the node's own may differ."""
+
+    def look(probe: str, data: str) -> tuple[str, bool, bool]:
+        try:
+            from ftlib.launch.source_version import source_version
+
+            version = source_version()
+        except ImportError:
+            version = "of another version"
+        return version, not probe or os.path.exists(probe), not data or os.path.exists(data)
+
+    return look

@@ -20,9 +20,12 @@ from ftlib import settings
 from ftlib.config import Run
 from ftlib.data.fork_server import LoaderProcessError
 from ftlib.launch.driver_actor import Channel, DriverLogHandler, StopSignals
+from ftlib.launch.source_version import check_version, source_version
 from ftlib.storage import StorageError
 
 if TYPE_CHECKING:
+    import torch
+
     from ftlib.data.shards import Dataset
 
 
@@ -32,9 +35,9 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     Returns the training's result; an interrupted one returns {"interrupted": message}. An error
     that a restart would only repeat is reported to the driver before it is raised.
     """
-    import ray.train.torch
     import torch
 
+    from ftlib.data.fetch_ahead import warm_up
     from ftlib.data.shards import Dataset
     from ftlib.training import loop
     from ftlib.training.initial_weights import InitialWeights
@@ -43,39 +46,38 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     channel = config["channel"]
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # it would print every report
     context = ray.train.get_context()
-    device = (
-        ray.train.torch.get_device()
-        if torch.cuda.is_available() and config["gpus"]
-        else torch.device("cpu")
-    )
-    if not config["local"]:
-        logging.getLogger("ftlib").addHandler(DriverLogHandler(channel))
-        channel.send("register_node", ray.get_runtime_context().get_node_id())
     threads_before = torch.get_num_threads()
     stop_signals = StopSignals(channel)
     try:
+        if not config["local"]:
+            _join(channel, config["version"])
         dataset = Dataset.open(config["data"], limit=run.data.cache_limit)
         loaders, threads = processes_and_threads(run, dataset, config["cpus"])
         if not (config["local"] and "OMP_NUM_THREADS" in os.environ):
             torch.set_num_threads(threads)
-        return loop.train(
-            loop.WorkerContext(
-                run=run,
-                dataset=dataset,
-                run_dir=config["run_dir"],
-                device=device,
-                rank=context.get_world_rank(),
-                world=context.get_world_size(),
-                source=InitialWeights.from_dict(config["source"]) if config["source"] else None,
-                loader_workers=loaders,
-                tracking=config["writer"],
-                report=reporter(config.get("on_report"), config["local"]),
-                progress=lambda values: channel.send("add_progress", values),
-                fence=config["fence"],
-                owner=config["fence"].token,
-                notice=stop_signals,
-            )
+        worker_context = loop.WorkerContext(
+            run=run,
+            dataset=dataset,
+            run_dir=config["run_dir"],
+            device=_device(config["gpus"]),
+            rank=context.get_world_rank(),
+            world=context.get_world_size(),
+            source=InitialWeights.from_dict(config["source"]) if config["source"] else None,
+            loader_workers=loaders,
+            tracking=config["writer"],
+            report=reporter(config.get("on_report"), config["local"]),
+            progress=lambda values: channel.send("add_progress", values),
+            fence=config["fence"],
+            owner=config["fence"].token,
+            notice=stop_signals,
         )
+        with warm_up(
+            worker_context.needed,
+            worker=context.get_local_rank(),
+            workers=context.get_local_world_size(),
+            say=lambda text: channel.send("add_message", text),
+        ):
+            return loop.train(worker_context)
     except loop.InterruptedTrainingError as error:
         return {"interrupted": str(error)}
     except Exception as error:
@@ -85,6 +87,24 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     finally:
         stop_signals.close()
         torch.set_num_threads(threads_before)  # in local mode the process goes on
+
+
+def _device(gpus: float) -> torch.device:
+    """This worker's GPU, where it has one and was given it."""
+    import ray.train.torch
+    import torch
+
+    if torch.cuda.is_available() and gpus:
+        gpu: torch.device = ray.train.torch.get_device()
+        return gpu
+    return torch.device("cpu")
+
+
+def _join(channel: Channel, version: str) -> None:
+    """Be known to the driver, which has that ftlib; this node may have joined after the launch."""
+    logging.getLogger("ftlib").addHandler(DriverLogHandler(channel))
+    channel.send("register_node", ray.get_runtime_context().get_node_id())
+    check_version(ray.util.get_node_ip_address(), source_version(), version)
 
 
 def processes_and_threads(run: Run, dataset: Dataset, cpus: int) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from PIL.Image import Image
 
 from ftlib.config import Run
 from ftlib.data import sampler
-from ftlib.data.shards import Dataset
+from ftlib.data.shards import Dataset, Split
 from ftlib.training import initial_weights
 
 
@@ -71,3 +71,10 @@ class WorkerContext:
         if self.run.data.tuning_fraction:
             return rows, tuning, "tuning"
         return rows, np.arange(len(self.dataset.split("val")), dtype=np.int64), "val"
+
+    @property
+    def needed(self) -> list[tuple[Split, np.ndarray]]:
+        """The splits that training reads, and their rows."""
+        rows, scored, name = self.rows
+        split = self.dataset.split
+        return [(split("train"), rows), (split("val" if name == "val" else "train"), scored)]

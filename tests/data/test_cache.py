@@ -20,9 +20,9 @@ import pytest
 
 from ftlib import config, storage
 from ftlib.benchmark import scale
-from ftlib.data import cache
+from ftlib.data import cache, fetch_ahead
 from ftlib.data.cache import Cache
-from ftlib.data.fetch_ahead import FetchAhead, shard_blocks
+from ftlib.data.fetch_ahead import FetchAhead, shard_blocks, warm_up
 from ftlib.data.loader import train_batches
 from ftlib.data.sampler import Microbatch, step_plan
 from ftlib.data.shards import BLOCKS_IN_CACHE, DataError, Dataset
@@ -272,6 +272,49 @@ def test_the_present_and_the_next_block_are_fetched_ahead(store, made, home):
                 time.sleep(0.005)
     finally:
         ahead.close()
+
+
+def test_two_workers_copy_what_a_run_needs_once_and_no_more_at_a_time_than_asked(store, made, home):
+    """Each in threads; all but the last shard, of which no row is needed."""
+    dataset = Dataset.open("s3://bucket/set")
+    split = dataset.split("train")
+    needed = [(split, np.arange((SHARDS - 1) * 384))]
+    open_stream, lines, now, most = store.open_input_stream, [], [], []
+
+    def open_input_stream(path):
+        now.append(path)
+        most.append(len(now))
+        try:
+            return open_stream(path)
+        finally:
+            now.remove(path)
+
+    store.open_input_stream = open_input_stream
+    with contextlib.ExitStack() as stack:
+        for worker in range(2):
+            stack.enter_context(warm_up(needed, worker=worker, workers=2, say=lines.append))
+        end = time.monotonic() + 60
+        while len(lines) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.005)
+    assert copies(home) == [f"train-0000{i}.parquet" for i in range(SHARDS - 1)]
+    shards = [file for file in store.opened if file.endswith(".parquet")]
+    assert len(shards) == len(set(shards)) == SHARDS - 1
+    assert 1 < max(most) <= fetch_ahead.REQUESTS
+    size = sum(shard.bytes for shard in split.shards[: SHARDS - 1]) / 1e9
+    assert all(f"5 of 5 shards in the cache ({size:.2f} of {size:.2f} GB" in line for line in lines)
+    with warm_up(needed, say=lines.append):  # all there: no thread, nothing to say
+        assert len(lines) == 2
+
+
+def test_copies_that_fail_ahead_are_left_to_training(store, made, monkeypatch):
+    split = Dataset.open("s3://bucket/set").split("train")
+    monkeypatch.setattr(cache, "TRIES", 1)
+    monkeypatch.setattr(store, "open_input_stream", lambda path: 1 / 0)
+    with warm_up([(split, np.arange(384))], say=pytest.fail):
+        pass
+    with pytest.raises(ZeroDivisionError):
+        split.image(0)
 
 
 # --- over the network, by several processes -----------------------------------------------------

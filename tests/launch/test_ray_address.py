@@ -15,6 +15,7 @@ from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
 
 from ftlib.launch import cluster, ray_address
 from ftlib.launch.errors import LaunchError
+from ftlib.launch.train_job import train_job
 
 
 class OpenHead(gcs_service_pb2_grpc.NodeInfoGcsServiceServicer):
@@ -49,6 +50,15 @@ def listening():
         server.bind(("127.0.0.1", 0))
         server.listen()
         yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_a_training_job_asks_before_torch_is_imported(tiny, monkeypatch, free_port):
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
+    monkeypatch.setitem(sys.modules, "ftlib.launch.launch", None)  # its import fails
+    with pytest.raises(LaunchError, match="no Ray cluster answers there"):
+        train_job(tiny, "", [])
+    with pytest.raises(ImportError):
+        train_job(tiny, "", ["--cluster.local", "true"])
 
 
 def test_an_address_where_nothing_listens_is_named_at_once(monkeypatch, free_port):
@@ -114,6 +124,7 @@ CHECK = """
 import os
 from ftlib.launch import ray_address
 from ftlib.launch.errors import LaunchError
+from ftlib.launch.train_job import train_job
 try:
     ray_address.check(os.environ["RAY_ADDRESS"])
     print("joined, asks for a token:", ray_address.asks_for_token(os.environ["GCS"]))
