@@ -46,7 +46,7 @@ def check_data(name_or_path: str) -> dict[str, object] | None:
         return read_manifest(path)
     except DataError as error:
         near = "" if Path(path).exists() else nearest(name_or_path, sorted(data_sets()))
-        raise DataError(f"{error}.{near}" if near else str(error)) from None
+        raise DataError(str(error).replace(". Prepare", f".{near} Prepare", 1)) from None
 
 
 def data_sets() -> list[str]:

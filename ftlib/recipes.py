@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from ftlib.config import Run
-from ftlib.paths import jobs_folder
+from ftlib.paths import data_path, jobs_folder
 from ftlib.settings import ConfigError, from_json, nearest, override
 
 SAMPLE = "sample-"
@@ -60,8 +60,11 @@ def _load(name: str) -> Run:
         if len(found) == 1 and not from_sample:
             return next(iter(found.values()))
     known = available()
+    near = nearest(name, known)
+    if name and (Path(data_path(name)) / "manifest.json").is_file():
+        near = f" It is a data set: name a recipe first, then --data.path {name}."
     raise ConfigError(
-        f"unknown recipe {name}.{nearest(name, known)} There are: {', '.join(known)}. "
+        f"unknown recipe {name}.{near} There are: {', '.join(known)}. "
         "A path to a .json file (as --show prints it) works too"
     )
 
