@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             result["files"].append(str(made))
             if asked.register:
                 result["registered"] = register(asked, run_dir, made)
-        print(f"temperature {temperature:.4g}, {fitted_on}")
+        on = fitted_on if asked.temperature else f"fitted on {fitted_on}"
+        print(f"temperature {temperature:.4g}, {on}")
         if "mlflow" in asked.formats:
             package = f"--model {shlex.quote(str(made))}"
             print(f"\nNext: {job_command('predict', f'{package} --source PICTURE')}")

@@ -1,4 +1,4 @@
-"""Make the pictures of docs/images that show pages: reports, MLflow, a sweep, an audit.
+"""Make the pictures of docs/images that show pages: reports, MLflow, a sweep, an audit, a server.
 
 make docs-images     # about ten minutes on 2 cores; needs Chromium
 
@@ -21,8 +21,11 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
+from ftlib.data.shards import Dataset
+from ftlib.report.metrics import softmax
 from ftlib.track.links import experiment_page
 from ftlib.track.views import PHASES, view_key
 from tests.deploy.browser import CHROMIUM, Browser
@@ -57,12 +60,12 @@ def run_job(home: Path, line: str) -> None:
 
 
 @contextlib.contextmanager
-def mlflow_ui(home: Path) -> Iterator[str]:
-    """The address of MLflow's UI on the runs of `home`, while it is entered."""
+def served(home: Path, line: str) -> Iterator[str]:
+    """The address of the server that this job starts, while it is entered."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = start_job(home, f"track ui --port {port}")
+    server = start_job(home, f"{line} --port {port}")
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(240):
@@ -100,11 +103,33 @@ def search_and_phases(home: Path) -> None:
     screenshot(home / "runs" / SWEEP / "report" / "index.html", "search-report.png", height=1830)
     (record,) = (home / "runs").glob("phase3-digits-*/run.json")
     experiment = json.loads(record.read_text())["mlflow"]["experiment_id"]
-    with mlflow_ui(home) as address:
+    with served(home, "track ui") as address:
         page = experiment_page(experiment, PHASES)
         charts(f"{address}/{page}", "mlflow-phases.png", drawn=6, height=900)
         page = experiment_page(experiment, f"{view_key(SWEEP)}-all")
         charts(f"{address}/{page}", "search-mlflow-view.png", drawn=3, height=1400)
+
+
+def serving_page(home: Path) -> None:
+    """The page with the digit that the model is least sure of."""
+    with np.load(home / "runs" / RUN / "predictions.npz") as scored:
+        logits = scored["logits"].astype(np.float32)
+        unsure = int(scored["rows"][softmax(logits).max(axis=1).argmin()])
+    picture = bytes(Dataset.open(str(home / "data/digits")).split("val").image(unsure))
+    with (
+        served(home, f"serve --model runs/{RUN}/model") as address,
+        tempfile.TemporaryDirectory() as profile,
+    ):
+        browser = Browser(Path(profile))
+        try:
+            browser.call("Page.navigate", url=address)
+            browser.wait("document.getElementById('about')?.textContent.includes('10 classes')")
+            browser.give([("digit.jpg", picture)])
+            browser.wait("document.querySelector('.cam')?.naturalWidth > 0")
+            taken = browser.call("Page.captureScreenshot", format="png")
+        finally:
+            browser.close()
+    save(base64.b64decode(taken["data"]), "serve.png")
 
 
 def screenshot(page: Path, image: str, *, heading: str = "", height: int) -> None:
@@ -159,6 +184,7 @@ def make(home: Path) -> None:
     report = home / "runs" / RUN / "report" / "report.html"
     screenshot(report, "report.png", height=1320)
     screenshot(report, "mistakes.png", heading="Worst mistakes", height=532)
+    serving_page(home)
     run_job(home, f"audit digits --out {home / 'audit'}")
     screenshot(home / "audit" / "audit.html", "audit.png", height=1200)
     small = "--data.path digits --model.arch resnet18 --augment.size 32"

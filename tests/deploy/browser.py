@@ -23,6 +23,20 @@ CHROMIUM = next(
     None,
 )
 
+GIVE = """
+(async () => {
+  const data = new DataTransfer();
+  for (const [name, text] of %s)
+    data.items.add(new File([Uint8Array.from(atob(text), c => c.charCodeAt(0))], name));
+  const event = "%s" === "drop"
+    ? new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true})
+    : new ClipboardEvent("paste", {clipboardData: data, bubbles: true});
+  document.getElementById("drop").dispatchEvent(event);
+  return true;
+})()
+"""
+"""Files for the serving page, by drag and drop or from the clipboard."""
+
 
 class Browser:
     """One page of `width` x `height`."""
@@ -92,6 +106,11 @@ class Browser:
                 f"{condition} never came true: {self.evaluate('document.body.innerText')}"
             )
             time.sleep(0.2)
+
+    def give(self, files, how="drop"):
+        """Give the serving page (name, bytes) of pictures: `drop` or `paste`."""
+        texts = [[name, base64.b64encode(data).decode()] for name, data in files]
+        self.evaluate(GIVE % (json.dumps(texts), how))
 
     def screenshot(self, path: Path) -> None:
         path.write_bytes(

@@ -63,6 +63,25 @@ def test_a_form_without_a_file_is_explained(body: bytes) -> None:
     assert caught.value.status == 400 and limits.held == 0
 
 
+def test_several_files_are_refused_and_not_passed_over() -> None:
+    kind, part = (
+        "multipart/form-data; boundary=xyz",
+        FORM[FORM.index(b"--xyz", 5) : -len("--xyz--\r\n")],
+    )
+    with pytest.raises(RequestError, match="the form has 2 files") as caught:
+        read([part, FORM[FORM.index(b"--xyz", 5) :]], BodyLimits(500), content_type=kind)
+    assert caught.value.status == 400
+
+
+def test_a_body_without_line_breaks_names_the_option_of_curl_that_keeps_them() -> None:
+    """curl -d sends a file without its line breaks, under the same type as --data-binary."""
+    kind, limits = "application/x-www-form-urlencoded", BodyLimits(9000)
+    with pytest.raises(RequestError, match="--data-binary") as caught:
+        read([bytes(5000)], limits, content_type=kind)
+    assert caught.value.status == 400 and limits.held == 0
+    assert len(read([bytes(4999) + b"\n"], limits, content_type=kind)[0]) == 5000
+
+
 @pytest.mark.parametrize("announced", [True, False])
 def test_a_body_that_is_too_large_is_read_to_its_end(announced: bool) -> None:
     chunks, limits = [bytes(60_000)] * 5, BodyLimits(1000)

@@ -4,7 +4,6 @@ Holds `ftlib.deploy.serving`, `explainer`, `errors` and `ray_server`.
 """
 
 import asyncio
-import base64
 import concurrent.futures
 import contextlib
 import io
@@ -241,28 +240,10 @@ def test_models_of_timm_are_served_with_their_own_answers_and_explanations(arch,
         torch.set_num_threads(threads)
 
 
-GIVE = """
-(async () => {
-  const data = new DataTransfer();
-  for (const [name, text] of %s)
-    data.items.add(new File([Uint8Array.from(atob(text), c => c.charCodeAt(0))], name));
-  const event = "%s" === "drop"
-    ? new DragEvent("drop", {dataTransfer: data, bubbles: true, cancelable: true})
-    : new ClipboardEvent("paste", {clipboardData: data, bubbles: true});
-  document.getElementById("drop").dispatchEvent(event);
-  return true;
-})()
-"""
 CARDS = "document.querySelectorAll('.card').length"
 NAMES = "[...document.querySelectorAll('.bar > span > span:first-child')].map(b => b.textContent)"
 WIDTHS = "[...document.querySelectorAll('.bar u')].map(b => b.getBoundingClientRect().width)"
 CAM = "document.querySelector('.cam')"
-
-
-def give(browser, files, how="drop"):
-    """Give the page files by drag and drop, or from the clipboard."""
-    texts = [[name, base64.b64encode(data).decode()] for name, data in files]
-    browser.evaluate(GIVE % (json.dumps(texts), how))
 
 
 @pytest.fixture
@@ -281,7 +262,7 @@ def browser(server, tmp_path):
 @pytest.mark.slow
 def test_the_page_shows_classes_doubt_and_where_the_model_looked(browser, folder, tmp_path):
     keep = Path(os.environ.get("FTLIB_SHOTS", tmp_path))
-    give(browser, [("dropped.jpg", picture())])
+    browser.give([("dropped.jpg", picture())])
     browser.wait(f"{CAM} && {CAM}.naturalWidth === 224")
     direct = load(str(folder)).predict([picture()], params={"top_k": 6})[0]
     assert browser.evaluate(NAMES) == [t["class"] for t in direct["top"][:5]]
@@ -303,12 +284,12 @@ def test_the_page_shows_classes_doubt_and_where_the_model_looked(browser, folder
 @pytest.mark.slow
 def test_the_page_takes_several_pictures_and_says_what_is_none(browser, tmp_path):
     keep = Path(os.environ.get("FTLIB_SHOTS", tmp_path))
-    give(browser, [(f"{i}.jpg", picture(i)) for i in range(5)] + [("note.txt", b"no picture")])
+    browser.give([(f"{i}.jpg", picture(i)) for i in range(5)] + [("note.txt", b"no picture")])
     browser.wait(f"{CARDS} === 6 && document.getElementById('progress').hidden")
     assert browser.evaluate("document.querySelectorAll('.bars').length") == 5
     error = browser.evaluate("document.querySelector('.card .error').textContent")
     assert "not a picture of a known kind" in error
-    give(browser, [("", picture(7))], how="paste")
+    browser.give([("", picture(7))], how="paste")
     browser.wait(f"{CARDS} === 7 && document.querySelectorAll('.bars').length === 6")
     browser.screenshot(keep / "serve-several.png")
     browser.evaluate("document.getElementById('clear').click()")
