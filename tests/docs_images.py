@@ -120,7 +120,7 @@ def serving_page(home: Path) -> None:
         served(home, f"serve --model runs/{RUN}/model") as address,
         tempfile.TemporaryDirectory() as profile,
     ):
-        browser = Browser(Path(profile))
+        browser = Browser(Path(profile), height=920)
         try:
             browser.call("Page.navigate", url=address)
             browser.wait("document.getElementById('about')?.textContent.includes('10 classes')")

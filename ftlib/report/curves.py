@@ -173,21 +173,12 @@ def _top1(
     x, y = series(history, f"{split}/top1")
     _line(axis, x, y, color=BLUE, label=scored)
     known = [(v, e) for e, v in zip(x, y) if v == v]
+    title = "Top-1 (%)"
     if known:
         best, epoch = max(known, key=lambda pair: (pair[0], -pair[1]))
         axis.plot([epoch], [best], "o", color=BLUE, markersize=6, markeredgecolor="white", zorder=5)
-        axis.text(
-            0.98,
-            0.04,
-            f"best {best:.2f} % (epoch {epoch:g})",
-            transform=axis.transAxes,
-            ha="right",
-            va="bottom",
-            fontsize=10,
-            fontweight="bold",
-            color=BLUE,
-        )
-    _finish(axis, "Top-1 (%)", legend=True)
+        title += f": best {best:.2f} in epoch {epoch:g}"
+    _finish(axis, title, legend=True)
 
 
 def _line(axis: Axes, x: list[float], y: list[float], **style: Any) -> None:

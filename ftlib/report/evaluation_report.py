@@ -351,13 +351,15 @@ def _worst_cards(
 
 
 def _class_table(by_class: PerClass, classes: Sequence[str]) -> str:
+    """The weakest first; classes without pictures have no scores and stand last."""
+    columns = (by_class.recall, by_class.precision, by_class.f1)
     rows = (
         (
             classes[i],
             f"{by_class.support[i]:,}",
-            *(f"{100 * v[i]:.1f}" for v in (by_class.recall, by_class.precision, by_class.f1)),
+            *(f"{100 * v[i]:.1f}" if by_class.support[i] else "-" for v in columns),
         )
-        for i in np.argsort(by_class.f1, kind="stable")
+        for i in np.lexsort((by_class.f1, by_class.support == 0))
     )
     return html.table(("class", "pictures", "recall %", "precision %", "F1 %"), rows)
 

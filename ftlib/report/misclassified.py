@@ -77,7 +77,7 @@ def confusion_figure(matrix: Ints, classes: Sequence[str]) -> bytes:
     part, names = matrix[np.ix_(shown, shown)], [figure_text(classes[int(i)], 22) for i in shown]
     shares = part / np.maximum(matrix.sum(axis=1)[shown], 1)[:, None]
     side = max(4.2, min(13.0, 1.8 + 0.3 * len(shown)))
-    figure, (ax,) = axes(side + 0.8, side)
+    figure, (ax,) = axes(side + 1.4, side)
     drawn = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     ax.set_xticks(range(len(shown)), names, rotation=90, fontsize=8 if len(shown) <= 30 else 6)
     ax.set_yticks(range(len(shown)), names, fontsize=8 if len(shown) <= 30 else 6)
@@ -99,7 +99,7 @@ def confusion_figure(matrix: Ints, classes: Sequence[str]) -> bytes:
     )
     ax.spines[:].set_visible(False)
     if len(classes) > MANY:
-        ax.set_title(f"the {MANY} most confused of {len(classes)} classes", fontsize=10)
+        ax.set_title(f"the {MANY} most confused of {len(classes):,} classes", fontsize=10)
     return png(figure)
 
 
@@ -134,7 +134,7 @@ def calibration_figure(
     left.set_xlabel("confidence", fontsize=9)
     left.set_ylabel("accuracy", fontsize=9)
     left.set_title("Accuracy against confidence", fontsize=10)
-    left.legend(fontsize=8, frameon=False, loc="upper left")
+    left.legend(fontsize=8, frameon=False, loc="best")
     bins = np.linspace(0, 1, 26)
     hist.hist(
         [confidence[right], confidence[~right]],

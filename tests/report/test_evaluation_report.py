@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, recall_score
 
-from ftlib.report import evaluation, evaluation_report, misclassified
+from ftlib.report import evaluation, evaluation_report, metrics, misclassified
 from ftlib.report.run_facts import RunFacts
 from ftlib.storage import StorageError
 from tests.failing_writes import FailingWrites, whole
@@ -56,6 +56,14 @@ def test_the_first_sentence_gives_the_interval_and_the_most_frequent_mistake(wri
     true, said = classes.index(found[1]), classes.index(found[2])
     assert wrong.count((true, said)) == most == int(found[3])
     assert int(found[4]) == (scored.labels == true).sum()
+
+
+def test_a_class_without_pictures_has_no_scores_and_stands_last():
+    classes = ["never seen", "good", "bad"]
+    found = metrics.per_class(np.array([[0, 0, 0], [0, 5, 0], [0, 1, 1]]))
+    table = str(evaluation_report._class_table(found, classes))
+    cells = re.findall(r"<td[^>]*>\s*([^<>]*?)\s*</td>", table)
+    assert cells[::5] == ["bad", "good", "never seen"] and cells[10:] == ["never seen", "0", *"---"]
 
 
 def test_top5_is_no_headline_where_there_are_at_most_five_classes(written):
