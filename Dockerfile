@@ -51,7 +51,7 @@ RUN lock=requirements.lock; \
       awk '/^[^ ]/ { cuda = /^(torch|torchvision|triton|cuda-|nvidia-)/ && !/^nvidia-ml-py==/ } \
            !cuda' requirements.lock > "$lock"; \
     fi; \
-    pip install --no-deps --require-hashes --only-binary :all: --no-binary grad-cam -r "$lock"; \
+    pip install --no-deps --require-hashes --only-binary :all: -r "$lock"; \
     if [[ -n $CLOUD_PACKAGES ]]; then \
       read -ra cloud <<< "$CLOUD_PACKAGES"; \
       pip install --constraint requirements.txt "${cloud[@]}"; \

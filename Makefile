@@ -39,7 +39,7 @@ $(STAMP):
 	  $(PIP) install "$$(grep -E '^uv==' requirements-dev.txt)" && \
 	  $(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend $(TORCH) -r requirements.txt; \
 	elif test -f requirements.lock && $(PIP) install --require-hashes --only-binary :all: \
-	    --no-binary grad-cam -r requirements.lock 2>$(VENV)/lock.log; then \
+	    -r requirements.lock 2>$(VENV)/lock.log; then \
 	  echo "installed from requirements.lock, every file checked against its hash"; \
 	else \
 	  test ! -f requirements.lock || echo "requirements.lock does not fit this platform or Python" \
