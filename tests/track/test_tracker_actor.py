@@ -3,7 +3,9 @@
 import dataclasses
 import pickle
 import tempfile
+import time
 
+import psutil
 import pytest
 
 from ftlib.config import Track
@@ -63,6 +65,46 @@ def test_a_worker_elsewhere_writes_through_the_actor(cluster, store, mlflow, tmp
     ]
     assert [a.path for a in mlflow.list_artifacts(run.run_id, "figures")] == ["figures/figure.png"]
     assert mlflow.get_run(child_id).info.status == "FINISHED"
+
+
+def test_a_killed_actor_starts_again_and_loses_nothing(
+    cluster, store, mlflow, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere")
+    first, go = tmp_path / "first", tmp_path / "go"
+
+    @ray.remote(num_cpus=1)
+    def train(writer):
+        for step in range(200):
+            if step == 100:
+                first.touch()
+                while not go.exists():
+                    time.sleep(0.01)
+            writer.metrics({"m": step}, step)
+        for _ in range(6):  # an actor takes seconds to start again
+            writer.flush()
+
+    with open_tracking(
+        Track(uri=store), experiment="e", journal_dir=tmp_path / "journal"
+    ) as tracking:
+        run = tracking.start_run("r", tags={}, params={})
+        writer = run.writer()
+        location = dataclasses.replace(writer.location, machine="another")
+        done = train.remote(dataclasses.replace(writer, location=location))
+        while not first.exists() or not actors():
+            time.sleep(0.01)
+        for actor in actors():
+            actor.kill()
+        go.touch()
+        ray.get(done)
+        assert run.finish("completed")
+    points = mlflow.get_metric_history(run.run_id, "m")
+    assert [(m.step, m.value) for m in points] == [(s, s) for s in range(200)]
+
+
+def actors():
+    family = psutil.Process().children(recursive=True)
+    return [p for p in family if "TrackerActor" in " ".join(p.cmdline())]
 
 
 def test_on_one_machine_there_is_no_actor(cluster, store, tmp_path):
