@@ -135,7 +135,8 @@ def log_end(
         return []
     written: list[str] = []
     temperature, fitted_on = 1.0, "nothing: it could not be fitted"
-    with _log_failure("the report of errors could not be written"):
+    again = job_command("evaluate", outcome.name)
+    with _log_failure(f"the report of errors could not be written; later: {again}"):
         report = _report(run, dataset, outcome)
         calibration = report.scored.calibration
         temperature, fitted_on = calibration.temperature, calibration.fitted_on
@@ -143,7 +144,8 @@ def log_end(
         for file in report.files:
             writer.artifact(file, "report")
         written = [str(file) for file in report.files]
-    with _log_failure(f"the model could not be packaged; its weights are in {outcome.best_dir}"):
+    again = job_command("export", f"{outcome.name} --out FOLDER --formats mlflow")
+    with _log_failure(f"the model could not be packaged; once there is room: {again}"):
         _log_model(tracked, run, dataset, outcome, temperature=temperature, fitted_on=fitted_on)
     return written
 
