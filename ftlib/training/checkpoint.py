@@ -251,12 +251,12 @@ class CheckpointWriter:
                 self.fence()
                 write()
             except StorageError as error:
-                log.warning("%s (try %d of 2)", error, attempt)
-                if attempt == 2:
-                    with self._lock:
-                        failed.append(error)
-                else:
+                if attempt == 1:
                     time.sleep(1)
+                    continue
+                log.warning("%s (tried twice)", error)
+                with self._lock:
+                    failed.append(error)
             else:
                 with self._lock:
                     failed.clear()
