@@ -44,6 +44,9 @@ from ftlib.training.initial_weights import materialize
 FINAL = ("train", "probe")
 """Kinds of runs whose model is the end of something, and may be scored on `test`. Trials and runs
 that are compared are not: their scores choose."""
+LATE_SECONDS = 60.0
+"""A trial's process that outlives its sweep's driver, on a machine that was cut off, notices within
+this time that its Ray has ended."""
 
 
 class RunTracker(Protocol):
@@ -256,7 +259,8 @@ def open_run(prepared: PreparedRun, options: LaunchOptions) -> Iterator[ActiveRu
     preflight.check_storage(run_dir, prepared.plan.disk_bytes)
     if options.tracking is None:
         check_addresses(run.track)
-    with Lease(run_dir, run.name) as lease, contextlib.ExitStack() as stack:
+    late = 0.0 if options.kind in FINAL else LATE_SECONDS
+    with Lease(run_dir, run.name, late) as lease, contextlib.ExitStack() as stack:
         if options.announce:
             options.say(f"{run.name}: {prepared.plan}")
             for line in prepared.plan.far_outside:

@@ -85,11 +85,11 @@ class Lease:
     """Keeps two launches from writing one run; a context manager held by the launching process.
 
     On a file system the lease is taken by an exclusive create, on an object store by writing it and
-    reading it back.
+    reading it back. patience: seconds to wait for a holder that is alive.
     """
 
-    def __init__(self, run_dir: str, name: str) -> None:
-        self.file, self.name = join(run_dir, "lease.json"), name
+    def __init__(self, run_dir: str, name: str, patience: float = 0.0) -> None:
+        self.file, self.name, self.patience = join(run_dir, "lease.json"), name, patience
         self.token = uuid.uuid4().hex
         self.fence = Fence(self.file, self.token, name)
         self.lost: LeaseLostError | None = None
@@ -121,14 +121,18 @@ class Lease:
             raise self.lost
 
     def take(self) -> None:
-        """Take the lease. Raises LaunchError when somebody alive holds it.
+        """Take the lease. Raises LaunchError when somebody alive holds it, beyond `patience`.
 
         Waits up to EXPIRE_SECONDS to tell a dead holder on another machine from a live one.
         """
+        until = time.monotonic() + self.patience
         while not self._create():
             holder = read_holder(self.file)
             if is_dead(self.file, holder):
                 self._evict(holder)
+                continue
+            if time.monotonic() < until:
+                time.sleep(LOOK_SECONDS)
                 continue
             pid, host = holder.get("pid"), holder.get("host")
             identity = ProcessIdentity.from_dict(holder)

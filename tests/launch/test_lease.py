@@ -92,6 +92,23 @@ def test_a_second_writer_is_refused_and_told_who_holds_the_run(tmp_path, holder)
         Lease(str(tmp_path), "r").take()
 
 
+def test_a_trial_waits_for_a_late_process_of_an_earlier_launch(tmp_path, holder, monkeypatch):
+    """One that ends on its own, a little later; one that does not is named in the end."""
+    looks = []
+
+    def sleep(seconds):
+        looks.append(seconds)
+        if len(looks) == 3:
+            holder.kill()
+            holder.wait()
+
+    monkeypatch.setattr(lease.time, "sleep", sleep)
+    with Lease(str(tmp_path), "r", patience=600):
+        assert len(looks) == 3
+        with pytest.raises(LaunchError, match=f"by process {os.getpid()} on"):
+            Lease(str(tmp_path), "r", patience=0.1).take()
+
+
 def test_the_lease_of_a_killed_process_is_taken_without_waiting(tmp_path, holder, monkeypatch):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
