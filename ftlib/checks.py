@@ -32,6 +32,15 @@ def check_recipe(run: Run) -> None:
         _check_stage(run, str(manifest["digest"]))
 
 
+def check_cluster(run: Run) -> None:
+    """Raise LaunchError where the run cannot join the cluster at RAY_ADDRESS."""
+    address = os.environ.get("RAY_ADDRESS")
+    if address and run.cluster.local != "true":
+        from ftlib.launch import ray_address
+
+        ray_address.check(address)
+
+
 def check_data(name_or_path: str) -> dict[str, object] | None:
     """The manifest of a prepared data set on this machine; None for one at an address.
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ftlib.checks import check_recipe
+from ftlib.checks import check_cluster, check_recipe
 from ftlib.cli import ResultOptions, job, options_and_recipe, reporting
 from ftlib.config import AdamW, Augment, Cosine, Count, CrossEntropy, Model, Run, Train
 from ftlib.paths import job_command
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     asked, run = options_and_recipe(Options, __doc__, lambda _: FINETUNE, words, shown=FINETUNE)
     check_recipe(run)
+    check_cluster(run)
     chosen = any(word.partition("=")[0] == "--train.epochs" for word in words)
     from ftlib.launch.fine_tune import fine_tune  # imports torch
 

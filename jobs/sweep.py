@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated
 
 from ftlib import recipes
-from ftlib.checks import check_recipe, check_space
+from ftlib.checks import check_cluster, check_recipe, check_space
 from ftlib.cli import ResultOptions, job, options_and_recipe, reporting
 from ftlib.flags import Common, Metavar, Repeatable
 from ftlib.paths import space_names
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     check_space(asked.space)
     check_recipe(recipe)
+    check_cluster(recipe)
     # What trials print goes to Ray's log files. Ray reads this when it is imported.
     os.environ.setdefault("RAY_LOG_TO_DRIVER", "0")
     from ftlib.tune import spaces

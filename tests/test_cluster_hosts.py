@@ -18,6 +18,7 @@ from tests import cluster_hosts
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1500),
     pytest.mark.skipif(bool(cluster_hosts.missing()), reason=cluster_hosts.missing()),
 ]
 
@@ -187,10 +188,18 @@ def cluster(request, tmp_path_factory):
 
 
 def test_the_pipeline_from_pictures_to_a_report(cluster):
-    """Phase 1 and, from its weights, Phase 2, each on two machines; an evaluation."""
+    """Phase 1, by the line that estimate.py prints, Phase 2 from its weights; an evaluation.
+
+    Both on two machines.
+    """
     two = [*SHARED, *SMALL, "--cluster.workers", "2"]
     from_phase1 = [*two, "--model.init-from", "phase1"]
-    phase1 = cluster.done("phase1", "jobs/phase1.py", "--name", "first", *two)
+    ask = "jobs/estimate.py phase1 --cluster cluster.yaml --seconds 5"
+    here = f"{TOKEN}; cd {cluster_hosts.ROOT}"
+    flags = [*two, "--name", "first"]
+    printed = cluster.laptop.run(f"{here}; FTLIB_HOME=/data python {ask} {' '.join(flags)}", 300)
+    line = next(part for part in printed.splitlines() if "ray job submit" in part)
+    phase1 = cluster.laptop.run(f"{here}; {line}", 300)
     assert "with 2 workers (1 CPU each)" in phase1 and "first: finished" in phase1
     phase2 = cluster.done("phase2", "jobs/phase2.py", "--name", "second", *from_phase1)
     assert "second: finished" in phase2 and "above the model it started from" in phase2

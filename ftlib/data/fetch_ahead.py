@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import platform
 import threading
 import time
 from collections import deque
@@ -61,7 +62,7 @@ def warm_up(
         needed: splits and their rows, int64[n].
         worker: this process among the `workers` on this machine, which share the work: each begins
             elsewhere.
-        say: called with a line about the progress.
+        say: called by the first of them with lines about the progress.
     """
     missing = [
         (split, shard)
@@ -72,7 +73,8 @@ def warm_up(
     if not missing:
         yield
         return
-    copied = _Copied([split.shards[shard].bytes for split, shard in missing], say)
+    sizes = [split.shards[shard].bytes for split, shard in missing]
+    copied = _Copied(sizes, say if worker == 0 else lambda text: None)
     first = len(missing) * worker // workers
     pool = ThreadPoolExecutor(max(REQUESTS // workers, 1), "ftlib-warm-up")
     for split, shard in missing[first:] + missing[:first]:
@@ -101,8 +103,8 @@ class _Copied:
             if self.done == self.shards or now - self.said > SAY_SECONDS:
                 self.said, seconds = now, max(now - self.began, 1e-3)
                 self.say(
-                    f"data: {self.done:,} of {self.shards:,} shards in the cache "
-                    f"({self.bytes_done / 1e9:.2f} of {self.bytes / 1e9:.2f} GB, "
+                    f"data: {self.done:,} of {self.shards:,} shards in the cache of "
+                    f"{platform.node()} ({self.bytes_done / 1e9:.2f} of {self.bytes / 1e9:.2f} GB, "
                     f"{self.bytes_done / seconds / 1e6:.0f} MB/s)"
                 )
 

@@ -80,7 +80,7 @@ class TrainingTask:
             "cpus": self.placement.cpus,
             "gpus": self.placement.gpus,
             "local": local,
-            "version": source_version(),
+            "driver": None if local else (_node(), source_version()),
         }
         return {**values, "on_report": self.on_report} if local else values
 
@@ -321,6 +321,12 @@ def _without_dataset_manager(trainer: Any) -> Any:
             ]
 
     return Trainer
+
+
+def _node() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def _ray_train() -> tuple[Any, Any]:

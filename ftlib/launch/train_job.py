@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
-from ftlib.checks import check_recipe
+from ftlib.checks import check_cluster, check_recipe
 from ftlib.cli import ResultOptions, options_and_recipe, reporting
 from ftlib.config import Run
-from ftlib.launch import ray_address
 
 
 def train_job(recipe: Run, about: str | None, argv: Sequence[str] | None = None) -> None:
@@ -20,8 +18,7 @@ def train_job(recipe: Run, about: str | None, argv: Sequence[str] | None = None)
         ResultOptions, about or "", lambda _: recipe, argv, shown=recipe
     )
     check_recipe(run)
-    if run.cluster.local != "true" and (address := os.environ.get("RAY_ADDRESS")):
-        ray_address.check(address)  # before torch, whose import takes longer
+    check_cluster(run)
     from ftlib.launch.launch import launch  # imports torch and ray
 
     with reporting(asked) as result:

@@ -50,7 +50,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     stop_signals = StopSignals(channel)
     try:
         if not config["local"]:
-            _join(channel, config["version"])
+            _join(channel, *config["driver"])
         dataset = Dataset.open(config["data"], limit=run.data.cache_limit)
         loaders, threads = processes_and_threads(run, dataset, config["cpus"])
         if not (config["local"] and "OMP_NUM_THREADS" in os.environ):
@@ -100,11 +100,13 @@ def _device(gpus: float) -> torch.device:
     return torch.device("cpu")
 
 
-def _join(channel: Channel, version: str) -> None:
-    """Be known to the driver, which has that ftlib; this node may have joined after the launch."""
+def _join(channel: Channel, drivers_node: str, drivers_version: str) -> None:
+    """Be known to the driver; LaunchError where this node, which may be new, has another ftlib."""
     logging.getLogger("ftlib").addHandler(DriverLogHandler(channel))
-    channel.send("register_node", ray.get_runtime_context().get_node_id())
-    check_version(ray.util.get_node_ip_address(), source_version(), version)
+    node = ray.get_runtime_context().get_node_id()
+    channel.send("register_node", node)
+    if node != drivers_node:  # there, somebody only goes on writing code
+        check_version(ray.util.get_node_ip_address(), source_version(), drivers_version)
 
 
 def processes_and_threads(run: Run, dataset: Dataset, cpus: int) -> tuple[int, int]:
