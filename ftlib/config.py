@@ -650,8 +650,8 @@ class Gates(Settings):
     """Lowest gain in validation top-1 over the run that the starting weights come from, in points.
     """
     force: str = ""
-    """Start from a model even if it has failed its gates. The text is the reason, and is recorded.
-    """
+    """Start from a model even if it has failed its gates, or has been trained on the images that
+    score this run. The text is the reason, and is recorded."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Success criteria of a run, checked at its end. No phase starts from a model that failed them."""
+"""Success criteria of a run, checked at its end. No phase starts from a model that failed them, or
+that was trained on the images that score it."""
 
 from __future__ import annotations
 
@@ -8,7 +9,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ftlib.config import Gates, Run
+from ftlib.data import sampler
+from ftlib.data.shards import Dataset
 from ftlib.launch.errors import LaunchError
+from ftlib.training import seen_rows
+from ftlib.training.initial_weights import InitialWeights
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,36 @@ def refuse_failed(run: Run, source_name: str, result: Mapping[str, Any]) -> str:
         f"model.init_from = {run.model.init_from}: {source_name} failed its success criteria "
         f"({what}). Improve that phase, set its --gates to what you expect of your data, or start "
         'all the same with --gates.force "the reason"'
+    )
+
+
+def refuse_seen(run: Run, dataset: Dataset, source: InitialWeights, root: str) -> str:
+    """Refuse to choose the best epoch on images that the starting weights were trained on, unless
+    gates.force gives a reason.
+
+    Returns what to record, or ''. Raises LaunchError.
+    """
+    seen = seen_rows.of_weights(source, run.model.init_from, root, dataset)
+    if run.data.tuning_fraction:
+        _, rows = sampler.run_rows(dataset.split("train").labels, run.data)
+        hits, name = seen.in_split(dataset, "train")[0][rows], "tuning"
+        remedy = (
+            "Set data.tuning_source = reserve, where the runs before had a data.subset below 1, or "
+            "leave the same data.tuning_fraction aside in those"
+        )
+    else:
+        hits, name = seen.in_split(dataset, "val")[0], "validation"
+        remedy = "Prepare the data set again with the validation images that those runs had"
+    if not hits.any():
+        return ""
+    weights = " and before it ".join(seen.runs)
+    what = f"of the {len(hits):,} {name} images {weights} had trained on {hits.sum():,}"
+    if run.gates.force:
+        return f"{what}; started all the same, because: {run.gates.force}"
+    raise LaunchError(
+        f"model.init_from = {run.model.init_from}: {what}, so their scores would be too high, and "
+        f"they choose the best epoch. {remedy}; or start from other weights, or all the same with "
+        '--gates.force "the reason"'
     )
 
 

@@ -107,7 +107,11 @@ def prepare_run(run: Run) -> PreparedRun:
         run = run_record.with_ops(run, ops)
     forced_gate = ""
     if source is not None and not known:
-        forced_gate = gates.refuse_failed(run, source.label, source.result)
+        forced = (
+            gates.refuse_failed(run, source.label, source.result),
+            gates.refuse_seen(run, dataset, source, root),
+        )
+        forced_gate = "; ".join(filter(None, forced))
     return PreparedRun(
         run=run,
         dataset=dataset,

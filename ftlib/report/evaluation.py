@@ -181,9 +181,9 @@ def score(
         workers: loader processes; 0 loads in a thread.
         calibration_data: where the run's tuning split lies, if `dataset` is another one.
 
-    The temperature comes from the tuning split where the run has one that no weights have seen (and
-    that is not itself what is scored), for `test` else from `val`, else from the other half of the
-    scored pictures.
+    The temperature comes from the tuning split where the run has one (and that is not itself what
+    is scored), for `test` else from `val`; where the weights have seen some of those pictures, or
+    there are none, from the other half of the scored ones.
     """
     same_classes(loaded, dataset)
     predictor = _Predictor(
@@ -201,9 +201,7 @@ def score(
         )
     labels, logits = predictor(chosen, rows)
     home = calibration_data or dataset
-    held = "tuning" if split != "tuning" and has_unseen_tuning_split(loaded, home) else ""
-    if not held and split == "test" and len(home.split("val")):
-        held = "val"
+    held = _unseen_split(loaded, home, but=split)
     if held:
         tuning_split, tuning_rows = rows_of(loaded.run, home, held)
         tuning_labels, tuning_logits = predictor(tuning_split, thinned(tuning_rows, limit))
@@ -287,14 +285,18 @@ class _Predictor:
         return found.labels, found.logits
 
 
-def has_unseen_tuning_split(loaded: LoadedModel, dataset: Dataset) -> bool:
-    """Whether the run left a tuning split aside that its starting weights had not seen either."""
-    if not loaded.run.data.tuning_fraction:
-        return False
+def _unseen_split(loaded: LoadedModel, dataset: Dataset, but: str) -> str:
+    """The split that fits the temperature for the scores of `but`: the run's tuning split, for
+    `test` else val; empty where there is none of which the weights have seen nothing."""
     run_dir = loaded.folder.rstrip("/").rsplit("/", 2)[0]
-    seen = seen_rows.of_run(run_dir, run_dir.rsplit("/", 1)[0], dataset)
-    _, rows = rows_of(loaded.run, dataset, "tuning")
-    return seen is None or not seen.mask(dataset)[rows].any()
+    seen = seen_rows.of_run(run_dir, run_dir.rsplit("/", 1)[0], dataset) or seen_rows.SeenRows()
+    if loaded.run.data.tuning_fraction and but != "tuning":
+        _, rows = rows_of(loaded.run, dataset, "tuning")
+        if not seen.in_split(dataset, "train")[0][rows].any():
+            return "tuning"
+    if but == "test" and len(dataset.split("val")) and not seen.in_split(dataset, "val")[0].any():
+        return "val"
+    return ""
 
 
 @torch.no_grad()

@@ -27,8 +27,9 @@ from ftlib.config import Run
 from ftlib.data import rng, sampler
 from ftlib.data.loader import scored_batches
 from ftlib.data.shards import Split
+from ftlib.paths import runs_root
 from ftlib.settings import ConfigError
-from ftlib.training import checkpoint, initial_weights, models, scoring
+from ftlib.training import checkpoint, initial_weights, models, scoring, seen_rows
 from ftlib.training.checkpoint import CheckpointWriter
 from ftlib.training.evaluate import autocast, normalize
 from ftlib.training.worker_context import WorkerContext
@@ -166,7 +167,9 @@ def cached(folder: Path, key: str, compute: Callable[[], Floats], rows: int) -> 
 # --- the classifier -------------------------------------------------------------------------------
 
 
-def fit(features: Floats, labels: Ints, classes: int, seed: int) -> ProbeResult:
+def fit(
+    features: Floats, labels: Ints, classes: int, seed: int, seen: NDArray[np.bool_] | None = None
+) -> ProbeResult:
     """Choose the penalty on a tuning split, and fit on all images.
 
     Of equal scores the stronger penalty wins.
@@ -176,11 +179,14 @@ def fit(features: Floats, labels: Ints, classes: int, seed: int) -> ProbeResult:
         labels: int64[n]
         classes: of the data set; a class without images keeps a constant low logit.
         seed: of the tuning split.
+        seen: bool[n]; images that the model was trained on, which choose nothing.
     """
     everything = np.arange(len(labels))
     if len(labels) > MOST_IMAGES:
         everything = sampler.subset(labels, MOST_IMAGES / len(labels), seed)
-    kept, tuning = sampler.tuning_split(labels, everything, TUNING_FRACTION, seed)
+    unseen = everything if seen is None else everything[~seen[everything]]
+    _, tuning = sampler.tuning_split(labels, unseen, TUNING_FRACTION, seed)
+    kept = np.setdiff1d(everything, tuning, assume_unique=True)
     trials = []
     if len(tuning) and len(np.unique(labels[kept])) > 1:
         for c in PENALTIES:
@@ -265,8 +271,9 @@ def probe(
     rows, scored, split = context.rows
     labels = dataset.split("train").labels[rows]
     scored_labels = dataset.split("val" if split == "val" else "train").labels[scored]
+    seen = _seen(context, rows)
     train = features_of(model, "train", rows)
-    result = fit(train, labels, classes, run.seed)
+    result = fit(train, labels, classes, run.seed, seen)
     logits = result.head.logits(train)
     scored_logits = result.head.logits(features_of(model, split, scored))
     losses = image_losses(scored_logits, scored_labels)
@@ -298,6 +305,23 @@ def probe(
         "final/epoch": 1.0,
     }
     return metrics, row, result
+
+
+def _seen(context: WorkerContext, rows: Ints) -> NDArray[np.bool_]:
+    """bool[n]: which of the training images `rows` the starting weights have seen.
+
+    Raises ConfigError where they have seen all, so that none is left to choose the penalty.
+    """
+    run, dataset = context.run, context.dataset
+    known = seen_rows.of_weights(context.source, run.model.init_from, runs_root(run), dataset)
+    seen = known.in_split(dataset, "train")[0][rows]
+    if seen.all():
+        raise ConfigError(
+            f"model.init_from = {run.model.init_from}: {' and before it '.join(known.runs)} had "
+            f"trained on all {len(rows):,} training images, so none can choose the probe's "
+            "penalty. Probe with a larger data.subset, or weights that left some images aside"
+        )
+    return seen
 
 
 def first_model(context: WorkerContext) -> nn.Module:

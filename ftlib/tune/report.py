@@ -16,6 +16,7 @@ from ftlib.tune import figures, spaces
 from ftlib.tune.importance import Importance, importance
 from ftlib.tune.promotion_plan import plan_promotion
 from ftlib.tune.spaces import Space
+from ftlib.tune.statistics import standard_error
 from ftlib.tune.suggest import describe
 from ftlib.tune.trial_store import Trial, TrialStore
 
@@ -53,10 +54,20 @@ def headline(store: TrialStore, space: Space) -> str:
     return f"Best: {best.name} with {best.score:.2f} % of the {split} split{gain}: {values}."
 
 
+def scored_on(store: TrialStore) -> str:
+    """Such as `145 images, a standard error of 1.2 points`; empty for sweeps of an earlier version,
+    which did not record it."""
+    images, best = store.about.get("tuning", {}).get("images"), best_trial(store)
+    if not images or best is None:
+        return ""
+    error = standard_error(best.score or 0.0, images)
+    return f"{images:,} images, a standard error of {error:.1f} points"
+
+
 def warning(store: TrialStore) -> str:
     """What the scores of a sweep are not."""
     tuning = store.about.get("tuning", {})
-    images = f" ({tuning['images']:,} images)" if tuning else ""
+    images = f" ({scored})" if (scored := scored_on(store)) else ""
     split = f"All scores here are top-1 of the {store.about['split']} split{images}"
     if tuning and not tuning["seen"]:
         split += ": training images that neither the trials nor the runs before them have seen"

@@ -14,6 +14,7 @@ bootstrap's normal distribution into Student's t with S-1 degrees of freedom.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -111,6 +112,12 @@ def paired_difference(
         se_seeds=100 * se_seeds,
         coverage=coverage,
     )
+
+
+def standard_error(top1: float, images: int) -> float:
+    """Of a top-1 in percent, measured on `images`; in points. One error is counted at least."""
+    error = max(1 - top1 / 100, 1 / images)
+    return 100 * math.sqrt(error * (1 - error) / images)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -372,7 +372,7 @@ def sentence(plan: Sweep, result: SweepResult, total: int, budget: TimeBudget) -
             f"\nthe budget is used up ({budget}) after {len(done)} of {total} trials; "
             "the same command with a larger --budget goes on"
         )
-    from ftlib.tune.report import headline
+    from ftlib.tune.report import headline, scored_on
 
     failed = [t for t in done if t.outcome == "failed"]
     if result.best is None:
@@ -387,6 +387,8 @@ def sentence(plan: Sweep, result: SweepResult, total: int, budget: TimeBudget) -
         f"{duration(result.seconds)}.{out_of_time}",
         headline(result.store, plan.space),
     ]
+    if scored := scored_on(result.store):
+        lines.append(f"Each score is of {scored}.")
     if result.best.number:
         lines.append(promotion.reason)
     if promotion.worth:

@@ -16,6 +16,7 @@ import numpy as np
 from ftlib.config import Data
 from ftlib.data import sampler
 from ftlib.settings import ConfigError
+from ftlib.tune.statistics import standard_error
 from ftlib.tune.train_trial import SweepInputs
 
 FRACTION = 0.1
@@ -25,6 +26,8 @@ ENOUGH = 10_000
 of 10,000 images has a standard error of at most 0.5 points."""
 SMALLEST = 0.02
 """Smallest default split, as a fraction of all training images."""
+LARGE_ERROR = 2.0
+"""Standard error of a score, in points, with which a search finds large effects only."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +107,20 @@ def _candidates(
 
 
 def describe(split: TuningSplit, unchecked: Sequence[str] = ()) -> str:
-    """Such as `scored on 144 training images that no weights have seen`.
+    """Such as `scored on 144 training images that no weights have seen; a score has a standard
+    error of up to 4.2 points (--tuning-fraction takes more images)`.
 
     unchecked: weights and data sets whose images are not known.
     """
+    error = standard_error(50, split.images)
+    worth = f"; a score has a standard error of up to {error:.1f} points"
+    if error > LARGE_ERROR:
+        worth += " (--tuning-fraction takes more images)"
     if not split.seen:
         text = f"scored on {split.images:,} training images that no weights have seen"
         if unchecked:
             text += f" (what {', '.join(unchecked)} saw is not known)"
-        return text
+        return text + worth
     return (
         f"scored on {split.images:,} training images, of which the starting weights have seen "
         f"{split.seen:,}: the scores are too high. Start a sweep under another --name for "

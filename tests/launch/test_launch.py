@@ -18,6 +18,7 @@ from ftlib.data.shards import DataError, Dataset
 from ftlib.launch import finalize, lease, preflight
 from ftlib.launch.errors import LaunchError, LeaseLostError, RunFailedError, StoppedError
 from ftlib.launch.launch import launch, prepare_run
+from ftlib.preparation.prepare import prepare
 from ftlib.report import evaluation
 from ftlib.settings import ConfigError, override
 from ftlib.storage import StorageError
@@ -250,6 +251,35 @@ def test_a_run_that_failed_its_gates_stops_the_next_phase(tiny, tracking):
         forced.status == "completed"
         and "because: a test" in tracking.started[-1][1]["tags"]["forced_gate"]
     )
+
+
+def test_a_run_is_not_scored_on_images_that_its_weights_were_trained_on(tiny, tracking):
+    first = run_it(override(tiny, {"train.epochs": 1, "data.subset": 0.75}), tracking)
+    after = {"stage": "phase2", "train.epochs": 1, "model.init_from": f"run:{first.name}"}
+    seen = override(tiny, {**after, "data.tuning_fraction": 0.25})
+    with pytest.raises(LaunchError, match=rf"tuning images {first.name} had trained on .*reserve"):
+        run_it(seen, tracking)
+    forced = run_it(override(seen, {"gates.force": "a test"}), tracking)
+    assert "because: a test" in tracking.started[-1][1]["tags"]["forced_gate"]
+    unseen = run_it(override(seen, {"data.tuning_source": "reserve"}), tracking)
+    assert forced.status == unseen.status == "completed"
+    assert not tracking.started[-1][1]["tags"].get("forced_gate")
+
+
+def test_validation_images_that_the_weights_were_trained_on_are_refused(tiny, tracking, tmp_path):
+    """A set that was prepared again, with another division."""
+    first = run_it(override(tiny, {"train.epochs": 1}), tracking)
+    known = Dataset.open(tiny.data.path)
+    for split, source in (("train", "val"), ("val", "train")):
+        part = known.split(source)
+        for row, label in enumerate(part.labels):
+            folder = tmp_path / "pictures" / split / known.classes[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{row}.jpg").write_bytes(part.image(row))
+    prepare(tmp_path / "pictures", str(tmp_path / "set"), engine="local", progress=False)
+    swapped = {"data.path": str(tmp_path / "set"), "model.init_from": f"run:{first.name}"}
+    with pytest.raises(LaunchError, match=r"of the 48 validation images .* had trained on 48"):
+        run_it(override(tiny, {**swapped, "stage": "phase2"}), tracking)
 
 
 def test_interrupted_and_resumed_is_the_undisturbed_run(tiny, tracking):

@@ -14,7 +14,7 @@ from ftlib.config import AdamW
 from ftlib.launch import fine_tune, probe_run
 from ftlib.launch.launch import launch
 from ftlib.report import evaluation
-from ftlib.settings import from_dict, override
+from ftlib.settings import ConfigError, from_dict, override
 from ftlib.training.initial_weights import load_run_model
 from tests import weights
 
@@ -78,6 +78,15 @@ def test_a_run_from_scratch_or_from_another_run_is_not_probed(tiny):
     assert probe_run.probed(tiny) == tiny
     other = override(tiny, {"model.init_from": "phase1"})
     assert probe_run.probed(other) == other
+
+
+def test_a_probe_of_weights_that_have_seen_every_image_is_refused(tiny):
+    first = launch(override(tiny, {"train.epochs": 1, "data.subset": 0.5}), local=True, quiet=True)
+    same = override(tiny, {"model.init_from": f"run:{first.name}", "data.subset": 0.5})
+    with pytest.raises(ConfigError, match=rf"{first.name} had trained on all 24 training images"):
+        probe_run.launch_probe(same, quiet=True)
+    more = probe_run.launch_probe(override(same, {"data.subset": 1.0}), quiet=True)
+    assert more.status == "completed"
 
 
 def test_a_probe_is_evaluated_like_any_run(lite0):

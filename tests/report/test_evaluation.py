@@ -7,6 +7,8 @@ from ftlib.data.shards import DataError
 from ftlib.preparation.prepare import prepare
 from ftlib.report import evaluation
 from ftlib.report.metrics import softmax
+from ftlib.training import seen_rows
+from ftlib.training.seen_rows import SeenRows
 from tests.deploy import made
 
 
@@ -54,6 +56,27 @@ def test_the_temperature_comes_from_the_tuning_split_where_there_is_one(shapes, 
         softmax(scored.logits / scored.calibration.temperature),
         rtol=1e-5,
     )
+
+
+def test_pictures_that_the_weights_have_seen_fit_no_temperature(shapes, tmp_path):
+    """Here the tuning split, and the validation pictures of another division of the same set."""
+    folder = made.run_folder(tmp_path, shapes, tuning_fraction=0.25)
+    loaded = evaluation.load(str(folder))
+    everything = SeenRows().trained("before", shapes, np.arange(len(shapes.split("train"))))
+    (folder / seen_rows.FILE).write_bytes(everything.to_json())
+    assert "cross-fitting" in evaluation.score(loaded, shapes).calibration.fitted_on
+
+    for split, source in (("train", "val"), ("val", "train"), ("test", "val")):
+        part = shapes.split(source)
+        for row in range(len(part)):
+            into = tmp_path / "pictures" / split / shapes.classes[part.labels[row]]
+            into.mkdir(parents=True, exist_ok=True)
+            (into / f"{row}.jpg").write_bytes(part.image(row))
+    other = prepare(tmp_path / "pictures", tmp_path / "set", progress=False).dataset
+    folder = made.run_folder(tmp_path, shapes, name="plain")
+    (folder / seen_rows.FILE).write_bytes(everything.to_json())
+    plain = evaluation.load(str(folder))
+    assert "cross-fitting" in evaluation.score(plain, other, "test").calibration.fitted_on
 
 
 def test_a_test_split_is_scored_with_the_temperature_of_val(shapes, shapes_run, tmp_path):

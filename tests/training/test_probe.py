@@ -8,6 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from ftlib.config import Model
+from ftlib.data import sampler
 from ftlib.settings import ConfigError
 from ftlib.training import models, probe
 
@@ -53,6 +54,19 @@ def test_the_chosen_penalty_is_the_one_with_the_least_tuning_loss(digits):
     assert [t.c for t in result.trials] == list(probe.PENALTIES)
     assert result.c == min(result.trials, key=lambda t: t.loss).c
     assert probe.accuracy(result.head.logits(features), labels) > 95
+
+
+def test_images_that_the_model_was_trained_on_do_not_choose_the_penalty(digits):
+    features, labels = digits
+    seen = np.arange(len(labels)) % 3 > 0
+    leaky = features + 100 * seen[:, None] * np.eye(features.shape[1], dtype=np.float32)[labels]
+    result = probe.fit(leaky, labels, 10, seed=0, seen=seen)
+    unseen = np.flatnonzero(~seen)
+    tuning = sampler.tuning_split(labels, unseen, probe.TUNING_FRACTION, 0)[1]
+    kept = np.setdiff1d(np.arange(len(labels)), tuning)
+    head = probe.fit_head(leaky[kept], labels[kept], 10, result.c)
+    chosen = next(t for t in result.trials if t.c == result.c)
+    assert chosen.top1 == probe.accuracy(head.logits(leaky[tuning]), labels[tuning])
 
 
 def test_a_set_too_small_for_a_tuning_split_is_fitted_all_the_same():

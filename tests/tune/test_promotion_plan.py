@@ -6,6 +6,7 @@ from ftlib.config import Data, Run, Train
 from ftlib.paths import job_command
 from ftlib.settings import to_dict
 from ftlib.tune.promotion_plan import expected_maximum, plan_promotion, seeds_needed
+from ftlib.tune.report import scored_on, warning
 from ftlib.tune.trial_store import Trial, TrialStore
 
 
@@ -26,6 +27,13 @@ def sweep(root, scores, images=1000, val_images=2000, slots=2, **about):
 def test_nothing_is_promoted_when_the_recipe_is_best(tmp_path):
     plan = plan_promotion(sweep(tmp_path, [80.0, 79.0, 80.0]))
     assert not plan.worth and not plan.command and "nothing to confirm" in plan.reason
+
+
+def test_a_sweep_says_what_its_scores_are_worth(tmp_path):
+    """Also where the recipe wins and no promotion is proposed."""
+    store = sweep(tmp_path, [90.0, 88.0], images=100, split="tuning")
+    assert scored_on(store) == "100 images, a standard error of 3.0 points"
+    assert scored_on(store) in warning(store)
 
 
 def test_a_gain_that_chance_explains_is_not_worth_a_promotion(tmp_path):

@@ -4,7 +4,7 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from ftlib.tune.statistics import holm, paired_difference
+from ftlib.tune.statistics import holm, paired_difference, standard_error
 
 
 def simulate(rng, seeds, images, spread=0.0, gains=(0.0, 0.0)):
@@ -148,3 +148,8 @@ def test_shapes_that_cannot_be_paired_are_refused():
         paired_difference(np.ones((2, 10)), np.ones((3, 10)))
     with pytest.raises(ValueError, match="cannot pair"):
         paired_difference(np.ones((0, 10)), np.ones((0, 10)))
+
+
+def test_the_standard_error_of_a_score_is_that_of_a_binomial():
+    assert standard_error(90, 150) == pytest.approx(100 * stats.binom(150, 0.9).std() / 150)
+    assert standard_error(100, 50) == pytest.approx(standard_error(98, 50))

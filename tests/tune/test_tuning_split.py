@@ -87,5 +87,13 @@ def test_fractions_are_checked():
 
 def test_weights_whose_images_are_not_known_are_named():
     split = tuning_split.choose(Data(), inputs())
-    assert tuning_split.describe(split).endswith("that no weights have seen")
+    assert "that no weights have seen;" in tuning_split.describe(split)
     assert "what timm:resnet18 saw is not known" in tuning_split.describe(split, ["timm:resnet18"])
+
+
+def test_a_sweep_says_how_far_its_scores_are_off():
+    few = tuning_split.TuningSplit("reserve", 0.1, images=100, seen=0)
+    assert "standard error of up to 5.0 points" in tuning_split.describe(few)
+    assert "--tuning-fraction takes more images" in tuning_split.describe(few)
+    many = tuning_split.TuningSplit("reserve", 0.1, images=10_000, seen=0)
+    assert tuning_split.describe(many).endswith("standard error of up to 0.5 points")
