@@ -123,7 +123,7 @@ def write_report(
 
 
 def table(loaded: "LoadedModel", dataset: "Dataset", split: str, scored: Sequence["Scored"]) -> str:
-    """The scores as text, a line for each input size."""
+    """The scores as text, a column for each input size."""
     about = loaded.about
     averaged = "an average over steps" if about.get("ema") else "not averaged"
     head = (
@@ -131,8 +131,8 @@ def table(loaded: "LoadedModel", dataset: "Dataset", split: str, scored: Sequenc
         f"weights of step {about.get('step', '?')} ({averaged}), "
         f"on {len(scored[0].rows):,} pictures of {dataset.name} ({split})"
     )
-    rows = [("input", *scored[0].cells)]
-    rows += [(f"{s.size} px{' + mirror' if s.flip else ''}", *s.cells.values()) for s in scored]
+    rows = [("input", *(f"{s.size} px{' + mirror' if s.flip else ''}" for s in scored))]
+    rows += [(name, *(s.cells[name] for s in scored)) for name in scored[0].cells]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     foot = (
@@ -163,7 +163,7 @@ def attach(run_dir: str, record: Mapping[str, Any], files: Sequence[Path], folde
         page = absolute(uri, run_page(known.get("experiment_id", ""), known["run_id"]))
         print(f"in MLflow: {page} (artifacts, {folder})")
         if command := opened_by(page):
-            print(f"its UI: {command}")
+            print(f"start its UI with: {command}")
     except Exception as error:
         reason = json.dumps(str(error).splitlines()[0])
         print(

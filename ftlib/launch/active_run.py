@@ -310,8 +310,9 @@ def open_run(prepared: PreparedRun, options: LaunchOptions) -> Iterator[ActiveRu
 def _with_copied_weights(prepared: PreparedRun, options: LaunchOptions) -> PreparedRun:
     """Published weights and bare files are copied into the run's folder, where all workers read."""
     source = prepared.source
-    for note in source.notes if source is not None else ():
-        options.say(f"{prepared.run.name}: starting weights {prepared.source_name}: {note}")
+    if source is not None and source.notes:
+        start = f"{prepared.run.name}: starting from {prepared.source_name}"
+        options.say("\n  ".join([start, *source.notes]))
     return dataclasses.replace(prepared, source=materialize(source, prepared.run_dir))
 
 

@@ -96,10 +96,11 @@ def _probe(active: ActiveRun, options: LaunchOptions) -> TrainingResult:
         owner=active.lease.token,
     )
     metrics, row, result = probe.probe(context, _features(context, options))
+    options.say("choosing the penalty 1/C of the regression on a fifth of the training pictures")
     for number, trial in enumerate(result.trials, start=1):
         options.say(
-            f"  penalty 1/C with C = {trial.c:g}: {trial.top1:.2f} % of the tuning split, "
-            f"loss {trial.loss:.3f}{'  (chosen)' if trial.c == result.c else ''}"
+            f"  C = {trial.c:<6g} top-1 {trial.top1:.2f} %  loss {trial.loss:.3f}"
+            f"{'  (chosen)' if trial.c == result.c else ''}"
         )
         active.writer.metrics(
             {"probe/log10_c": float(np.log10(trial.c)), "probe/tuning_top1": trial.top1},

@@ -36,7 +36,7 @@ def starting(run: Run, run_dir: str, url: str, placement: Placement, *, resumed:
     if url:
         lines.append(f"  MLflow   {url}")
     if command := opened_by(url):
-        lines.append(f"  its UI   {command}")
+        lines.append(f"  start UI {command}")
     return "\n".join(lines)
 
 
@@ -101,7 +101,7 @@ def _places(outcome: Outcome) -> list[str]:
     if outcome.compare_url:
         lines.append(f"  all runs    {outcome.compare_url}")
     if command := opened_by(outcome.mlflow_url):
-        lines.append(f"  its UI      {command}")
+        lines.append(f"  start UI    {command}")
     return lines
 
 

@@ -276,9 +276,10 @@ def _checked(run: Run, source: InitialWeights, classes: tuple[str, ...]) -> Init
     # which a bare file cannot tell.
     new_head = not run.model.reset_head and rows != len(classes)
     if new_head:
+        theirs = "other" if rows is None else f"{rows:,}"
         notes.append(
-            f"its classifier is of {rows} classes and the data set has {len(classes)}: "
-            "the classifier starts anew"
+            f"its classifier is for {theirs} classes, the data set has {len(classes):,}: the "
+            "classifier starts anew"
         )
     preprocessing = source.preprocessing
     if not preprocessing:

@@ -36,6 +36,8 @@ def test_a_run_by_its_name(job, here, capsys, tmp_path):
         and "30 pictures of" in out
         and "not averaged" in out
     )
+    table = out.split("\n\n")[1].splitlines()
+    assert table[0].split() == ["input", "32", "px", "40", "px"] and max(map(len, table)) <= 60
     assert f"report: {tmp_path / 'report.html'}" in out and (tmp_path / "report.html").exists()
 
 
