@@ -131,12 +131,15 @@ def options():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=30, help="faults to draw")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--over", choices=("workers", "sweep", "ray"), default="workers")
+    parser.add_argument("--kills", type=int, default=30, help="faults to draw (30)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn and when (0)")
+    over = ("workers", "sweep", "ray")
+    parser.add_argument("--over", choices=over, default="workers", help="what is broken (workers)")
     known = {"workers": FAULTS, "sweep": soak_jobs.FAULTS, "ray": soak_jobs.FAULTS}
     parser.add_argument("--faults", default="kill", help="some of those above, with commas")
     asked = parser.parse_args()
+    if asked.kills < 1:
+        parser.error(f"--kills {asked.kills}: 1 or more, or nothing is broken")
     asked.faults = asked.faults.split(",")
     if unknown := set(asked.faults) - set(known[asked.over]):
         parser.error(

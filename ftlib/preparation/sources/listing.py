@@ -165,7 +165,7 @@ def understand(tree: Tree, options: SourceOptions) -> LabelledFiles:
 def _hint(tree: Tree, problems: Sequence[str]) -> str:
     """Why labels that lie beside pictures are not read; empty where none do."""
     if problems:
-        return f". A table of labels is of no use: {problems[0]}"
+        return f". The labels beside them cannot be used: {problems[0]}"
     if unread := [file.path for file in tree.files if file.extension in UNREAD_TABLES]:
         return (
             f". Labels may be in {listed(unread, 3)}, which is not read: write them to a CSV file "

@@ -25,6 +25,14 @@ _BESIDE_PICTURES = re.compile(
 )
 SHOWN = 10
 
+CUB = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
+AIRCRAFT = ("images_variant_train.txt", "images_variant_val.txt", "images_variant_test.txt")
+PET = ("trainval.txt", "test.txt")
+FLOWERS = ("imagelabels.mat", "setid.mat")
+CARS = ("cars_train_annos.mat", "cars_meta.mat")
+PUBLISHED = frozenset((*CUB, *AIRCRAFT, *PET, *FLOWERS, *CARS))
+"""Names of the lists that public sets are recognized by."""
+
 
 def plain(name: str) -> str:
     """A name in lower case without separators."""

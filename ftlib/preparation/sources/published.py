@@ -15,9 +15,12 @@ import numpy as np
 
 from ftlib.data.shards import DataError
 from ftlib.preparation.sources.label_table import LabelTable
+from ftlib.preparation.sources.naming import AIRCRAFT, CARS, CUB, FLOWERS, PET
 from ftlib.preparation.sources.tree import Tree
+from ftlib.text import shorten
 
 LARGEST_LIST = 64 << 20
+AGAIN = "Unpack the set's archive again, or name a table of your own: --labels FILE"
 Rows = list[tuple[str, ...]]
 
 
@@ -34,8 +37,16 @@ class Lists:
     def pairs(self, name: str) -> dict[str, str]:
         """First word of each line -> the rest of it."""
         text = self._tree.read(self._files[name]).decode()
-        lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
-        return {first: rest.strip() for first, rest in lines}
+        found = {}
+        for number, line in enumerate(text.splitlines(), start=1):
+            first, _, rest = line.strip().partition(" ")
+            if first and not rest:
+                raise DataError(
+                    f"{name}, line {number}: {shorten(line, 60)!r} is one word. {AGAIN}"
+                )
+            found[first] = rest.strip()
+        found.pop("", None)
+        return found
 
     def variable(self, name: str, variable: str) -> Any:
         """A list in a MATLAB file."""
@@ -51,12 +62,16 @@ def published_table(tree: Tree) -> LabelTable | None:
     for names, read in READERS.items():
         if all(name in lists for name in names):
             try:
-                return read(lists)
+                table = read(lists)
+                if not table.rows:
+                    raise DataError(f"{names[0]} names no picture. {AGAIN}")
+                return table
             except DataError:
                 raise
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 raise DataError(
-                    f"{', '.join(names)} cannot be read as the lists of a public set ({error!r})"
+                    f"{', '.join(names)} are not as their set has them "
+                    f"({type(error).__name__}: {error}). {AGAIN}"
                 ) from None
     return None
 
@@ -68,13 +83,14 @@ def matlab_variable(data: bytes, name: str, variable: str) -> Any:
     try:
         return np.atleast_1d(loadmat(io.BytesIO(data), squeeze_me=True)[variable])
     except Exception as error:  # scipy raises many kinds of error on a damaged file
-        raise DataError(f"{name} cannot be read ({error})") from None
+        raise DataError(f"{name} cannot be read ({error}). {AGAIN}") from None
 
 
 def _cub(lists: Lists) -> LabelTable:
     """Id and file, id and class, id and 1 for train or 0 for test."""
     files, labels, splits = (lists.pairs(name) for name in CUB)
-    rows: Rows = [(files[i], labels[i], "train" if splits[i] == "1" else "test") for i in files]
+    split_of = {"1": "train", "0": "test"}
+    rows: Rows = [(files[i], labels[i], split_of[splits[i]]) for i in files]
     return LabelTable(CUB[0], ("file", "label", "split"), rows)
 
 
@@ -102,7 +118,7 @@ def _flowers(lists: Lists) -> LabelTable:
     """The labels in the order of the pictures' numbers, and the numbers of each split."""
     labels = lists.variable("imagelabels.mat", "labels")
     rows: Rows = [
-        (f"image_{i:05d}.jpg", str(int(labels[i - 1])), split)
+        (f"image_{i:05d}.jpg", str(int(_numbered(labels, i))), split)
         for part, split in (("trnid", "train"), ("valid", "val"), ("tstid", "test"))
         for i in map(int, lists.variable("setid.mat", part))
     ]
@@ -115,16 +131,18 @@ def _cars(lists: Lists) -> LabelTable:
     rows: Rows = []
     for split, file in (("train", CARS[0]), ("test", "cars_test_annos_withlabels.mat")):
         for record in lists.variable(file, "annotations") if file in lists else ():
-            label = str(names[int(record["class"]) - 1])
+            label = str(_numbered(names, int(record["class"])))
             rows.append((f"cars_{split}/{record['fname']}", label, split))
     return LabelTable(CARS[0], ("file", "label", "split"), rows)
 
 
-CUB = ("images.txt", "image_class_labels.txt", "train_test_split.txt")
-AIRCRAFT = ("images_variant_train.txt", "images_variant_val.txt", "images_variant_test.txt")
-PET = ("trainval.txt", "test.txt")
-FLOWERS = ("imagelabels.mat", "setid.mat")
-CARS = ("cars_train_annos.mat", "cars_meta.mat")
+def _numbered(values: Any, number: int) -> Any:
+    """The value with this number, from 1."""
+    if number < 1:
+        raise ValueError(f"there is a number {number}, where they begin at 1")
+    return values[number - 1]
+
+
 READERS: dict[tuple[str, ...], Callable[[Lists], LabelTable]] = {
     CUB: _cub,
     AIRCRAFT: _aircraft,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ftlib.preparation.sources.naming import split_of
+from ftlib.preparation.sources.naming import PUBLISHED, split_of
 from ftlib.preparation.sources.tree import File, Tree, is_picture_name
 
 DEEPEST_WRAPPER = 4
@@ -17,7 +17,8 @@ def unwrapped(tree: Tree) -> tuple[Tree, str]:
         tops = {name.partition("/")[0] for name in tree.folders}
         loose = any("/" not in f.path and is_picture(f) for f in tree.files)
         linked = any("/" not in link.path for link in tree.links)
-        table = any("/" not in f.path and f.extension in LABEL_FILES for f in tree.files)
+        beside = [f for f in tree.files if "/" not in f.path]
+        table = any(f.extension in LABEL_FILES or f.name in PUBLISHED for f in beside)
         if len(tops) != 1 or loose or linked or table:
             break
         top = next(iter(tops))

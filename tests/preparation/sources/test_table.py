@@ -189,7 +189,9 @@ def test_numbers_are_ordered_by_value_and_named_by_a_list(flat: Path, tmp_path: 
 
 def test_why_a_table_beside_flat_pictures_is_of_no_use_is_said(flat: Path) -> None:
     (flat / "labels.csv").write_text("image,a,b\nc0.jpg,1,2\nd0.jpg,3,4\n")
-    with pytest.raises(DataError, match=r"of no use: labels.csv.*columns: a, b.*--label-column"):
+    with pytest.raises(
+        DataError, match=r"cannot be used: labels.csv.*columns: a, b.*--label-column"
+    ):
         scan(flat, options())
     found = scan(flat, options(label_column="a"))
     assert found.classes == ("1", "3")

@@ -61,6 +61,35 @@ def test_cub_takes_labels_from_folders_and_splits_from_its_lists(tmp_path: Path)
     assert "labels come from the folders, splits from images.txt" in found.notes
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, ""),
+        (
+            {"train_test_split.txt": "1 1\n2 yes\n"},
+            "KeyError: 'yes'.*Unpack the set's archive again",
+        ),
+        ({"image_class_labels.txt": "1 1\n2\n"}, "image_class_labels.txt, line 2: '2' is one word"),
+        ({"images.txt": ""}, "images.txt names no picture"),
+    ],
+)
+def test_lists_beside_one_folder_count_and_damaged_ones_are_named(
+    tmp_path: Path, change: Files, said: str
+) -> None:
+    names = [f"00{c}.Bird{c}/{i}.jpg" for c in (1, 2) for i in range(2)]
+    lists = {
+        "images.txt": "".join(f"{i} {name}\n" for i, name in enumerate(names, 1)),
+        "image_class_labels.txt": "1 1\n2 1\n3 2\n4 2\n",
+        "train_test_split.txt": "1 1\n2 0\n3 1\n4 0\n",
+    }
+    root = written(tmp_path, lists | pictures(*(f"images/{name}" for name in names)) | change)
+    if not said:
+        assert scan(root, options()).counts == {"train": 2, "test": 2}
+        return
+    with pytest.raises(DataError, match=f"labels beside them cannot be used: .*{said}"):
+        scan(root, options())
+
+
 def test_aircraft_is_labelled_by_variant_or_by_the_level_that_is_named(tmp_path: Path) -> None:
     lists = {}
     for split, ids in (("train", "12"), ("val", "3"), ("test", "4")):
@@ -108,7 +137,7 @@ def test_flowers_102_takes_labels_and_splits_from_its_matlab_files(tmp_path: Pat
         ("train", "77"), ("val", "77"), ("train", "5"), ("val", "5"), ("test", "77"), ("test", "5")
     ]  # fmt: skip
     (root / "setid.mat").write_bytes(b"MATLAB 5.0" + bytes(200))
-    with pytest.raises(DataError, match=r"no use: setid.mat cannot be read"):
+    with pytest.raises(DataError, match=r"used: setid.mat cannot be read"):
         scan(root)
 
 
