@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from ftlib.cli import ResultOptions, job, options, reporting
-from ftlib.config import AtLeastOne, Count
+from ftlib.config import AtLeastOne, Count, Positive
 from ftlib.flags import Commas, Common, Metavar
 from ftlib.settings import ConfigError, nearest
 
@@ -74,6 +74,8 @@ class Options(ResultOptions):
     compared with the others too."""
     timm: Annotated[str, Metavar("FILE")] = ""
     """Of recipes and gpu: timm's train.py, from its repository."""
+    timm_lr: Positive = 3e-3
+    """Of recipes: the learning rate that timm's train.py gets."""
     out: Annotated[str, Common, Metavar("FOLDER")] = ""
     """Write benchmark.json, benchmark.md and benchmark.png there. recipes also keeps its
     trainings there, and does only those that are missing."""
@@ -173,6 +175,7 @@ def measure(name: str, asked: Options, scratch: Path) -> "Part":
             epochs=asked.epochs,
             seeds=asked.seeds,
             timm=asked.timm,
+            timm_lr=asked.timm_lr,
         )
         folder = Path(asked.out) / name if asked.out else scratch / name
         return benchmark(plan, source, folder.resolve(), say)

@@ -408,9 +408,10 @@ def test_timm_is_given_the_bench_s_settings_and_its_scores_are_read(tmp_path):
         "rows = [f'{e},{10 + e}.5' for e in range(int(a.epochs))]\n"
         "(out / 'summary.csv').write_text('\\n'.join(['epoch,eval_top1', *rows]))\n"
     )
-    words = recipes.timm_arguments(smallest_plan(epochs=3), classes=2, seed=7)
+    words = recipes.timm_arguments(smallest_plan(epochs=3, timm_lr=1e-3), classes=2, seed=7)
     assert recipes.by_timm(script, tmp_path, words, tmp_path) == [10.5, 11.5, 12.5]
     assert words[words.index("--seed") + 1] == "7" and "3" in words
+    assert words[words.index("--lr") + 1] == "0.001"
     script.write_text("raise SystemExit('no timm here')")
     with pytest.raises(BenchmarkError, match="no timm here"):
         recipes.by_timm(script, tmp_path, words, tmp_path)

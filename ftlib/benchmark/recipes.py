@@ -52,6 +52,8 @@ class RecipesPlan:
     seeds: int
     timm: str = ""
     """timm's train.py; it is not part of its package."""
+    timm_lr: float = 3e-3
+    """timm's learning rate."""
 
 
 @dataclass(frozen=True)
@@ -187,10 +189,10 @@ def peers(plan: RecipesPlan, pictures: Path, seed: int) -> dict[str, Loop]:
 
 def timm_arguments(plan: RecipesPlan, classes: int, seed: int) -> list[str]:
     """Of train.py: its defaults (crop of 8 to 100 %, color jitter 0.4, smoothing 0.1), with AdamW
-    at 3e-3, the best of 1e-3, 3e-3 and its SGD at 8 epochs, and one epoch of warm-up (of 5)."""
+    and one epoch of warm-up (of 5)."""
     text = (
         f"--model {plan.arch} --num-classes {classes} --img-size {plan.size} -b 128 "
-        f"--epochs {plan.epochs} --opt adamw --lr 3e-3 --weight-decay 0.05 "
+        f"--epochs {plan.epochs} --opt adamw --lr {plan.timm_lr:g} --weight-decay 0.05 "
         f"--warmup-epochs {min(1, plan.epochs - 1)} --cooldown-epochs 0 --seed {seed} "
         "--workers 1 --device cpu --checkpoint-hist 1"
     )
