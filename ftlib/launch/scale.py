@@ -72,7 +72,7 @@ def _subset(run: Run, images: int, classes: int) -> list[str]:
         return []
     return [
         f"data.subset = {run.data.subset:g}: it leaves {each} images a class. "
-        "Set it to 1, or to 0.9, whose other tenth scores sweeps"
+        "Set it to 1, or to 0.9, which leaves a tenth for scoring sweeps"
     ]
 
 

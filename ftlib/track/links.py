@@ -6,6 +6,7 @@ carries it. Links in notes begin with `#/`: they hold on any host and port.
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -33,7 +34,8 @@ def ui_base(uri: str, port: int = 5000) -> str:
 def opened_by(url: str) -> str:
     """The command that starts the UI at `url`; empty where a server shows it already."""
     own = url.startswith(f"{ui_base('sqlite://')}/")
-    return job_command("track", "ui") if own else ""
+    served = scheme(os.environ.get("MLFLOW_TRACKING_URI", "")) in SERVER_SCHEMES
+    return job_command("track", "ui") if own and not served else ""
 
 
 def absolute(uri: str, page: str) -> str:

@@ -349,11 +349,14 @@ def _withdraw_recipes(
         if promoted_from in ("", source) or old.name in promoted:
             continue
         copy = files.folder / old.name if files.folder is not None else old
-        if copy.is_file() and copy.read_bytes() != written:
-            yield f"{promoted_from} is no longer promoted; {copy} was edited since and is left"
+        if not copy.is_file():
+            what = f"; {copy} is not here: delete the copy where it was written"
+        elif copy.read_bytes() != written:
+            what = f"; {copy} was edited since and is left"
         else:
-            yield f"{promoted_from} is no longer promoted: {copy} is deleted"
-            copy.unlink(missing_ok=True)
+            what = f": {copy} is deleted"
+            copy.unlink()
+        yield f"{promoted_from} is no longer promoted{what}"
         old.unlink(missing_ok=True)
         if is_remote(sweep.uri):
             delete_file(join(sweep.uri, "promotion", "report", old.name))

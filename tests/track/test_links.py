@@ -4,6 +4,7 @@ from ftlib.track.links import (
     absolute,
     artifact_page,
     experiment_page,
+    opened_by,
     run_page,
     ui_base,
     ui_command,
@@ -44,3 +45,12 @@ def test_pages_for_notes_name_no_host_and_carry_the_workflow():
 def test_services_without_a_known_ui_have_no_address():
     assert ui_base("databricks") == "" and absolute("databricks", run_page("3", "abc")) == ""
     assert ui_base("arn:aws:sagemaker:us-east-1:1:mlflow-tracking-server/x") == ""
+
+
+def test_only_a_store_without_a_server_is_said_to_need_one(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    of_database = absolute("sqlite:////x.db", run_page("3", "abc"))
+    assert opened_by(of_database).endswith("track.py ui")
+    assert opened_by(absolute("http://h:5000", run_page("3", "abc"))) == ""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert opened_by(absolute("http://127.0.0.1:5000", run_page("3", "abc"))) == ""

@@ -289,21 +289,27 @@ def test_no_winner_writes_no_recipe(promote, tmp_path):
     )
 
 
-@pytest.mark.parametrize("edited", [False, True])
+@pytest.mark.parametrize("copy_is", ["as written", "edited", "elsewhere"])
 def test_a_recipe_is_withdrawn_when_more_seeds_unmake_its_promotion(
-    promote, tmp_path, capsys, edited
+    promote, tmp_path, capsys, copy_is
 ):
     store = sweep_store(tmp_path / "runs2")
     promote(store, top=1, seeds=3)
     copy = tmp_path / "recipes" / "s.json"
-    if edited:
+    if copy_is == "edited":
         copy.write_text(copy.read_text().replace('"seed": 42', '"seed": 43'))
+    elif copy_is == "elsewhere":
+        copy.rename(tmp_path / "s.json")
     result, _, _ = promote(store, gain=-0.4, top=1, seeds=9)
     assert result.winner is None
     assert not (tmp_path / "runs2" / "s" / "promotion" / "report" / "s.json").exists()
-    assert copy.exists() == edited
-    said = "was edited since and is left" if edited else "is deleted"
-    assert f"{copy} {said}" in capsys.readouterr().out
+    assert copy.exists() == (copy_is == "edited")
+    said = {
+        "as written": "is deleted",
+        "edited": "was edited since and is left",
+        "elsewhere": "is not here: delete the copy where it was written",
+    }
+    assert f"{copy} {said[copy_is]}" in capsys.readouterr().out
 
 
 def test_impossible_requests_are_refused(promote, tmp_path):
