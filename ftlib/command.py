@@ -89,7 +89,7 @@ def overview() -> str:
     for title, names in sections.items():
         there = [name for name in names if name in known]
         if there:
-            lines += [f"{title}:", *(f"  {n:<10} {shortened(known[n])}" for n in there), ""]
+            lines += [f"{title}:", *(f"  {n:<18}  {shortened(known[n])}" for n in there), ""]
     lines += [
         "`ftlib JOB --help` lists a job's options; `python jobs/JOB.py` runs the same code.",
         "`ftlib --completion bash` (or zsh) prints a completion script for your shell.",
@@ -98,9 +98,11 @@ def overview() -> str:
     return "\n".join(lines)
 
 
-def shortened(sentence: str, width: int = 86) -> str:
-    """`sentence` cut at a word, so that a job's line fits into 100 columns."""
-    return textwrap.shorten(sentence.rstrip("."), width, placeholder=" ...")
+def shortened(sentence: str, width: int = 78) -> str:
+    """The sentence, or its beginning where it does not fit beside a job's name in 100 columns."""
+    cut = textwrap.shorten(sentence, width, placeholder="")
+    whole = re.match(r"(.{20,}?)[,:;] (?!\d)", cut) if cut != sentence else None
+    return (whole[1] if whole else cut).rstrip(".")
 
 
 def run_job(name: str, options: list[str]) -> None:

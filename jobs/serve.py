@@ -6,7 +6,7 @@
 One process serves one copy of the model; with --replicas 2 or more it is a Ray Serve application,
 on the cluster at RAY_ADDRESS or on this machine. Ctrl-C ends it. Requests that arrive together are
 computed as one batch. It listens on this machine only: --host 0.0.0.0 opens it to the network,
-where it does not ask who they are.
+without a password.
 """
 
 import sys

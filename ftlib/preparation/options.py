@@ -43,8 +43,8 @@ class PrepareOptions:
     depth_range: tuple[float, float] | None = None
     """Sample values shown as black and as white, for pictures of more than 8 bits per channel.
 
-    None scales by what a picture declares (PNG's sBIT, TIFF's MaxSampleValue), else by
-    `depth_bits`."""
+    By default they follow from what a picture declares (PNG's sBIT, TIFF's MaxSampleValue), else
+    from the bits that the set's pictures use."""
     depth_bits: int | None = None
     """Bits, 8 to 16, that the set's pictures of more than 8 bits use; preparation finds it out.
 
