@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ftlib.config import Run
+from ftlib.launch.errors import RunFailedError
 from ftlib.paths import local_run_folder
 from ftlib.settings import ConfigError, flat, from_dict, nearest, override, to_json
 from ftlib.storage import delete_file, is_remote, join, write_file
@@ -113,7 +114,8 @@ def promote(
     """Confirm the `top` best trials of `sweep` over `seeds` seeds.
 
     Goes on after a kill. `top` and `seeds` may be raised later; only what is missing is run.
-    Raises ConfigError, DataError, LaunchError or ComparisonError.
+    Raises ConfigError, DataError, LaunchError or ComparisonError, and RunFailedError where a run of
+    the recipe failed.
     """
     if top < 1 or seeds < 2:
         raise ConfigError(
@@ -198,7 +200,7 @@ def _confirm(
         return Promotion(False, store, parent.url)
     try:
         judgement = judge(runs, chosen)
-    except ComparisonError as error:
+    except (ComparisonError, RunFailedError) as error:
         parent.finish("failed", str(error))
         raise
     promoted = _recipes(judgement, sweep, files)

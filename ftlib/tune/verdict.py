@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ftlib.launch.errors import RunFailedError
 from ftlib.tune.compare import FinishedRun, RunGroup, require_fair, require_same_images
 from ftlib.tune.statistics import Difference, holm, paired_difference
-from ftlib.tune.stored_predictions import ComparisonError
 from ftlib.tune.suggest import describe
 from ftlib.tune.trial_store import Trial
 
@@ -81,8 +81,8 @@ class Judgement:
 def judge(runs: Sequence[Trial], candidates: Sequence[Trial]) -> Judgement:
     """Compare the confirmation runs of each candidate with those of the recipe.
 
-    Raises ComparisonError for runs that cannot be compared, and when a run of the recipe failed.
-    A candidate with a failed run is left out.
+    Raises ComparisonError for runs that cannot be compared, RunFailedError when a run of the recipe
+    failed. A candidate with a failed run is left out.
     """
     groups: dict[str, RunGroup] = {}
     left_out: list[str] = []
@@ -93,9 +93,9 @@ def judge(runs: Sequence[Trial], candidates: Sequence[Trial]) -> Judgement:
             finished = tuple(FinishedRun.read(t.result["run_dir"], t.label) for t in members)
             groups[origin] = RunGroup(origin, finished)
         elif origin == "recipe":
-            raise ComparisonError(
+            raise RunFailedError(
                 f"the recipe's own run of seed {failed.seed} failed ({failed.reason}): "
-                "there is nothing to compare with"
+                "there is nothing to compare with. The same command tries it again"
             )
         else:
             left_out.append(f"{origin}: its run of seed {failed.seed} failed ({failed.reason})")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ftlib.config import Data, Mix, Run, Train
+from ftlib.launch.errors import RunFailedError
 from ftlib.report.html import Markup
 from ftlib.settings import ConfigError, from_json, to_dict
 from ftlib.storage import StorageError
@@ -143,7 +144,7 @@ def test_a_failed_candidate_is_left_out_and_a_failed_recipe_ends_it(finished):
     assert [v.candidate.name for v in judgement.verdicts] == ["t02"]
     assert judgement.left_out[0].startswith("t01: its run of seed 42 failed")
     wanted[0].outcome = "failed"
-    with pytest.raises(ComparisonError, match="the recipe's own run of seed 42 failed"):
+    with pytest.raises(RunFailedError, match="the recipe's own run of seed 42 failed"):
         judge(wanted, chosen)
 
 
