@@ -12,6 +12,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+import ray
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from ftlib.config import Cluster, Run
@@ -39,6 +40,8 @@ def train(tmp_path, monkeypatch):
             return SimpleNamespace(return_value=end)
 
         monkeypatch.setattr(executor.ActorChannel, "start", LocalChannel)
+        for asks_ray in ("_pass_on_drains", "_kill"):
+            monkeypatch.setattr(executor, asks_ray, lambda channel: None)
         monkeypatch.setattr(executor, "_trainer", lambda *_: SimpleNamespace(fit=fit))
         run = Run(name="r", cluster=Cluster(max_failures=max_failures))
         task = executor.TrainingTask(
@@ -52,7 +55,9 @@ def train(tmp_path, monkeypatch):
         )
         printed = io.StringIO()
         with ProgressDisplay("r", printed) as display:
-            return executor.run_on_cluster(task, display), printed.getvalue()
+            result = executor.run_on_cluster(task, display)
+        assert not ray.is_initialized()
+        return result, printed.getvalue()
 
     return train
 
