@@ -1,6 +1,6 @@
 """cluster.yaml on three machines: `ray up`, the pipeline as submitted jobs, faults, `ray down`.
 
-Minutes in all, in this order: `make cluster-test`.
+About 25 minutes on 2 cores, in this order: `make cluster-test`. It prints a table of the faults.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ class Job:
         submit = f"ray job submit --submission-id {name} {options} -- {command}"
         self._file = cluster.rack.folder / f"{name}.log"
         self.process = cluster.laptop.start(
-            f"{TOKEN}; cd {cluster_hosts.ROOT} && {submit}", self._file
+            f"{TOKEN} PYTHONUNBUFFERED=1; cd {cluster_hosts.ROOT} && {submit}", self._file
         )
 
     def log(self):
@@ -136,7 +136,7 @@ class Cluster:
             yield job
         finally:
             if job.process.poll() is None:
-                self.laptop.run(f"{TOKEN}; ray job stop --no-wait {name} || true")
+                self.laptop.run(f"{TOKEN}; ray job stop --no-wait {job.name} || true")
                 job.process.wait(60)
 
     @contextlib.contextmanager
@@ -146,13 +146,20 @@ class Cluster:
         options = f"--working-dir . {variables(RAY_JOB_STOP_WAIT_TIME_S=60)}"
         with self.job(name, "jobs/phase1.py", *LONG, "--name", run, options=options) as job:
             job.until(lambda: self.newest(run) > before)
+            job.until(lambda: all(map(self.trains, self.workers)))
             yield job
+
+    def trains(self, machine):
+        """Whether a worker trains there. Ray names its process after what it has done last."""
+        names = ("ray::RayTrainWorker", "_setup_torch_process_group")
+        return any(machine.processes(name) for name in names)
 
     @contextlib.contextmanager
     def fault(self, job, run, what):
-        """What is broken in the block is survived; notes how long it takes."""
-        before, began = self.newest(run), time.monotonic()
+        """Ten steps follow on what the block breaks; notes the seconds from its begin to then."""
+        began = time.monotonic()
         yield
+        before = self.newest(run)
         job.until(lambda: self.newest(run) > before + 10)
         self.note(what, "goes on", f"{time.monotonic() - began:.0f}")
 
@@ -217,7 +224,7 @@ def test_a_sweep_whose_trials_have_two_workers(cluster):
 def test_job_stop_and_a_killed_driver_are_resumed_by_the_same_command(cluster):
     with cluster.training("first-life", "run") as job:
         asked = time.monotonic()
-        cluster.laptop.run(f"{TOKEN}; ray job stop first-life", 90)
+        cluster.laptop.run(f"{TOKEN}; ray job stop {job.name}", 90)
         job.process.wait(60)
         assert "on request, with a checkpoint" in job.log() and "was stopped" in job.log()
         seconds = f"{time.monotonic() - asked:.0f} until it has ended"
@@ -238,49 +245,65 @@ def test_job_stop_and_a_killed_driver_are_resumed_by_the_same_command(cluster):
 
 def test_training_survives_a_killed_raylet_and_a_cut_network(cluster):
     """On the other machine; the autoscaler starts Ray there again."""
+    other = cluster.workers[1]
     with cluster.training("lost", "run") as job:
         with cluster.fault(job, "run", "the other machine's raylet killed"):
-            for raylet in cluster.workers[1].processes("raylet/raylet"):
+            for raylet in other.processes("raylet/raylet"):
                 raylet.kill()
+            cluster.until(lambda: not cluster.trains(other))
+        job.until(lambda: cluster.trains(other))
         with cluster.fault(job, "run", "the other machine's network cut for 20 s"):
             cluster.rack.cut("worker2")
             time.sleep(20)
             cluster.rack.mend("worker2")
-        cluster.until(lambda: cluster.cpus() == 2)
+    cluster.until(lambda: cluster.cpus() == 2)
+
+
+def test_training_goes_on_without_a_machine_whose_network_is_gone(cluster):
+    with cluster.training("alone", "run") as job:
         with cluster.fault(job, "run", "the other machine's network cut for good"):
             cluster.rack.cut("worker2")
         cluster.rack.mend("worker2")
         cluster.until(lambda: cluster.cpus() == 2)
 
 
-def test_training_survives_a_shared_folder_that_fails(cluster):
+@pytest.mark.parametrize(
+    ("state", "command"),
+    [
+        ("read-only", "mount --bind /shared /shared && mount -o remount,bind,ro /shared"),
+        ("away", "mount -t tmpfs -o ro away /shared"),
+    ],
+)
+def test_training_survives_a_shared_folder_that_fails(cluster, state, command):
     everyone = [cluster.head, *cluster.workers]
-    lines = {
-        "read-only": "mount --bind /shared /shared && mount -o remount,bind,ro /shared",
-        "away": "mount -t tmpfs -o ro away /shared",
-    }
-    with cluster.training("storage", "run") as job:
-        for state, command in lines.items():
-            with cluster.fault(job, "run", f"the shared folder {state} for 30 s"):
-                for machine in everyone:
-                    machine.run(command)
-                time.sleep(30)
-                for machine in everyone:
-                    machine.run("umount -l /shared")
-        with cluster.fault(job, "run", "the shared folder full for 30 s"):
-            cluster.head.run("cat /dev/zero > /shared/filler || true")
-            time.sleep(30)
-            cluster.head.run("rm /shared/filler")
+    with (
+        cluster.training(state, "run") as job,
+        cluster.fault(job, "run", f"the shared folder {state} for 30 s"),
+    ):
+        for machine in everyone:
+            machine.run(command)
+        time.sleep(30)
+        for machine in everyone:
+            machine.run("umount -l /shared")
+
+
+def test_training_survives_a_shared_folder_that_is_full(cluster):
+    with (
+        cluster.training("full", "run") as job,
+        cluster.fault(job, "run", "the shared folder full for 30 s"),
+    ):
+        cluster.head.run("cat /dev/zero > /shared/filler || true")
+        time.sleep(30)
+        cluster.head.run("rm /shared/filler")
 
 
 def test_training_goes_on_over_a_line_of_50_ms_that_loses_frames(cluster):
-    what = "a line of 50 ms there and back that loses 1 % of its frames for 20 s"
     with (
         cluster.training("slow", "run") as job,
-        cluster.fault(job, "run", what),
         cluster.rack.bad_line("worker2", 0.025, 0.01),
+        cluster.fault(job, "run", "a line of 50 ms there and back that loses 1 % of frames"),
     ):
-        time.sleep(20)
+        pass
 
 
 def test_a_node_with_another_version_of_ftlib_is_refused_and_named(cluster):
