@@ -37,7 +37,7 @@ class SweepOptions:
     early_stopping: bool = True
     """Stop weak trials early (asynchronous successive halving)."""
     grace: int = 0
-    """Epochs before a trial may be stopped early. 0: a ninth of its length, at least 1."""
+    """Epochs before a trial may be stopped early. 0: a ninth of its length, at least 2."""
     reduction: float = 3
     """At each rung 1/reduction of the trials go on."""
     grid_points: int = 3

@@ -70,8 +70,9 @@ class Sweep(SweepOptions):
 
     @property
     def first_rung(self) -> int:
-        """Epochs before a trial may be stopped."""
-        return self.grace or max(1, (self.epochs or self.recipe.train.epochs) // 9)
+        """Epochs before a trial may be stopped: after the first, scores say little yet of the last
+        (docs/search.md)."""
+        return self.grace or max(2, (self.epochs or self.recipe.train.epochs) // 9)
 
     def base(self, split: TuningSplit) -> Run:
         """The recipe as the trials run it: scored on a tuning split, at the trials' length."""
@@ -146,6 +147,7 @@ def sweep(plan: Sweep, hooks: Hooks = DEFAULT_HOOKS) -> SweepResult:
     store = TrialStore(runs_root(plan.recipe), plan.name)
     inputs = inputs.at(store.uri)
     with store.lock():
+        plan = _with_known_grace(plan, store)
         split = _tuning_split(plan, store, inputs)
         base = plan.base(split)
         spaces.check(plan.space, base)
@@ -226,6 +228,14 @@ def _run(plan: Sweep, group: TrialGroup, title: str, hooks: Hooks) -> SweepResul
 
 def _optuna_file(store: TrialStore) -> Path:
     return local_run_folder(store.uri) / optuna_journal.FILE
+
+
+def _with_known_grace(plan: Sweep, store: TrialStore) -> Sweep:
+    """`plan` with the default grace that its sweep began with: an earlier version had another."""
+    if plan.grace or not store.read():
+        return plan
+    known = store.about["identity"]["early stopping"]
+    return plan if known == "off" else replace(plan, grace=known["grace"])
 
 
 def _tuning_split(plan: Sweep, store: TrialStore, inputs: SweepInputs) -> TuningSplit:

@@ -264,7 +264,7 @@ def test_a_sweep_fills_in_its_name_split_and_first_rung():
     data = plan.base(SPLIT).data
     assert (data.tuning_source, data.tuning_fraction) == ("reserve", 0.1)
     short = Sweep(RECIPE, "x", spaces.load("quick"), epochs=4)
-    assert short.base(SPLIT).train.epochs == 4 and short.first_rung == 1
+    assert short.base(SPLIT).train.epochs == 4 and short.first_rung == 2
     for wrong in ({"trials": 0}, {"reduction": 1}, {"parallel": -1}):
         with pytest.raises(ConfigError):
             Sweep(RECIPE, "x", spaces.load("quick"), **wrong)
@@ -288,6 +288,17 @@ def test_more_trials_and_another_cluster_are_the_same_sweep():
     ):
         assert identity(replace(plan, **other)) != identity(plan)
     assert identity(plan, replace(INPUTS, data_digest="e")) != identity(plan)
+
+
+def test_a_sweep_of_an_earlier_version_goes_on_with_its_default_grace(tmp_path):
+    plan = Sweep(RECIPE, "x", spaces.load("quick"), epochs=4)
+    base = plan.base(SPLIT)
+    began = replace(plan, grace=1).identity(base, INPUTS)
+    TrialStore(str(tmp_path), "s").open(began, {})
+    store = TrialStore(str(tmp_path), "s")
+    assert sweeps._with_known_grace(plan, store).identity(base, INPUTS) == began
+    assert sweeps._with_known_grace(replace(plan, grace=3), store).first_rung == 3
+    assert sweeps._with_known_grace(plan, TrialStore(str(tmp_path), "new")).first_rung == 2
 
 
 def test_a_sweep_of_an_earlier_version_goes_on_with_the_split_it_began_with(tmp_path):
