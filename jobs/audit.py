@@ -9,7 +9,6 @@ once (about 2 ms of a core per ImageNet picture); the labels take seconds to min
 code: 1 where a threshold is exceeded.
 """
 
-import os
 import shlex
 import sys
 import textwrap
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from ftlib.checks import check_data
 from ftlib.cli import ResultOptions, job, options, reporting
+from ftlib.cpus import available_cpus
 from ftlib.flags import Metavar, Position
 from ftlib.paths import data_path, home, job_command, run_folder
 from ftlib.settings import Between
@@ -100,7 +100,7 @@ def audit_pictures(asked: Options, run: str) -> "Audit":
             dataset,
             features=features,
             label_sample=asked.label_sample,
-            workers=asked.workers or os.cpu_count() or 1,
+            workers=asked.workers or available_cpus(),
             tick=progress.advance,
         )
 

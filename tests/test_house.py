@@ -21,7 +21,17 @@ LONG_FOR_A_REASON = {
     "paired_difference": "one derivation, step by step",
 }
 FLOORS = [
-    {"console", "settings", "text", "clock", "process_identity", "picture", "lettering"},
+    {
+        "console",
+        "settings",
+        "text",
+        "clock",
+        "cpus",
+        "gc_pause",
+        "process_identity",
+        "picture",
+        "lettering",
+    },
     {"storage", "config"},
     {
         "console",

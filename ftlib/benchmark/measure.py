@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import psutil
 
+from ftlib.cpus import available_cpus
+
 QUIET_SECONDS = 0.2
 """Loader processes that used no CPU for this long, twice, have nothing left to do."""
 QUIET_CPU = 0.015
@@ -267,9 +269,7 @@ def machine() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": available_cpus(),
         "vector": next(
             (
                 name

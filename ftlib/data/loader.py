@@ -32,6 +32,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from ftlib import config
+from ftlib.cpus import available_cpus
 from ftlib.data.augment import EvalTransform, TrainTransform
 from ftlib.data.decode import DecodeError
 from ftlib.data.fetch_ahead import FetchAhead, shard_blocks
@@ -163,8 +164,8 @@ def scored_batches(
 
 
 def all_but_one_cpu() -> int:
-    """Loader processes where the driver itself reads: one for each CPU of this machine but one."""
-    return max((os.cpu_count() or 1) - 1, 0)
+    """Loader processes where the driver itself reads: one for each CPU that it may use but one."""
+    return available_cpus() - 1
 
 
 # --- sources ------------------------------------------------------------------------------------

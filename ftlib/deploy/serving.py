@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -31,6 +30,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from ftlib import picture
+from ftlib.cpus import available_cpus
 from ftlib.deploy.batcher import Batcher
 from ftlib.deploy.decoding import STATUS, Decoders
 from ftlib.deploy.errors import RequestError
@@ -239,13 +239,6 @@ class Service:
             raise RequestError(STATUS.get(error.reason, 400), error.detail) from None
         finally:
             self.body.held -= len(data)
-
-
-def available_cpus() -> int:
-    """CPUs that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def model_threads(cpus: int) -> int:

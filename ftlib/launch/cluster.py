@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from ftlib.config import Cluster
+from ftlib.cpus import available_cpus
 from ftlib.launch import own_ray, ray_address
 from ftlib.launch.errors import LaunchError
 from ftlib.paths import environment_variables
@@ -225,7 +226,7 @@ def this_machine() -> Capacity:
     """Capacity of this machine alone, without Ray."""
     import torch
 
-    return Capacity((Node(float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())),))
+    return Capacity((Node(float(available_cpus()), float(torch.cuda.device_count())),))
 
 
 def _autoscaler_nodes(file: Path) -> tuple[Node, ...]:

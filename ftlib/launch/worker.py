@@ -118,10 +118,12 @@ def processes_and_threads(run: Run, dataset: Dataset, cpus: int) -> tuple[int, i
     many threads as a larger one, because their number changes the last bits of sums.
     """
     from ftlib.data.loader import FEW
+    from ftlib.data.sampler import run_rows
 
     asked = run.data.loader_workers
     loaders = asked if asked >= 0 else max(cpus - 1, 0)
-    pictures = run.train.epochs * sum(len(dataset.split(name)) for name in ("train", "val"))
+    rows, tuning = run_rows(dataset.split("train").labels, run.data)
+    pictures = run.train.epochs * (len(rows) + (len(tuning) or len(dataset.split("val"))))
     return (0 if asked < 0 and pictures <= FEW else loaders), max(cpus - loaders, 1)
 
 

@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from ftlib import storage
+from ftlib.cpus import available_cpus
 from ftlib.data.shards import DataError
 from ftlib.preparation.options import PrepareOptions
 from ftlib.preparation.sandbox import DecoderSandbox
@@ -64,7 +65,7 @@ def _run_threads(tasks: Sequence[ShardTask], workers: int, tick: Tick) -> list[S
         with lock:
             tick(n)
 
-    at_once = max(1, min(len(tasks), workers or os.cpu_count() or 1))
+    at_once = max(1, min(len(tasks), workers or available_cpus()))
     with contextlib.ExitStack() as stack:
         sandboxes: SimpleQueue[DecoderSandbox] = SimpleQueue()
         for _ in range(at_once):

@@ -3,6 +3,7 @@
 import io
 import logging
 
+import numpy as np
 import pytest
 
 from ftlib.config import Data, Run, Train
@@ -80,6 +81,18 @@ def test_only_errors_that_would_come_again_are_final():
     )
 
 
+class TwentyPictures:
+    """Of two classes: 16 to train on, 4 to score."""
+
+    def split(self, name):
+        return self
+
+    labels = np.arange(16) % 2
+
+    def __len__(self):
+        return 4
+
+
 @pytest.mark.parametrize(
     ("asked", "epochs", "expected"),
     [
@@ -90,12 +103,17 @@ def test_only_errors_that_would_come_again_are_final():
     ],
 )
 def test_loader_processes_and_threads_of_a_worker(asked, epochs, expected):
-    class TwentyPictures:
-        def split(self, name):
-            return range({"train": 16, "val": 4}[name])
-
     run = Run(data=Data(path="x", loader_workers=asked), train=Train(epochs=epochs))
     assert [processes_and_threads(run, TwentyPictures(), cpus) for cpus in (1, 2, 8)] == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "read"), [({}, 20), ({"subset": 0.5}, 12), ({"tuning_fraction": 0.25}, 16)]
+)
+def test_loader_processes_are_for_the_pictures_that_the_run_reads(data, read):
+    for epochs, processes in ((2000 // read, 0), (2000 // read + 1, 1)):
+        run = Run(data=Data(path="x", **data), train=Train(epochs=epochs))
+        assert processes_and_threads(run, TwentyPictures(), 2) == (processes, 1)
 
 
 def test_plain_lines_epoch_ends_and_restarts():
