@@ -21,6 +21,7 @@ from ftlib import storage
 from ftlib.checks import check_data
 from ftlib.cli import ResultOptions, job, options, reporting
 from ftlib.flags import Commas, Metavar, Position
+from ftlib.gc_pause import gc_paused
 from ftlib.paths import data_path, local_run_folder, run_folder
 from ftlib.settings import Between
 
@@ -60,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_dir = run_folder(asked.run)
     if asked.data:
         check_data(asked.data)
-    from ftlib.data.shards import Dataset, open_dataset
-    from ftlib.report.evaluation import load
+    with gc_paused():
+        from ftlib.data.shards import Dataset, open_dataset
+        from ftlib.report.evaluation import load
 
     with reporting(asked) as result:
         loaded = load(run_dir, asked.weights)
@@ -109,8 +111,9 @@ def write_report(
     scored: Sequence["Scored"],
 ) -> str:
     """Write the report, copy it to MLflow, and return the path of its page."""
-    from ftlib.report.evaluation_report import write
-    from ftlib.report.run_facts import run_facts
+    with gc_paused():
+        from ftlib.report.evaluation_report import write
+        from ftlib.report.run_facts import run_facts
 
     place = Path(asked.out) if asked.out else local_run_folder(run_dir) / "report"
     facts = run_facts(loaded.run, run_dir)

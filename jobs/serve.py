@@ -18,6 +18,7 @@ from ftlib.checks import check_model
 from ftlib.cli import JobOptions, job, options
 from ftlib.config import AtLeastOne, Positive
 from ftlib.flags import Metavar
+from ftlib.gc_pause import gc_paused
 from ftlib.settings import Between
 
 
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = options(Options, __doc__, argv)
     check_model(asked.model, asked.tracking_uri)
     print("looking for the model ...", file=sys.stderr, flush=True)
-    from ftlib.packaging.package import check, locate
+    with gc_paused():
+        from ftlib.packaging.package import check, locate
 
     model, tracking = locate(asked.model, asked.tracking_uri)
     check(model, tracking)  # a missing model is said here, not in a replica's log

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ftlib.config import Run
 from ftlib.data.shards import Dataset
+from ftlib.gc_pause import gc_paused
 from ftlib.launch import gates
 from ftlib.launch.outcome import Outcome
 from ftlib.paths import home, job_command, local_run_folder
@@ -85,7 +86,8 @@ def figures(
     source: InitialWeights | None,
 ) -> list[str]:
     """Draw the training curves, beside those of the run it started from. Returns the files."""
-    from ftlib.report.curves import compared, curves
+    with gc_paused():
+        from ftlib.report.curves import compared, curves
 
     folder = local_run_folder(run_dir) / "report"
     drawn: list[str] = []
@@ -145,7 +147,7 @@ def log_end(
             writer.artifact(file, "report")
         written = [str(file) for file in report.files]
     again = job_command("export", f"{outcome.name} --out FOLDER --formats mlflow")
-    with _log_failure(f"the model could not be packaged; once there is room: {again}"):
+    with _log_failure(f"the model could not be packaged; once there is room: {again}"), gc_paused():
         _log_model(tracked, run, dataset, outcome, temperature=temperature, fitted_on=fitted_on)
     return written
 
@@ -183,7 +185,8 @@ def _start_scores(outcome: Outcome) -> dict[str, float]:
 
 def _report(run: Run, dataset: Dataset, outcome: Outcome) -> EvaluationReport:
     """Confusions, worst mistakes and calibration of the best model on REPORT_IMAGES at most."""
-    from ftlib.report.evaluation_report import report_run
+    with gc_paused():
+        from ftlib.report.evaluation_report import report_run
 
     return report_run(
         outcome.run_dir,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ftlib.checks import check_cluster, check_recipe
 from ftlib.cli import ResultOptions, options_and_recipe, reporting
 from ftlib.config import Run
+from ftlib.gc_pause import gc_paused
 
 
 def train_job(recipe: Run, about: str | None, argv: Sequence[str] | None = None) -> None:
@@ -19,7 +20,8 @@ def train_job(recipe: Run, about: str | None, argv: Sequence[str] | None = None)
     )
     check_recipe(run)
     check_cluster(run)
-    from ftlib.launch.launch import launch  # imports torch and ray
+    with gc_paused():
+        from ftlib.launch.launch import launch  # imports torch and ray
 
     with reporting(asked) as result:
         result.update(vars(launch(run, quiet=asked.quiet)))

@@ -28,6 +28,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from filelock import FileLock, Timeout
 
+from ftlib.gc_pause import gc_paused
 from ftlib.paths import home, job_command
 from ftlib.track import library_log
 from ftlib.track.redact import HIDDEN, redact, redact_address
@@ -274,7 +275,7 @@ def import_mlflow(uri: str) -> None:
     Hides the deprecation warnings that MLflow's own imports cause.
     """
     set_client_defaults()
-    with warnings.catch_warnings():
+    with gc_paused(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         is_database = scheme(uri) in DATABASE_SCHEMES
         importlib.import_module(

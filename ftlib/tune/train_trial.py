@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 import numpy as np
 
 from ftlib.config import Gates, Run
+from ftlib.gc_pause import gc_paused
 from ftlib.paths import runs_root
 from ftlib.settings import from_dict, override
 from ftlib.storage import join, read_json
@@ -229,7 +230,8 @@ class TrialContext:
 
 def train_run(context: TrialContext, config: TrialConfig, report: Report) -> TrialResult:
     """Train `config["run"]` with `launch` and report each scored epoch."""
-    from ftlib.launch.launch import launch
+    with gc_paused():
+        from ftlib.launch.launch import launch
 
     run = from_dict(Run, config["run"])
     split = context.split
