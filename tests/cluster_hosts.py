@@ -7,7 +7,6 @@
 
 Each is a set of Linux namespaces with an sshd and a home, /tmp, /data and /dev/shm of its own. They
 are plugged into one switch and share the folder /shared, as by NFS. Programs are this machine's.
-The clock of worker2 is ten minutes fast, where libfaketime is installed.
 All of it hangs on one process, the rack: when that ends, every process in it does, and the kernel
 takes networks and mounts away. It ends with the process that made it, whatever happens to that.
 """
@@ -32,7 +31,6 @@ ROOT = Path(__file__).parents[1]
 TOOLS = ("unshare", "nsenter", "setpriv", "ip", "ssh", "ssh-keygen", "rsync", "/usr/sbin/sshd")
 ADDRESSES = {"laptop": 9, "head": 10, "worker1": 11, "worker2": 12}
 GATEWAY = "10.77.0.1"
-FAKE_CLOCK = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 SHARED_MB = 300
 OWN_FOLDERS = ("root", "home", "tmp", "data", "run", "shared", "mnt")
 """Folders below / that each machine has for itself."""
@@ -318,9 +316,4 @@ def _own_files(machine: Machine, key: Path) -> None:
     (ssh / "sshd_config").write_text(
         "HostKey /root/.ssh/id_ed25519\nStrictModes no\nUsePAM no\nPidFile none\n"
     )
-    settings = f"export PATH={_PATH}\n"
-    if machine.name == "worker2" and FAKE_CLOCK.exists():
-        settings += (
-            f"export LD_PRELOAD={FAKE_CLOCK} FAKETIME=+600s FAKETIME_DONT_FAKE_MONOTONIC=1\n"
-        )
-    (machine.files / "root/.bashrc").write_text(settings)
+    (machine.files / "root/.bashrc").write_text(f"export PATH={_PATH}\n")

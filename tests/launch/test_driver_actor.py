@@ -2,11 +2,14 @@
 
 import io
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray
 
 from ftlib.config import Data, Run, Train
+from ftlib.launch import worker
 from ftlib.launch.driver_actor import (
     DriverActor,
     DriverLogHandler,
@@ -14,7 +17,9 @@ from ftlib.launch.driver_actor import (
     StopSignals,
     ignore_errors,
 )
+from ftlib.launch.errors import LaunchError
 from ftlib.launch.progress import ProgressDisplay, duration, sentence
+from ftlib.launch.source_version import source_version
 from ftlib.launch.worker import is_final, processes_and_threads
 from ftlib.settings import ConfigError
 from ftlib.storage import StorageError
@@ -154,3 +159,20 @@ def test_durations_and_progress_lines():
         duration(3661) == "1:01:01" and duration(-5) == "0:00:00" and duration(float("inf")) != ""
     )
     assert "left" not in sentence({**POINT, "step": 12})
+
+
+def test_a_worker_with_another_ftlib_is_refused_but_on_the_driver_s_own_node(monkeypatch):
+    """There, somebody may write code while a run trains."""
+    here = SimpleNamespace(get_node_id=lambda: "here")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: here)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.2")
+    monkeypatch.setattr(logging.getLogger("ftlib"), "handlers", [])
+    channel = LocalChannel()
+    worker._join(channel, "here", "0.1.0 (12345678)")
+    worker._join(channel, "elsewhere", source_version())
+    assert channel.actor.nodes == {"here"}
+    with pytest.raises(
+        LaunchError, match=r"10.0.0.2 runs ftlib .* the driver ftlib 0.1"
+    ) as refused:
+        worker._join(channel, "elsewhere", "0.1.0 (12345678)")
+    assert is_final(refused.value)
