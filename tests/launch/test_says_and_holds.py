@@ -26,8 +26,13 @@ from ftlib.tune.stored_predictions import predictions
 from tests.failing_writes import FailingWrites
 from tests.launch.test_launch import Recorder
 
-PAIRS = {"manifest and shards", "report and weights", "package and run", "scores and weights"}
-PAIRS |= {"promotion and predictions"}
+PAIRS = {
+    "manifest and shards",
+    "scores and weights",
+    "promotion and predictions",
+    "report and weights",
+    "package and run",
+}
 
 
 def agreeing(folder, data):
@@ -63,6 +68,7 @@ def agreeing(folder, data):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_write_of_a_run_s_end_may_fail(tiny, shapes, home, tmp_path, monkeypatch):
     """Each in turn (of report and package, whose own tests try all, each fourth), over a run that
     was stopped after its last step. It ends with an error, which the same command mends, or with
