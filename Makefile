@@ -54,7 +54,7 @@ $(DEV_STAMP): $(STAMP)
 	$(PIP) install -r requirements-dev.txt
 	touch $@
 
-run: $(STAMP)  ## Prepare the sample and train the phases on it (about 4 minutes on 2 cores)
+run: $(STAMP)  ## Prepare the sample and train the phases on it (2 to 5 minutes on 2 cores)
 	$(BIN)/python jobs/sample.py
 
 test: $(DEV_STAMP)  ## Run the tests (about 20 minutes on 2 cores)

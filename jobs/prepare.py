@@ -10,7 +10,7 @@
 
 It prints what it takes the source for, then writes Parquet shards, a manifest, and a report of
 every file that was refused or repaired, and why. It takes about the size of the pictures on disk,
-and 5 ms of one core per ImageNet picture. The same command goes on after an interruption.
+and some milliseconds of one core per picture. The same command goes on after an interruption.
 docs/data.md has the rest.
 """
 

@@ -32,12 +32,6 @@ from tests.deploy.browser import CHROMIUM, Browser
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
-RUN = "docs"
-TRAINING = f"""
-    phase1 --name {RUN} --data.path digits --data.subset 0.9 --model.arch resnet18
-    --augment.size 32 --augment.flip 0 --train.epochs 12 --train.batch-size 32
-    --train.ema-decay 0.98 --gates.val-top1 0
-"""
 SWEEP = "quick-sample-phase2"
 IN_THE_WAY = ("assistant.chat_panel.close", "shared_view.dismiss")
 """What MLflow shows over or beside the charts: buttons that close it."""
@@ -96,13 +90,11 @@ def charts(address: str, image: str, *, drawn: int, height: int) -> None:
     save(base64.b64decode(taken["data"]), image)
 
 
-def search_and_phases(home: Path) -> None:
+def search_and_phases(home: Path, phase3: Path) -> None:
     """The sample's phases in MLflow, a sweep around its second one, and the sweep's report."""
-    run_job(home, "sample")
     run_job(home, f"sweep --recipe sample-phase2 --space quick --trials 8 --name {SWEEP}")
     screenshot(home / "runs" / SWEEP / "report" / "index.html", "search-report.png", height=1830)
-    (record,) = (home / "runs").glob("phase3-digits-*/run.json")
-    experiment = json.loads(record.read_text())["mlflow"]["experiment_id"]
+    experiment = json.loads((phase3 / "run.json").read_text())["mlflow"]["experiment_id"]
     with served(home, "track ui") as address:
         page = experiment_page(experiment, PHASES)
         charts(f"{address}/{page}", "mlflow-phases.png", drawn=6, height=900)
@@ -110,14 +102,21 @@ def search_and_phases(home: Path) -> None:
         charts(f"{address}/{page}", "search-mlflow-view.png", drawn=3, height=1400)
 
 
-def serving_page(home: Path) -> None:
+def report(home: Path, phase3: Path) -> None:
+    run_job(home, f"evaluate {phase3.name} --no-track")
+    page = phase3 / "report" / "report.html"
+    screenshot(page, "report.png", height=1320)
+    screenshot(page, "mistakes.png", heading="Worst mistakes", height=532)
+
+
+def serving_page(home: Path, phase3: Path) -> None:
     """The page with the digit that the model is least sure of."""
-    with np.load(home / "runs" / RUN / "predictions.npz") as scored:
+    with np.load(phase3 / "predictions.npz") as scored:
         logits = scored["logits"].astype(np.float32)
         unsure = int(scored["rows"][softmax(logits).max(axis=1).argmin()])
     picture = bytes(Dataset.open(str(home / "data/digits")).split("val").image(unsure))
     with (
-        served(home, f"serve --model runs/{RUN}/model") as address,
+        served(home, f"serve --model {phase3 / 'model'}") as address,
         tempfile.TemporaryDirectory() as profile,
     ):
         browser = Browser(Path(profile), height=920)
@@ -130,6 +129,15 @@ def serving_page(home: Path) -> None:
         finally:
             browser.close()
     save(base64.b64decode(taken["data"]), "serve.png")
+
+
+def audit_and_rate(home: Path) -> None:
+    run_job(home, f"audit digits --out {home / 'audit'}")
+    screenshot(home / "audit" / "audit.html", "audit.png", height=1200)
+    small = "--data.path digits --train.batch-size 32 --train.microbatch-size 32"
+    figure = f"--model.arch resnet18 --augment.size 32 --figure {home / 'lr.png'}"
+    run_job(home, f"find_lr phase1 {small} {figure}")
+    save((home / "lr.png").read_bytes(), "lr.png")
 
 
 def screenshot(page: Path, image: str, *, heading: str = "", height: int) -> None:
@@ -177,19 +185,12 @@ def save(data: bytes, image: str) -> None:
 
 def make(home: Path) -> None:
     home.mkdir(parents=True, exist_ok=True)
-    run_job(home, "prepare --source digits")
-    search_and_phases(home)
-    run_job(home, TRAINING)
-    run_job(home, f"evaluate {RUN} --no-track")
-    report = home / "runs" / RUN / "report" / "report.html"
-    screenshot(report, "report.png", height=1320)
-    screenshot(report, "mistakes.png", heading="Worst mistakes", height=532)
-    serving_page(home)
-    run_job(home, f"audit digits --out {home / 'audit'}")
-    screenshot(home / "audit" / "audit.html", "audit.png", height=1200)
-    small = "--data.path digits --model.arch resnet18 --augment.size 32"
-    run_job(home, f"find_lr phase1 {small} --figure {home / 'lr.png'}")
-    save((home / "lr.png").read_bytes(), "lr.png")
+    run_job(home, "sample")
+    (phase3,) = (home / "runs").glob("phase3-digits-*")
+    search_and_phases(home, phase3)
+    report(home, phase3)
+    serving_page(home, phase3)
+    audit_and_rate(home)
 
 
 if __name__ == "__main__":

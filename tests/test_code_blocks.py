@@ -39,7 +39,7 @@ NOT_RUN = {
     "python jobs/serve.py": SERVER,
     "python jobs/prepare.py --source FOLDER --val-fraction 0.2 --out pets": ELSEWHERE,
     "python jobs/finetune.py": LONG,
-    "docs: resnet18": SHOWN,
+    "phase3-digits-e75826: resnet18": SHOWN,
     "python jobs/find_lr.py": LONG,
     "python jobs/benchmark.py": LONG,
     "python jobs/track.py ui": SERVER,
