@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -262,7 +263,8 @@ def open_run(prepared: PreparedRun, options: LaunchOptions) -> Iterator[ActiveRu
     late = 0.0 if options.kind in FINAL else LATE_SECONDS
     with Lease(run_dir, run.name, late) as lease, contextlib.ExitStack() as stack:
         if options.announce:
-            options.say(f"{run.name}: {prepared.plan}")
+            plan = f"{run.name}: {prepared.plan}"
+            options.say(textwrap.fill(plan, 100, subsequent_indent="  "))
             for line in prepared.plan.far_outside:
                 options.say(f"  note: {line}")
         if options.tracking is None:

@@ -45,8 +45,8 @@ class RunPlan:
     def __str__(self) -> str:
         return (
             f"{self.images:,} training images, {self.scored:,} scored; "
-            f"{self.steps_per_epoch:,} steps an epoch, {self.steps:,} in all\n"
-            f"  {self.parameters / 1e6:.1f} M parameters; "
+            f"{self.steps_per_epoch:,} steps an epoch, {self.steps:,} in all; "
+            f"{self.parameters / 1e6:.1f} M parameters; "
             f"up to {self.disk_bytes / 1e9:.2g} GB of checkpoints"
         )
 
