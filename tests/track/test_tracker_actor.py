@@ -71,7 +71,7 @@ def test_a_killed_actor_starts_again_and_loses_nothing(
     cluster, store, mlflow, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("RAY_ADDRESS", "somewhere")
-    first, go = tmp_path / "first", tmp_path / "go"
+    first, go, arrived = (tmp_path / name for name in ("first", "go", "arrived"))
 
     @ray.remote(num_cpus=1)
     def train(writer):
@@ -81,8 +81,8 @@ def test_a_killed_actor_starts_again_and_loses_nothing(
                 while not go.exists():
                     time.sleep(0.01)
             writer.metrics({"m": step}, step)
-        for _ in range(6):  # an actor takes seconds to start again
-            writer.flush()
+        while not arrived.exists():
+            time.sleep(0.01)
 
     with open_tracking(
         Track(uri=store), experiment="e", journal_dir=tmp_path / "journal"
@@ -91,15 +91,24 @@ def test_a_killed_actor_starts_again_and_loses_nothing(
         writer = run.writer()
         location = dataclasses.replace(writer.location, machine="another")
         done = train.remote(dataclasses.replace(writer, location=location))
-        while not first.exists() or not actors():
-            time.sleep(0.01)
+        until(lambda: first.exists() and actors())
         for actor in actors():
             actor.kill()
         go.touch()
+        until(lambda: '"step":199' in run.path.read_text())
+        arrived.touch()
         ray.get(done)
         assert run.finish("completed")
     points = mlflow.get_metric_history(run.run_id, "m")
     assert [(m.step, m.value) for m in points] == [(s, s) for s in range(200)]
+
+
+def until(condition):
+    """Wait for it; an actor takes many seconds to start again on a busy machine."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def actors():
