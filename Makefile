@@ -66,14 +66,14 @@ test-slow: $(DEV_STAMP)  ## Run the tests that take minutes each
 # Nothing is installed or downloaded here: a machine with a GPU may have no network.
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 GPU_NEEDS = torch torchvision ray mlflow albumentations cv2 simplejpeg pytest pytest_timeout
-gpu:  ## Tests and benchmark of a GPU, planned for 9 minutes (SOURCE=PICTURES TIMM=train.py)
+gpu:  ## Tests and benchmark of a GPU, in at most 9 minutes (SOURCE=PICTURES TIMM=train.py)
 	@$(GPU_PYTHON) -c 'import importlib.util as u, sys; \
 	  no = [name for name in sys.argv[1:] if u.find_spec(name) is None]; \
 	  sys.exit("not installed: " + ", ".join(no) + ". Run make install-dev" if no else 0)' $(GPU_NEEDS)
 	@$(GPU_PYTHON) -c 'import torch; n = torch.cuda.device_count(); \
 	  print([torch.cuda.get_device_name(i) for i in range(n)] or "no GPU: the same on the CPU")'
-	timeout 240 $(GPU_PYTHON) -m pytest -q -m gpu tests; tests=$$?; \
-	PYTHONPATH=. $(GPU_PYTHON) jobs/benchmark.py --what gpu --arch resnet50 --size 224 --batch 256 \
+	timeout 230 $(GPU_PYTHON) -m pytest -v -m gpu tests; tests=$$?; \
+	PYTHONPATH=. timeout 300 $(GPU_PYTHON) jobs/benchmark.py --what gpu --arch resnet50 --size 224 --batch 256 \
 	  --steps 20 --rounds 3 --workers $$(( $$(nproc) - 1 )) --out gpu \
 	  $(if $(SOURCE),--source $(SOURCE)) $(if $(TIMM),--timm $(TIMM)) && exit $$tests
 

@@ -293,6 +293,18 @@ def test_no_piece_is_begun_when_the_time_is_over():
     assert "timm: left out" in said
 
 
+def test_a_piece_that_fails_or_hangs_costs_no_other_its_result(monkeypatch):
+    def fails():
+        raise RuntimeError("no kernel image")
+
+    ends = time.monotonic() + 60
+    assert gpu._try("waits", fails, ends, quiet) == ["waits: failed, RuntimeError: no kernel image"]
+    monkeypatch.setattr(gpu, "PIECE_SECONDS", 0.1)
+    found = gpu._try("timm", lambda: [str(time.sleep(60))], ends, quiet)
+    assert found == ["timm: did not fit into 0 s"]
+    assert gpu._try("loader", lambda: ["measured"], ends, quiet) == ["measured"]
+
+
 def test_the_longest_waits_and_what_the_host_did_in_them():
     def event(name, start, end):
         return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end))

@@ -18,13 +18,15 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ftlib.benchmark.training import BenchmarkSettings, describe, loops, training
+from ftlib.benchmark.training import BenchmarkSettings, describe, device, loops, training
 
 
 def main(out: str, settings: BenchmarkSettings) -> None:
     workers = int(os.environ["WORLD_SIZE"])
     backend = "nccl" if torch.cuda.device_count() >= workers else "gloo"
-    dist.init_process_group(backend)
+    if backend == "nccl":  # else each of them talks over the first GPU
+        torch.cuda.set_device(device())
+    dist.init_process_group(backend, device_id=device() if backend == "nccl" else None)
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(1)
     ours = training(settings, rank=rank, world=world)
