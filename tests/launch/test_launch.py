@@ -440,8 +440,6 @@ def test_a_taken_name_and_a_running_one(tiny, tracking):
 def test_other_classes_need_a_new_head(tiny, tracking, tmp_path):
     import cv2
 
-    from ftlib.preparation.prepare import prepare as prepare_data
-
     first = run_it(override(tiny, {"train.epochs": 1}), tracking)
     for split, count in (("train", 6), ("val", 2)):
         for name in ("a", "b", "c"):
@@ -451,7 +449,7 @@ def test_other_classes_need_a_new_head(tiny, tracking, tmp_path):
                     str(tmp_path / "p" / split / name / f"{i}.jpg"),
                     np.random.default_rng(i).integers(0, 255, (16, 16, 3), dtype=np.uint8),
                 )
-    prepare_data(str(tmp_path / "p"), str(tmp_path / "abc"), engine="local", progress=False)
+    prepare(str(tmp_path / "p"), str(tmp_path / "abc"), engine="local", progress=False)
     other = override(
         tiny,
         {
