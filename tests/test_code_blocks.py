@@ -33,6 +33,7 @@ NOT_RUN = {
     "docker build": CLUSTER,
     "sbatch": CLUSTER,
     "git clone": "installs",
+    "# The cut, from Debian's package": "reads a package that is not everywhere",
     ".venv/bin/python -m pytest": "is a test itself",
     "Source: /data/kaggle": SHOWN,
     "manifest.json": SHOWN,
