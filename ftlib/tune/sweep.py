@@ -394,7 +394,7 @@ def sentence(plan: Sweep, result: SweepResult, total: int, budget: TimeBudget) -
     promotion = plan_promotion(result.store)
     lines = [
         f"{len(done)} trials ({pruned} stopped early, {len(failed)} failed) in "
-        f"{duration(result.seconds)}.{out_of_time}",
+        f"{duration(budget.spent)}.{out_of_time}",
         headline(result.store, plan.space),
     ]
     if scored := scored_on(result.store):

@@ -334,6 +334,18 @@ def test_a_sweep_without_time_left_starts_no_trial_and_says_so(tmp_path, monkeyp
     assert sweeps._proposals(plan, RECIPE, store, 3, more)().number == 0
 
 
+def test_the_time_of_a_sweep_is_that_of_all_its_starts(tmp_path):
+    store = TrialStore(str(tmp_path), "s")
+    store.open({}, {"spent_seconds": 3600.0, "split": "tuning"})
+    own = Trial(0, {}, "recipe", "completed", "", [{"epoch": 1, "score": 80.0, "seconds": 1.0}])
+    store.add(own)
+    plan = Sweep(RECIPE, "x", spaces.load("quick"))
+    result = sweeps.SweepResult(store, True, own, "", "", seconds=5.0)
+    budget = TimeBudget(store, plan.budget_seconds)
+    said = sweeps.sentence(plan, result, 1, budget)
+    assert said.startswith("1 trials (0 stopped early, 0 failed) in 1:00:")
+
+
 def test_the_best_score_of_a_pruned_trial_reaches_mlflow_before_its_run_ends(tmp_path):
     calls = []
 
