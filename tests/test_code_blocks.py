@@ -39,6 +39,7 @@ NOT_RUN = {
     "manifest.json": SHOWN,
     "python jobs/serve.py": SERVER,
     "python jobs/prepare.py --source FOLDER --val-fraction 0.2 --out pets": ELSEWHERE,
+    "python jobs/prepare.py --source FOLDER --val-fraction 0.4 --out pool": LONG,
     "python jobs/finetune.py": LONG,
     "phase3-digits-e75826: resnet18": SHOWN,
     "python jobs/find_lr.py": LONG,
