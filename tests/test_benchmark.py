@@ -21,6 +21,7 @@ from PIL import Image
 
 from ftlib.benchmark import gpu, loader, measure, pictures, recipes, scale, show, training
 from ftlib.benchmark.measure import BenchmarkError, Case, Cost, Goal, by_turns, ratios
+from ftlib.preparation.options import PrepareOptions
 
 JOB = Path(__file__).parents[1] / "jobs" / "benchmark.py"
 
@@ -276,6 +277,7 @@ def test_two_workers_and_startup(tmp_path):
 
 def test_gpu_in_its_smallest_form(job, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "PICTURES", 24)
+    monkeypatch.setattr(gpu, "_sweep", lambda *_: [])  # it starts Ray: a test of its own
     words = "--what gpu --arch shufflenet_v2_x0_5 --size 32 --batch 2 --steps 1 --rounds 1"
     job.main([*words.split(), "--workers", "0", "--max-side", "64", "--out", str(tmp_path)])
     capsys.readouterr()
@@ -285,6 +287,16 @@ def test_gpu_in_its_smallest_form(job, tmp_path, monkeypatch, capsys):
     assert all(word in said for word in ("images/s", "GFLOP", "wait of", "cores", "--timm"))
     page = (tmp_path / "benchmark.md").read_text()
     assert "| ftlib end to end |" in page and all(f"- {note}" in page for note in steps["notes"])
+
+
+@pytest.mark.slow
+def test_gpu_sweeps_four_trials_at_once(tmp_path):
+    plan = gpu.GpuPlan(training.BenchmarkSettings("shufflenet_v2_x0_5", 32), 0, 64)
+    folder = loader.pictures_of(None, tmp_path, 60)
+    rules = PrepareOptions(max_side=64)
+    dataset = loader.prepared(folder, tmp_path / "prepared", rules, val_fraction=0.1)
+    (said,) = gpu._sweep(plan, dataset, tmp_path / "sweep")
+    assert re.fullmatch(r"sweep: 4 trials at once in \d+ s, Ray included", said)
 
 
 def test_no_piece_is_begun_when_the_time_is_over():
