@@ -283,7 +283,7 @@ def test_a_bare_file_of_other_classes_starts_a_new_classifier_and_says_so(tmp_pa
     save_file(state, tmp_path / "w.safetensors")
     source = resolve(run)
     assert source.new_head and source.classes == 5
-    assert any("5 classes and the data set has 3" in note for note in source.notes)
+    assert any("for 5 classes, the data set has 3" in note for note in source.notes)
     model = initial_weights.start(run, CLASSES, source)
     head = models.head_name(model)
     for key, value in model.state_dict().items():
