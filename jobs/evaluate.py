@@ -165,7 +165,7 @@ def attach(run_dir: str, record: Mapping[str, Any], files: Sequence[Path], folde
             mlflow.log_artifact(known["run_id"], str(file), folder)
         page = absolute(uri, run_page(known.get("experiment_id", ""), known["run_id"]))
         print(f"in MLflow: {page} (artifacts, {folder})")
-        if command := opened_by(page):
+        if command := opened_by(uri):
             print(f"start its UI with: {command}")
     except Exception as error:
         reason = json.dumps(str(error).splitlines()[0])

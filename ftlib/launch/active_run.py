@@ -166,6 +166,7 @@ class ActiveRun:
             best_dir=self._best_folder(result),
             mlflow_run_id=self.tracked.run_id,
             mlflow_url=self.tracked.url,
+            mlflow_opened_by=self.tracked.opened_by,
             compare_url=self.tracked.view_url(phases_view()),
             gates=gates.check(run.gates, metrics, start),
             start_top1=start,
@@ -300,9 +301,7 @@ def open_run(prepared: PreparedRun, options: LaunchOptions) -> Iterator[ActiveRu
             finalize.log_start(active.writer, run, prepared.dataset, options.kind)
             if options.announce:
                 resumed = prepared.record is not None
-                options.say(
-                    summary.starting(run, run_dir, tracked.charts_url, placement, resumed=resumed)
-                )
+                options.say(summary.starting(run, run_dir, tracked, placement, resumed=resumed))
             yield active
         except BaseException as error:
             active.end_after(error)

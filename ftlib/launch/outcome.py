@@ -41,6 +41,8 @@ class Outcome:
     mlflow_run_id: str = ""
     mlflow_url: str = ""
     """The run's page, with its note."""
+    mlflow_opened_by: str = ""
+    """The command that starts MLflow's UI; empty where a server shows the page."""
     compare_url: str = ""
     """The charts of all training runs on this data set."""
     gates: Sequence[Gate] = ()

@@ -11,12 +11,14 @@ from ftlib.launch.cluster import Placement
 from ftlib.launch.outcome import Outcome
 from ftlib.launch.progress import duration
 from ftlib.paths import home
-from ftlib.track.links import opened_by
+from ftlib.track.tracked_run import TrackedRun
 from ftlib.training.checkpoint import step_name
 from ftlib.training.initial_weights import InitialWeights
 
 
-def starting(run: Run, run_dir: str, url: str, placement: Placement, *, resumed: bool) -> str:
+def starting(
+    run: Run, run_dir: str, tracked: TrackedRun, placement: Placement, *, resumed: bool
+) -> str:
     """The lines at a run's start."""
     each = ", ".join(f"{v:g} {k}" for k, v in placement.resources.items())
     workers = str(placement.low)
@@ -33,9 +35,9 @@ def starting(run: Run, run_dir: str, url: str, placement: Placement, *, resumed:
             f"  a batch of {run.train.batch_size} = {run.train.microbatches} microbatches of "
             f"{run.train.microbatch_size}, shared out among the workers"
         )
-    if url:
+    if url := tracked.charts_url:
         lines.append(f"  MLflow   {url}")
-    if command := opened_by(url):
+    if command := tracked.opened_by:
         lines.append(f"  start UI {command}")
     return "\n".join(lines)
 
@@ -100,8 +102,8 @@ def _places(outcome: Outcome) -> list[str]:
         lines.append(f"  MLflow      {outcome.mlflow_url}")
     if outcome.compare_url:
         lines.append(f"  all runs    {outcome.compare_url}")
-    if command := opened_by(outcome.mlflow_url):
-        lines.append(f"  start UI    {command}")
+    if outcome.mlflow_opened_by:
+        lines.append(f"  start UI    {outcome.mlflow_opened_by}")
     return lines
 
 

@@ -6,7 +6,6 @@ carries it. Links in notes begin with `#/`: they hold on any host and port.
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -14,7 +13,14 @@ from urllib.parse import quote, urlsplit
 
 from ftlib.paths import job_command
 from ftlib.track.redact import redact_address
-from ftlib.track.store import DATABASE_SCHEMES, SERVER_SCHEMES, artifacts_root, scheme, sqlite_path
+from ftlib.track.store import (
+    DATABASE_SCHEMES,
+    SERVER_SCHEMES,
+    artifacts_root,
+    resolve_uri,
+    scheme,
+    sqlite_path,
+)
 
 _TRAINING = "workflowType=machine_learning"
 
@@ -31,11 +37,13 @@ def ui_base(uri: str, port: int = 5000) -> str:
     return f"http://127.0.0.1:{port}" if scheme(uri) in DATABASE_SCHEMES else ""
 
 
-def opened_by(url: str) -> str:
-    """The command that starts the UI at `url`; empty where a server shows it already."""
-    own = url.startswith(f"{ui_base('sqlite://')}/")
-    served = scheme(os.environ.get("MLFLOW_TRACKING_URI", "")) in SERVER_SCHEMES
-    return job_command("track", "ui") if own and not served else ""
+def opened_by(uri: str) -> str:
+    """The command that starts the UI of the store `uri`; empty where a server shows it already."""
+    if scheme(uri) not in DATABASE_SCHEMES:
+        return ""
+    shown = redact_address(uri)
+    is_default = shown == redact_address(resolve_uri())
+    return job_command("track", "ui" if is_default else f"ui --uri {shlex.quote(shown)}")
 
 
 def absolute(uri: str, page: str) -> str:

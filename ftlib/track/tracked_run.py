@@ -88,6 +88,11 @@ class TrackedRun:
         """Address of the run's charts; empty while the run's id is unknown."""
         return links.absolute(self.uri, self._page("model-metrics"))
 
+    @property
+    def opened_by(self) -> str:
+        """The command that starts the UI of these pages; empty where there is nothing to start."""
+        return links.opened_by(self.uri) if self.run_id else ""
+
     def _page(self, tab: str = "") -> str:
         state = self.state
         return links.run_page(state.experiment_id, state.run_id, tab) if state.run_id else ""

@@ -18,7 +18,6 @@ from ftlib.launch.progress import duration
 from ftlib.paths import local_run_folder, runs_root
 from ftlib.settings import flat, override, to_dict, to_json
 from ftlib.storage import is_remote, join, write_file
-from ftlib.track.links import opened_by
 from ftlib.tune import optuna_journal, spaces, suggest, tuning_split
 from ftlib.tune.budget import TimeBudget
 from ftlib.tune.live_table import TrialTable
@@ -203,7 +202,7 @@ def _run(plan: Sweep, group: TrialGroup, title: str, hooks: Hooks) -> SweepResul
     with tracking:
         table.say(f"{title}; {resources if left > 0 else 'nothing left to run'}")
         if charts := parent.view_url(_view(plan)):
-            opened = f" (opened by: {command})" if (command := opened_by(charts)) else ""
+            opened = f" (opened by: {command})" if (command := parent.opened_by) else ""
             table.say(f"MLflow: {charts}{opened}")
         finished = True
         if left > 0:

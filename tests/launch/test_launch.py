@@ -63,6 +63,7 @@ class Recorder:
         return self
 
     charts_url = "http://x/charts"
+    opened_by = ""
 
     def view_url(self, view):
         return f"http://x/{view.key}"

@@ -9,6 +9,8 @@ from ftlib.track.links import (
     ui_base,
     ui_command,
 )
+from ftlib.track.redact import redact_address
+from ftlib.track.store import resolve_uri
 
 
 def test_links_open_the_pages_for_training_and_hide_passwords():
@@ -49,8 +51,10 @@ def test_services_without_a_known_ui_have_no_address():
 
 def test_only_a_store_without_a_server_is_said_to_need_one(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    of_database = absolute("sqlite:////x.db", run_page("3", "abc"))
-    assert opened_by(of_database).endswith("track.py ui")
-    assert opened_by(absolute("http://h:5000", run_page("3", "abc"))) == ""
+    assert opened_by(resolve_uri()).endswith("track.py ui")
+    assert opened_by("sqlite:////x y.db").endswith("track.py ui --uri 'sqlite:////x y.db'")
+    assert opened_by("http://127.0.0.1:5000") == opened_by("databricks") == ""  # --track.uri
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    assert opened_by(absolute("http://127.0.0.1:5000", run_page("3", "abc"))) == ""
+    assert opened_by("http://127.0.0.1:5000") == ""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://u:pw@h/d")
+    assert opened_by(redact_address("postgresql://u:pw@h/d")).endswith("track.py ui")
