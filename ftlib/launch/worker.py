@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import ray.train
 from ray.train import Checkpoint, UserCallback
 
-from ftlib import settings
+from ftlib import settings, storage
 from ftlib.config import Run
 from ftlib.data.fork_server import LoaderProcessError
 from ftlib.launch.driver_actor import Channel, DriverLogHandler, StopSignals
@@ -38,7 +38,6 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from ftlib.data.fetch_ahead import warm_up
-    from ftlib.data.shards import Dataset
     from ftlib.training import loop
     from ftlib.training.initial_weights import InitialWeights
 
@@ -51,7 +50,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     try:
         if not config["local"]:
             _join(channel, *config["driver"])
-        dataset = Dataset.open(config["data"], limit=run.data.cache_limit)
+        dataset = open_again(config["data"], run.data.cache_limit)
         loaders, threads = processes_and_threads(run, dataset, config["cpus"])
         if not (config["local"] and "OMP_NUM_THREADS" in os.environ):
             torch.set_num_threads(threads)
@@ -87,6 +86,29 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     finally:
         stop_signals.close()
         torch.set_num_threads(threads_before)  # in local mode the process goes on
+
+
+def open_again(path: str, cache_limit: float) -> Dataset:
+    """The data set, which the driver has opened before.
+
+    Raises DataError for a damaged one, and StorageError where its manifest cannot be found or read
+    any more: that is storage which is away for now.
+    """
+    from ftlib.data.shards import MANIFEST, DataError, Dataset
+
+    try:
+        return Dataset.open(path, limit=cache_limit)
+    except DataError as error:
+        try:
+            gone = storage.read_file(storage.join(path, MANIFEST)) is None
+        except (OSError, StorageError):
+            raise StorageError(str(error)) from error
+        if gone:
+            raise StorageError(
+                f"{path}: the data set was there when the run started, and is gone. Was its disk "
+                "unmounted?"
+            ) from error
+        raise
 
 
 def _device(gpus: float) -> torch.device:
