@@ -73,8 +73,8 @@ class Progress:
         if self._bar is not None:
             speed = f"{self._speed():,.0f} {self._unit}/s"
             self._bar.update(self._task, completed=done, total=total, speed=speed)
-        elif self._shown and time.monotonic() - self._last >= LINE_SECONDS:
-            self._line()
+        elif self._shown and done < total and time.monotonic() - self._last >= LINE_SECONDS:
+            self._line()  # the last line is written at the end
 
     def _speed(self) -> float:
         return self._done / max(1e-3, time.monotonic() - self._started)

@@ -80,9 +80,10 @@ def classify_file(asked: Options, source: Path) -> dict[str, Any]:
         raise PredictError(f"{source}: {row['error']}")
     names = [printable(name) for name in row["top_classes"]]
     width = max(map(len, names))
-    print(f"{printable(str(source))}: {names[0]}, {row['probability']:.1%}")
+    print(f"{printable(str(source))}: {names[0]}, {100 * row['probability']:.1f} %")
     for name, probability in zip(names, row["top_probabilities"]):
-        print(f"  {name:{width}}  {probability:6.1%}  {'#' * round(40 * probability)}".rstrip())
+        bar = "#" * round(40 * probability)
+        print(f"  {name:{width}}  {100 * probability:5.1f} %  {bar}".rstrip())
     return row
 
 
@@ -104,10 +105,10 @@ def classify_folder(asked: Options, source: Path) -> dict[str, Any]:
             tick=progress.update,
         )
     unreadable = answers.num_rows - answers["error"].null_count
-    print(
-        f"{asked.out}: {answers.num_rows:,} pictures, {unreadable:,} of which could not be read "
-        "(their error says why)"
-    )
+    refused = ""
+    if unreadable:
+        refused = f", {unreadable:,} of which could not be read (their error says why)"
+    print(f"{asked.out}: {answers.num_rows:,} pictures{refused}")
     if found.left_aside:
         print(found.left_aside_text())
     return {

@@ -21,14 +21,13 @@ def test_without_a_terminal_the_end_is_one_plain_line(capsys):
     assert "\x1b" not in err and "\r" not in err
 
 
-def test_lines_come_at_intervals(capsys, monkeypatch):
+def test_lines_come_at_intervals_and_the_end_comes_once(capsys, monkeypatch):
     monkeypatch.setattr(console, "LINE_SECONDS", 0.0)
     with console.Progress(2, "checking") as progress:
         progress.update(1, 2)
         progress.update(2, 2)
     assert [line[:20] for line in capsys.readouterr().err.splitlines()] == [
         "checking: 1 of 2 fil",
-        "checking: 2 of 2 fil",
         "checking: 2 of 2 fil",
     ]
 

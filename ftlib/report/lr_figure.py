@@ -48,5 +48,5 @@ def lr_figure(
     ax.set_xlabel("learning rate", fontsize=9)
     ax.set_ylabel("training loss", fontsize=9)
     ax.set_title(f"Learning-rate range test: {recipe}", fontsize=10)
-    ax.legend(fontsize=8, frameon=False, loc="upper center", ncols=3)
+    ax.legend(fontsize=8, frameon=False, loc="lower left")  # below the flat start
     return png(figure)

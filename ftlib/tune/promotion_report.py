@@ -13,6 +13,7 @@ from ftlib.report import html
 from ftlib.storage import write_file
 from ftlib.tune import figures
 from ftlib.tune.compare import RunGroup, differing_settings
+from ftlib.tune.report import named_report
 from ftlib.tune.suggest import describe
 from ftlib.tune.trial_runs import TrialGroup, param_name
 from ftlib.tune.trial_store import Trial
@@ -151,9 +152,9 @@ def log(
     text = [
         f"**{judgement.sentence}.**",
         "",
-        "- Report: artifact `report/index.html`, table: `comparison.json`",
+        f"- {named_report(parent.artifact_link('report/index.html'))}; table: `comparison.json`",
         *([f"- Recipe: `{recipe_file}`"] if recipe_file else []),
-        *(f"- {v}" for v in judgement.verdicts),
+        *(f"- {v}".replace("  ", ", ") for v in judgement.verdicts),
         *(f"- left out: {t}" for t in judgement.left_out),
     ]
     parent.finish("completed", "\n".join(text))

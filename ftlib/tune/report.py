@@ -78,6 +78,11 @@ def warning(store: TrialStore) -> str:
     )
 
 
+def named_report(link: str) -> str:
+    """Markdown that leads to a page's report; by its name while the run has no page yet."""
+    return f"[Report]({link})" if link else "Report: artifact `report/index.html`"
+
+
 def note(store: TrialStore, space: Space, view_link: str, report_link: str = "") -> str:
     """Markdown for the sweep's page in MLflow: result and links in its first lines."""
     trials = store.trials.values()
@@ -85,12 +90,11 @@ def note(store: TrialStore, space: Space, view_link: str, report_link: str = "")
         sum(t.outcome == outcome for t in trials) for outcome in ("completed", "pruned", "failed")
     )
     best, promotion = best_trial(store), plan_promotion(store)
-    report = f"[Report]({report_link})" if report_link else "Report: artifact `report/index.html`"
     lines = [f"**{headline(store, space)}**", ""]
     if view_link:
         lines.append(f"- [Charts of all trials]({view_link})")
     lines += [
-        f"- {report}; the winner as a recipe: `best.json`",
+        f"- {named_report(report_link)}; the winner as a recipe: `best.json`",
         f"- {completed} trials ran to the end, {pruned} were stopped early, {failed} failed; "
         f"{duration(sum(t.seconds for t in trials))} of training, "
         f"{duration(saved_seconds(store))} saved by stopping early",

@@ -68,11 +68,11 @@ class Judgement:
                 f"p = {winner.adjusted:.2g}: promoted"
             )
         if not self.verdicts:
-            return "no candidate could be compared; keep the recipe"
+            return "No candidate could be compared; keep the recipe"
         best = self.verdicts[0]
         d = best.difference
         return (
-            f"no candidate beats the recipe; keep it. The best, {best.candidate.name}, differs by "
+            f"No candidate beats the recipe; keep it. The best, {best.candidate.name}, differs by "
             f"{d.points:+.2f} points (95 % interval {d.low:+.2f} to {d.high:+.2f}, "
             f"p = {best.adjusted:.2g})"
         )

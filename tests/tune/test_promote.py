@@ -118,7 +118,7 @@ def test_a_real_gain_is_promoted(finished):
 def test_without_a_gain_the_recipe_is_kept(finished):
     judgement = judge(*confirmations(finished, (0.0, 0.001)))
     assert judgement.winner is None
-    assert judgement.sentence.startswith("no candidate beats the recipe; keep it")
+    assert judgement.sentence.startswith("No candidate beats the recipe; keep it")
 
 
 def test_a_worse_candidate_is_never_promoted(finished):
@@ -190,6 +190,9 @@ class FakeTracking:
 
     params = artifact
 
+    def artifact_link(self, path):
+        return f"#/{path}"
+
 
 @pytest.fixture
 def promote(monkeypatch, finished, tmp_path):
@@ -260,6 +263,8 @@ def test_the_whole_promotion_writes_a_recipe_that_can_be_run(promote, tmp_path, 
     assert (
         tracking.ended[-1][0] == "completed"
         and "promoted" in tracking.ended[-1][1]
+        and "[Report](#/report/index.html)" in tracking.ended[-1][1]
+        and "\n- t01, " in tracking.ended[-1][1]
         and tracking.tags_["winner"]
     )
     table = json.loads(
