@@ -176,10 +176,11 @@ class ActiveRun:
             test = finalize.score_test(outcome, prepared.dataset, self.options.say)
             outcome = dataclasses.replace(outcome, test=test)
         report = finalize.log_end(self.tracked, self.writer, run, prepared.dataset, outcome)
+        outcome = dataclasses.replace(outcome, figures=outcome.figures + report)
         # Last, since it makes the run a finished one: what is stopped before is done again.
         self._write_result(result, outcome)
         seconds = time.monotonic() - prepared.began
-        outcome = dataclasses.replace(outcome, figures=outcome.figures + report, seconds=seconds)
+        outcome = dataclasses.replace(outcome, seconds=seconds)
         written = any(file.endswith("/report.html") for file in report)
         link = self.tracked.artifact_link("report/report.html") if written else ""
         self.end("completed", summary.note(outcome, prepared.source, link))

@@ -218,7 +218,9 @@ def test_the_test_split_is_scored_once_by_the_final_model(tiny, tracking, shapes
 
     again = launch(run, local=True, tracking=tracking)
     assert again.status == "finished" and again.test == first.test
-    assert shown in capsys.readouterr().out
+    assert again.figures == first.figures
+    said = capsys.readouterr().out
+    assert shown in said and "/report/report.html" in said
 
 
 def test_a_run_whose_score_chooses_never_sees_the_test_split(tiny, tracking, shapes_with_test):
