@@ -73,7 +73,8 @@ gpu:  ## Tests and benchmark of a GPU, in at most 9 minutes (SOURCE=PICTURES TIM
 	@$(GPU_PYTHON) -c 'import torch; n = torch.cuda.device_count(); \
 	  print([torch.cuda.get_device_name(i) for i in range(n)] or "no GPU: the same on the CPU")'
 	timeout 230 $(GPU_PYTHON) -m pytest -v -m gpu tests; tests=$$?; \
-	PYTHONPATH=. timeout 300 $(GPU_PYTHON) jobs/benchmark.py --what gpu --arch resnet50 --size 224 --batch 256 \
+	PYTHONPATH=. timeout 300 $(GPU_PYTHON) jobs/benchmark.py --what gpu \
+	  --arch resnet50 --size 224 --batch 256 \
 	  --steps 20 --rounds 3 --workers $$(( $$(nproc) - 1 )) --out gpu \
 	  $(if $(SOURCE),--source $(SOURCE)) $(if $(TIMM),--timm $(TIMM)) && exit $$tests
 

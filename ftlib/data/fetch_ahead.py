@@ -95,11 +95,9 @@ class _Copied:
 
     def add(self, size: int) -> None:
         with self._lock:
-            self.done, self.bytes_done, now = (
-                self.done + 1,
-                self.bytes_done + size,
-                time.monotonic(),
-            )
+            self.done += 1
+            self.bytes_done += size
+            now = time.monotonic()
             if self.done == self.shards or now - self.said > SAY_SECONDS:
                 self.said, seconds = now, max(now - self.began, 1e-3)
                 self.say(

@@ -58,6 +58,17 @@ def test_the_temperature_comes_from_the_tuning_split_where_there_is_one(shapes, 
     )
 
 
+def prepared_of(shapes, folder, **splits):
+    """A set whose splits hold the pictures of those of `shapes`: new split -> theirs."""
+    for split, source in splits.items():
+        part = shapes.split(source)
+        for row in range(len(part)):
+            into = folder / "pictures" / split / shapes.classes[part.labels[row]]
+            into.mkdir(parents=True, exist_ok=True)
+            (into / f"{row}.jpg").write_bytes(part.image(row))
+    return prepare(folder / "pictures", folder / "set", progress=False).dataset
+
+
 def test_pictures_that_the_weights_have_seen_fit_no_temperature(shapes, tmp_path):
     """Here the tuning split, and the validation pictures of another division of the same set."""
     folder = made.run_folder(tmp_path, shapes, tuning_fraction=0.25)
@@ -66,13 +77,7 @@ def test_pictures_that_the_weights_have_seen_fit_no_temperature(shapes, tmp_path
     (folder / seen_rows.FILE).write_bytes(everything.to_json())
     assert "cross-fitting" in evaluation.score(loaded, shapes).calibration.fitted_on
 
-    for split, source in (("train", "val"), ("val", "train"), ("test", "val")):
-        part = shapes.split(source)
-        for row in range(len(part)):
-            into = tmp_path / "pictures" / split / shapes.classes[part.labels[row]]
-            into.mkdir(parents=True, exist_ok=True)
-            (into / f"{row}.jpg").write_bytes(part.image(row))
-    other = prepare(tmp_path / "pictures", tmp_path / "set", progress=False).dataset
+    other = prepared_of(shapes, tmp_path, train="val", val="train", test="val")
     folder = made.run_folder(tmp_path, shapes, name="plain")
     (folder / seen_rows.FILE).write_bytes(everything.to_json())
     plain = evaluation.load(str(folder))
@@ -80,13 +85,7 @@ def test_pictures_that_the_weights_have_seen_fit_no_temperature(shapes, tmp_path
 
 
 def test_a_test_split_is_scored_with_the_temperature_of_val(shapes, shapes_run, tmp_path):
-    for split, source in (("train", "train"), ("val", "val"), ("test", "val")):
-        part = shapes.split(source)
-        for row in range(len(part)):
-            folder = tmp_path / "pictures" / split / shapes.classes[part.labels[row]]
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{row}.jpg").write_bytes(part.image(row))
-    held = prepare(tmp_path / "pictures", tmp_path / "set", progress=False).dataset
+    held = prepared_of(shapes, tmp_path, train="train", val="val", test="val")
     loaded = evaluation.load(str(shapes_run))
     scored = evaluation.score(loaded, held, "test")
     assert len(scored.rows) == len(shapes.split("val"))
