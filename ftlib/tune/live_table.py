@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from ftlib.launch.progress import duration
 from ftlib.tune.trial_store import Trial
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 ROWS = 16
 """Trials in the live table: those that run, then the best of those that have ended."""
+
+
+class _Start(NamedTuple):
+    time: float
+    """On time.monotonic's clock."""
+    epoch: int
+    """Epochs that the trial had behind it."""
 
 
 class TrialTable:
@@ -39,8 +46,8 @@ class TrialTable:
         self.total, self.epochs, self.slots, self.split = total, epochs, slots, split
         self.out = out or sys.stdout
         self.live: Live | None = None
-        self.running: dict[int, float] = {}
-        """Number of each running trial -> when it started (time.monotonic)."""
+        self.running: dict[int, _Start] = {}
+        """Number of each running trial -> where it started."""
         self.began = time.monotonic()
         self.spent: list[float] = []
         """Wall-clock seconds of the trials that ended here."""
@@ -69,7 +76,7 @@ class TrialTable:
     # --- events ---
 
     def started(self, trial: Trial) -> None:
-        self.running[trial.number] = time.monotonic()
+        self.running[trial.number] = _Start(time.monotonic(), trial.epoch)
         if self.live is None:
             event = (
                 f"goes on after epoch {trial.epoch}"
@@ -86,9 +93,9 @@ class TrialTable:
             )
 
     def ended(self, trial: Trial, end: TrialEnd) -> None:
-        since = self.running.pop(trial.number, None)
-        if since is not None and end.outcome != "interrupted":
-            self.spent.append(time.monotonic() - since)
+        start = self.running.pop(trial.number, None)
+        if start is not None and end.outcome != "interrupted":
+            self.spent.append(time.monotonic() - start.time)
         if self.live is None or end.outcome == "failed":
             score = f"top-1 {trial.score:.2f} %" if trial.score is not None else ""
             self.say(f"{trial.label}  {end.outcome}  {score}  {trial.reason}".rstrip())
@@ -110,13 +117,24 @@ class TrialTable:
         return "" if best is None else f"best {best.score:.2f} % ({best.label})"
 
     def seconds_left(self) -> float | None:
-        """Estimated from the mean time per trial; a running one counts half. None before the first
-        trial has ended."""
+        """Estimated: the mean time per trial for those that wait, its own pace for a running one
+        (half of the mean before its first epoch has ended). None before the first trial has ended.
+        """
         if not self.spent:
             return None
+        mean = sum(self.spent) / len(self.spent)
         done = sum(bool(t.outcome) for t in self.trials.values())
-        waiting = max(self.total - done - len(self.running), 0) + len(self.running) / 2
-        return waiting * sum(self.spent) / len(self.spent) / max(self.slots, 1)
+        running = [self._seconds_of(n, mean) for n in self.running]
+        waiting = max(self.total - done - len(running), 0) * mean
+        return max((waiting + sum(running)) / max(self.slots, 1), max(running, default=0.0))
+
+    def _seconds_of(self, number: int, mean: float) -> float:
+        """How long a running trial still takes unless it is stopped early."""
+        start, epoch = self.running[number], self.trials[number].epoch
+        if epoch <= start.epoch:
+            return mean / 2
+        pace = (time.monotonic() - start.time) / (epoch - start.epoch)
+        return pace * (self.epochs - epoch)
 
     def _progress_text(self) -> str:
         done = sum(bool(t.outcome) for t in self.trials.values())

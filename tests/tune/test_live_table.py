@@ -76,3 +76,18 @@ def test_time_left_waits_for_the_first_trial():
     table.spent = [60.0]
     assert table.seconds_left() == 300.0
     assert duration(3725) == "1:02:05"
+
+
+def test_time_left_of_a_running_trial_is_its_own_pace_from_where_it_went_on(monkeypatch):
+    clock = iter((0.0, 0.0, 30.0))  # made, trial started, asked
+    monkeypatch.setattr("ftlib.tune.live_table.time.monotonic", lambda: next(clock))
+    trials = {7: trial(7, scores=(40.0,) * 4)}
+    table = TrialTable(
+        trials, NAMES, total=1, epochs=20, slots=2, split="tuning", out=io.StringIO()
+    )
+    table.started(trials[7])  # after epoch 4, of an earlier start
+    table.spent = [8.0]  # the others were stopped early
+    assert table.seconds_left() == 4.0  # no epoch of its own yet: half of a trial
+    for epoch in range(5, 11):
+        trials[7].record({"epoch": epoch, "score": 50.0})
+    assert table.seconds_left() == 50.0  # 6 epochs in 30 s, 10 to go, on one slot
