@@ -12,8 +12,10 @@ imported for that, so that it answers at once.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
+import gc
 import io
 import json
 import math
@@ -106,6 +108,8 @@ def job(main: Callable[[], Any], *, deliver_leftovers: bool = True) -> None:
             # A console that lacks a character must not end a job whose work is done.
             stream.reconfigure(errors="backslashreplace")
     _end_on_sigterm()
+    # Else the end of the process looks through all that was imported, for seconds.
+    atexit.register(gc.freeze)
     try:
         _same_checkout(main)
         from ftlib.track import background  # a job that ends at once does without it

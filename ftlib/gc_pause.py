@@ -1,4 +1,4 @@
-"""Python's cyclic garbage collector off for a while."""
+"""Python's cyclic garbage collector off for a while, and kept away from what stays."""
 
 from __future__ import annotations
 
@@ -22,3 +22,17 @@ def gc_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def lasting_imports() -> Iterator[None]:
+    """`gc_paused` for the imports of a process of ftlib's own, whose collector leaves out for good
+    what there is when the first such block ends.
+
+    With torch, Ray and MLflow imported, each full collection takes 0.7 s. Only at a process's
+    start: garbage that is there at that moment is never freed.
+    """
+    with gc_paused():
+        yield
+        if not gc.get_freeze_count():
+            gc.freeze()

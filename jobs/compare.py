@@ -15,6 +15,7 @@ from typing import Annotated
 
 from ftlib.cli import ResultOptions, job, options, reporting
 from ftlib.flags import Metavar, Position
+from ftlib.gc_pause import lasting_imports
 from ftlib.paths import home, run_folder
 from ftlib.settings import ConfigError
 
@@ -36,7 +37,8 @@ class Options(ResultOptions):
 def main(argv: Sequence[str] | None = None) -> None:
     asked = options(Options, __doc__, argv)
     folders = [run_folder(run, asked.storage) for run in asked.runs]
-    from ftlib.tune import compare
+    with lasting_imports():
+        from ftlib.tune import compare
 
     with reporting(asked) as result:
         runs = compare.distinct_names([compare.FinishedRun.read(folder) for folder in folders])

@@ -20,6 +20,7 @@ from ftlib import recipes
 from ftlib.cli import ResultOptions, job, options_and_recipe, reporting
 from ftlib.config import NotNegative, Positive, Run
 from ftlib.flags import Metavar, Position, words_for
+from ftlib.gc_pause import lasting_imports
 from ftlib.paths import jobs_folder
 from ftlib.settings import override
 
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked, run = options_and_recipe(
         Options, __doc__, lambda asked: recipes.load(asked.recipe), argv
     )
-    from ftlib.launch import checklist, cluster_cost, estimate
+    with lasting_imports():
+        from ftlib.launch import checklist, cluster_cost, estimate
 
     price = chosen_price(asked)
     node_types = cluster_cost.read_cluster(asked.cluster) if asked.cluster else None

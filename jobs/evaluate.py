@@ -21,7 +21,7 @@ from ftlib import storage
 from ftlib.checks import check_data
 from ftlib.cli import ResultOptions, job, options, reporting
 from ftlib.flags import Commas, Metavar, Position
-from ftlib.gc_pause import gc_paused
+from ftlib.gc_pause import gc_paused, lasting_imports
 from ftlib.paths import data_path, local_run_folder, run_folder
 from ftlib.settings import Between
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_dir = run_folder(asked.run)
     if asked.data:
         check_data(asked.data)
-    with gc_paused():
+    with lasting_imports():
         from ftlib.data.shards import Dataset, open_dataset
         from ftlib.report.evaluation import load
 

@@ -21,6 +21,7 @@ from ftlib import storage
 from ftlib.cli import ResultOptions, job, options, reporting
 from ftlib.config import Positive
 from ftlib.flags import Commas, Metavar, Position
+from ftlib.gc_pause import lasting_imports
 from ftlib.paths import job_command, run_folder
 from ftlib.settings import ConfigError
 
@@ -62,7 +63,8 @@ class Options(ResultOptions):
 def main(argv: Sequence[str] | None = None) -> None:
     asked = options(Options, __doc__, argv)
     run_dir = run_folder(asked.run)
-    from ftlib.report.evaluation import load
+    with lasting_imports():
+        from ftlib.report.evaluation import load
 
     with reporting(asked) as result:
         loaded = load(run_dir)

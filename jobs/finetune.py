@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from ftlib.checks import check_cluster, check_recipe
 from ftlib.cli import ResultOptions, job, options_and_recipe, reporting
 from ftlib.config import AdamW, Augment, Cosine, Count, CrossEntropy, Model, Run, Train
-from ftlib.gc_pause import gc_paused
+from ftlib.gc_pause import lasting_imports
 from ftlib.paths import job_command
 
 FINETUNE = Run(
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_recipe(run)
     check_cluster(run)
     chosen = any(word.partition("=")[0] == "--train.epochs" for word in words)
-    with gc_paused():
+    with lasting_imports():
         from ftlib.launch.fine_tune import fine_tune  # imports torch
 
     with reporting(asked) as result:

@@ -17,6 +17,7 @@ from ftlib.checks import check_data
 from ftlib.cli import ResultOptions, job, options_and_recipe, reporting
 from ftlib.config import Count
 from ftlib.flags import Metavar, Position
+from ftlib.gc_pause import lasting_imports
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         Options, __doc__, lambda asked: recipes.load(asked.recipe), argv
     )
     check_data(run.data.path)
-    from ftlib.data.shards import open_dataset
-    from ftlib.report.contact_sheet import contact_sheet
+    with lasting_imports():
+        from ftlib.data.shards import open_dataset
+        from ftlib.report.contact_sheet import contact_sheet
 
     with reporting(asked) as result:
         dataset = open_dataset(run.data)

@@ -21,6 +21,7 @@ from ftlib.checks import check_recipe
 from ftlib.cli import ResultOptions, job, options_and_recipe, reporting
 from ftlib.config import Run
 from ftlib.flags import Position
+from ftlib.gc_pause import lasting_imports
 from ftlib.paths import job_command
 from ftlib.settings import override
 
@@ -39,7 +40,8 @@ def recipe_for(asked: Options) -> Run:
 def main(argv: Sequence[str] | None = None) -> None:
     asked, run = options_and_recipe(Options, __doc__, recipe_for, argv)
     check_recipe(run)
-    from ftlib.launch.probe_run import launch_probe  # imports torch
+    with lasting_imports():
+        from ftlib.launch.probe_run import launch_probe  # imports torch
 
     with reporting(asked) as result:
         outcome = launch_probe(run, quiet=asked.quiet)

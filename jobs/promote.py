@@ -20,6 +20,7 @@ from ftlib import recipes
 from ftlib.cli import ResultOptions, job, options, reporting
 from ftlib.config import AtLeastOne, Count
 from ftlib.flags import Metavar, Position
+from ftlib.gc_pause import lasting_imports
 from ftlib.paths import absolute, home
 from ftlib.settings import Between, ConfigError, nearest
 from ftlib.storage import folders, join, read_file
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     onto = (Path(asked.onto).stem, recipes.load(asked.onto)) if asked.onto else None
     # What trials print goes to Ray's log files. Ray reads this when it is imported.
     os.environ.setdefault("RAY_LOG_TO_DRIVER", "0")
-    from ftlib.tune.promote import RecipeFiles, open_sweep, promote
+    with lasting_imports():
+        from ftlib.tune.promote import RecipeFiles, open_sweep, promote
 
     with reporting(asked) as result:
         found = promote(

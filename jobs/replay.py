@@ -17,6 +17,7 @@ from ftlib import storage
 from ftlib.cli import ResultOptions, job, options, reporting
 from ftlib.config import Count, Run
 from ftlib.flags import Metavar, Position
+from ftlib.gc_pause import lasting_imports
 from ftlib.paths import run_folder
 from ftlib.settings import from_dict
 
@@ -40,9 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_dir = run_folder(asked.run, asked.storage)
     record = storage.read_json(storage.join(run_dir, "run.json")) or {}
     run = from_dict(Run, record["run"])
-    from ftlib.data.shards import Dataset
-    from ftlib.report.replay import replay, sheet
-    from ftlib.training.initial_weights import InitialWeights
+    with lasting_imports():
+        from ftlib.data.shards import Dataset
+        from ftlib.report.replay import replay, sheet
+        from ftlib.training.initial_weights import InitialWeights
 
     with reporting(asked) as result:
         dataset = Dataset.open(record["data"]["path"])

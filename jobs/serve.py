@@ -18,7 +18,7 @@ from ftlib.checks import check_model
 from ftlib.cli import JobOptions, job, options
 from ftlib.config import AtLeastOne, Positive
 from ftlib.flags import Metavar
-from ftlib.gc_pause import gc_paused
+from ftlib.gc_pause import lasting_imports
 from ftlib.settings import Between
 
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     asked = options(Options, __doc__, argv)
     check_model(asked.model, asked.tracking_uri)
     print("looking for the model ...", file=sys.stderr, flush=True)
-    with gc_paused():
+    with lasting_imports():
         from ftlib.packaging.package import check, locate
 
     model, tracking = locate(asked.model, asked.tracking_uri)

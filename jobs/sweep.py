@@ -21,7 +21,7 @@ from ftlib import recipes
 from ftlib.checks import check_cluster, check_recipe, check_space
 from ftlib.cli import ResultOptions, job, options_and_recipe, reporting
 from ftlib.flags import Common, Metavar, Repeatable
-from ftlib.gc_pause import gc_paused
+from ftlib.gc_pause import lasting_imports
 from ftlib.paths import space_names
 from ftlib.tune.options import SweepOptions
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_cluster(recipe)
     # What trials print goes to Ray's log files. Ray reads this when it is imported.
     os.environ.setdefault("RAY_LOG_TO_DRIVER", "0")
-    with gc_paused():
+    with lasting_imports():
         from ftlib.tune import spaces
         from ftlib.tune.sweep import Sweep, sweep
 

@@ -1,4 +1,7 @@
 import gc
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
@@ -15,3 +18,52 @@ def test_collection_goes_on_after_the_block_also_after_an_error():
     with pytest.raises(KeyError), gc_paused():
         raise KeyError
     assert gc.isenabled()
+
+
+def test_lasting_imports_are_left_out_once_and_what_comes_later_is_collected():
+    done = in_a_process("""
+        import gc, weakref
+        from ftlib.gc_pause import lasting_imports
+
+        class Cycle:
+            def __init__(self):
+                self.me = self
+
+        try:
+            with lasting_imports():
+                raise KeyError
+        except KeyError:
+            assert not gc.get_freeze_count(), "what failed may be tried again"
+        with lasting_imports():
+            import decimal
+        left_out = gc.get_freeze_count()
+        assert left_out > 1000 and gc.isenabled()
+        with lasting_imports():
+            seen = weakref.ref(Cycle())
+        assert gc.get_freeze_count() == left_out
+        gc.collect()
+        assert seen() is None
+    """)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_job_ends_without_looking_through_what_it_imported():
+    done = in_a_process("""
+        from ftlib.cli import job
+
+        class Module:
+            def __init__(self):
+                self.me = self
+
+            def __del__(self):
+                print("was looked through")
+
+        job(lambda: print(len([Module()])), deliver_leftovers=False)
+    """)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+def in_a_process(code):
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
+    )

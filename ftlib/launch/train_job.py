@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ftlib.checks import check_cluster, check_recipe
 from ftlib.cli import ResultOptions, options_and_recipe, reporting
 from ftlib.config import Run
-from ftlib.gc_pause import gc_paused
+from ftlib.gc_pause import lasting_imports
 
 
 def train_job(recipe: Run, about: str | None, argv: Sequence[str] | None = None) -> None:
@@ -20,7 +20,7 @@ def train_job(recipe: Run, about: str | None, argv: Sequence[str] | None = None)
     )
     check_recipe(run)
     check_cluster(run)
-    with gc_paused():
+    with lasting_imports():
         from ftlib.launch.launch import launch  # imports torch and ray
 
     with reporting(asked) as result:

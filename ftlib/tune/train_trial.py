@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 import numpy as np
 
 from ftlib.config import Gates, Run
-from ftlib.gc_pause import gc_paused
+from ftlib.gc_pause import lasting_imports
 from ftlib.paths import runs_root
 from ftlib.settings import from_dict, override
 from ftlib.storage import join, read_json
@@ -230,7 +230,7 @@ class TrialContext:
 
 def train_run(context: TrialContext, config: TrialConfig, report: Report) -> TrialResult:
     """Train `config["run"]` with `launch` and report each scored epoch."""
-    with gc_paused():
+    with lasting_imports():
         from ftlib.launch.launch import launch
 
     run = from_dict(Run, config["run"])
