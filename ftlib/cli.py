@@ -39,7 +39,7 @@ from ftlib.config import Run
 from ftlib.flags import Commas, Flag, FormerValue, OptionalFile, Repeatable, flags_of
 from ftlib.settings import ConfigError, Settings, from_json, hints, nearest, override, to_json
 from ftlib.storage import write_file
-from ftlib.text import hide_password, printable, shorten
+from ftlib.text import WIDTH, hide_password, printable, shorten
 
 UNIONS = ("loss", "optimizer", "schedule")
 MOST_USED = (
@@ -736,7 +736,7 @@ def _all_settings(recipe: Run, settings: Sequence[Flag], only: Sequence[str] = (
             continue
         kind = f" ({cls.__name__.lower()})" if section in UNIONS else ""
         yield ""
-        yield textwrap.fill(f"{section}{kind}: {_summary(cls)}", flags_.WIDTH)
+        yield textwrap.fill(f"{section}{kind}: {_summary(cls)}", WIDTH)
         yield from flags_.describe([f for f in settings if f.path.startswith(f"{section}.")])
 
 

@@ -18,8 +18,8 @@ from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from ftlib.settings import Settings, differences, hints, override
+from ftlib.text import WIDTH
 
-WIDTH = 100
 """Columns of a help text."""
 COLUMN = 30
 """Column at which the texts of the flags begin."""

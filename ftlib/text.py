@@ -5,7 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import re
+import textwrap
 from collections.abc import Iterable
+
+WIDTH = 100
+"""Columns of what people read in a terminal."""
 
 # Bounded, so that no text makes the search quadratic.
 _SCHEME = r"(?P<scheme>[A-Za-z][\w+.-]{0,30}://)"
@@ -36,10 +40,25 @@ def hide_password(text: str) -> str:
     return _QUERY.sub(r"\g<name>***", text)
 
 
+def wrapped(text: str, indent: str = "  ") -> str:
+    """One line of `text`, in lines of at most WIDTH columns; `indent` begins all but the first.
+
+    Paths, addresses and other words stay whole, however long they are.
+    """
+    return textwrap.fill(
+        text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
 def printable(text: str) -> str:
     """`text` with control characters and undecodable bytes escaped, so that a terminal shows it."""
     kept = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return kept.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """`share` (0 to 1) as people read it: 0.917 is "92 %", with one digit "91.7 %"."""
+    return f"{100 * share:.{digits}f} %"
 
 
 def csv_cell(text: str) -> str:

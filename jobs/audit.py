@@ -11,7 +11,6 @@ code: 1 where a threshold is exceeded.
 
 import shlex
 import sys
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from ftlib.cpus import available_cpus
 from ftlib.flags import Metavar, Position
 from ftlib.paths import data_path, home, job_command, run_folder
 from ftlib.settings import Between
+from ftlib.text import wrapped
 
 if TYPE_CHECKING:
     from ftlib.report.audit_page import Audit
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         findings = {}
         for what, count, remedy in summary(found):
             line = f"  {count:7,}  {what}" + (f" ({remedy})" if count else "")
-            print(textwrap.fill(line, 100, subsequent_indent=" " * 11))
+            print(wrapped(line, " " * 11))
             findings[what] = count
         print(f"page: {page}")
         if not asked.run:

@@ -23,6 +23,7 @@ from ftlib.flags import Metavar, Position, words_for
 from ftlib.gc_pause import lasting_imports
 from ftlib.paths import jobs_folder
 from ftlib.settings import override
+from ftlib.text import wrapped
 
 if TYPE_CHECKING:
     from ftlib.launch.cluster_cost import ClusterTypes, Workload
@@ -102,7 +103,7 @@ def show_cluster(
         try:
             fits = placement(anywhere, cluster_cost.capacity_of(kind))
         except LaunchError as error:
-            print(f"{kind.name}: {kind.instance}: {error}")
+            print(wrapped(f"{kind.name}: {kind.instance}: {error}"))
             continue
         costs = cluster_cost.epoch_costs(
             work, kind, node_types.head_price, gpus=fits.gpus, cpus=fits.cpus

@@ -24,6 +24,7 @@ from ftlib.flags import Commas, Metavar, Position
 from ftlib.gc_pause import gc_paused, lasting_imports
 from ftlib.paths import data_path, local_run_folder, run_folder
 from ftlib.settings import Between
+from ftlib.text import wrapped
 
 if TYPE_CHECKING:
     from ftlib.data.shards import Dataset
@@ -114,14 +115,18 @@ def write_report(
     with gc_paused():
         from ftlib.report.evaluation_report import write
         from ftlib.report.run_facts import run_facts
+        from ftlib.track.links import place_lines
 
     place = Path(asked.out) if asked.out else local_run_folder(run_dir) / "report"
     facts = run_facts(loaded.run, run_dir)
     report = write(loaded, list(scored), dataset, place, asked.split, facts=facts)
-    print(f"\nreport: {report.page}")
+    page, command = "", ""
     if not asked.no_track:
         record = storage.read_json(storage.join(run_dir, "run.json")) or {}
-        attach(run_dir, record, report.files, f"report/{dataset.name}-{asked.split}")
+        folder = f"report/{dataset.name}-{asked.split}"
+        page, command = attach(run_dir, record, report.files, folder)
+    print()
+    print("\n".join(place_lines({"report": str(report.page), "MLflow": page}, command)))
     return str(report.page)
 
 
@@ -138,23 +143,29 @@ def table(loaded: "LoadedModel", dataset: "Dataset", split: str, scored: Sequenc
     rows += [(name, *(s.cells[name] for s in scored)) for name in scored[0].cells]
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    foot = (
+    foot = [
         "In brackets: 95 % bootstrap intervals. "
         f"Temperature fitted on {scored[0].calibration.fitted_on}."
-    )
+    ]
     if scored[0].chose:
         from ftlib.report.evaluation import CHOSEN_HERE
 
-        foot += f"\n{CHOSEN_HERE}"
-    return "\n".join([head, "", *lines, "", foot])
+        foot.append(CHOSEN_HERE)
+    return "\n".join([wrapped(head), "", *lines, "", *(wrapped(line, "") for line in foot)])
 
 
-def attach(run_dir: str, record: Mapping[str, Any], files: Sequence[Path], folder: str) -> None:
-    """Copy the report to the run's page in MLflow; a server that is away costs a warning."""
+def attach(
+    run_dir: str, record: Mapping[str, Any], files: Sequence[Path], folder: str
+) -> tuple[str, str]:
+    """Copy the report, whose page is the first of `files`, to the run in MLflow.
+
+    Returns its address there and the command that starts the UI. Both are empty for a run that is
+    not tracked, and after a warning where the server is away.
+    """
     known = record.get("mlflow") or {}
     if not known.get("run_id"):
-        return
-    from ftlib.track.links import absolute, opened_by, run_page
+        return "", ""
+    from ftlib.track.links import absolute, artifact_page, opened_by
     from ftlib.track.store import client, reach, store_of_run
 
     try:
@@ -163,16 +174,17 @@ def attach(run_dir: str, record: Mapping[str, Any], files: Sequence[Path], folde
         mlflow = client(uri)
         for file in files:
             mlflow.log_artifact(known["run_id"], str(file), folder)
-        page = absolute(uri, run_page(known.get("experiment_id", ""), known["run_id"]))
-        print(f"in MLflow: {page} (artifacts, {folder})")
-        if command := opened_by(uri):
-            print(f"start its UI with: {command}")
+        page = artifact_page(
+            known.get("experiment_id", ""), known["run_id"], f"{folder}/{files[0].name}"
+        )
+        return absolute(uri, page), opened_by(uri)
     except Exception as error:
         reason = json.dumps(str(error).splitlines()[0])
         print(
             f"warning: MLflow did not take the report ({reason}); the files above are complete",
             file=sys.stderr,
         )
+        return "", ""
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from ftlib.paths import jobs_folder
+from tests.columns import too_wide
 from tests.deploy import made
 from tests.test_docs import FENCE, PAGES, relative
 
@@ -133,6 +134,7 @@ def typed(script, place, env):
         timeout=600,
     )
     assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
+    assert not too_wide(done.stdout), script
     return done.stdout
 
 

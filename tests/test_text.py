@@ -10,6 +10,14 @@ from hypothesis import strategies as st
 from ftlib import text
 
 
+@given(st.text(alphabet="ab .,-/", max_size=600))
+def test_wrapped_lines_fit_and_keep_every_word(value):
+    lines = text.wrapped(value, "    ").splitlines()
+    assert " ".join(lines).split() == value.split()
+    assert all(len(line) <= text.WIDTH or len(line.split()) == 1 for line in lines)
+    assert all(line.startswith("    ") for line in lines[1:])
+
+
 @given(st.text(max_size=600), st.integers(60, 300))
 def test_shortened_text_fits_and_keeps_its_ends(value, limit):
     short = text.shorten(value, limit)

@@ -16,6 +16,7 @@ from ftlib.launch import cluster, preflight
 from ftlib.launch.prepared_run import PreparedRun, prepare_run
 from ftlib.paths import runs_root
 from ftlib.storage import StorageError, is_remote
+from ftlib.text import wrapped
 from ftlib.track.redact import redact
 from ftlib.track.store import TrackingError, reach, resolve_uri, sqlite_path
 
@@ -31,7 +32,7 @@ class Check:
     text: str
 
     def __str__(self) -> str:
-        return f"{self.state:<4}  {self.name:<15} {self.text}"
+        return wrapped(f"{self.state:<4}  {self.name:<15} {self.text}", " " * 22)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ftlib.launch.cluster import Capacity, Node, workers_that_fit
 from ftlib.launch.prices import AS_OF, SPOT_SHARE, Price, price_of
 from ftlib.launch.progress import duration_short
 from ftlib.settings import ConfigError
+from ftlib.text import percent, wrapped
 
 EFFICIENT = 0.8
 """Below this share of its time spent on training, a worker is not worth its price."""
@@ -221,8 +222,10 @@ def table(kind: NodeType, costs: list[EpochCost]) -> list[str]:
     shown = [c for c in costs if len(costs) <= 8 or _is_shown(c.workers, limit, len(costs))]
     market = "spot" if kind.spot else "on demand"
     lines = [
-        f"{kind.name}: {kind.instance} ({kind.price.what}, {kind.price.network_gbps:g} Gbit/s), "
-        f"asked for {market}, up to {kind.max_nodes} nodes",
+        wrapped(
+            f"{kind.name}: {kind.instance} ({kind.price.what}, {kind.price.network_gbps:g} "
+            f"Gbit/s), asked for {market}, up to {kind.max_nodes} nodes"
+        ),
         "  workers  nodes  an epoch  efficiency  USD an epoch    spot",
     ]
     for cost in shown:
@@ -240,15 +243,15 @@ def _is_shown(workers: int, limit: int, last: int) -> bool:
 
 def _limit_text(costs: list[EpochCost], limit: int) -> str:
     if limit < costs[-1].workers:
-        return f"more than {limit} workers: below {100 * EFFICIENT:.0f} % efficiency"
-    return f"{limit} workers, the most there can be, stay above {100 * EFFICIENT:.0f} % efficiency"
+        return f"more than {limit} workers: below {percent(EFFICIENT)} efficiency"
+    return f"{limit} workers, the most there can be, stay above {percent(EFFICIENT)} efficiency"
 
 
 def notes(cluster: ClusterTypes) -> str:
     """What the numbers rest on."""
     return (
         f"Prices of {AS_OF}, us-east-1, with one {cluster.head} as head; spot taken as "
-        f"{100 * SPOT_SHARE:.0f} % of on demand.\n"
+        f"{percent(SPOT_SHARE)} of on demand.\n"
         "A microbatch takes as long as on this machine, and no traffic overlaps with training.\n"
         "Evaluations and waiting for nodes come on top."
     )

@@ -30,6 +30,7 @@ from ftlib.launch.prices import Price
 from ftlib.launch.progress import duration, duration_short
 from ftlib.launch.worker import processes_and_threads
 from ftlib.settings import override
+from ftlib.text import percent, wrapped
 from ftlib.training import checkpoint, scoring
 from ftlib.training.initial_weights import keeps_classifier
 from ftlib.training.loop import OutOfMemoryError, Training, WorkerContext
@@ -449,11 +450,11 @@ def text(
     indent = " " * 16
     lines.append(
         f"{indent}from {found.steps_timed} timed steps (standard error "
-        f"{100 * found.spread:.0f} %); start-up and the report at the end come on top"
+        f"{percent(found.spread)}); start-up and the report at the end come on top"
     )
     if found.workers > 1:
         lines.append(f"{indent}timed as one of the workers, without the traffic between them")
-    return "\n".join(lines)
+    return "\n".join(wrapped(line, indent) for line in lines)
 
 
 def _memory_text(memory: dict[str, int]) -> str:

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, TextIO
 
 from ftlib.console import LINE_SECONDS, live_bar
+from ftlib.text import wrapped
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -38,7 +39,8 @@ class ProgressDisplay:
             self._bar.stop()
 
     def say(self, text: str) -> None:
-        """A line of its own."""
+        """Text of its own, of one line before it is wrapped."""
+        text = wrapped(text)
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         else:
@@ -57,10 +59,10 @@ class ProgressDisplay:
             self._show_bar(self._bar, values)
         if ends_epoch:
             self._ended = epoch
-            self.say(f"{self.title}  {sentence(values, ends_epoch=True)}")
+            self.say(sentence(values, ends_epoch=True))
             self._line = time.monotonic()
         elif self._bar is None and not closes and time.monotonic() - self._line > LINE_SECONDS:
-            self.say(f"{self.title}  {sentence(values)}")
+            self.say(sentence(values))
             self._line = time.monotonic()
 
     def _show_bar(self, bar: RichProgress, values: dict[str, float]) -> None:

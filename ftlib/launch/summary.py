@@ -11,6 +11,8 @@ from ftlib.launch.cluster import Placement
 from ftlib.launch.outcome import Outcome
 from ftlib.launch.progress import duration
 from ftlib.paths import home
+from ftlib.text import wrapped
+from ftlib.track.links import place_lines
 from ftlib.track.tracked_run import TrackedRun
 from ftlib.training.checkpoint import step_name
 from ftlib.training.initial_weights import InitialWeights
@@ -26,34 +28,27 @@ def starting(
         workers += f" to {placement.high}"
     plural = "" if workers == "1" else "s"
     verb = "going on" if resumed else "training"
-    lines = [
-        f"{run.name}: {verb} with {workers} worker{plural} ({each} each)",
-        f"  kept in  {run_dir}",
-    ]
+    lines = [wrapped(f"{run.name}: {verb} with {workers} worker{plural} ({each} each)")]
     if run.train.microbatches > 1:
         lines.append(
             f"  a batch of {run.train.batch_size} = {run.train.microbatches} microbatches of "
             f"{run.train.microbatch_size}, shared out among the workers"
         )
-    if url := tracked.charts_url:
-        lines.append(f"  MLflow   {url}")
-    if command := tracked.opened_by:
-        lines.append(f"  start UI {command}")
-    return "\n".join(lines)
+    places = {"kept in": run_dir, "MLflow": tracked.charts_url}
+    return "\n".join([*lines, *place_lines(places, tracked.opened_by)])
 
 
 def finished(outcome: Outcome) -> str:
     """The lines at a run's end."""
-    lines = [f"{outcome.name}: finished in {duration(outcome.seconds)}", f"  {scores(outcome)}"]
-    lines += _test(outcome)
-    lines += [f"  {gate}" for gate in outcome.gates]
+    lines = [f"{outcome.name}: finished in {duration(outcome.seconds)}", *_results(outcome)]
     if not outcome.passed:
         lines.append(
-            "  This run failed its success criteria; the next phase will not start from it "
-            'without --gates.force "reason".'
+            wrapped(
+                "  This run failed its success criteria; the next phase will not start from it "
+                'without --gates.force "reason".'
+            )
         )
-    lines += _places(outcome)
-    return "\n".join(lines)
+    return "\n".join([*lines, *_places(outcome)])
 
 
 def already_finished(outcome: Outcome) -> str:
@@ -61,9 +56,7 @@ def already_finished(outcome: Outcome) -> str:
     return "\n".join(
         [
             f"{outcome.name}: this run is finished already",
-            f"  {scores(outcome)}",
-            *_test(outcome),
-            *(f"  {gate}" for gate in outcome.gates),
+            *_results(outcome),
             *_places(outcome),
             "  Change a setting to make another run, or give it another --name to repeat this one.",
         ]
@@ -89,22 +82,20 @@ def scores(outcome: Outcome) -> str:
     return text + "."
 
 
-def _test(outcome: Outcome) -> list[str]:
-    return [f"  test split  {outcome.test}"] if outcome.test else []
+def _results(outcome: Outcome) -> list[str]:
+    test = [f"test split  {outcome.test}"] if outcome.test else []
+    lines = [scores(outcome), *test, *map(str, outcome.gates)]
+    return [wrapped(f"  {line}", "    ") for line in lines]
 
 
 def _places(outcome: Outcome) -> list[str]:
-    lines = [f"  best model  {outcome.best_dir}"]
-    pages = [file for file in outcome.figures if file.endswith(".html")]
-    if pages or outcome.figures:
-        lines.append(f"  report      {pages[0] if pages else os.path.dirname(outcome.figures[0])}")
-    if outcome.mlflow_url:
-        lines.append(f"  MLflow      {outcome.mlflow_url}")
-    if outcome.compare_url:
-        lines.append(f"  all runs    {outcome.compare_url}")
-    if outcome.mlflow_opened_by:
-        lines.append(f"  start UI    {outcome.mlflow_opened_by}")
-    return lines
+    places = {
+        "best model": outcome.best_dir,
+        "report": next((file for file in outcome.figures if file.endswith(".html")), ""),
+        "MLflow": outcome.mlflow_url,
+        "all runs": outcome.compare_url,
+    }
+    return place_lines(places, outcome.mlflow_opened_by)
 
 
 def note(outcome: Outcome, source: InitialWeights | None, report_link: str) -> str:

@@ -15,7 +15,7 @@ from ftlib.data.shards import DataError, Dataset
 from ftlib.preparation.shard_task import ShardRecord
 from ftlib.preparation.sources.listing import Listing
 from ftlib.preparation.sources.naming import counted, listed, text_of
-from ftlib.text import csv_bytes, csv_cell, printable
+from ftlib.text import csv_bytes, csv_cell, printable, wrapped
 
 ON_PURPOSE = ("reduced", "reencoded", "tiled")
 """Changes that were asked for, and are counted but not listed as repairs."""
@@ -239,7 +239,7 @@ def text(
         )
     lines += [f"  warning: {printable(warning)}" for warning in report["warnings"]]
     lines.append(f"  report: {storage.join(path, 'report.csv')} (and report.json)")
-    return "\n".join([*lines, *next_steps(path, dataset)])
+    return "\n".join([*(wrapped(line, "    ") for line in lines), *next_steps(path, dataset)])
 
 
 def _counts(dataset: Dataset) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
@@ -44,6 +45,15 @@ def opened_by(uri: str) -> str:
     shown = redact_address(uri)
     is_default = shown == redact_address(resolve_uri())
     return job_command("track", "ui" if is_default else f"ui --uri {shlex.quote(shown)}")
+
+
+def place_lines(places: Mapping[str, str], command: str) -> list[str]:
+    """What a job prints of where its results are: a line for each name and its path or address.
+
+    Places without an address are left out. `command` starts the UI of MLflow's (`opened_by`).
+    """
+    shown = {**places, "start UI": command}
+    return [f"  {name:<10}  {place}" for name, place in shown.items() if place]
 
 
 def absolute(uri: str, page: str) -> str:

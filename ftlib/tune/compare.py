@@ -15,6 +15,7 @@ from ftlib.config import NOT_IN_FINGERPRINT, Run
 from ftlib.report import html
 from ftlib.settings import ConfigError, flat, from_dict
 from ftlib.storage import DamagedError, join, read_json, write_file
+from ftlib.text import wrapped
 from ftlib.tune import figures
 from ftlib.tune.statistics import Difference, holm, paired_difference
 from ftlib.tune.stored_predictions import ComparisonError, StoredPredictions, predictions
@@ -331,8 +332,8 @@ def text(comparison: Comparison) -> str:
     ]
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip() for r in rows]
-    cautions = [f"note: {c}" for c in comparison.cautions]
-    return "\n".join([*lines, "", *comparison.sentences(), *cautions])
+    prose = [*comparison.sentences(), *(f"note: {c}" for c in comparison.cautions)]
+    return "\n".join([*lines, "", *map(wrapped, prose)])
 
 
 def distinct_names(runs: Sequence[FinishedRun]) -> list[FinishedRun]:

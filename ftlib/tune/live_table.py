@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from ftlib.launch.progress import duration
+from ftlib.text import wrapped
 from ftlib.tune.trial_store import Trial
 
 if TYPE_CHECKING:
@@ -83,13 +84,15 @@ class TrialTable:
                 if trial.history
                 else f"starts  {self._values(trial)}"
             )
-            self.say(f"{trial.label}  {event}")
+            self.say(wrapped(f"{trial.label}  {event}"))
 
     def progressed(self, trial: Trial, point: Mapping[str, float]) -> None:
         if self.live is None:
             self.say(
-                f"{trial.label}  epoch {trial.epoch}/{self.epochs}  top-1 {point['score']:.2f} %  "
-                f"{self._best_text()}  {self._progress_text()}"
+                wrapped(
+                    f"{trial.label}  epoch {trial.epoch}/{self.epochs}  "
+                    f"top-1 {point['score']:.2f} %  {self._best_text()}  {self._progress_text()}"
+                )
             )
 
     def ended(self, trial: Trial, end: TrialEnd) -> None:
@@ -98,7 +101,7 @@ class TrialTable:
             self.spent.append(time.monotonic() - start.time)
         if self.live is None or end.outcome == "failed":
             score = f"top-1 {trial.score:.2f} %" if trial.score is not None else ""
-            self.say(f"{trial.label}  {end.outcome}  {score}  {trial.reason}".rstrip())
+            self.say(wrapped(f"{trial.label}  {end.outcome}  {score}  {trial.reason}".rstrip()))
 
     # --- texts ---
 

@@ -20,6 +20,8 @@ from ftlib.launch.errors import RunFailedError
 from ftlib.paths import local_run_folder
 from ftlib.settings import ConfigError, flat, from_dict, nearest, override, to_json
 from ftlib.storage import delete_file, is_remote, join, write_file
+from ftlib.text import wrapped
+from ftlib.track.links import place_lines
 from ftlib.tune import promotion_report
 from ftlib.tune.compare import BUDGET, settings
 from ftlib.tune.live_table import TrialTable
@@ -145,11 +147,7 @@ def promote(
         runs = _plan(store, sweep.trials[0], chosen, [recipe.seed + i for i in range(seeds)])
         opened = _open(sweep, group, runs, parallel, hooks)
         with opened.tracking:
-            opened.table.say(
-                f"promotion of {sweep.name}: {', '.join(t.name for t in chosen)} and the recipe, "
-                f"{recipe.train.epochs} epochs each over {seeds} seeds: {len(runs)} runs; "
-                f"{opened.resources if any(not t.outcome for t in runs) else 'all done'}"
-            )
+            opened.table.say(_first_lines(sweep, opened, runs, chosen))
             return _confirm(sweep, opened, runs, chosen, hooks=hooks, files=files or RecipeFiles())
 
 
@@ -176,6 +174,20 @@ def _open(
     )
     tracking, parent = open_parent(group, parent_run, hooks.open_tracking)
     return OpenGroup(group, resources, tracking, parent, table)
+
+
+def _first_lines(
+    sweep: TrialStore, opened: OpenGroup, runs: Sequence[Trial], chosen: Sequence[Trial]
+) -> str:
+    """What is compared, how long it is, and where it can be watched."""
+    seeds, parent = len(runs) // (len(chosen) + 1), opened.parent
+    title = (
+        f"promotion of {sweep.name}: {', '.join(t.name for t in chosen)} and the recipe, "
+        f"{opened.group.base.train.epochs} epochs each over {seeds} seeds: {len(runs)} runs; "
+        f"{opened.resources if any(not t.outcome for t in runs) else 'all done'}"
+    )
+    places = {"kept in": str(_folder(sweep)), "MLflow": parent.url}
+    return "\n".join([wrapped(title), *place_lines(places, parent.opened_by)])
 
 
 def _confirm(
@@ -223,7 +235,8 @@ def _confirm(
         concluded=time.time(),
     )
     report = str(_folder(sweep) / "report")
-    lines = [*map(str, judgement.verdicts), *judgement.left_out, judgement.sentence, *withdrawn]
+    prose = [*map(str, judgement.verdicts), *judgement.left_out, judgement.sentence]
+    lines = [*map(wrapped, prose), *withdrawn]
     lines.append(f"report: {report}/index.html")
     if recipe_file:
         lines.append(f"recipe: {recipe_file}")

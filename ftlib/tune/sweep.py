@@ -18,6 +18,8 @@ from ftlib.launch.progress import duration
 from ftlib.paths import local_run_folder, runs_root
 from ftlib.settings import flat, override, to_dict, to_json
 from ftlib.storage import is_remote, join, write_file
+from ftlib.text import wrapped
+from ftlib.track.links import place_lines
 from ftlib.tune import optuna_journal, spaces, suggest, tuning_split
 from ftlib.tune.budget import TimeBudget
 from ftlib.tune.live_table import TrialTable
@@ -200,10 +202,9 @@ def _run(plan: Sweep, group: TrialGroup, title: str, hooks: Hooks) -> SweepResul
     )
     tracking, parent = _open(plan, group, hooks.open_tracking)
     with tracking:
-        table.say(f"{title}; {resources if left > 0 else 'nothing left to run'}")
-        if charts := parent.view_url(_view(plan)):
-            opened = f" (opened by: {command})" if (command := parent.opened_by) else ""
-            table.say(f"MLflow: {charts}{opened}")
+        table.say(wrapped(f"{title}; {resources if left > 0 else 'nothing left to run'}"))
+        places = {"kept in": store.uri, "MLflow": parent.view_url(_view(plan))}
+        table.say("\n".join(place_lines(places, parent.opened_by)))
         finished = True
         if left > 0:
             store.save_about(slots=resources.slots)
@@ -377,8 +378,8 @@ def sentence(plan: Sweep, result: SweepResult, total: int, budget: TimeBudget) -
         return f"stopped after {len(done)} of {total} trials. The same command goes on"
     out_of_time = ""
     if budget.refused:
-        out_of_time = (
-            f"\nthe budget is used up ({budget}) after {len(done)} of {total} trials; "
+        out_of_time = "\n" + wrapped(
+            f"the budget is used up ({budget}) after {len(done)} of {total} trials; "
             "the same command with a larger --budget goes on"
         )
     from ftlib.tune.report import headline, scored_on
@@ -388,18 +389,18 @@ def sentence(plan: Sweep, result: SweepResult, total: int, budget: TimeBudget) -
         if not done:
             return "no trial was run" + out_of_time
         why = failed[0].reason if failed else "unknown"
-        return f"all {len(done)} trials failed. The first: {why}{out_of_time}"
+        return wrapped(f"all {len(done)} trials failed. The first: {why}") + out_of_time
     pruned = sum(t.outcome == "pruned" for t in done)
     promotion = plan_promotion(result.store)
     lines = [
         f"{len(done)} trials ({pruned} stopped early, {len(failed)} failed) in "
         f"{duration(budget.spent)}.{out_of_time}",
-        headline(result.store, plan.space),
+        wrapped(headline(result.store, plan.space)),
     ]
     if scored := scored_on(result.store):
         lines.append(f"Each score is of {scored}.")
     if result.best.number:
-        lines.append(promotion.reason)
+        lines.append(wrapped(promotion.reason))
     if promotion.worth:
-        lines.append(f"To confirm it ({promotion.cost}): {promotion.command}")
+        lines += [f"To confirm it ({promotion.cost}):", f"  {promotion.command}"]
     return "\n".join([*lines, f"report: {result.report}/index.html"])

@@ -132,11 +132,10 @@ def test_plain_lines_epoch_ends_and_restarts():
         screen.say("a word")
     lines = out.getvalue().splitlines()
     assert (
-        lines[0]
-        == "r  epoch 1/3  step 3/12  loss 1.250  top-1 50.0 %  1,234 images/s  0:03:20 left"
+        lines[0] == "epoch 1/3  step 3/12  loss 1.250  top-1 50.0 %  1,234 images/s  0:03:20 left"
     )
     assert lines[1] == (
-        "r  epoch 1/3  loss 1.250  top-1 50.0 %  val 61.00 % (best 61.00)  1,234 images/s  "
+        "epoch 1/3  loss 1.250  top-1 50.0 %  val 61.00 % (best 61.00)  1,234 images/s  "
         "0:03:20 left"
     )
     assert lines[2:] == ["r  goes on from step 4", "a word"]

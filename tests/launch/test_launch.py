@@ -24,6 +24,7 @@ from ftlib.settings import ConfigError, override
 from ftlib.storage import StorageError
 from ftlib.training import seen_rows
 from ftlib.training.initial_weights import load_run_model
+from tests.columns import too_wide
 
 
 def once(send):
@@ -107,6 +108,7 @@ def test_from_recipe_to_result_and_the_next_phase(tiny, tracking, home, capsys):
         dataclasses.replace(tiny, gates=Gates(val_top1=10.0)), local=True, tracking=tracking
     )
     said = capsys.readouterr().out
+    assert not too_wide(said)
     folder = home / "runs" / first.name
     assert (
         first.status == "completed"
@@ -220,7 +222,7 @@ def test_the_test_split_is_scored_once_by_the_final_model(tiny, tracking, shapes
     assert again.status == "finished" and again.test == first.test
     assert again.figures == first.figures
     said = capsys.readouterr().out
-    assert shown in said and "/report/report.html" in said
+    assert shown in said and "/report/report.html" in said and not too_wide(said)
 
 
 def test_a_run_whose_score_chooses_never_sees_the_test_split(tiny, tracking, shapes_with_test):

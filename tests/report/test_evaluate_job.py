@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.columns import too_wide
 from tests.deploy import made
 
 JOB = Path(__file__).parents[2] / "jobs" / "evaluate.py"
@@ -38,7 +39,8 @@ def test_a_run_by_its_name(job, here, capsys, tmp_path):
     )
     table = out.split("\n\n")[1].splitlines()
     assert table[0].split() == ["input", "32", "px", "40", "px"] and max(map(len, table)) <= 60
-    assert f"report: {tmp_path / 'report.html'}" in out and (tmp_path / "report.html").exists()
+    assert f"report      {tmp_path / 'report.html'}" in out and not too_wide(out)
+    assert (tmp_path / "report.html").exists()
 
 
 def test_other_pictures_of_the_same_classes(job, here, capsys, tmp_path):
@@ -57,7 +59,7 @@ def test_other_pictures_of_the_same_classes(job, here, capsys, tmp_path):
         ]
     )
     out = capsys.readouterr().out
-    assert "18 pictures" in out and "32 px + mirror" in out and "report:" not in out
+    assert "18 pictures" in out and "32 px + mirror" in out and "report  " not in out
 
 
 def test_mistakes(job, here, tmp_path, capsys):

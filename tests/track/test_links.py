@@ -5,6 +5,7 @@ from ftlib.track.links import (
     artifact_page,
     experiment_page,
     opened_by,
+    place_lines,
     run_page,
     ui_base,
     ui_command,
@@ -42,6 +43,16 @@ def test_pages_for_notes_name_no_host_and_carry_the_workflow():
     for page in pages:
         assert page.startswith("#/experiments/3/") and "workflowType=machine_learning" in page
     assert "report/report%20%C3%BC.html" in pages[2] and "/model-metrics?" in pages[1]
+
+
+def test_places_are_lined_up_and_those_without_an_address_left_out():
+    places = {"kept in": "/runs/x", "MLflow": "", "best model": "/runs/x/best"}
+    assert place_lines(places, "track ui") == [
+        "  kept in     /runs/x",
+        "  best model  /runs/x/best",
+        "  start UI    track ui",
+    ]
+    assert place_lines({"MLflow": "http://h/#/x"}, "") == ["  MLflow      http://h/#/x"]
 
 
 def test_services_without_a_known_ui_have_no_address():

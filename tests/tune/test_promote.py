@@ -20,6 +20,7 @@ from ftlib.tune.train_trial import SweepInputs
 from ftlib.tune.trial_runs import Hooks, TrialStoreWriter
 from ftlib.tune.trial_store import Trial, TrialStore
 from ftlib.tune.verdict import judge
+from tests.columns import too_wide
 from tests.failing_writes import FailingWrites, whole
 
 RECIPE = Run(stage="phase2", data=Data(path="x"), mix=Mix(mixup_alpha=0.2), train=Train(epochs=3))
@@ -152,7 +153,8 @@ class FakeTracking:
     """Stands in for MLflow: remembers how its one run ended."""
 
     def __init__(self):
-        self.ended, self.tags_, self.run_id, self.reference, self.url = [], {}, "r", "r", ""
+        self.ended, self.tags_, self.run_id, self.reference = [], {}, "r", "r"
+        self.url = self.opened_by = ""
 
     def __enter__(self):
         return self
@@ -271,7 +273,8 @@ def test_the_whole_promotion_writes_a_recipe_that_can_be_run(promote, tmp_path, 
         (tmp_path / "runs2" / "s" / "promotion" / "report" / "comparison.json").read_text()
     )
     assert table["data"][0][0] == "recipe" and len(table["data"]) == 2
-    assert "promoted" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "promoted" in said and not too_wide(said)
 
 
 def test_only_missing_runs_are_trained_and_seeds_may_be_raised(promote, tmp_path):

@@ -33,6 +33,7 @@ from ftlib.tune.train_trial import SweepInputs
 from ftlib.tune.trial_runs import Hooks, TrialGroup, TrialTracker
 from ftlib.tune.trial_store import Trial, TrialStore, leaf_defaults
 from ftlib.tune.tuning_split import TuningSplit
+from tests.columns import too_wide
 from tests.failing_writes import FailingWrites, whole
 
 
@@ -92,6 +93,7 @@ def test_a_sweep_with_stopped_failing_and_dying_trials(driver, home):
     out = wait(process, driver)
     assert process.returncode == 0, out
     assert "PLACEMENT GROUPS LEFT 0" in out and "FINISHED True" in out
+    assert all("(raylet)" in line for line in too_wide(out))  # Ray's own words
     assert not gone(list(children)), "processes were left behind"
 
     trials = store_of(home).trials
@@ -329,7 +331,8 @@ def test_a_sweep_without_time_left_starts_no_trial_and_says_so(tmp_path, monkeyp
     budget = TimeBudget(store, plan.budget_seconds)
     assert sweeps._proposals(plan, RECIPE, store, 3, budget)() is None
     result = sweeps.SweepResult(store, True, None, "", "", 0.0)
-    assert "larger --budget goes on" in sweeps.sentence(plan, result, 3, budget)
+    said = " ".join(sweeps.sentence(plan, result, 3, budget).split())
+    assert "larger --budget goes on" in said
     more = TimeBudget(store, 2 * 3600)
     assert sweeps._proposals(plan, RECIPE, store, 3, more)().number == 0
 

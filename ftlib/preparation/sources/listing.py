@@ -44,7 +44,7 @@ from ftlib.preparation.sources.tree import File, Tree, walk
 from ftlib.preparation.sources.webdataset import WebDataset
 from ftlib.preparation.sources.wrapping import unwrapped
 from ftlib.settings import nearest
-from ftlib.text import printable
+from ftlib.text import printable, wrapped
 
 SPECIAL: tuple[Layout, ...] = (ImageNet(), WebDataset(), Parquet())
 """Layouts that are recognized by their own marks, before folders and tables are considered."""
@@ -500,7 +500,7 @@ def describe(listing: Listing) -> str:
         lines.append(f"  left aside: {_reasons(listing.aside.items())}")
     lines += [f"  note: {printable(note)}" for note in listing.notes]
     lines += [f"  warning: {printable(warning)}" for warning in listing.warnings]
-    return "\n".join(lines)
+    return "\n".join(wrapped(line, "    ") for line in lines)
 
 
 def _reasons(counts: Iterable[tuple[str, int]]) -> str:
