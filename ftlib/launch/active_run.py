@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from ftlib.launch.progress import ProgressDisplay
 from ftlib.launch.signals import Signals
 from ftlib.paths import local_run_folder, runs_root
 from ftlib.storage import join
+from ftlib.text import wrapped
 from ftlib.track.lineage import run_tags
 from ftlib.track.logged_params import params_of
 from ftlib.track.tracking import (
@@ -177,6 +177,8 @@ class ActiveRun:
             outcome = dataclasses.replace(outcome, test=test)
         report = finalize.log_end(self.tracked, self.writer, run, prepared.dataset, outcome)
         outcome = dataclasses.replace(outcome, figures=outcome.figures + report)
+        if self.options.kind in FINAL:
+            self.writer.put({"op": "experiment_note"})
         # Last, since it makes the run a finished one: what is stopped before is done again.
         self._write_result(result, outcome)
         seconds = time.monotonic() - prepared.began
@@ -203,7 +205,7 @@ class ActiveRun:
             return
         if isinstance(error, StoppedError):
             self.end("killed", error.message)
-            self.options.say(f"{self.prepared.run.name}: {error.message}")
+            self.options.say(wrapped(f"{self.prepared.run.name}: {error.message}"))
             return
         if self.hook is not None and self.hook.raised is error:
             outcome = "pruned"
@@ -266,9 +268,9 @@ def open_run(prepared: PreparedRun, options: LaunchOptions) -> Iterator[ActiveRu
     with Lease(run_dir, run.name, late) as lease, contextlib.ExitStack() as stack:
         if options.announce:
             plan = f"{run.name}: {prepared.plan}"
-            options.say(textwrap.fill(plan, 100, subsequent_indent="  "))
+            options.say(wrapped(plan))
             for line in prepared.plan.far_outside:
-                options.say(f"  note: {line}")
+                options.say(wrapped(f"  note: {line}", "    "))
         if options.tracking is None:
             stack.callback(warm_up(run.track).join)
         prepared = _with_copied_weights(prepared, options)
@@ -313,8 +315,9 @@ def _with_copied_weights(prepared: PreparedRun, options: LaunchOptions) -> Prepa
     """Published weights and bare files are copied into the run's folder, where all workers read."""
     source = prepared.source
     if source is not None and source.notes:
-        start = f"{prepared.run.name}: starting from {prepared.source_name}"
-        options.say("\n  ".join([start, *source.notes]))
+        options.say(f"{prepared.run.name}: starting from {prepared.source_name}")
+        for line in source.notes:
+            options.say(wrapped(f"  {line}", "    "))
     return dataclasses.replace(prepared, source=materialize(source, prepared.run_dir))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ftlib import storage
@@ -12,7 +13,7 @@ from ftlib.config import Run
 from ftlib.data.shards import Dataset, open_dataset
 from ftlib.launch import finalize, gates, preflight, run_record
 from ftlib.launch.outcome import Outcome
-from ftlib.paths import runs_root
+from ftlib.paths import local_run_folder, runs_root
 from ftlib.report.metrics import TestSplit
 from ftlib.storage import join
 from ftlib.training import checkpoint
@@ -62,6 +63,7 @@ class PreparedRun:
     def finished_outcome(self) -> Outcome:
         """The outcome of a run that is finished, from its result.json."""
         result = self.result or {}
+        report = local_run_folder(self.run_dir) / "report"  # the home may have been moved since
         return Outcome(
             name=self.run.name,
             status="finished",
@@ -72,7 +74,7 @@ class PreparedRun:
             gates=[gates.Gate(**g) for g in result.get("gates", {}).get("gates", [])],
             start_top1=result.get("start_top1"),
             test=TestSplit.from_dict(result["test"]) if result.get("test") else None,
-            figures=result.get("figures", []),
+            figures=[str(report / Path(file).name) for file in result.get("figures", [])],
         )
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ftlib.track import views
+from ftlib.track import experiment_note, views
 from ftlib.track.journal import Owners, Record, State, encode, read, read_all, rejected_file
 from ftlib.track.logged_model import ModelFolder, log_model
 from ftlib.track.store import ensure_experiment, first_line, request_timeout
@@ -409,6 +409,14 @@ class RunDelivery:
                 raise
             log.info("tracking: the view %s could not be saved (%s)", record["name"], error)
 
+    def _experiment_note(self, mlflow: MlflowClient, record: Record) -> None:
+        try:
+            experiment_note.update(mlflow, self.state.experiment_id)
+        except Exception as error:
+            if classify_error(error) == "down":
+                raise
+            log.info("tracking: the experiment's note could not be written (%s)", error)
+
     def _model(self, mlflow: MlflowClient, record: Record) -> None:
         folder = ModelFolder.from_record(record)
         log_model(mlflow, self.state.run_id, self.state.experiment_id, folder)
@@ -423,6 +431,7 @@ _OPS: dict[str, Callable[[RunDelivery, MlflowClient, Record], None]] = {
     "dataset": RunDelivery._dataset,
     "model": RunDelivery._model,
     "view": RunDelivery._view,
+    "experiment_note": RunDelivery._experiment_note,
 }
 
 

@@ -291,7 +291,7 @@ def ensure_store(uri: str) -> None:
     """Make the SQLite store if there is none yet; other addresses are left alone.
 
     It is made under a lock, in a temporary file that is renamed when complete, in WAL mode. One
-    that was moved or copied with its artifacts gets their present place.
+    that was moved or copied with its artifacts gets their present place, and that of its runs.
 
     Raises:
         TrackingError: the folder cannot be written, or the file is no MLflow database that the
@@ -430,12 +430,26 @@ def _relocate(path: Path) -> None:
                     f"WHERE substr({column}, 1, ?) = ?",
                     (new.as_uri(), len(old) + 1, len(old) + 1, old + "/"),
                 )
+            _relocate_runs(db, was.parent, new.parent)
     log.warning(
         "tracking: the store %s was moved or copied from %s; its artifacts are now read from %s",
         path.name,
         was.parent,
         new,
     )
+
+
+def _relocate_runs(db: sqlite3.Connection, old: Path, new: Path) -> None:
+    """Bring the tag `run_dir` of the runs that lay below `old` and are below `new` up to date."""
+    tags = db.execute("SELECT run_uuid, value FROM tags WHERE key = 'run_dir'").fetchall()
+    for run, value in tags:
+        if Path(value).is_relative_to(old):
+            here = new / Path(value).relative_to(old)
+            if here.is_dir():
+                db.execute(
+                    "UPDATE tags SET value = ? WHERE key = 'run_dir' AND run_uuid = ?",
+                    (str(here), run),
+                )
 
 
 # --- reaching a server ----------------------------------------------------------------------------
@@ -586,12 +600,17 @@ def why_unreachable(uri: str, error: Exception) -> str:
 
 # --- experiments ----------------------------------------------------------------------------------
 
-_EXPERIMENT_TAGS = {
-    "mlflow.experimentKind": "custom_model_development",
-    "mlflow.note.content": "[Open the charts of all runs]"
+NOTE_TAG = "mlflow.note.content"
+FIRST_NOTE = (
+    "[Open the charts of all runs]"
     "(#/experiments/{id}/runs?workflowType=machine_learning&compareRunsMode=CHART"
     "&viewStateShareKey=ftlib-phases)  \n"
-    "**Views** (above the table) has the columns and charts for each purpose.",
+    "**Views** (above the table) has the columns and charts for each purpose."
+)
+"""The note of an experiment without results; `experiment_note` writes the later ones."""
+_EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    NOTE_TAG: FIRST_NOTE,
 }
 
 

@@ -219,19 +219,22 @@ def phases_view() -> View:
         param("init_from"),
         param("seed"),
     ]
-    result = [bar("", score), bar("", "best/gain"), bar("", "best/val_top5")]
-    curves = [
+    # In one section, of which MLflow leaves out what is empty: results come with a run's end.
+    charts = [
+        bar("", score),
+        bar("", "best/gain"),
+        bar("", "best/val_top5"),
         line("", "val/top1"),
         line("", "train/top1"),
         line("", "train/gap"),
         line("", "val/loss"),
         line("", "train/loss"),
         line("", "train/lr", log_scale=True),
+        line("", "step/loss"),  # drawn from the first steps on
     ]
-    speed = [line("", "train/images_per_s"), line("", "step/loss"), line("", "step/lr")]
+    speed = [line("", "train/images_per_s"), line("", "step/lr")]
     sections = [
-        ("Result", 3, 260, result),
-        ("Learning curves", 3, 340, curves),
+        ("Results and learning curves", 3, 320, charts),
         ("What differs", 1, 480, [table("", "Settings and results")]),
         ("Speed", 3, 280, speed),
     ]

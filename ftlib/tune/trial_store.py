@@ -113,7 +113,11 @@ class TrialStore:
         for number in range(about.get("proposed", 0)):
             stored = read_json(join(self.trials_root(), f"t{number:02d}", "trial.json"))
             if stored is not None:
-                self.trials[number] = Trial(**{k: v for k, v in stored.items() if k in known})
+                trial = Trial(**{k: v for k, v in stored.items() if k in known})
+                if trial.result.get("run_dir", "").endswith(f"/trials/{trial.name}"):
+                    # The sweep may have been moved since.
+                    trial.result["run_dir"] = join(self.trials_root(), trial.name)
+                self.trials[number] = trial
         return True
 
     def open(

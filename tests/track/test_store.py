@@ -288,6 +288,9 @@ def test_a_home_that_was_moved_or_copied_finds_its_artifacts(empty_store, tmp_pa
     mlflow = client(uri)
     run = mlflow.create_run(ensure_experiment(mlflow, "e", uri)).info
     mlflow.log_text(run.run_id, "text", "file.txt")
+    (old / "runs" / "r").mkdir(parents=True)
+    gone = mlflow.create_run(run.experiment_id, tags={"run_dir": str(old / "runs" / "gone")}).info
+    mlflow.set_tag(run.run_id, "run_dir", str(old / "runs" / "r"))
     shutil.copytree(old, new)
     if not keep_old:
         shutil.rmtree(old)
@@ -296,6 +299,8 @@ def test_a_home_that_was_moved_or_copied_finds_its_artifacts(empty_store, tmp_pa
     assert client(moved).get_run(run.run_id).info.artifact_uri.startswith(new.as_uri())
     assert [a.path for a in client(moved).list_artifacts(run.run_id)] == ["file.txt"]
     assert store.store_of_run(uri, run.run_id, str(new / "runs" / "r")) == moved
+    tags = [client(moved).get_run(r.run_id).data.tags["run_dir"] for r in (run, gone)]
+    assert tags == [str(new / "runs" / "r"), str(old / "runs" / "gone")]
     if keep_old:
         ensure_store(uri)
         assert client(uri).get_run(run.run_id).info.artifact_uri.startswith(old.as_uri())

@@ -39,6 +39,15 @@ def test_views_show_parameters_that_runs_have():
     assert shown <= set(PARAMS)
 
 
+def test_the_first_section_of_the_phases_is_never_empty():
+    """MLflow says "no charts" of a section in which nothing is drawn yet; results come last."""
+    state = views.phases_view().state
+    first = state["compareRunSections"][0]["uuid"]
+    charts = [c for c in state["compareRunCharts"] if c["metricSectionId"] == first]
+    assert {"best/val_top1", "val/top1", "step/loss"} <= {c["metricKey"] for c in charts}
+    assert state["hideEmptyCharts"]
+
+
 def test_searches_are_ones_that_mlflow_takes(store, mlflow):
     experiment = mlflow.create_experiment("e")
     mlflow.create_run(experiment, tags={"kind": "train"})

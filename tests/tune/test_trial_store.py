@@ -29,6 +29,17 @@ def test_what_is_written_is_read(tmp_path):
     assert [t.number for t in again.done()] == [3] and len(again.open_trials()) == 11
 
 
+def test_a_sweep_that_was_moved_finds_the_runs_of_its_trials(tmp_path):
+    store = TrialStore(str(tmp_path / "old"), "s")
+    store.open({}, {})
+    run_dir = f"{store.trials_root()}/t00"
+    store.add(Trial(0, {}, "recipe", "completed", result={"run_dir": run_dir}))
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = TrialStore(str(tmp_path / "new"), "s")
+    assert moved.read()
+    assert moved.trials[0].result["run_dir"] == str(tmp_path / "new/s/trials/t00")
+
+
 def test_a_trial_whose_number_was_not_committed_is_not_there(tmp_path):
     store = TrialStore(str(tmp_path), "s")
     store.open({}, {})
