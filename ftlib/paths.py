@@ -131,6 +131,12 @@ def run_folder(name_or_folder: str, storage: str = "") -> str:
     return place
 
 
+def run_words(run_dir: str) -> str:
+    """How a command names a run: by its name below $FTLIB_HOME/runs, else by its place."""
+    name = run_dir.rstrip("/").rpartition("/")[2]
+    return shlex.quote(name if run_dir.rstrip("/") == str(home() / "runs" / name) else run_dir)
+
+
 @contextlib.contextmanager
 def environment_variables(**values: str) -> Iterator[None]:
     """Set environment variables of this process, and of those it starts, within a `with` block."""

@@ -80,14 +80,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             place = out / "package" if plain else out
             made = write_package(loaded, temperature, fitted_on, place)
             result["files"].append(str(made))
+            model = shlex.quote(str(made))
             if asked.register:
-                result["registered"] = register(asked, run_dir, made)
+                result["registered"], model = register(asked, run_dir, made)
         on = fitted_on if asked.temperature else f"fitted on {fitted_on}"
         print(f"temperature {temperature:.4g}, {on}")
         if "mlflow" in asked.formats:
-            package = f"--model {shlex.quote(str(made))}"
-            print(f"\nNext: {job_command('predict', f'{package} --source PICTURE')}")
-            print(f"      {job_command('serve', package)}")
+            print(f"\nNext: {job_command('predict', f'--model {model} --source PICTURE')}")
+            print(f"      {job_command('serve', f'--model {model}')}")
 
 
 def fit_temperature(loaded: "LoadedModel") -> tuple[float, str]:
@@ -135,16 +135,19 @@ def write_package(loaded: "LoadedModel", temperature: float, fitted_on: str, pla
         calibrated_on=fitted_on,
     )
     megabytes = package.size_bytes(made) / 1e6
-    call = f'mlflow.pyfunc.load_model("{made}").predict([jpeg_bytes])'
-    print(f"{made} ({megabytes:.1f} MB): {call}")
+    print(f"{made} ({megabytes:.1f} MB). From Python:")
+    print(f'  mlflow.pyfunc.load_model("{made}").predict([jpeg_bytes])')
     return Path(made)
 
 
-def register(asked: Options, run_dir: str, package: Path) -> str:
-    """Register the package in the MLflow store of its run; return its address."""
+def register(asked: Options, run_dir: str, package: Path) -> tuple[str, str]:
+    """Register the package in the MLflow store of its run.
+
+    Returns its address, and the words by which a job finds it.
+    """
     from ftlib.packaging.register import register as register_package
     from ftlib.track.redact import redact
-    from ftlib.track.store import store_of_run
+    from ftlib.track.store import resolve_uri, store_of_run
 
     known = (storage.read_json(storage.join(run_dir, "run.json")) or {}).get("mlflow") or {}
     if not known.get("run_id"):
@@ -162,7 +165,8 @@ def register(asked: Options, run_dir: str, package: Path) -> str:
         experiment_id=known["experiment_id"],
     )
     print(f"registered: {address} in {redact(uri)}")
-    return address
+    elsewhere = "" if uri == resolve_uri() else f" --tracking-uri {shlex.quote(redact(uri))}"
+    return address, address + elsewhere
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from ftlib.checks import check_cluster, check_recipe
 from ftlib.cli import ResultOptions, job, options_and_recipe, reporting
 from ftlib.config import AdamW, Augment, Cosine, Count, CrossEntropy, Model, Run, Train
 from ftlib.gc_pause import lasting_imports
-from ftlib.paths import job_command
+from ftlib.paths import job_command, run_words
 
 FINETUNE = Run(
     stage="finetune",
@@ -57,8 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             run, steps=0 if chosen else asked.steps, probe=not asked.no_probe, quiet=asked.quiet
         )
         result.update(vars(outcome))
-        print(f"\nNext: {job_command('evaluate', outcome.name)}")
-        package = f"{outcome.name} --out model --formats mlflow"
+        named = run_words(outcome.run_dir)
+        print(f"\nNext: {job_command('evaluate', named)}")
+        package = f"{named} --out model --formats mlflow"
         print(f"      {job_command('export', package)}")
 
 

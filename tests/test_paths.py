@@ -6,7 +6,13 @@ import sys
 import pytest
 
 import ftlib
-from ftlib.paths import environment_variables, job_command, jobs_folder, spaces_folder
+from ftlib.paths import (
+    environment_variables,
+    job_command,
+    jobs_folder,
+    run_words,
+    spaces_folder,
+)
 
 
 def test_the_environment_is_as_before_afterwards(monkeypatch):
@@ -16,6 +22,12 @@ def test_the_environment_is_as_before_afterwards(monkeypatch):
         assert os.environ["FTLIB_A"] == os.environ["FTLIB_B"] == "new"
         raise RuntimeError
     assert os.environ["FTLIB_A"] == "old" and "FTLIB_B" not in os.environ
+
+
+def test_a_command_names_a_run_by_what_finds_it(home):
+    assert run_words(str(home / "runs" / "r")) == "r"
+    assert run_words("/elsewhere/my runs/r") == "'/elsewhere/my runs/r'"
+    assert run_words("s3://bucket/runs/r") == "s3://bucket/runs/r"
 
 
 def test_jobs_and_spaces_are_found_beside_the_package_and_inside_it(tmp_path, monkeypatch):

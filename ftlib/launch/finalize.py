@@ -13,7 +13,7 @@ from ftlib.data.shards import Dataset
 from ftlib.gc_pause import gc_paused
 from ftlib.launch import gates
 from ftlib.launch.outcome import Outcome
-from ftlib.paths import home, job_command, local_run_folder
+from ftlib.paths import home, job_command, local_run_folder, run_words
 from ftlib.settings import ConfigError, to_dict
 from ftlib.storage import join
 from ftlib.track.tracking import TrackedRun
@@ -137,7 +137,7 @@ def log_end(
         return []
     written: list[str] = []
     temperature, fitted_on = 1.0, "nothing: it could not be fitted"
-    again = job_command("evaluate", outcome.name)
+    again = job_command("evaluate", run_words(outcome.run_dir))
     with _log_failure(f"the report of errors could not be written; later: {again}"):
         report = _report(run, dataset, outcome)
         calibration = report.scored.calibration
@@ -146,7 +146,7 @@ def log_end(
         for file in report.files:
             writer.artifact(file, "report")
         written = [str(file) for file in report.files]
-    again = job_command("export", f"{outcome.name} --out FOLDER --formats mlflow")
+    again = job_command("export", f"{run_words(outcome.run_dir)} --out FOLDER --formats mlflow")
     with _log_failure(f"the model could not be packaged; once there is room: {again}"), gc_paused():
         _log_model(tracked, run, dataset, outcome, temperature=temperature, fitted_on=fitted_on)
     return written
@@ -160,9 +160,10 @@ def score_test(outcome: Outcome, dataset: Dataset, say: Callable[[str], None]) -
 
     count = len(dataset.split("test"))
     if count > MOST_WITHOUT_GPU and not torch.cuda.is_available():
+        again = job_command("evaluate", run_words(outcome.run_dir))
         say(
             f"{outcome.name}: {count:,} test pictures are many for a machine without a GPU. Score "
-            f"them where there is one: {job_command('evaluate', f'{outcome.name} --split test')}"
+            f"them where there is one: {again} --split test"
         )
         return None
     from ftlib.data.loader import FEW, all_but_one_cpu

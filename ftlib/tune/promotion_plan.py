@@ -10,11 +10,12 @@ maximum of k such draws. What a gain exceeds that by is what a promotion can hop
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 from ftlib.launch.progress import duration
-from ftlib.paths import job_command
+from ftlib.paths import home, job_command
 from ftlib.tune.trial_store import Trial, TrialStore
 
 MOST_CANDIDATES = 3
@@ -42,6 +43,7 @@ class PromotionPlan:
     seconds: float = 0.0
     """Training time of all runs, as long as those of the sweep ran at once."""
     sweep: str = ""
+    """How a command names the sweep."""
 
     @property
     def runs(self) -> int:
@@ -101,7 +103,7 @@ def plan_promotion(store: TrialStore) -> PromotionPlan:
         top=top,
         seeds=seeds,
         seconds=_seconds(store, (top + 1) * seeds),
-        sweep=store.name,
+        sweep=_words(store),
     )
     if plan.worth:
         return plan
@@ -112,13 +114,19 @@ def plan_promotion(store: TrialStore) -> PromotionPlan:
     return replace(plan, reason=reason)
 
 
+def _words(store: TrialStore) -> str:
+    root = store.uri.rpartition("/")[0]
+    elsewhere = "" if root == str(home() / "runs") else f" --storage {shlex.quote(root)}"
+    return f"{shlex.quote(store.name)}{elsewhere}"
+
+
 def _as_always(store: TrialStore, others: list[Trial], gain: float) -> PromotionPlan:
     """For sweeps of an earlier version, which did not record how many images they score on."""
     top, seeds = min(MOST_CANDIDATES, len(others)), 5
     reason = f"The best trial leads the recipe by {gain:.2f} points in a single run."
     seconds = _seconds(store, (top + 1) * seeds)
     return PromotionPlan(
-        True, reason, gain, top=top, seeds=seeds, seconds=seconds, sweep=store.name
+        True, reason, gain, top=top, seeds=seeds, seconds=seconds, sweep=_words(store)
     )
 
 

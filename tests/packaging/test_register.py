@@ -1,5 +1,7 @@
 """A package under a name in a real MLflow store, found again by its alias."""
 
+import json
+
 import pytest
 import torch
 
@@ -8,8 +10,9 @@ from ftlib.config import Augment, Model, Run
 from ftlib.packaging.package import PackageError, check, example, load, package
 from ftlib.packaging.register import register
 from ftlib.settings import ConfigError
-from ftlib.track.store import client, ensure_store
+from ftlib.track.store import client, ensure_store, sqlite_uri
 from ftlib.training import models
+from jobs import export
 
 RUN = Run(name="named", model=Model(arch="resnet18"), augment=Augment(size=32))
 
@@ -63,3 +66,14 @@ def test_a_registered_package_is_found_by_its_alias_and_is_not_registered_twice(
     with pytest.raises(ConfigError, match=r"no alias champoin. Did you mean champion\?"):
         check_model("models:/zoo@champoin")
     check_model("models:/zo@champion", "http://another.store")
+
+    recorded = {"uri": uri, "run_id": run, "experiment_id": experiment}
+    run_dir = tmp_path / "runs" / "r"
+    run_dir.mkdir(parents=True)
+    (run_dir / "run.json").write_text(json.dumps({"mlflow": recorded}))
+    asked = export.Options(run="r", out="x", formats=("mlflow",), register="zoo", alias="best")
+    address = "models:/zoo@best"
+    assert export.register(asked, str(run_dir), folder) == (address, address)
+    monkeypatch.setenv("FTLIB_HOME", str(tmp_path / "another"))
+    words = f"{address} --tracking-uri {sqlite_uri(tmp_path / 'mlflow.db')}"
+    assert export.register(asked, str(run_dir), folder) == (address, words)

@@ -51,8 +51,8 @@ def test_trials_that_were_stopped_early_count_as_chances(tmp_path):
     assert few.luck == 0 < plan_promotion(store).luck
 
 
-def test_a_clear_gain_is_worth_its_cost(tmp_path):
-    plan = plan_promotion(sweep(tmp_path, [80.0, 85.0, 88.0, 79.0]))
+def test_a_clear_gain_is_worth_its_cost(home):
+    plan = plan_promotion(sweep(home / "runs", [80.0, 85.0, 88.0, 79.0]))
     assert plan.worth and plan.top == 2 and 3 <= plan.seeds <= 12
     assert plan.command == job_command("promote", f"s --top 2 --seeds {plan.seeds}")
     runs = 3 * plan.seeds
@@ -70,7 +70,8 @@ def test_a_sweep_of_an_earlier_version_gets_the_usual_promotion(tmp_path):
     store = sweep(tmp_path, [80.0, 82.0])
     del store.about["tuning"]
     plan = plan_promotion(store)
-    assert plan.worth and plan.command == job_command("promote", "s --top 1 --seeds 5")
+    words = f"s --storage {tmp_path} --top 1 --seeds 5"  # it is not where sweeps are looked for
+    assert plan.worth and plan.command == job_command("promote", words)
 
 
 def test_the_lead_by_chance_is_that_of_simulated_trials():
