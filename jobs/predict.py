@@ -21,7 +21,7 @@ from ftlib.cli import ResultOptions, job, options, reporting
 from ftlib.config import AtLeastOne
 from ftlib.flags import FormerValue, Metavar
 from ftlib.settings import ConfigError
-from ftlib.text import printable
+from ftlib.text import percent, printable
 
 if TYPE_CHECKING:
     from ftlib.deploy.batch_predict import PredictOptions
@@ -80,10 +80,10 @@ def classify_file(asked: Options, source: Path) -> dict[str, Any]:
         raise PredictError(f"{source}: {row['error']}")
     names = [printable(name) for name in row["top_classes"]]
     width = max(map(len, names))
-    print(f"{printable(str(source))}: {names[0]}, {100 * row['probability']:.1f} %")
+    print(f"{printable(str(source))}: {names[0]}, {percent(row['probability'], 1)}")
     for name, probability in zip(names, row["top_probabilities"]):
         bar = "#" * round(40 * probability)
-        print(f"  {name:{width}}  {100 * probability:5.1f} %  {bar}".rstrip())
+        print(f"  {name:{width}}  {percent(probability, 1):>7}  {bar}".rstrip())
     return row
 
 

@@ -82,6 +82,13 @@ def test_no_call_has_more_than_five_positional_arguments():
     assert not piles
 
 
+def test_percentages_have_one_form():
+    """12.3 %, by ftlib.text.percent; Python's own format leaves the space out."""
+    pattern = re.compile(r":[^{}\"'\s]*%\}")
+    wrong = [str(f.relative_to(ROOT)) for f in SOURCES if pattern.search(f.read_text("utf-8"))]
+    assert not wrong
+
+
 WRITES_HALF = re.compile(
     r"\.write_(?:text|bytes)$|\.savefig$|^(?:np\.save.*|pq\.write_table|save_file|shutil\.copy.*)$"
 )

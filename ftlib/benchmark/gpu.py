@@ -42,6 +42,7 @@ from ftlib.data.shards import Dataset
 from ftlib.launch.timing import constant_batches, run_steps, synchronize
 from ftlib.paths import jobs_folder
 from ftlib.preparation.options import PrepareOptions
+from ftlib.text import percent
 from ftlib.track.store import first_line
 from ftlib.training.loop import Training
 from ftlib.training.worker_context import WorkerContext
@@ -214,7 +215,7 @@ def _utilization(plan: GpuPlan, of: Training, rate: float) -> list[str]:
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     peak = next((flops for name, flops in PEAK.items() if name in card), 0.0)
     if peak:
-        return [f"{said}: MFU {each * rate / peak:.1%} of {card}'s {peak / 1e12:.0f}"]
+        return [f"{said}: MFU {percent(each * rate / peak, 1)} of {card}'s {peak / 1e12:.0f}"]
     return [f"{said}; no MFU: the peak of {card or 'a CPU'} is not known here"]
 
 
@@ -277,7 +278,7 @@ def during(host: list[Any], start: float, length: float) -> str:
     longest = max(host, key=overlap, default=None)
     if longest is None or overlap(longest) <= 0:
         return "Python, or waiting for the loader"
-    return f"{overlap(longest) / length:.0%} of it in {longest.name[:60]}"
+    return f"{percent(overlap(longest) / length)} of it in {longest.name[:60]}"
 
 
 def _timm(plan: GpuPlan, dataset: Dataset, scratch: Path, ours: float) -> list[str]:

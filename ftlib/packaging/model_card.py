@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ftlib.config import Run
+from ftlib.text import percent
 
 CLASSES_SHOWN = 30
 LIMITS = (
@@ -96,7 +97,7 @@ def _data(run: Run, data: Mapping[str, Any]) -> str:
     if run.data.subset == 1:
         return f"Trained on {name}."
     seed = run.data.subset_seed
-    return f"Trained on {name}, {run.data.subset:.0%} of it (stratified, seed {seed})."
+    return f"Trained on {name}, {percent(run.data.subset)} of it (stratified, seed {seed})."
 
 
 def _recipe(run: Run) -> str:

@@ -25,7 +25,7 @@ from ftlib.report.audit import (
 )
 from ftlib.report.misclassified import BLUE, GREY, RED, axes, png
 from ftlib.storage import write_file
-from ftlib.text import csv_bytes, csv_cell, figure_text
+from ftlib.text import csv_bytes, csv_cell, figure_text, percent
 
 SHOWN = 24
 """Findings of a kind whose pictures are on the page; the CSV has all."""
@@ -206,7 +206,7 @@ def _label_model(found: Audit) -> str:
     """How far the model that checks labels can be trusted."""
     text = (
         "a model trained on the other pictures is sure of another class; it agrees with "
-        f"{found.agreement:.0%} of all labels"
+        f"{percent(found.agreement)} of all labels"
     )
     if found.agreement < 0.8:
         text += ", so most of its doubts are its own mistakes: use --run with a trained run"
@@ -367,7 +367,7 @@ def _suspects(found: Audit) -> list[str]:
     cards = [
         html.card(
             f"{classes[found.labels[s.position]]}? Rather {classes[s.said]}",
-            [_picture(found, s.position, f" ({s.confidence:.0%} against {s.own:.0%})")],
+            [_picture(found, s.position, f" ({percent(s.confidence)} against {percent(s.own)})")],
         )
         for s in found.suspects[:SHOWN]
     ]

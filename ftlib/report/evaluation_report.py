@@ -31,7 +31,7 @@ from ftlib.report.metrics import (
 )
 from ftlib.report.run_facts import RunFacts, run_facts
 from ftlib.storage import write_file
-from ftlib.text import csv_bytes, csv_cell
+from ftlib.text import csv_bytes, csv_cell, percent
 from ftlib.training.evaluate import normalize
 from ftlib.training.initial_weights import LoadedModel
 
@@ -297,7 +297,9 @@ def _pairs(
             said=said,
             limit=EXAMPLES,
         )
-        pictures = [html.picture(pixels(i), f"{probabilities[i, said]:.0%} sure") for i in found]
+        pictures = [
+            html.picture(pixels(i), f"{percent(probabilities[i, said])} sure") for i in found
+        ]
         title = f"{classes[true]} predicted as {classes[said]}: {count} of {matrix[true].sum()}"
         cards.append(html.card(title, pictures, small=True))
     return [html.section("Most confused pairs", html.grid(cards))] if cards else []
@@ -341,12 +343,12 @@ def _worst_cards(
                 f"{true}, predicted as {said}",
                 [
                     html.picture(images[k], pixels.file(int(i))),
-                    html.picture(shown[0], f"{true}: {own:.1%}"),
-                    html.picture(shown[1], f"{said}: {best:.1%}"),
+                    html.picture(shown[0], f"{true}: {percent(own, 1)}"),
+                    html.picture(shown[1], f"{said}: {percent(best, 1)}"),
                 ],
             )
         )
-        tiles.append((f"{true} predicted as {said} ({best:.0%})", [images[k], *shown]))
+        tiles.append((f"{true} predicted as {said} ({percent(best)})", [images[k], *shown]))
     return cards, tiles
 
 

@@ -17,6 +17,7 @@ from ftlib.config import Run
 from ftlib.data.augment import EvalTransform
 from ftlib.data.shards import Split
 from ftlib.lettering import fit, font
+from ftlib.text import percent
 
 SHOWN, ACROSS, SIDE, CAPTION, GAP = 12, 4, 128, 30, 8
 """Mistakes, columns; pixels of a picture's side, of the caption below it, and between two."""
@@ -67,7 +68,7 @@ def sheet(losses: Losses, split: Split, classes: Sequence[str], run: Run) -> Ima
         left, top = GAP + x * (SIDE + GAP), GAP + y * (SIDE + CAPTION + GAP)
         pixels = transform(split.image(row))
         page.paste(Image.fromarray(pixels).resize((SIDE, SIDE)), (left, top))
-        lines = (f"{classes[label]} ({np.exp(-nll):.0%})", f"taken for {classes[answer]}")
+        lines = (f"{classes[label]} ({percent(np.exp(-nll))})", f"taken for {classes[answer]}")
         for number, line in enumerate(lines):
             corner = (left, top + SIDE + 2 + 13 * number)
             draw.text(corner, fit(line, SIDE, letters), "black", letters)

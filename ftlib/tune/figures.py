@@ -63,25 +63,29 @@ def learning_curves(trials: Sequence[Trial], best: Trial | None, split: str) -> 
             )
             if stopped:
                 axes.plot(x[-1:], y[-1:], "x", color="#8594a5", ms=5)
-        axes.plot([], [], "x-", color=STOPPED, label="stopped early")
+        # First epochs, and trials that were stopped for their scores, would flatten the contest.
+        floor = min(contest_floor(trials, spreads=3), _early_score(trials, best))
+        below = sum(t.outcome != "completed" and (t.score or 0.0) < floor for t in trials)
+        remark = f" ({below} below this figure)" if below else ""
+        axes.plot([], [], "x-", color=STOPPED, label=f"stopped early{remark}")
         axes.plot([], [], color=REST, label="ran to the end")
         axes.set(xlabel="epoch", ylabel=f"top-1 of the {split} split, %")
-        # First epochs, and trials that were stopped for their scores, would flatten the contest.
-        floor = contest_floor(trials, spreads=3)
-        below = sum(t.outcome != "completed" and (t.score or 0.0) < floor for t in trials)
         axes.set_ylim(floor, min(axes.get_ylim()[1], 100.5))
-        if below:
-            axes.text(
-                0.01,
-                0.02,
-                f"{below} stopped below this",
-                transform=axes.transAxes,
-                size=8,
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
-            )
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False, fontsize=8)
         return figure
+
+
+def _early_score(trials: Sequence[Trial], best: Trial | None) -> float:
+    """The lowest score, in percent, of the best trial and the recipe after a quarter of their
+    epochs. So figures of a few epochs show all of them."""
+    late = [
+        point["score"]
+        for trial in trials
+        if trial is best or trial.number == 0
+        for point in trial.history[max(math.ceil(len(trial.history) / 4), 1) - 1 :]
+    ]
+    return min(late, default=100.0) - 1
 
 
 def contest_floor(trials: Sequence[Trial], spreads: float = 1) -> float:

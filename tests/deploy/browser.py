@@ -51,6 +51,8 @@ class Browser:
                 "--no-sandbox",
                 "--disable-gpu",
                 "--hide-scrollbars",
+                "--use-fake-device-for-media-stream",
+                "--use-fake-ui-for-media-stream",
                 "--remote-debugging-port=0",
                 f"--user-data-dir={profile / 'profile'}",
                 f"--window-size={width},{height}",

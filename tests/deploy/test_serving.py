@@ -292,8 +292,21 @@ def test_the_page_takes_several_pictures_and_says_what_is_none(browser, tmp_path
     browser.give([("", picture(7))], how="paste")
     browser.wait(f"{CARDS} === 7 && document.querySelectorAll('.bars').length === 6")
     browser.screenshot(keep / "serve-several.png")
+    assert browser.evaluate("document.querySelectorAll('.hint').length") == 6
     browser.evaluate("document.getElementById('clear').click()")
     assert browser.evaluate(CARDS) == 0
+
+
+@pytest.mark.slow
+def test_the_page_takes_a_picture_of_the_camera(browser):
+    browser.evaluate("document.getElementById('open-camera').click()")
+    browser.evaluate("document.getElementById('shoot').click()")  # before it sends: nothing yet
+    browser.wait("document.getElementById('video').videoWidth > 0")
+    browser.evaluate("document.getElementById('shoot').click()")
+    browser.wait("document.querySelectorAll('.bars').length === 1")
+    assert browser.evaluate("document.querySelector('figcaption').textContent") == "camera.jpg"
+    assert browser.evaluate("document.querySelector('.picture').naturalWidth > 100")
+    assert browser.evaluate("document.getElementById('video').srcObject === null")
 
 
 @pytest.mark.parametrize(

@@ -155,8 +155,10 @@ def test_it_shows_the_probabilities_that_the_packaged_model_gives(
         for answer, label in zip(answers, written.scored.labels)
         if answer["class"] != loaded.classes[label]
     ]
-    packaged = {f"{t['class']}: {t['probability']:.1%}" for answer in wrong for t in answer["top"]}
-    shown = set(re.findall(r"\b(?:disc|frame|stripes): \d+\.\d%", written.page.read_text()))
+    packaged = {
+        f"{t['class']}: {100 * t['probability']:.1f} %" for answer in wrong for t in answer["top"]
+    }
+    shown = set(re.findall(r"\b(?:disc|frame|stripes): \d+\.\d %", written.page.read_text()))
     assert wrong and shown and shown <= packaged
 
 

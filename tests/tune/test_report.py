@@ -152,6 +152,22 @@ def test_figures_show_the_contest_of_the_completed_trials(store):
     assert all(line.get_ydata()[0] == floor for line in triangles)
 
 
+def test_learning_curves_of_few_epochs_are_shown_from_the_first_on():
+    def trial(number, outcome, *scores):
+        points = [{"epoch": e, "score": s} for e, s in enumerate(scores, start=1)]
+        return Trial(number, {}, "recipe", outcome, history=points)
+
+    own, best = trial(0, "completed", 40, 60, 61), trial(2, "completed", 20, 50, 62)
+    stopped = trial(1, "pruned", 5, 6)
+    axes = figures.learning_curves([own, stopped, best], best, "tuning").axes[0]
+    assert 6 < axes.get_ylim()[0] < 20 and not axes.texts
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "stopped early (1 below this figure)" in labels
+    long = trial(0, "completed", 10, *[90.0] * 39)  # there the first epochs would flatten the rest
+    axes = figures.learning_curves([long], long, "tuning").axes[0]
+    assert axes.get_ylim()[0] > 70
+
+
 def test_the_note_begins_with_the_result_and_the_links(store):
     lines = report.note(store, SPACE, "http://x/view").splitlines()
     assert (
