@@ -46,7 +46,7 @@ def start_job(home: Path, line: str) -> subprocess.Popen[bytes]:
     print(f"python jobs/{name}.py {' '.join(words)}", flush=True)
     command = [sys.executable, str(ROOT / "jobs" / f"{name}.py"), *words]
     environment = {**os.environ, "FTLIB_HOME": str(home), "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, cwd=home, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
 def run_job(home: Path, line: str) -> None:
