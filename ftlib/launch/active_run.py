@@ -155,7 +155,7 @@ class ActiveRun:
         A trial draws no figures: it has its curves in MLflow and in the sweep's report.
         """
         self.lease.fence()
-        prepared, run = self.prepared, self.prepared.run
+        prepared, run, kind = self.prepared, self.prepared.run, self.options.kind
         start = prepared.source.top1 if prepared.source else None
         metrics = {name: float(value) for name, value in result["metrics"].items()}
         outcome = Outcome(
@@ -167,17 +167,17 @@ class ActiveRun:
             mlflow_run_id=self.tracked.run_id,
             mlflow_url=self.tracked.url,
             mlflow_opened_by=self.tracked.opened_by,
-            compare_url=self.tracked.view_url(phases_view()),
+            compare_url=self.tracked.view_url(phases_view()) if kind == "train" else "",
             gates=gates.check(run.gates, metrics, start),
             start_top1=start,
-            figures=self._figures(result) if self.options.kind == "train" else [],
+            figures=self._figures(result) if kind == "train" else [],
         )
-        if self.options.kind in FINAL:
+        if kind in FINAL:
             test = finalize.score_test(outcome, prepared.dataset, self.options.say)
             outcome = dataclasses.replace(outcome, test=test)
         report = finalize.log_end(self.tracked, self.writer, run, prepared.dataset, outcome)
         outcome = dataclasses.replace(outcome, figures=outcome.figures + report)
-        if self.options.kind in FINAL:
+        if kind in FINAL:
             self.writer.put({"op": "experiment_note"})
         # Last, since it makes the run a finished one: what is stopped before is done again.
         self._write_result(result, outcome)

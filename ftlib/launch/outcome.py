@@ -44,7 +44,7 @@ class Outcome:
     mlflow_opened_by: str = ""
     """The command that starts MLflow's UI; empty where a server shows the page."""
     compare_url: str = ""
-    """The charts of all training runs on this data set."""
+    """The charts of all training runs on this data set; empty for others, which are not in it."""
     gates: Sequence[Gate] = ()
     start_top1: float | None = None
     """Validation top-1 of the model that the run started from."""

@@ -22,7 +22,8 @@ def starting(
     run: Run, run_dir: str, tracked: TrackedRun, placement: Placement, *, resumed: bool
 ) -> str:
     """The lines at a run's start."""
-    each = ", ".join(f"{v:g} {k}" for k, v in placement.resources.items())
+    resources = placement.resources.items()
+    each = ", ".join(f"{v:g} {k}{'s' if v != 1 else ''}" for k, v in resources)
     workers = str(placement.low)
     if placement.low != placement.high:
         workers += f" to {placement.high}"

@@ -327,7 +327,15 @@ def classes_figure(found: Audit) -> bytes:
         + ("" if count <= 60 else "; the 30 smallest and the 30 largest"),
         fontsize=10,
     )
-    ax.legend(fontsize=8, frameon=False, loc="lower right")
+    # Above the bars, of which the longest end at the right edge.
+    ax.legend(
+        fontsize=8,
+        frameon=False,
+        ncols=2,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        borderaxespad=0,
+    )
     return png(figure)
 
 

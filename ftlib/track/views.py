@@ -234,7 +234,7 @@ def phases_view() -> View:
     ]
     speed = [line("", "train/images_per_s"), line("", "step/lr")]
     sections = [
-        ("Results and learning curves", 3, 320, charts),
+        ("Results and curves", 3, 320, charts),
         ("What differs", 1, 480, [table("", "Settings and results")]),
         ("Speed", 3, 280, speed),
     ]

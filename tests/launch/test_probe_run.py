@@ -37,6 +37,7 @@ def lite0(tiny, offline_hub):
 def test_a_probe_is_a_finished_run_that_is_found_again(lite0, monkeypatch):
     outcome = probe_run.launch_probe(lite0, quiet=True)
     assert outcome.status == "completed" and outcome.name.startswith("probe-")
+    assert not outcome.compare_url  # the charts of all training runs have none of a probe
     assert outcome.metrics["best/val_top1"] >= 60
     loaded = load_run_model(outcome.run_dir)
     assert loaded.about["stage"] == "probe" and loaded.run.data.mean == (0.5, 0.5, 0.5)
