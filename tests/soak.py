@@ -154,7 +154,8 @@ def over_workers(asked, folder):
     changes = {
         "cluster.strict_elastic": True,
         "checkpoint.every_steps": 2,
-        "train.epochs": max(2, asked.kills),
+        # 21 steps a fault: most kinds let the run live on, and it must not end before the draws do.
+        "train.epochs": max(2, 3 * asked.kills),
         "data.loader_workers": int("loader" in asked.faults),
     }
     truth = Workers(folder / "undisturbed", changes=changes).finish()
