@@ -32,7 +32,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from ftlib.launch import own_ray
-from ftlib.launch.errors import RayGoneError
+from ftlib.launch.errors import RayGoneError, StoppedError
 from ftlib.paths import environment_variables
 from ftlib.tune.asha import AsynchronousHalving
 from ftlib.tune.train_trial import TrainTrial, TrialConfig, TrialStoppedError
@@ -47,6 +47,9 @@ UNWIND_SECONDS = 60
 """Time a stopped trial has to close its loader and its MLflow run before its process is killed.
 Tune's default of 2 s would also kill the next trial of that process."""
 
+SILENT_SECONDS = 25.0
+"""A stopped sweep is given up when Tune's loop has not moved for this long. While Ray answers, the
+loop waits at most 10 s for its trials' processes (TUNE_FORCE_TRIAL_CLEANUP_S)."""
 LOOK_SECONDS = 0.3
 """How often the driver looks whether its Ray is still there."""
 
@@ -141,8 +144,8 @@ def execute(
 
 
 def _fit(tuner: tune.Tuner, watch: TuneCallback) -> None:
-    """`tuner.fit()`, given up once Ray is gone: Tune would wait for it until Ray, after a minute,
-    ends this whole process."""
+    """`tuner.fit()`, given up once Ray is gone, or silent while the sweep is stopped: Tune would
+    wait until Ray, after a minute, ends this whole process, or for ever."""
     ended: list[BaseException | None] = []
 
     def fit() -> None:
@@ -154,15 +157,31 @@ def _fit(tuner: tune.Tuner, watch: TuneCallback) -> None:
 
     thread = threading.Thread(target=fit, name="tune", daemon=True)
     thread.start()
+    stopped = 0.0
     while thread.is_alive():
         thread.join(LOOK_SECONDS)
         if thread.is_alive() and (process := own_ray.gone()):
-            own_ray.end_processes()
-            for number in list(watch.running):
-                watch.end(number, TrialEnd("interrupted", "the sweep's Ray has ended"))
+            _give_up(watch, "the sweep's Ray has ended")
             raise RayGoneError(process, "trials were running")
+        if not _interrupt.is_set():
+            continue
+        stopped = stopped or time.monotonic()
+        if time.monotonic() - max(stopped, watch.moved) > SILENT_SECONDS and thread.is_alive():
+            _give_up(watch, "the sweep's Ray did not answer")
+            raise StoppedError(
+                _signal,
+                "stopped without waiting for its trials, because Ray does not answer; the same "
+                "command goes on with them",
+                ends_at_once=True,
+            )
     if ended[0] is not None:
         raise ended[0]
+
+
+def _give_up(watch: TuneCallback, why: str) -> None:
+    own_ray.end_processes()
+    for number in list(watch.running):
+        watch.end(number, TrialEnd("interrupted", why))
 
 
 def interrupt() -> None:
@@ -233,6 +252,8 @@ class TuneCallback(tune.Callback):
         """First error of a listener."""
         self.failed: set[str] = set()
         """Tune's ids of the trials whose failure has been handled."""
+        self.moved = 0.0
+        """When Tune's loop ended a step last (time.monotonic)."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -285,6 +306,7 @@ class TuneCallback(tune.Callback):
         self._fail(trial)
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        self.moved = time.monotonic()
         # Tune reports no event when a process cannot be reused because its last trial is still
         # unwinding; the trial only turns up with the status ERROR.
         if self.running:

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ftlib.config import Run
+from ftlib.launch.errors import StoppedError
 from ftlib.settings import to_dict
+from ftlib.text import wrapped
 from ftlib.tune import spaces, train_trial
 from ftlib.tune.live_table import TrialTable
 from ftlib.tune.resources import TrialResources, allocate
@@ -161,6 +163,9 @@ def run_trials(
                 halving=halving,
                 reuse=resources.local,
             )
+    except StoppedError as error:
+        opened.table.say(wrapped(f"{group.store.name}: {error.message}"))
+        raise
     finally:
         tracker.close()
     ray_tune.remove_placement_groups(groups)

@@ -46,6 +46,14 @@ def wait(process, driver, seconds=240):
     return driver.output()
 
 
+def first_epoch(process, driver):
+    """Wait for the first epoch of a trial."""
+    deadline = time.monotonic() + 200
+    while not any(line[0] == "epoch" for line in driver.log()):
+        assert process.poll() is None and time.monotonic() < deadline, driver.output()
+        time.sleep(0.1)
+
+
 def store_of(home, name="regularisation-phase2"):
     store = TrialStore(str(home / "runs"), name)
     assert store.read()
@@ -199,10 +207,7 @@ def test_a_driver_killed_twice_goes_on_and_runs_each_trial_once(driver, home):
 @pytest.mark.parametrize("name", ["gcs_server", "raylet"])
 def test_a_sweep_whose_ray_died_says_so_ends_and_goes_on(driver, home, name):
     process = driver.start(trials=4, epochs=40, seconds=0.5, asha=False)
-    deadline = time.monotonic() + 200
-    while not any(line[0] == "epoch" for line in driver.log()):
-        assert process.poll() is None and time.monotonic() < deadline, driver.output()
-        time.sleep(0.1)
+    first_epoch(process, driver)
     family = psutil.Process(process.pid).children(recursive=True)
     (victim,) = (p for p in family if name in p.name())
     victim.kill()
@@ -210,6 +215,23 @@ def test_a_sweep_whose_ray_died_says_so_ends_and_goes_on(driver, home, name):
     assert process.returncode == 1 and f"error: Ray's {name} has ended while trials were" in out
     assert "Traceback" not in out and "GCS may have been killed" not in out
     assert not gone(family)
+    assert "RUNNING" not in {status for status, _ in mlflow_runs(home).values()}
+    assert not store_of(home).done()
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_while_ray_is_silent_ends_and_leaves_nothing(driver, home):
+    process = driver.start(trials=3, epochs=40, seconds=0.5, asha=False)
+    first_epoch(process, driver)
+    family = psutil.Process(process.pid).children(recursive=True)
+    for name in ("gcs_server", "raylet"):
+        (silent,) = (p for p in family if name in p.name())
+        silent.suspend()
+    os.kill(process.pid, signal.SIGTERM)
+    out = wait(process, driver)
+    assert process.returncode == 143, out
+    assert "because Ray does not answer" in out and "goes on with them" in out
+    assert "Traceback" not in out and not gone(family)
     assert "RUNNING" not in {status for status, _ in mlflow_runs(home).values()}
     assert not store_of(home).done()
 
