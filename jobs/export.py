@@ -47,11 +47,21 @@ class Options(ResultOptions):
     alias: Annotated[str, Metavar("NAME")] = "candidate"
     """The alias that then points at it, such as candidate or champion."""
 
+    @property
+    def package(self) -> Path:
+        """The folder of the package."""
+        return Path(self.out) / "package" if set(self.formats) - {"mlflow"} else Path(self.out)
+
     def check(self) -> None:
         if not self.formats:
             raise ConfigError("--formats: needs one or more of torch, onnx, mlflow")
         if self.register and "mlflow" not in self.formats:
             raise ConfigError("--register needs the package: add --formats mlflow")
+        if "mlflow" in self.formats and self.package.is_dir() and any(self.package.iterdir()):
+            raise ConfigError(
+                f"--out {self.out}: {self.package} is not empty, and a package needs a folder of "
+                "its own. Name another, or delete that one"
+            )
         needed = ("onnx", "onnxscript", "onnxruntime") if "onnx" in self.formats else ()
         missing = [name for name in needed if importlib.util.find_spec(name) is None]
         if missing:
@@ -72,13 +82,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if asked.temperature is None:
             temperature, fitted_on = fit_temperature(loaded)
         result.update(run=run_dir, temperature=temperature, files=[])
-        plain = [name for name in asked.formats if name != "mlflow"]
-        out = Path(asked.out)
-        if plain:
-            result["files"] += write_files(loaded, plain, temperature, out)
+        if plain := [name for name in asked.formats if name != "mlflow"]:
+            result["files"] += write_files(loaded, plain, temperature, Path(asked.out))
         if "mlflow" in asked.formats:
-            place = out / "package" if plain else out
-            made = write_package(loaded, temperature, fitted_on, place)
+            made = write_package(loaded, temperature, fitted_on, asked.package)
             result["files"].append(str(made))
             model = shlex.quote(str(made))
             if asked.register:

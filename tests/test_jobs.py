@@ -22,6 +22,7 @@ from ftlib.config import Run
 from ftlib.flags import flags_of
 from ftlib.launch.train_job import train_job
 from ftlib.settings import ConfigError, override
+from jobs import export
 from tests.test_cli import ROOT, run_job
 
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("[!_]*.py"))
@@ -215,6 +216,15 @@ def test_a_job_that_fails_prints_no_result(capsys):
         result["half"] = 1
         raise ZeroDivisionError
     assert capsys.readouterr().out == ""
+
+
+def test_a_folder_in_use_is_no_place_for_a_package(tmp_path):
+    """Said at once, not after the model was scored."""
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(ConfigError, match=r"is not empty.*Name another"):
+        export.Options(run="r", out=str(tmp_path), formats=("mlflow",))
+    beside = export.Options(run="r", out=str(tmp_path), formats=("torch", "mlflow"))
+    assert beside.package == tmp_path / "package"
 
 
 # --- checks ---------------------------------------------------------------------------------------
