@@ -166,10 +166,11 @@ def attach(
     if not known.get("run_id"):
         return "", ""
     from ftlib.track.links import absolute, artifact_page, opened_by
-    from ftlib.track.store import client, reach, store_of_run
+    from ftlib.track.store import client, ensure_store, reach, store_of_run
 
     try:
         uri = store_of_run(known.get("uri", ""), known["run_id"], run_dir)
+        ensure_store(uri)  # which tells a home that was moved where its artifacts are
         reach(uri)
         mlflow = client(uri)
         for file in files:

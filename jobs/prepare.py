@@ -23,6 +23,7 @@ from ftlib.flags import Common, FormerValue, Hidden, Metavar
 from ftlib.preparation.options import PrepareOptions
 from ftlib.preparation.sources.options import SourceOptions
 from ftlib.settings import Between, ConfigError
+from ftlib.text import wrapped
 
 if TYPE_CHECKING:
     from ftlib.data.shards import Dataset
@@ -141,7 +142,7 @@ def verify(path: str) -> dict[str, object]:
     check_data(path)
     dataset = Dataset.open(data_path(path))
     dataset.verify(deep=True)
-    print(f"{dataset!r}: every file has the size and sha256 of its manifest")
+    print(wrapped(f"{dataset!r}: every file has the size and sha256 of its manifest"))
     return {"path": dataset.path, "verified": True, **summary(dataset)}
 
 

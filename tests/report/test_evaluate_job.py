@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ftlib.track.store import client, ensure_experiment, ensure_store, sqlite_uri
 from tests.columns import too_wide
 from tests.deploy import made
 
@@ -75,3 +76,20 @@ def test_mistakes(job, here, tmp_path, capsys):
         with pytest.raises(SystemExit) as ended:
             job.main(wrong)
         assert ended.value.code == 2
+
+
+def test_a_report_goes_to_the_store_of_a_home_that_was_moved(job, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    uri = sqlite_uri(old / "mlflow.db")
+    ensure_store(uri)
+    mlflow = client(uri)
+    experiment = ensure_experiment(mlflow, "pets", uri)
+    recorded = {"uri": uri, "run_id": mlflow.create_run(experiment).info.run_id}
+    old.rename(new)
+    page = tmp_path / "report.html"
+    page.write_text("<h1>Report</h1>")
+    record = {"mlflow": {**recorded, "experiment_id": experiment}}
+    address, command = job.attach(str(new / "runs" / "r"), record, [page], "report/pets-val")
+    assert list((new / "mlflow-artifacts").rglob("report/pets-val/report.html"))
+    assert not old.exists()
+    assert "/artifacts/report/pets-val/report.html?" in address and " ui --uri " in command
