@@ -44,6 +44,7 @@ NOT_RUN = {
     "python jobs/finetune.py": LONG,
     "phase3-digits-e75826: resnet18": SHOWN,
     "python jobs/find_lr.py": LONG,
+    "python jobs/sweep.py --recipe finetune": LONG,
     "python jobs/benchmark.py": LONG,
     "python jobs/track.py ui": SERVER,
     "run = ftlib.train": LONG,
