@@ -74,7 +74,7 @@ def plan_promotion(store: TrialStore) -> PromotionPlan:
             False, "The recipe's own trial has not finished, so nothing can be said."
         )
     if not others or _score(others[0]) <= _score(own):
-        reason = "Keep the recipe: there is nothing to confirm."
+        reason = "There is nothing to confirm."
         return PromotionPlan(False, reason)
     images = store.about.get("tuning", {}).get("images", 0)
     if not images:
