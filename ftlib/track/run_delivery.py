@@ -338,7 +338,7 @@ class RunDelivery:
                 experiment, start_time=record["t"], run_name=record["name"], tags=tags
             )
         elif run.info.status != "RUNNING":
-            mlflow.update_run(run.info.run_id, status="RUNNING")
+            _reopen(mlflow, run.info.run_id)
         self.state.run_id = run.info.run_id
         self.state.experiment_id = str(run.info.experiment_id)
         self.state.ended = False
@@ -360,9 +360,7 @@ class RunDelivery:
     def _open(self, mlflow: MlflowClient, record: Record) -> None:
         if _active(mlflow, self.state.run_id) is None:
             raise RunMissingError
-        mlflow.update_run(self.state.run_id, status="RUNNING")
-        with contextlib.suppress(Exception):  # it has no such tag
-            mlflow.delete_tag(self.state.run_id, "outcome")
+        _reopen(mlflow, self.state.run_id)
         self.state.ended = False
 
     def _end(self, mlflow: MlflowClient, record: Record) -> None:
@@ -433,6 +431,14 @@ _OPS: dict[str, Callable[[RunDelivery, MlflowClient, Record], None]] = {
     "view": RunDelivery._view,
     "experiment_note": RunDelivery._experiment_note,
 }
+
+
+def _reopen(mlflow: MlflowClient, run_id: str) -> None:
+    """Let an ended run go on; how and why it ended is no longer true."""
+    mlflow.update_run(run_id, status="RUNNING")
+    for tag in ("outcome", "reason"):
+        with contextlib.suppress(Exception):  # it has no such tag
+            mlflow.delete_tag(run_id, tag)
 
 
 def _parts(record: Record) -> list[Record]:
