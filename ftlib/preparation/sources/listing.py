@@ -483,7 +483,7 @@ def _warn_of_missing(classes: tuple[str, ...], entries: list[Entry], warnings: l
 
 def describe(listing: Listing) -> str:
     """What was understood, for the user to see before anything is written."""
-    lines = [f"Source: {listing.root} ({listing.layout})"]
+    lines = []
     for split, n in listing.counts.items():
         origin = listing.split_origins.get(split, "")
         lines.append(f"  {split:5} {counted(n, 'picture')}" + (f" ({origin})" if origin else ""))
@@ -500,7 +500,8 @@ def describe(listing: Listing) -> str:
         lines.append(f"  left aside: {_reasons(listing.aside.items())}")
     lines += [f"  note: {printable(note)}" for note in listing.notes]
     lines += [f"  warning: {printable(warning)}" for warning in listing.warnings]
-    return "\n".join(wrapped(line, "    ") for line in lines)
+    source = f"Source: {listing.root} ({listing.layout})"
+    return "\n".join([source, *(wrapped(line, "    ") for line in lines)])
 
 
 def _reasons(counts: Iterable[tuple[str, int]]) -> str:
