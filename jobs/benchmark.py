@@ -32,6 +32,7 @@ from ftlib.settings import ConfigError, nearest
 
 if TYPE_CHECKING:
     from ftlib.benchmark.measure import Part
+    from ftlib.benchmark.training import BenchmarkSettings
 
 WHAT = ("loader", "step", "scaling", "checkpoint", "startup")
 BY_NAME_ONLY = ("sides", "accuracy", "scale", "serve", "recipes", "gpu")
@@ -158,6 +159,10 @@ def measure(name: str, asked: Options, scratch: Path) -> "Part":
     say: Callable[[str], None] = show_progress
     if name == "scale":
         return scale.benchmark(scratch / name, workers=asked.workers, say=say)
+    if name == "startup":
+        from ftlib.benchmark.startup import startup
+
+        return startup(training_settings(asked), scratch / name, say)
     if name == "serve":
         from ftlib.benchmark import serving
 
@@ -211,10 +216,14 @@ def measure(name: str, asked: Options, scratch: Path) -> "Part":
             only=list(asked.only),
             say=say,
         )
-    step = training.BenchmarkSettings(
-        asked.arch, asked.step_size, asked.batch, asked.steps, asked.rounds
-    )
-    return training.MEASURES[name](step, scratch, say)
+    return training.MEASURES[name](training_settings(asked), scratch, say)
+
+
+def training_settings(asked: Options) -> "BenchmarkSettings":
+    """Of the parts that train."""
+    from ftlib.benchmark.training import BenchmarkSettings
+
+    return BenchmarkSettings(asked.arch, asked.step_size, asked.batch, asked.steps, asked.rounds)
 
 
 def show_progress(text: str) -> None:

@@ -1,7 +1,7 @@
 """The benchmark runs in its smallest form and its report is whole. No time is asserted.
 
 Modules of ftlib.benchmark: baselines, gpu, loader, measure, one_recipe, pictures, process_tree,
-recipes, show, small_run, training, two_workers.
+recipes, show, small_run, startup, training, two_workers.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ftlib.benchmark import gpu, loader, measure, pictures, recipes, scale, show, training
+from ftlib.benchmark import gpu, loader, measure, pictures, recipes, scale, show, startup, training
 from ftlib.benchmark.measure import BenchmarkError, Case, Cost, Goal, by_turns, ratios
 from ftlib.preparation.options import PrepareOptions
 
@@ -264,12 +264,20 @@ def test_two_workers_and_startup(tmp_path):
         set(found.costs) == {"ftlib, two workers", "torchrun DDP, two workers"}
         and len(found.ratios[0].rounds) == 1
     )
-    started = training.startup(smallest, tmp_path, quiet)
-    assert "ftlib --help" in started.costs and "goal" in started.notes[-1]
-    assert [(ratio.ours, ratio.of) for ratio in started.ratios] == [
-        ("ftlib whole run", "cpu"),
-        ("ftlib whole run", "wall"),
+
+
+@pytest.mark.slow
+def test_startup_in_its_smallest_form(tmp_path, monkeypatch):
+    monkeypatch.setattr(startup, "FILES", 100)
+    monkeypatch.setattr(startup, "TRIALS", 2)
+    smallest = training.BenchmarkSettings(size=32, batch=4, steps=1, rounds=1)
+    found = startup.startup(smallest, tmp_path, quiet)
+    assert {startup.BARE, startup.PAIR, startup.SEVERAL, "ftlib evaluate"} < set(found.costs)
+    assert found.costs[startup.PAIR][0].processes > 5, "Ray's processes are counted"
+    assert [(ratio.ours, ratio.of) for ratio in found.ratios] == [
+        (name, of) for name in (startup.STEP, startup.WHOLE) for of in ("cpu", "wall")
     ]
+    assert found.notes[-1].startswith("processes: bare script 1, ftlib to step 1 1, ftlib run 1, ")
 
 
 # --- a GPU ---

@@ -39,6 +39,11 @@ def last_line(output: str) -> str:
     return (output.strip().splitlines() or ["no message"])[-1]
 
 
+def spread(values: Sequence[float]) -> str:
+    """Median, smallest and largest, in words."""
+    return f"{statistics.median(values):.2f} [{min(values):.2f}..{max(values):.2f}]"
+
+
 @dataclass(frozen=True)
 class Cost:
     """What one unit (an image, a step, a start) took."""
@@ -47,6 +52,8 @@ class Cost:
     """Seconds of CPU, user and system, of this process and all below it."""
     wall: float
     """Seconds."""
+    processes: int = 1
+    """Processes that took part."""
 
 
 @dataclass(frozen=True)

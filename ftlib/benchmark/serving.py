@@ -14,18 +14,17 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from ftlib.benchmark.http_load import photo
 from ftlib.benchmark.measure import BenchmarkError, Cost, Part, Ratio, timed
 
-SECONDS = 8.0
+SECONDS = 6.0
 """Length of each load."""
 PHOTOS = 96
 """Pictures that the packaged model classifies alone."""
@@ -37,7 +36,11 @@ SECONDS_TO_START = 120.0
 ALONE = "packaged model alone"
 BUSY = f"server, {MANY} clients"
 QUIET = f"server, {FEW} clients"
-BESIDE = f"server, {FEW} clients beside hostile ones"
+ATTACKS = {
+    **{f"{FEW} clients beside {kind}": {kind: count} for kind, count in HOSTILE.items()},
+    f"{FEW} clients beside all of these": HOSTILE,
+}
+"""Loads of as many good clients beside each kind of hostile ones, and beside all."""
 
 Say = Callable[[str], None]
 
@@ -147,8 +150,9 @@ def benchmark(scratch: Path, *, arch: str, size: int, rounds: int, say: Say) -> 
     package = make_package(scratch, arch, size)
     alone = load(str(package))
     pictures = [photo(i) for i in range(PHOTOS)]
-    costs: dict[str, list[Cost]] = {ALONE: [], BUSY: [], QUIET: [], BESIDE: []}
-    loads: dict[str, list[Load]] = {BUSY: [], QUIET: [], BESIDE: []}
+    costs: dict[str, list[Cost]] = {ALONE: [], BUSY: [], QUIET: []}
+    busy: list[Load] = []
+    pairs: dict[str, list[tuple[Load, Load]]] = {name: [] for name in ATTACKS}
     threads = torch.get_num_threads()
     with served(package, scratch / "server.log") as server:
         server.load(2, good=MANY)  # a warm-up
@@ -157,39 +161,44 @@ def benchmark(scratch: Path, *, arch: str, size: int, rounds: int, say: Say) -> 
             torch.set_num_threads(1)
             costs[ALONE].append(timed(lambda: len(alone.predict(pictures))))
             torch.set_num_threads(threads)
-            clients: dict[str, Any] = {BUSY: {"good": MANY}, QUIET: {"good": FEW}}
-            clients[BESIDE] = {"good": FEW, **HOSTILE}
-            for name, kinds in clients.items():
-                loads[name].append(server.load(**kinds))
-                costs[name].append(loads[name][-1].cost)
+            busy.append(server.load(good=MANY))
+            costs[BUSY].append(busy[-1].cost)
+            for name, hostile in ATTACKS.items():
+                quiet, beside = server.load(good=FEW), server.load(good=FEW, **hostile)
+                pairs[name].append((quiet, beside))
+                costs[QUIET].append(quiet.cost)
+                costs.setdefault(name, []).append(beside.cost)
                 say(f"serving, round {n + 1}/{rounds}: {name}")
         notes = [
             f"ready after {server.ready_seconds:.1f} s, of which importing torch takes "
             f"{importing_torch():.1f} s",
             f"memory {first_memory:,.0f} MB after the warm-up, {server.memory():,.0f} MB at the "
             "end",
-            f"answers beside hostile clients: {json.dumps(loads[BESIDE][-1].statuses)}",
-            *(
-                f"{name}: median {1e3 * load_.median:.0f} ms, p99 {1e3 * load_.p99:.0f} ms"
-                for name, found in loads.items()
-                for load_ in found[-1:]
-            ),
+            f"answers {name}: {json.dumps(pairs[name][-1][1].statuses)}",
+            f"{BUSY}: median {1e3 * busy[-1].median:.0f} ms, p99 {1e3 * busy[-1].p99:.0f} ms",
         ]
-    return Part(f"Serving {arch} at {size} px", "picture", costs, ratios(costs, loads), notes)
+    return Part(f"Serving {arch} at {size} px", "picture", costs, ratios(costs, busy, pairs), notes)
 
 
-def ratios(costs: dict[str, list[Cost]], loads: dict[str, list[Load]]) -> list[Ratio]:
-    """What has a goal: CPU over the model alone, the tail, and both beside hostile clients."""
-    cpu = tuple(busy.cpu / alone.cpu for busy, alone in zip(costs[BUSY], costs[ALONE]))
-    wall = tuple(b.wall / q.wall for b, q in zip(costs[BESIDE], costs[QUIET]))
-    tail = tuple(load.p99 / load.median for load in loads[BUSY])
-    p99 = tuple(b.p99 / q.p99 for b, q in zip(loads[BESIDE], loads[QUIET]))
-    return [
+def ratios(
+    costs: dict[str, list[Cost]],
+    busy: Sequence[Load],
+    pairs: Mapping[str, Sequence[tuple[Load, Load]]],
+) -> list[Ratio]:
+    """What has a goal: CPU over the model alone, the tail, and both beside hostile clients, over
+    the quiet load just before."""
+    cpu = tuple(load.cost.cpu / alone.cpu for load, alone in zip(busy, costs[ALONE]))
+    tail = tuple(load.p99 / load.median for load in busy)
+    found = [
         Ratio(BUSY, ALONE, "cpu", cpu, 1.6),
         Ratio(f"p99 of {MANY} clients", "their median", "wall", tail, 2.0),
-        Ratio(BESIDE, QUIET, "wall", wall, 1.25),
-        Ratio(f"p99 of {BESIDE}", "p99 without", "wall", p99, 3.0),
     ]
+    for name, loads in pairs.items():
+        wall = tuple(beside.cost.wall / quiet.cost.wall for quiet, beside in loads)
+        p99 = tuple(beside.p99 / quiet.p99 for quiet, beside in loads)
+        found.append(Ratio(name, QUIET, "wall", wall, 1.25))
+        found.append(Ratio(f"p99 {name}", "p99 without", "wall", p99, 3.0))
+    return found
 
 
 def importing_torch() -> float:

@@ -1,13 +1,15 @@
 """A small training as a process of its own, as a sweep's trial has it: by ftlib, or as the plain
-function that people give to Ray Tune.
+function that people give to Ray Tune; or a job up to its first step.
 
 python -m ftlib.benchmark.small_run ftlib|plain FOLDER      # FOLDER holds few/ (pictures) and
 few-prepared/ (the same, prepared)
+python -m ftlib.benchmark.small_run step JOB.py FLAGS...    # ends with the first optimizer step
 """
 
 from __future__ import annotations
 
 import os
+import runpy
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,5 +107,20 @@ def plain(folder: Path) -> None:
         )
 
 
+def to_first_step(command: list[str]) -> None:
+    """Run a job, and end the process once an optimizer has made its first step."""
+    from ftlib.gc_pause import gc_paused
+
+    with gc_paused():  # as the job itself imports it
+        from torch.optim import optimizer
+    optimizer.register_optimizer_step_post_hook(lambda *_: os._exit(0))
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+    raise SystemExit("the job has made no step")
+
+
 if __name__ == "__main__":
-    {"ftlib": by_ftlib, "plain": plain}[sys.argv[1]](Path(sys.argv[2]))
+    if sys.argv[1] == "step":
+        to_first_step(sys.argv[2:])
+    else:
+        {"ftlib": by_ftlib, "plain": plain}[sys.argv[1]](Path(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""What ftlib's training costs beside a plain loop: steps, two workers, checkpoints, start-up."""
+"""What ftlib's training costs beside a plain loop: steps, two workers, checkpoints."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from ftlib.benchmark.measure import (
     Ratio,
     by_turns,
     last_line,
+    spread,
     timed,
 )
 from ftlib.config import (
@@ -45,7 +45,6 @@ from ftlib.config import (
 )
 from ftlib.launch.cluster import ROOT
 from ftlib.launch.timing import constant_batches, run_steps, synchronize
-from ftlib.paths import jobs_folder
 from ftlib.training import checkpoint
 from ftlib.training.evaluate import autocast
 from ftlib.training.loop import Training, WorkerContext
@@ -53,15 +52,6 @@ from ftlib.training.loop import Training, WorkerContext
 Say = Callable[[str], None]
 CLASSES = 100
 IMAGES = 12_800
-ONE_STEP = """
-import torch, torchvision
-model = torchvision.models.resnet18(num_classes=3)
-optimizer = torch.optim.Adam(model.parameters())
-logits = model(torch.randn(18, 3, 16, 16))
-torch.nn.functional.cross_entropy(logits, torch.zeros(18, dtype=torch.long)).backward()
-optimizer.step()
-"""
-"""What a start costs at least: imports, a model, a step."""
 
 
 @dataclass(frozen=True)
@@ -278,87 +268,14 @@ def checkpoints(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
     )
     size = sum(f.stat().st_size for f in (scratch / "run").rglob("*") if f.is_file()) / 1e6
     note = (
-        f"a checkpoint (of {size / 2:.0f} MB) takes {_spread(extra)} s in all; by default there is "
+        f"a checkpoint (of {size / 2:.0f} MB) takes {spread(extra)} s in all; by default there is "
         "one a minute and one at each epoch's end"
     )
     return Part(part.title, part.unit, part.costs, [usual], [describe(s, ours.dtype), note])
-
-
-def startup(s: BenchmarkSettings, scratch: Path, say: Say) -> Part:
-    """Whole processes: --help, a wrong flag, a one-worker trial beside a plain Tune function that
-    trains the same, and a whole run (report, package, MLflow) beside a script of one step."""
-    from ftlib.benchmark.loader import photos
-    from ftlib.benchmark.small_run import EPOCHS, PHOTOS
-    from ftlib.preparation.prepare import prepare
-
-    photos(scratch / "few", PHOTOS)
-    prepare(
-        scratch / "few", scratch / "few-prepared", val_fraction=0.25, engine="local", progress=False
-    )
-    here, jobs = str(scratch), jobs_folder()
-    recipe = f"--data.path {here}/few-prepared --model.arch {s.arch} --augment.size {s.size}"
-    batches = f"--train.epochs 1 --train.batch-size {s.batch} --train.microbatch-size {s.batch}"
-    ours, peer = "ftlib whole run", "bare script"
-    commands = {
-        "ftlib --help": [str(jobs / "phase2.py"), "--help"],
-        "ftlib wrong flag": [str(jobs / "phase2.py"), "--model.dropuot", "0.1"],
-        "ftlib one-worker trial": ["-m", "ftlib.benchmark.small_run", "ftlib", here],
-        "plain Tune function": ["-m", "ftlib.benchmark.small_run", "plain", here],
-        ours: [str(jobs / "phase1.py"), *recipe.split(), *batches.split()],
-        peer: ["-c", ONE_STEP],
-    }
-    cases = [
-        Case(name, partial(_process, scratch, arguments, expect=2 if "wrong" in name else 0))
-        for name, arguments in commands.items()
-    ]
-    goals = [Goal(ours, peer, "cpu", 2.2), Goal(ours, peer, "wall", 2.2)]
-    part = by_turns("Start-up", "start", cases, goals=goals, rounds=s.rounds, say=say)
-    more = [
-        a.wall - b.wall
-        for a, b in zip(part.costs["ftlib one-worker trial"], part.costs["plain Tune function"])
-    ]
-    notes = []
-    for name in ("ftlib --help", "ftlib wrong flag"):
-        seconds = statistics.median(c.wall for c in part.costs[name])
-        notes.append(f"{name}: goal < 1 s, {_met(seconds < 1)}")
-    notes.append(
-        f"the trial takes {_spread(more)} s more than the plain function (resnet18, {EPOCHS} "
-        f"epochs of {PHOTOS} pictures, whole processes): goal <= 3 s, "
-        f"{_met(statistics.median(more) <= 3)}"
-    )
-    return Part(part.title, part.unit, part.costs, part.ratios, notes)
-
-
-def _process(scratch: Path, arguments: list[str], expect: int) -> Cost:
-    """CPU and wall time of a Python process with all below it, in an FTLIB_HOME of its own."""
-    with tempfile.TemporaryDirectory(dir=scratch) as home:
-        out = Path(home) / "cost.json"
-        command = ["-m", "ftlib.benchmark.process_tree", str(out), sys.executable, *arguments]
-        done = subprocess.run(
-            [sys.executable, *command],
-            env={**os.environ, "PYTHONPATH": ROOT, "FTLIB_HOME": home},
-            capture_output=True,
-            text=True,
-        )
-        cost = json.loads(out.read_text("utf-8")) if out.exists() else {}
-    if done.returncode != expect:
-        raise BenchmarkError(
-            f"{' '.join(arguments)} ended with {done.returncode}: {last_line(done.stderr)}"
-        )
-    return Cost(cost["cpu"], cost["wall"])
-
-
-def _met(reached: bool) -> str:
-    return "met" if reached else "MISSED"
-
-
-def _spread(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} [{min(values):.2f}..{max(values):.2f}]"
 
 
 MEASURES: dict[str, Callable[[BenchmarkSettings, Path, Say], Part]] = {
     "step": step,
     "scaling": scaling,
     "checkpoint": checkpoints,
-    "startup": startup,
 }

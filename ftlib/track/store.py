@@ -335,7 +335,8 @@ def _build(path: Path) -> None:
     alembic.setLevel(logging.WARNING)
     mlflow.setLevel(logging.WARNING)
     try:
-        store = SqlAlchemyStore(uri, artifacts_root(path).as_uri())
+        with gc_paused():  # migrations make as many objects as imports
+            store = SqlAlchemyStore(uri, artifacts_root(path).as_uri())
         store.engine.dispose()
         SqlAlchemyStore._engine_map.pop(uri, None)
         with contextlib.closing(sqlite3.connect(temporary)) as db:

@@ -16,10 +16,8 @@ from ftlib import picture
 from ftlib.benchmark.http_load import large_png, many_pages, photo, truncated_photo
 from ftlib.benchmark.measure import Cost
 from ftlib.benchmark.serving import (
-    BESIDE,
-    BUSY,
+    ALONE,
     HOSTILE,
-    QUIET,
     Load,
     ServedModel,
     make_package,
@@ -46,13 +44,12 @@ def test_the_bodies_are_what_they_are_meant_to_be() -> None:
 
 
 def test_ratios_compare_within_a_round() -> None:
-    costs = {"packaged model alone": [Cost(0.002, 0.002)]}
-    loads = {}
-    for name, wall, p99 in ((BUSY, 0.004, 0.2), (QUIET, 0.010, 0.1), (BESIDE, 0.012, 0.25)):
-        loads[name] = [Load(Cost(0.003, wall), 0.1, p99, {})]
-        costs[name] = [loads[name][0].cost]
-    found = [round(r.median, 3) for r in ratios(costs, loads)]
-    assert found == [1.5, 2.0, 1.2, 2.5]
+    busy, quiet, beside = (
+        Load(Cost(0.003, wall), 0.1, p99, {})
+        for wall, p99 in ((0.004, 0.2), (0.010, 0.1), (0.012, 0.25))
+    )
+    found = ratios({ALONE: [Cost(0.002, 0.002)]}, [busy], {"beside large": [(quiet, beside)]})
+    assert [round(r.median, 3) for r in found] == [1.5, 2.0, 1.2, 2.5]
 
 
 @pytest.fixture(scope="module")
