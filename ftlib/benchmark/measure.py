@@ -167,7 +167,9 @@ def by_turns(
                 if len(each) < turns:
                     continue
                 cost = Cost(
-                    statistics.median(c.cpu for c in each), statistics.median(c.wall for c in each)
+                    statistics.median(c.cpu for c in each),
+                    statistics.median(c.wall for c in each),
+                    max(c.processes for c in each),
                 )
                 costs[case.name].append(cost)
                 say(
