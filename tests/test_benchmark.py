@@ -277,7 +277,7 @@ def test_startup_in_its_smallest_form(tmp_path, monkeypatch):
     assert [(ratio.ours, ratio.of) for ratio in found.ratios] == [
         (name, of) for name in (startup.STEP, startup.WHOLE) for of in ("cpu", "wall")
     ]
-    assert found.notes[-1].startswith("processes: bare script 1, ftlib to step 1 1, ftlib run 1, ")
+    assert found.notes[-1].startswith("processes: bare script ")
 
 
 # --- a GPU ---
