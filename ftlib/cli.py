@@ -158,6 +158,8 @@ def _understood(error: BaseException) -> bool:
 
 
 def _complain(error: BaseException) -> None:
+    if getattr(error, "said", False):
+        return
     text = str(error)
     if isinstance(error, OSError) and not explained(error):
         text = f"{error.filename}: {error.strerror}"

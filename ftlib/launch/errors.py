@@ -29,7 +29,9 @@ class RayGoneError(RunFailedError):
     ends_at_once = True
     """Without Ray's exit handlers, which wait for the dead process for up to a minute."""
 
-    def __init__(self, process: str, during: str) -> None:
+    def __init__(self, process: str, during: str, *, said: bool = False) -> None:
+        """said: whether it was printed when it was noticed (`own_ray.announcing`)."""
+        self.said = said
         super().__init__(
             f"Ray's {process} has ended while {during}. Was it killed, or was memory short "
             "(`dmesg` says so)? The same command goes on from the newest checkpoint"

@@ -23,7 +23,7 @@ from ftlib.launch.driver_actor import (
     LocalChannel,
     ignore_errors,
 )
-from ftlib.launch.errors import LeaseLostError, RayGoneError, RunFailedError, StoppedError
+from ftlib.launch.errors import LeaseLostError, RunFailedError, StoppedError
 from ftlib.launch.lease import Lease
 from ftlib.launch.outcome import TrainingResult
 from ftlib.launch.preflight import check_storage
@@ -37,6 +37,7 @@ LOOK_SECONDS = 0.3
 """How often the driver looks at its workers."""
 DRAIN_SECONDS = 1.0
 """How often the driver asks Ray for nodes that are about to go."""
+DURING = "the run was training"
 SILENT_SECONDS = 8.0
 """A stop waits no longer than this for a Ray that does not answer."""
 STORAGE_SECONDS = 300.0
@@ -160,7 +161,8 @@ def _fit(task: TrainingTask, channel: ActorChannel, messages: _Messages, signals
     # In a thread, so that signals come to us: Ray's handler ends the workers without a checkpoint.
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
-    _watch(thread, messages, signals, task.lease)
+    with own_ray.announcing(DURING):
+        _watch(thread, messages, signals, task.lease)
     return done[0]
 
 
@@ -273,7 +275,7 @@ def _without_ray(process: str, signals: Signals) -> BaseException:
             "resumes from the newest one",
             ends_at_once=True,
         )
-    return RayGoneError(process, "the run was training")
+    return own_ray.gone_error(process, DURING)
 
 
 def _trainer(task: TrainingTask, channel: ActorChannel) -> Any:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import select
 import stat
 import subprocess
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from ftlib.launch.errors import LaunchError
+from ftlib.launch.errors import LaunchError, RayGoneError
 
 START_ATTEMPTS = 3
 """Times Ray may time out while it starts on this machine."""
@@ -29,9 +32,13 @@ LONGEST_FOLDER = 40
 path may have 107."""
 NEEDED_TO_TRAIN = ("gcs_server", "raylet")
 """Processes without which a job cannot go on."""
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""Children of the raylet that take it with them when they end."""
 
 _processes: list[subprocess.Popen[bytes]] = []
 """Of the Ray that this process started last."""
+_announced = ""
+"""The process of that Ray whose end was printed."""
 
 
 def start(ray: ModuleType, **settings: Any) -> None:
@@ -41,6 +48,8 @@ def start(ray: ModuleType, **settings: Any) -> None:
     What a failed attempt has started is ended before the next. Raises LaunchError.
     """
     folder = temporary_folder()
+    global _announced
+    _announced = ""
     if folder is not None:
         settings["_temp_dir"] = folder
     for attempt in range(START_ATTEMPTS):
@@ -64,11 +73,66 @@ def start(ray: ModuleType, **settings: Any) -> None:
 
 def gone() -> str:
     """The name of a Ray process started here that has ended and is needed; '' while all live."""
+    if _announced:
+        return _announced
     for process in _processes:
         name = Path(str(process.args[0] if isinstance(process.args, list) else process.args)).name
         if name in NEEDED_TO_TRAIN and process.poll() is not None:
             return name
     return ""
+
+
+def gone_error(process: str, during: str) -> RayGoneError:
+    return RayGoneError(process, during, said=bool(_announced))
+
+
+@contextlib.contextmanager
+def announcing(during: str) -> Iterator[None]:
+    """While entered, the end of a process of Ray's that is needed is printed at once (Linux).
+
+    Ray's client ends this process with exit code 1 and without a word, from C++, as soon as it
+    finds its raylet gone: 0.2 s after one of the raylet's agents was killed. `during`: what the job
+    was doing, for the message.
+    """
+    fds = _process_fds() if hasattr(os, "pidfd_open") else {}
+    left, leave = os.pipe()
+    thread = threading.Thread(target=_announce, args=(fds, left, during), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        os.write(leave, b".")
+        thread.join()
+        for fd in (*fds, left, leave):
+            os.close(fd)
+
+
+def _process_fds() -> dict[int, str]:
+    """A pidfd for each living process that is needed -> its name."""
+    found: list[psutil.Process] = []
+    for started in _processes:
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(started.pid)
+            if process.name() in NEEDED_TO_TRAIN:
+                found.append(process)
+                found += [child for child in process.children() if child.name() in AGENTS]
+    fds = {}
+    for process in found:
+        with contextlib.suppress(OSError, psutil.Error):
+            name = process.name().removeprefix("ray::")
+            fds[os.pidfd_open(process.pid)] = name
+    return fds
+
+
+def _announce(fds: dict[int, str], left: int, during: str) -> None:
+    global _announced
+    poll = select.poll()
+    for fd in (*fds, left):
+        poll.register(fd, select.POLLIN)
+    ready = {fd for fd, _ in poll.poll()}
+    if left not in ready and _processes:
+        _announced = fds[min(ready)]
+        print(f"error: {RayGoneError(_announced, during)}", file=sys.stderr, flush=True)
 
 
 def end_processes() -> None:
@@ -77,17 +141,18 @@ def end_processes() -> None:
     Where Ray has lost a process, its own shutdown then takes seconds instead of a minute.
     """
     family: list[psutil.Process] = []
-    for started in _processes:
+    processes = _processes.copy()
+    _processes.clear()
+    for started in processes:
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(started.pid)
             family += [*process.children(recursive=True), process]
     for process in family:
         with contextlib.suppress(psutil.Error):
             process.kill()
-    for started in _processes:
+    for started in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
             started.wait(5)
-    _processes.clear()
 
 
 @contextlib.contextmanager

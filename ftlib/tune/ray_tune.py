@@ -32,7 +32,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from ftlib.launch import own_ray
-from ftlib.launch.errors import RayGoneError, StoppedError
+from ftlib.launch.errors import StoppedError
 from ftlib.paths import environment_variables
 from ftlib.tune.asha import AsynchronousHalving
 from ftlib.tune.train_trial import TrainTrial, TrialConfig, TrialStoppedError
@@ -47,6 +47,7 @@ UNWIND_SECONDS = 60
 """Time a stopped trial has to close its loader and its MLflow run before its process is killed.
 Tune's default of 2 s would also kill the next trial of that process."""
 
+DURING = "trials were running"
 SILENT_SECONDS = 25.0
 """A stopped sweep is given up when Tune's loop has not moved for this long. While Ray answers, the
 loop waits at most 10 s for its trials' processes (TUNE_FORCE_TRIAL_CLEANUP_S)."""
@@ -130,7 +131,12 @@ def execute(
         ),
     )
     try:
-        with environment_variables(**_ENVIRONMENT), _quiet(), _signals():
+        with (
+            environment_variables(**_ENVIRONMENT),
+            _quiet(),
+            _signals(),
+            own_ray.announcing(DURING),
+        ):
             _fit(tuner, watch)
     except BaseException:
         if watch.error is not None:
@@ -162,7 +168,7 @@ def _fit(tuner: tune.Tuner, watch: TuneCallback) -> None:
         thread.join(LOOK_SECONDS)
         if thread.is_alive() and (process := own_ray.gone()):
             _give_up(watch, "the sweep's Ray has ended")
-            raise RayGoneError(process, "trials were running")
+            raise own_ray.gone_error(process, DURING)
         if not _interrupt.is_set():
             continue
         stopped = stopped or time.monotonic()
