@@ -21,8 +21,8 @@ from ftlib.paths import jobs_folder
 SECTIONS = {
     "Data": ("prepare", "audit", "preview"),
     "Training": (
-        *("probe", "finetune", "from_scratch_short", "phase1", "phase2", "phase3"),
-        *("find_lr", "estimate"),
+        *("probe", "finetune", "from_scratch_short", "from_scratch_long"),
+        *("phase1", "phase2", "phase3", "find_lr", "estimate"),
     ),
     "Search": ("sweep", "promote", "compare"),
     "Results": ("evaluate", "replay", "track"),

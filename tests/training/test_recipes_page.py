@@ -67,6 +67,7 @@ def test_a_recipe_is_found_with_dashes_as_with_underscores():
     assert "from_scratch_short" in recipes.available()
 
 
-def test_the_short_recipe_was_measured_at_its_own_scale():
-    run = recipes.load("from-scratch-short")
+@pytest.mark.parametrize("name", ["from-scratch-short", "from-scratch-long"])
+def test_the_recipes_from_scratch_were_measured_at_their_own_scale(name):
+    run = recipes.load(name)
     assert (run.measured.size, run.measured.epochs) == (run.augment.size, run.train.epochs)
