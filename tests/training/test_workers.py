@@ -73,7 +73,7 @@ class Workers:
 
     def finish(self):
         for p in self.processes:
-            p.join(300)
+            p.join(900)
             assert p.exitcode == 0
         line = next(
             line for line in self.lines.read_text().splitlines() if line.startswith("RESULT ")
