@@ -332,7 +332,7 @@ def test_the_longest_waits_and_what_the_host_did_in_them():
     kernels = [event("c", 50, 60), event("a", 0, 10), event("inner", 2, 30), event("d", 62, 70)]
     assert [(w, s, e.name) for w, s, e in gpu.gaps(kernels)] == [(20, 30, "c"), (2, 60, "d")]
     host = [event("aten::item", 31, 46), event("aten::to", 46, 50)]
-    assert gpu.during(host, 30, 20) == "75% of it in aten::item"
+    assert gpu.during(host, 30, 20) == "75 % of it in aten::item"
     assert "Python" in gpu.during(host, 60, 2)
 
 
