@@ -22,7 +22,7 @@ from ftlib.checks import check_data
 from ftlib.cli import ResultOptions, job, options, reporting
 from ftlib.flags import Commas, Metavar, Position
 from ftlib.gc_pause import gc_paused, lasting_imports
-from ftlib.paths import data_path, local_run_folder, run_folder
+from ftlib.paths import data_path, job_command, local_run_folder, run_folder, run_words
 from ftlib.settings import Between
 from ftlib.text import wrapped
 
@@ -79,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         result["scores"] = [{"size": s.size, "flip": s.flip, **s.plain} for s in scored]
         if not asked.no_report:
             result["report"] = write_report(asked, run_dir, loaded, dataset, scored)
+        export = f"{run_words(run_dir)} --out model --formats mlflow"
+        print(f"\nNext: {job_command('export', export)}")
 
 
 def score_sizes(

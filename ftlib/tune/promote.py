@@ -9,6 +9,7 @@ at the recipe's full length, paired by seed and image, and corrected for the num
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from typing import Any
 
 from ftlib.config import Run
 from ftlib.launch.errors import RunFailedError
-from ftlib.paths import local_run_folder
+from ftlib.paths import job_command, jobs_folder, local_run_folder
 from ftlib.settings import ConfigError, flat, from_dict, nearest, override, to_json
 from ftlib.storage import delete_file, is_remote, join, write_file
 from ftlib.text import wrapped
@@ -240,6 +241,7 @@ def _confirm(
     lines.append(f"report: {report}/index.html")
     if recipe_file:
         lines.append(f"recipe: {recipe_file}")
+        lines += _next(recipe_file)
     table.say("\n".join(lines))
     return Promotion(
         finished=True,
@@ -249,6 +251,14 @@ def _confirm(
         recipe_file=recipe_file,
         report=report,
     )
+
+
+def _next(recipe_file: str) -> list[str]:
+    """What to run next: the job of the recipe's stage, where there is one."""
+    stage = json.loads(Path(recipe_file).read_text())["stage"]
+    if not (jobs_folder() / f"{stage}.py").is_file():
+        return []
+    return ["", f"Next: {job_command(stage, f'--recipe {shlex.quote(recipe_file)}')}"]
 
 
 def _folder(sweep: TrialStore) -> Path:

@@ -41,6 +41,7 @@ def test_a_run_by_its_name(job, here, capsys, tmp_path):
     table = out.split("\n\n")[1].splitlines()
     assert table[0].split() == ["input", "32", "px", "40", "px"] and max(map(len, table)) <= 60
     assert f"report      {tmp_path / 'report.html'}" in out and not too_wide(out)
+    assert "Next: " in out and "export.py shapes-run --out model --formats mlflow" in out
     assert (tmp_path / "report.html").exists()
 
 

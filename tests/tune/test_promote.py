@@ -275,6 +275,7 @@ def test_the_whole_promotion_writes_a_recipe_that_can_be_run(promote, tmp_path, 
     assert table["data"][0][0] == "recipe" and len(table["data"]) == 2
     said = capsys.readouterr().out
     assert "promoted" in said and not too_wide(said)
+    assert f"phase2.py --recipe {tmp_path / 'recipes' / 's.json'}" in said
 
 
 def test_only_missing_runs_are_trained_and_seeds_may_be_raised(promote, tmp_path):
