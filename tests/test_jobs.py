@@ -143,7 +143,9 @@ def test_each_job_with_a_result_has_quiet_and_json(job):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_job_through_its_cleanup(number, code):
     program = (
-        "import time\nfrom ftlib.cli import job\n"
+        "import signal, time\nfrom ftlib.cli import job\n"
+        # Tests that run in the background of a script inherit an ignored SIGINT.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "def main():\n"
         "    try:\n        print('started', flush=True); time.sleep(60)\n"
         "    finally:\n        print('cleaned up', flush=True)\n"
