@@ -150,6 +150,11 @@ class Augment(Settings):
         if self.pipeline:
             object.__setattr__(self, "pipeline", pipeline_text(self.pipeline))
 
+    @property
+    def has_policy(self) -> bool:
+        """Whether RandAugment or TrivialAugment acts."""
+        return self.trivialaugment or self.randaugment_n > 0
+
 
 MAX_PIPELINE_BYTES = 1 << 16
 """Largest file that `augment.pipeline` may name."""

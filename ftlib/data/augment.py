@@ -10,69 +10,48 @@ every process, in every thread and in any order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import albumentations as A
 import cv2
 import numpy as np
 from PIL import Image
 
 from ftlib import config
-from ftlib.data import color, ops
+from ftlib.data import color
 from ftlib.data.decode import Jpeg, decode, dimensions
-from ftlib.data.pipeline import Pipeline
 from ftlib.data.rng import AUGMENT, Randomness, key
 from ftlib.data.tiles import Tiles, tiles_of
-from ftlib.settings import ConfigError, nearest
 
-FIRST_OPS = ops.TABLE_2026_11
-"""Names of the ops that runs of fingerprint version 1 choose from."""
+if TYPE_CHECKING:
+    from ftlib.data.pipeline import Pipeline
+    from ftlib.data.policy import RandAugment, TrivialAugment
 
 
 def check(cfg: config.Augment) -> None:
     """Raise ConfigError for unknown ops, groups that cannot be filled, and a broken pipeline."""
-    known = [op.name for op in ops.OPS]
-    for name in cfg.randaugment_ops:
-        if name not in known:
-            raise ConfigError(
-                f"augment.randaugment_ops: there is no op {name}.{nearest(name, known)} "
-                f"The ops are {', '.join(known)}"
-            )
-    groups = len(grouped(chosen(cfg)))
-    if cfg.randaugment_n > groups:
-        raise ConfigError(
-            f"augment.randaugment_n = {cfg.randaugment_n}: the ops in augment.randaugment_ops are "
-            f"of only {groups} group(s). Lower it to {groups}, or add ops of other groups"
-        )
-    if cfg.pipeline:
-        Pipeline(cfg.pipeline).check(cfg.size)
+    if cfg.has_policy:
+        from ftlib.data import policy
+
+        policy.check(cfg)
+    if (pipeline := _pipeline(cfg)) is not None:
+        pipeline.check(cfg.size)
 
 
-def chosen(cfg: config.Augment) -> tuple[ops.Op, ...]:
-    """The ops that the settings choose from, in the table's order."""
-    return tuple(op for op in ops.OPS if not cfg.randaugment_ops or op.name in cfg.randaugment_ops)
+def _pipeline(cfg: config.Augment) -> Pipeline | None:
+    if not cfg.pipeline:
+        return None
+    from ftlib.data.pipeline import Pipeline
+
+    return Pipeline(cfg.pipeline)
 
 
-def op_versions(cfg: config.Augment, table: Sequence[str] | None = None) -> tuple[str, ...]:
-    """The ops that the settings choose from, as the fingerprint names them; () without a policy.
+def _policy(cfg: config.Augment) -> RandAugment | TrivialAugment | None:
+    if not cfg.has_policy:
+        return None
+    from ftlib.data import policy
 
-    An op of version 1 goes by its name, a later version is NAME@VERSION. `table`: names of the ops
-    of an earlier table (all of version 1) to choose from, instead of the present one.
-    """
-    if not cfg.randaugment_n and not cfg.trivialaugment:
-        return ()
-    if table is not None:
-        return tuple(
-            name for name in table if not cfg.randaugment_ops or name in cfg.randaugment_ops
-        )
-    return tuple(op.name if op.version == 1 else f"{op.name}@{op.version}" for op in chosen(cfg))
-
-
-def grouped(table: tuple[ops.Op, ...]) -> list[tuple[ops.Op, ...]]:
-    """The ops by group; groups without ops are left out."""
-    groups = (tuple(op for op in table if op.group == group) for group in ops.GROUPS)
-    return [group for group in groups if group]
+    return policy.build(cfg)
 
 
 class TrainTransform:
@@ -87,8 +66,8 @@ class TrainTransform:
         self.cfg, self.seed = cfg, seed
         self._randomness = Randomness()
         self._jitter = ColorJitter(*cfg.color_jitter, p=cfg.color_jitter_p)
-        self._policy = policy(cfg)
-        self._pipeline = Pipeline(cfg.pipeline) if cfg.pipeline else None
+        self._policy = _policy(cfg)
+        self._pipeline = _pipeline(cfg)
 
     def __reduce__(self) -> tuple[type[TrainTransform], tuple[config.Augment, int]]:
         return TrainTransform, (self.cfg, self.seed)
@@ -271,60 +250,6 @@ class ColorJitter:
         for function, low, high in randomness.python.sample(self.steps, len(self.steps)):
             image = function(image, randomness.python.uniform(low, high))
         return image
-
-
-# --- policies -------------------------------------------------------------------------------------
-
-
-class RandAugment:
-    """RandAugment (Cubuk et al. 2020) over groups of ops.
-
-    Draws n groups without replacement. Each acts with probability p through one of its ops, all at
-    the same magnitude m of 10.
-    """
-
-    def __init__(self, table: tuple[ops.Op, ...], n: int, m: float, p: float, size: int) -> None:
-        self.n, self.p = n, p
-        self.groups = [[op.at(m / 10, size) for op in group] for group in grouped(table)]
-
-    def __call__(self, image: np.ndarray, randomness: Randomness) -> np.ndarray:
-        for group in randomness.python.sample(self.groups, self.n):
-            if randomness.python.random() < self.p:
-                image = apply(randomness.python.choice(group), image, randomness)
-        return image
-
-
-class TrivialAugment:
-    """TrivialAugment (Mueller and Hutter 2021): one op of the table, or none, at one of 31
-    strengths, all equally likely."""
-
-    def __init__(self, table: tuple[ops.Op, ...], size: int) -> None:
-        self.table, self.size = table, size
-        self._at = lru_cache(maxsize=None)(lambda op, level: table[op].at(level / 30, size))
-
-    def __call__(self, image: np.ndarray, randomness: Randomness) -> np.ndarray:
-        op = randomness.python.randrange(len(self.table) + 1)
-        level = randomness.python.randrange(31)
-        return image if op == len(self.table) else apply(self._at(op, level), image, randomness)
-
-
-def apply(transform: A.BasicTransform, image: np.ndarray, randomness: Randomness) -> np.ndarray:
-    """uint8[H, W, 3] through a transform that draws from `randomness` alone."""
-    if isinstance(transform, ops.PixelTransform):
-        return transform.act(image, randomness.generator, randomness.python)
-    transform.set_random_state(randomness.generator, randomness.python)
-    return transform(image=image)["image"]
-
-
-def policy(cfg: config.Augment) -> RandAugment | TrivialAugment | None:
-    """The policy that the settings ask for, or None."""
-    if cfg.trivialaugment:
-        return TrivialAugment(chosen(cfg), cfg.size)
-    if cfg.randaugment_n:
-        return RandAugment(
-            chosen(cfg), cfg.randaugment_n, cfg.randaugment_m, cfg.randaugment_p, cfg.size
-        )
-    return None
 
 
 def erase(

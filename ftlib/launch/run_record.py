@@ -36,14 +36,12 @@ def fingerprint(
     Args:
         data_digest: digest of the data set.
         init_sha256: digest of the starting weights, None for scratch and imagenet.
-        ops: the augmentation ops to choose from, as `augment.op_versions` names them; by default
+        ops: the augmentation ops to choose from, as `policy.op_versions` names them; by default
             those of the present table.
     """
-    from ftlib.data.augment import FIRST_OPS, op_versions
-
     leave_out = (*NOT_IN_FINGERPRINT, "model.init_from") if init_sha256 else NOT_IN_FINGERPRINT
-    ops = op_versions(run.augment) if ops is None else tuple(ops)
-    changed = {} if ops == op_versions(run.augment, FIRST_OPS) else {"ops": ops}
+    ops = _ops(run) if ops is None else tuple(ops)
+    changed = {} if ops == _ops(run, first=True) else {"ops": ops}
     return settings.fingerprint(
         run,
         leave_out,
@@ -59,13 +57,21 @@ def recorded_ops(run: Run, record: RunRecord | None) -> tuple[str, ...]:
 
     A record of fingerprint version 1 has no list; its ops are those of the table of that time.
     """
-    from ftlib.data.augment import FIRST_OPS, op_versions
-
     if record is None:
-        return op_versions(run.augment)
+        return _ops(run)
     if record.fingerprint_version < 2:
-        return op_versions(run.augment, FIRST_OPS)
+        return _ops(run, first=True)
     return tuple(record.ops)
+
+
+def _ops(run: Run, first: bool = False) -> tuple[str, ...]:
+    """`policy.op_versions` of the present table, or of the `first`; () without a policy, which then
+    need not be imported."""
+    if not run.augment.has_policy:
+        return ()
+    from ftlib.data.policy import FIRST_OPS, op_versions
+
+    return op_versions(run.augment, FIRST_OPS if first else None)
 
 
 def with_ops(run: Run, ops: tuple[str, ...]) -> Run:
@@ -73,12 +79,10 @@ def with_ops(run: Run, ops: tuple[str, ...]) -> Run:
 
     Raises LaunchError where one of them is gone or does something else by now.
     """
-    from ftlib.data.augment import op_versions
-
-    present = op_versions(run.augment)
+    present = _ops(run)
     if ops == present:
         return run
-    everything = op_versions(settings.override(run.augment, {"randaugment_ops": ()}))
+    everything = _ops(settings.override(run, {"augment.randaugment_ops": ()}))
     if missing := [op for op in ops if op not in everything]:
         raise LaunchError(
             f"the run {run.name!r} was begun with augmentation ops that this version of ftlib does "
@@ -119,7 +123,7 @@ class RunRecord:
     fingerprint_version: int = 1
     """`FINGERPRINT_VERSION` of the code that began the run."""
     ops: list[str] = field(default_factory=list)
-    """The augmentation ops that the run chooses from (`augment.op_versions`); empty in version 1.
+    """The augmentation ops that the run chooses from (`policy.op_versions`); empty in version 1.
     """
     created: float = field(default_factory=time.time)
     """Unix time of the first start, in seconds."""

@@ -17,9 +17,10 @@ from PIL import Image, ImageDraw
 
 from ftlib.config import Run
 from ftlib.data import ops
-from ftlib.data.augment import EvalTransform, TrainTransform, apply, chosen
+from ftlib.data.augment import EvalTransform, TrainTransform
 from ftlib.data.loader import Batch, train_batches
 from ftlib.data.pipeline import Pipeline
+from ftlib.data.policy import apply, chosen
 from ftlib.data.rng import AUGMENT, MIX, Randomness, key
 from ftlib.data.sampler import run_rows
 from ftlib.data.shards import Dataset
@@ -222,7 +223,7 @@ def ops_section(dataset: Dataset, run: Run) -> Section:
     split, whole = dataset.split("train"), EvalTransform(cfg.size, run.evaluate.crop)
     image = max((whole(split.image(row)) for row in _examples(dataset, run, 24)), key=_liveliness)
     used, randomness, rows = chosen(cfg), Randomness(), []
-    on = cfg.randaugment_n > 0 or cfg.trivialaugment
+    on = cfg.has_policy
     for i, op in enumerate(ops.OPS):
         tiles = []
         for strength in range(COLUMNS):

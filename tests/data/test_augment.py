@@ -16,19 +16,18 @@ from sklearn.datasets import load_sample_image
 from torchvision.transforms import InterpolationMode
 
 from ftlib import config
-from ftlib.data import augment, color, ops
+from ftlib.data import color, ops
 from ftlib.data.augment import (
     ColorJitter,
     EvalTransform,
-    RandAugment,
     TrainTransform,
-    TrivialAugment,
     check,
     crop_and_resize,
     crop_box,
     erase,
 )
 from ftlib.data.decode import DecodeError
+from ftlib.data.policy import RandAugment, TrivialAugment, build, grouped
 from ftlib.data.rng import Randomness
 from ftlib.data.tiles import tiles_of
 from ftlib.settings import ConfigError, override
@@ -282,13 +281,14 @@ def applied(monkeypatch):
     """The transforms that policies apply, in place of applying them."""
     calls = []
     monkeypatch.setattr(
-        augment, "apply", lambda transform, image, randomness: calls.append(transform) or image
+        "ftlib.data.policy.apply",
+        lambda transform, image, randomness: calls.append(transform) or image,
     )
     return calls
 
 
 def names_of(groups, calls):
-    table = augment.grouped(ops.OPS)
+    table = grouped(ops.OPS)
     where = {
         id(t): (table[g][i].group, table[g][i].name)
         for g, group in enumerate(groups)
@@ -365,7 +365,7 @@ def test_only_the_chosen_ops_are_applied(applied):
         randaugment_p=1.0,
         randaugment_ops=("rotate", "shear_x", "equalize"),
     )
-    policy = augment.policy(cfg)
+    policy = build(cfg)
     for k in range(50):
         policy(np.zeros((8, 8, 3), np.uint8), Randomness(k))
     assert len(applied) == 100 and len(set(map(id, applied))) == 3
@@ -385,7 +385,8 @@ def test_trivialaugment_is_uniform_over_ops_and_levels(monkeypatch):
     drawn = []
     monkeypatch.setattr(ops.Op, "at", lambda self, strength, size: (self.name, strength))
     monkeypatch.setattr(
-        augment, "apply", lambda transform, image, randomness: drawn.append(transform) or image
+        "ftlib.data.policy.apply",
+        lambda transform, image, randomness: drawn.append(transform) or image,
     )
     policy, randomness, images = TrivialAugment(ops.OPS, 32), Randomness(4), 24_000
     for _ in range(images):

@@ -21,8 +21,8 @@ from torchvision.transforms import InterpolationMode
 
 import ftlib.data
 from ftlib.data import color, ops
-from ftlib.data.augment import apply
 from ftlib.data.ops import GROUPS, OPS
+from ftlib.data.policy import apply
 from ftlib.data.rng import Randomness
 
 BY_NAME = {op.name: op for op in OPS}

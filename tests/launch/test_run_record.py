@@ -7,7 +7,7 @@ import pytest
 
 from ftlib.config import NAME, NOT_IN_FINGERPRINT_AT_DEFAULT, Cluster, Model, Run, Train
 from ftlib.data import ops
-from ftlib.data.augment import FIRST_OPS, op_versions
+from ftlib.data.policy import FIRST_OPS, op_versions
 from ftlib.launch.errors import LaunchError
 from ftlib.launch.run_record import (
     RunRecord,
