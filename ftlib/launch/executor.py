@@ -288,7 +288,7 @@ def _trainer(task: TrainingTask, channel: ActorChannel) -> Any:
     scratch = join(task.run_dir, "ray")
     ignore_errors(lambda: storage.delete_folder(scratch))
     limit = START_ATTEMPTS_GROWING if task.can_grow else START_ATTEMPTS
-    return _without_dataset_manager(torch_train.TorchTrainer)(
+    return _without_helpers(torch_train.TorchTrainer)(
         worker.train_loop,
         train_loop_config=task.config(channel, local=False),
         torch_config=NodeNetworkConfig(timeout_s=600),
@@ -311,16 +311,20 @@ def _trainer(task: TrainingTask, channel: ActorChannel) -> Any:
     )
 
 
-def _without_dataset_manager(trainer: Any) -> Any:
-    """Ray's trainer without DatasetsCallback (unused), whose actor would start before training."""
+def _without_helpers(trainer: Any) -> Any:
+    """Ray's trainer without the actors that have nothing to do, and would start before training.
+
+    These are the one for Ray Datasets, and on a Ray of this process's own, which ends with it, the
+    one that frees the workers' resources after their controller has died.
+    """
+    unused = {"DatasetsCallback"}
+    if own_ray.is_here():
+        unused.add("PlacementGroupCleanerCallback")
 
     class Trainer(trainer):  # type: ignore[misc]
         def _create_default_callbacks(self) -> list[Any]:
-            return [
-                c
-                for c in super()._create_default_callbacks()
-                if type(c).__name__ != "DatasetsCallback"
-            ]
+            made = super()._create_default_callbacks()
+            return [c for c in made if type(c).__name__ not in unused]
 
     return Trainer
 

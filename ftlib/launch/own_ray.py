@@ -41,7 +41,7 @@ _announced = ""
 """The process of that Ray whose end was printed."""
 
 
-def start(ray: ModuleType, **settings: Any) -> None:
+def start(ray: ModuleType, *, include_dashboard: bool, **settings: Any) -> None:
     """Start Ray on this machine alone.
 
     On a busy machine the first attempt may time out, and the second finds Ray's files in memory.
@@ -54,8 +54,8 @@ def start(ray: ModuleType, **settings: Any) -> None:
         settings["_temp_dir"] = folder
     for attempt in range(START_ATTEMPTS):
         try:
-            with _in_sessions_of_their_own():
-                ray.init(address="local", **settings)
+            with _in_sessions_of_their_own(), _without_helpers(include_dashboard):
+                ray.init(address="local", include_dashboard=include_dashboard, **settings)
             return
         except BaseException as error:
             ray.shutdown()
@@ -69,6 +69,11 @@ def start(ray: ModuleType, **settings: Any) -> None:
                     "Other programs may be taking all of its CPU or memory: wait for them, or see "
                     "the newest folder of /tmp/ray for Ray's own logs"
                 ) from None
+
+
+def is_here() -> bool:
+    """Whether this process has started a Ray of its own."""
+    return bool(_processes)
 
 
 def gone() -> str:
@@ -175,6 +180,29 @@ def _in_sessions_of_their_own() -> Iterator[None]:
         yield
     finally:
         services.ConsolePopen = original
+
+
+@contextlib.contextmanager
+def _without_helpers(dashboard: bool) -> Iterator[None]:
+    """Have Ray start no process that nothing here uses.
+
+    These are the autoscaler's monitor, which has no nodes to add, the log monitor, whose lines
+    would go to a driver that shows none, and without `dashboard` its server, which then only
+    reports usage statistics: a second of CPU each time.
+    """
+    import ray._private.parameter
+    import ray._private.services
+
+    parameter: Any = ray._private.parameter
+    services: Any = ray._private.services
+    params, api_server = parameter.RayParams, services.start_api_server
+    parameter.RayParams = functools.partial(params, include_log_monitor=False, no_monitor=True)
+    if not dashboard:
+        services.start_api_server = lambda *_, **__: ("", None)  # no address, no process
+    try:
+        yield
+    finally:
+        parameter.RayParams, services.start_api_server = params, api_server
 
 
 def temporary_folder() -> str | None:

@@ -57,7 +57,7 @@ def children():
 def test_a_start_that_times_out_is_tried_again_and_leaves_no_process():
     before = len(children())
     ray = SlowRay(late=2)
-    own_ray.start(ray)
+    own_ray.start(ray, include_dashboard=False)
     assert ray.calls == ["init", "shutdown", "init", "shutdown", "init"]
     assert [p.poll() is None for p in ray.left] == [False, False, True]
     assert len(children()) == before + 2, "the last start's process and its child"
@@ -66,7 +66,7 @@ def test_a_start_that_times_out_is_tried_again_and_leaves_no_process():
 def test_a_start_that_never_succeeds_leaves_no_process():
     before = len(children())
     with pytest.raises(LaunchError, match="did not start on this machine in 3 attempts"):
-        own_ray.start(SlowRay(late=3))
+        own_ray.start(SlowRay(late=3), include_dashboard=False)
     assert len(children()) == before
 
 
@@ -74,13 +74,13 @@ def test_another_error_of_the_start_is_not_tried_again_and_leaves_no_process():
     before = len(children())
     ray = SlowRay(late=1, says="no such option")
     with pytest.raises(Exception, match="no such option"):
-        own_ray.start(ray)
+        own_ray.start(ray, include_dashboard=False)
     assert ray.calls == ["init", "shutdown"] and len(children()) == before
 
 
 def test_ray_s_processes_are_in_sessions_of_their_own():
     ray = SlowRay(late=0)
-    own_ray.start(ray)
+    own_ray.start(ray, include_dashboard=False)
     assert os.getsid(ray.left[0].pid) == ray.left[0].pid != os.getsid(0)
 
 
