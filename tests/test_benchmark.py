@@ -112,6 +112,20 @@ def test_processes_that_outlive_their_parents_count(tmp_path):
     assert found["cpu"] > 0.4 and found["processes"] == 2
 
 
+def test_processes_that_nobody_waits_for_count(tmp_path):
+    """As Ray's workers: their parent ignores the signal that tells of a child's end, and the
+    kernel then adds what the child has used to nobody's account."""
+    work = "import time\nwhile time.process_time() < 1: pass"
+    leave = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGCHLD, signal.SIG_IGN); "
+        f"subprocess.Popen([sys.executable, '-c', {work!r}]).wait()"
+    )
+    out = tmp_path / "cost.json"
+    command = ["ftlib.benchmark.process_tree", str(out), sys.executable, "-c", leave]
+    assert subprocess.run([sys.executable, "-m", *command]).returncode == 0
+    assert json.loads(out.read_text())["cpu"] > 0.8
+
+
 def test_stream_counts_what_was_made_not_what_was_there():
     import contextlib
 
