@@ -12,8 +12,8 @@ def gc_paused() -> Iterator[None]:
     """No garbage collection within the block; for imports, and for what makes as many objects.
 
     Modules are objects that stay. Looking through them over and over while torch, Ray and MLflow
-    are imported takes a quarter of the imports' time. Not for training: tensors in a cycle would
-    never be freed.
+    are imported takes a quarter of the imports' time. Not for training (`gc_resumed`): tensors in a
+    cycle would never be freed.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -22,6 +22,18 @@ def gc_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextlib.contextmanager
+def gc_resumed() -> Iterator[None]:
+    """Garbage collection on within a block of `gc_paused`."""
+    paused = not gc.isenabled()
+    gc.enable()
+    try:
+        yield
+    finally:
+        if paused:
+            gc.disable()
 
 
 @contextlib.contextmanager
@@ -35,4 +47,16 @@ def lasting_imports() -> Iterator[None]:
     with gc_paused():
         yield
         if not gc.get_freeze_count():
+            gc.freeze()
+
+
+@contextlib.contextmanager
+def lasting_objects() -> Iterator[None]:
+    """`gc_paused` for what is made once in a process and stays, such as a later import.
+
+    In a process that began with `lasting_imports` the collector leaves it out as well.
+    """
+    with gc_paused():
+        yield
+        if gc.get_freeze_count():
             gc.freeze()

@@ -5,7 +5,7 @@ import textwrap
 
 import pytest
 
-from ftlib.gc_pause import gc_paused
+from ftlib.gc_pause import gc_paused, gc_resumed
 
 
 def test_collection_goes_on_after_the_block_also_after_an_error():
@@ -43,6 +43,34 @@ def test_lasting_imports_are_left_out_once_and_what_comes_later_is_collected():
         assert gc.get_freeze_count() == left_out
         gc.collect()
         assert seen() is None
+    """)
+    assert done.returncode == 0, done.stderr
+
+
+def test_collection_within_a_pause_goes_on_and_ends_with_the_block():
+    with gc_paused():
+        with gc_resumed():
+            assert gc.isenabled()
+        assert not gc.isenabled()
+    with gc_resumed():
+        pass
+    assert gc.isenabled()
+
+
+def test_lasting_objects_are_left_out_where_a_process_began_with_lasting_imports():
+    done = in_a_process("""
+        import gc
+        from ftlib.gc_pause import lasting_imports, lasting_objects
+
+        with lasting_objects():
+            pass
+        assert not gc.get_freeze_count(), "not a process of ftlib's own"
+        with lasting_imports():
+            pass
+        before = gc.get_freeze_count()
+        with lasting_objects():
+            made = [[] for _ in range(1000)]
+        assert gc.get_freeze_count() >= before + 1000 and gc.isenabled()
     """)
     assert done.returncode == 0, done.stderr
 

@@ -6,11 +6,12 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ftlib.config import Run
 from ftlib.data.shards import Dataset
-from ftlib.gc_pause import gc_paused
+from ftlib.gc_pause import gc_resumed
 from ftlib.launch import gates
 from ftlib.launch.outcome import Outcome
 from ftlib.paths import home, job_command, local_run_folder, run_words
@@ -19,7 +20,7 @@ from ftlib.storage import join
 from ftlib.track.tracking import TrackedRun
 from ftlib.track.writer import Writer
 from ftlib.training import checkpoint
-from ftlib.training.initial_weights import InitialWeights, load_run_model
+from ftlib.training.initial_weights import InitialWeights, LoadedModel, load_run_model
 
 if TYPE_CHECKING:
     from ftlib.report.evaluation_report import EvaluationReport
@@ -86,8 +87,7 @@ def figures(
     source: InitialWeights | None,
 ) -> list[str]:
     """Draw the training curves, beside those of the run it started from. Returns the files."""
-    with gc_paused():
-        from ftlib.report.curves import compared, curves
+    from ftlib.report.curves import compared, curves
 
     folder = local_run_folder(run_dir) / "report"
     drawn: list[str] = []
@@ -135,11 +135,16 @@ def log_end(
         writer.artifact(figure, "figures")
     if not (run.track.log_model and outcome.best_dir):
         return []
+    again = job_command("evaluate", run_words(outcome.run_dir))
+    loaded = None
+    with _log_failure(f"the best model could not be read for report and package; later: {again}"):
+        loaded = load_run_model(outcome.run_dir)
+    if loaded is None:
+        return []
     written: list[str] = []
     temperature, fitted_on = 1.0, "nothing: it could not be fitted"
-    again = job_command("evaluate", run_words(outcome.run_dir))
     with _log_failure(f"the report of errors could not be written; later: {again}"):
-        report = _report(run, dataset, outcome)
+        report = _report(loaded, dataset, outcome)
         calibration = report.scored.calibration
         temperature, fitted_on = calibration.temperature, calibration.fitted_on
         writer.metrics({f"report/{k}": v for k, v in report.scored.plain.items()}, step=0)
@@ -147,8 +152,9 @@ def log_end(
             writer.artifact(file, "report")
         written = [str(file) for file in report.files]
     again = job_command("export", f"{run_words(outcome.run_dir)} --out FOLDER --formats mlflow")
-    with _log_failure(f"the model could not be packaged; once there is room: {again}"), gc_paused():
-        _log_model(tracked, run, dataset, outcome, temperature=temperature, fitted_on=fitted_on)
+    with _log_failure(f"the model could not be packaged; once there is room: {again}"):
+        out = _package(loaded, dataset, outcome, temperature=temperature, fitted_on=fitted_on)
+        tracked.log_model(out, step=int(outcome.metrics.get("best/epoch", 0)))
     return written
 
 
@@ -170,7 +176,7 @@ def score_test(outcome: Outcome, dataset: Dataset, say: Callable[[str], None]) -
     from ftlib.report.evaluation import load, score_test
 
     workers = 0 if count <= FEW else all_but_one_cpu()
-    with _log_failure("the test split could not be scored"):
+    with _log_failure("the test split could not be scored"), gc_resumed():
         return score_test(load(outcome.run_dir), dataset, workers=workers)
     return None
 
@@ -184,39 +190,37 @@ def _start_scores(outcome: Outcome) -> dict[str, float]:
     return {"start/top1": outcome.start_top1, "best/gain": round(best - outcome.start_top1, 4)}
 
 
-def _report(run: Run, dataset: Dataset, outcome: Outcome) -> EvaluationReport:
+def _report(loaded: LoadedModel, dataset: Dataset, outcome: Outcome) -> EvaluationReport:
     """Confusions, worst mistakes and calibration of the best model on REPORT_IMAGES at most."""
-    with gc_paused():
-        from ftlib.report.evaluation_report import report_run
+    from ftlib.report.evaluation_report import report_run
 
     return report_run(
+        loaded,
         outcome.run_dir,
         dataset,
         out=local_run_folder(outcome.run_dir) / "report",
-        split="tuning" if run.data.tuning_fraction else "val",
+        split="tuning" if loaded.run.data.tuning_fraction else "val",
         limit=REPORT_IMAGES,
         test=outcome.test,
     )
 
 
-def _log_model(
-    tracked: TrackedRun,
-    run: Run,
+def _package(
+    loaded: LoadedModel,
     dataset: Dataset,
     outcome: Outcome,
     *,
     temperature: float,
     fitted_on: str,
-) -> None:
-    """Package the best model with its temperature and attach it to the MLflow run."""
+) -> Path:
+    """Package the best model with its temperature. Returns the folder."""
     from ftlib.packaging.package import package
 
     out = local_run_folder(outcome.run_dir) / "model"
-    loaded = load_run_model(outcome.run_dir)
     shutil.rmtree(out, ignore_errors=True)
-    package(
+    return package(
         loaded.model,
-        run,
+        loaded.run,
         loaded.classes,
         scores=outcome.metrics,
         temperature=temperature,
@@ -228,7 +232,6 @@ def _log_model(
         },
         calibrated_on=fitted_on,
     )
-    tracked.log_model(out, step=int(outcome.metrics.get("best/epoch", 0)))
 
 
 def model_finder(run: Run, root: str) -> Callable[[str], str]:

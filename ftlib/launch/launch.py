@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ftlib.config import Run
+from ftlib.gc_pause import gc_paused, gc_resumed
 from ftlib.launch import summary
 from ftlib.launch.active_run import LaunchOptions, RunTracker, open_run
 from ftlib.launch.cluster import trains_locally
@@ -64,17 +65,19 @@ def launch(
         callbacks=callbacks,
         quiet=quiet,
     )
-    prepared = prepare_run(run)
-    if prepared.finished:
-        outcome = prepared.finished_outcome()
-        options.say(summary.already_finished(outcome))
-        if tracking is None:
-            journal = local_run_folder(prepared.run_dir) / "journal"
-            if delivered := deliver_run(journal, run.track.uri):
-                options.say(f"  {delivered}")
+    with gc_paused():
+        prepared = prepare_run(run)
+        if prepared.finished:
+            outcome = prepared.finished_outcome()
+            options.say(summary.already_finished(outcome))
+            if tracking is None:
+                journal = local_run_folder(prepared.run_dir) / "journal"
+                if delivered := deliver_run(journal, run.track.uri):
+                    options.say(f"  {delivered}")
+            return outcome
+        with open_run(prepared, options) as active:
+            with gc_resumed():
+                result = active.train()
+            outcome = active.finish(result)
+        options.say(summary.finished(outcome))
         return outcome
-    with open_run(prepared, options) as active:
-        result = active.train()
-        outcome = active.finish(result)
-    options.say(summary.finished(outcome))
-    return outcome

@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import psutil
-from ray.train.torch import TorchConfig
+
+from ftlib.gc_pause import lasting_imports
+
+# Workers and their controller import torch here, before anything else of ftlib's.
+with lasting_imports():
+    from ray.train.torch import TorchConfig
 
 
 @dataclass

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ftlib.checks import check_cluster, check_recipe
 from ftlib.cli import ResultOptions, options_and_recipe, reporting
 from ftlib.config import Run
-from ftlib.gc_pause import lasting_imports
+from ftlib.gc_pause import lasting_imports, lasting_objects
 
 
 def train_job(recipe: Run, about: str | None, argv: Sequence[str] | None = None) -> None:
@@ -23,5 +23,5 @@ def train_job(recipe: Run, about: str | None, argv: Sequence[str] | None = None)
     with lasting_imports():
         from ftlib.launch.launch import launch  # imports torch and ray
 
-    with reporting(asked) as result:
+    with reporting(asked) as result, lasting_objects():  # the process ends with them
         result.update(vars(launch(run, quiet=asked.quiet)))

@@ -5,6 +5,7 @@ Ray's controller imports this module too, so what only a worker needs is importe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from ray.train import Checkpoint, UserCallback
 from ftlib import settings, storage
 from ftlib.config import Run
 from ftlib.data.fork_server import LoaderProcessError
+from ftlib.gc_pause import lasting_objects
 from ftlib.launch.driver_actor import Channel, DriverLogHandler, StopSignals
 from ftlib.launch.source_version import check_version, source_version
 from ftlib.storage import StorageError
@@ -35,11 +37,12 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     Returns the training's result; an interrupted one returns {"interrupted": message}. An error
     that a restart would only repeat is reported to the driver before it is raised.
     """
-    import torch
+    with contextlib.nullcontext() if config["local"] else lasting_objects():
+        import torch
 
-    from ftlib.data.fetch_ahead import warm_up
-    from ftlib.training import loop
-    from ftlib.training.initial_weights import InitialWeights
+        from ftlib.data.fetch_ahead import warm_up
+        from ftlib.training import loop
+        from ftlib.training.initial_weights import InitialWeights
 
     run = settings.from_dict(Run, config["run"])
     channel = config["channel"]

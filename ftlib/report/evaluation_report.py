@@ -16,7 +16,7 @@ import torch
 from ftlib.data.augment import EvalTransform
 from ftlib.data.shards import Dataset
 from ftlib.report import html, misclassified
-from ftlib.report.evaluation import CHOSEN_HERE, Scored, load, score
+from ftlib.report.evaluation import CHOSEN_HERE, Scored, score
 from ftlib.report.gradcam import grad_cam, overlay, target_layer
 from ftlib.report.metrics import (
     Floats,
@@ -61,31 +61,27 @@ class EvaluationReport:
 
 
 def report_run(
+    loaded: LoadedModel,
     run_dir: str,
     dataset: Dataset,
     *,
-    out: str | Path | None = None,
-    split: str = "val",
+    out: Path,
+    split: str,
     limit: int = 0,
-    workers: int = 0,
-    device: torch.device | None = None,
     test: TestSplit | None = None,
 ) -> EvaluationReport:
-    """Score the best model of the run in `run_dir` and write its report.
+    """Score a run's model and write its report.
 
     Args:
         run_dir: the run's folder or address.
         dataset: the pictures, in the classes of the run.
-        out: folder of the report; by default report/ in the run's folder.
+        out: folder of the report.
         limit: score at most so many pictures, evenly spread; 0: all.
-        workers: loader processes; 0 loads in a thread.
         test: scores on the `test` split, to stand beside these.
     """
-    loaded = load(run_dir)
-    scored = score(loaded, dataset, split, limit=limit, workers=workers, device=device)
-    folder = Path(out) if out else Path(run_dir) / "report"
+    scored = score(loaded, dataset, split, limit=limit)
     facts = run_facts(loaded.run, run_dir)
-    return write(loaded, [scored], dataset, folder, split, facts=facts, test=test)
+    return write(loaded, [scored], dataset, out, split, facts=facts, test=test)
 
 
 def write(

@@ -54,7 +54,7 @@ def png(figure: Figure) -> bytes:
 
 def _png(drawn: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    drawn.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    drawn.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG")
     return buffer.getvalue()
 
 

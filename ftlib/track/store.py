@@ -17,6 +17,7 @@ import random
 import re
 import socket
 import sqlite3
+import sys
 import threading
 import time
 import uuid
@@ -28,7 +29,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from filelock import FileLock, Timeout
 
-from ftlib.gc_pause import gc_paused
+from ftlib.gc_pause import lasting_objects
 from ftlib.paths import home, job_command
 from ftlib.track import library_log
 from ftlib.track.redact import HIDDEN, redact, redact_address
@@ -275,12 +276,12 @@ def import_mlflow(uri: str) -> None:
     Hides the deprecation warnings that MLflow's own imports cause.
     """
     set_client_defaults()
-    with gc_paused(), warnings.catch_warnings():
+    is_database = scheme(uri) in DATABASE_SCHEMES
+    name = "mlflow.store.tracking.sqlalchemy_store" if is_database else "mlflow"
+    first = name not in sys.modules
+    with lasting_objects() if first else contextlib.nullcontext(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        is_database = scheme(uri) in DATABASE_SCHEMES
-        importlib.import_module(
-            "mlflow.store.tracking.sqlalchemy_store" if is_database else "mlflow"
-        )
+        importlib.import_module(name)
     library_log.apply()
 
 
@@ -335,7 +336,7 @@ def _build(path: Path) -> None:
     alembic.setLevel(logging.WARNING)
     mlflow.setLevel(logging.WARNING)
     try:
-        with gc_paused():  # migrations make as many objects as imports
+        with lasting_objects():  # migrations make as many as imports
             store = SqlAlchemyStore(uri, artifacts_root(path).as_uri())
         store.engine.dispose()
         SqlAlchemyStore._engine_map.pop(uri, None)

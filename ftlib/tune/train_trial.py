@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 import numpy as np
 
 from ftlib.config import Gates, Run
-from ftlib.gc_pause import lasting_imports
+from ftlib.gc_pause import lasting_imports, lasting_objects
 from ftlib.paths import runs_root
 from ftlib.settings import from_dict, override
 from ftlib.storage import join, read_json
@@ -136,7 +136,8 @@ def check(run: Run) -> SweepInputs:
 
     Raises ConfigError, DataError or LaunchError.
     """
-    from ftlib.launch.launch import prepare_run
+    with lasting_objects():
+        from ftlib.launch.launch import prepare_run
     from ftlib.training import seen_rows
 
     ready = prepare_run(replace(run, name=""))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ftlib.config import Run
+from ftlib.gc_pause import lasting_objects
 from ftlib.launch.errors import StoppedError
 from ftlib.settings import to_dict
 from ftlib.text import wrapped
@@ -287,10 +288,16 @@ def param_name(path: str) -> str:
 def connect(run: Run, trials: int, parallel: int) -> TrialResources:
     """Join or start Ray, and share it out among `trials` trials; raises LaunchError."""
     from ftlib.launch import cluster
+    from ftlib.track.tracking import warm_up
     from ftlib.tune import ray_tune
 
-    ray_tune.preload()
-    cluster.connect(dashboard=run.cluster.high > 1)
+    with lasting_objects():
+        ray_tune.preload()
+        warming = warm_up(run.track)  # Ray's processes take seconds to start
+        try:
+            cluster.connect(dashboard=run.cluster.high > 1)
+        finally:
+            warming.join()
     cluster.refuse_open(run.cluster.allow_open)
     return allocate(run, cluster.capacity(), trials, parallel)
 

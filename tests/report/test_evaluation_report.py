@@ -17,7 +17,10 @@ from tests.failing_writes import FailingWrites, whole
 
 @pytest.fixture(scope="module")
 def written(shapes, shapes_run):
-    return evaluation_report.report_run(str(shapes_run), shapes)
+    run_dir = str(shapes_run)
+    return evaluation_report.report_run(
+        evaluation.load(run_dir), run_dir, shapes, out=shapes_run / "report", split="val"
+    )
 
 
 def test_a_report_holds_all_it_shows(written, shapes):
