@@ -48,7 +48,8 @@ class Options(ResultOptions):
     limit: Annotated[int, Between(0, 2**31)] = 0
     """Score at most this many pictures, evenly spread. 0: all."""
     workers: Annotated[int, Between(-1, 256)] = -1
-    """Loader processes. 0: a thread loads. -1: one for each CPU but one."""
+    """Loader processes. 0: a thread loads. -1: a thread for up to 2,000 pictures, else one process
+    for each CPU but one."""
     out: Annotated[str, Metavar("FOLDER")] = ""
     """Where the report goes. By default report/ in the run's folder."""
     no_report: bool = False
@@ -87,10 +88,8 @@ def score_sizes(
     asked: Options, loaded: "LoadedModel", dataset: "Dataset", own: "Dataset | None"
 ) -> list["Scored"]:
     """The scores, one for each size."""
-    from ftlib.data.loader import all_but_one_cpu
     from ftlib.report.evaluation import score
 
-    workers = asked.workers if asked.workers >= 0 else all_but_one_cpu()
     return [
         score(
             loaded,
@@ -99,7 +98,7 @@ def score_sizes(
             size=size,
             flip=asked.flip,
             limit=asked.limit,
-            workers=workers,
+            workers=asked.workers,
             calibration_data=own,
         )
         for size in asked.sizes or (0,)

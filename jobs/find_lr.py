@@ -55,7 +55,7 @@ def find(asked: Options, run: Run) -> dict[str, object]:
     """Run the range test, print what it says and write the files."""
     import torch
 
-    from ftlib.data.loader import all_but_one_cpu
+    from ftlib.data.loader import loaders_for
     from ftlib.data.shards import open_dataset
     from ftlib.paths import runs_root
     from ftlib.report.lr_figure import lr_figure
@@ -67,7 +67,7 @@ def find(asked: Options, run: Run) -> dict[str, object]:
     run = with_preprocessing(run, source)
     workers = run.data.loader_workers
     if workers < 0:
-        workers = all_but_one_cpu()
+        workers = loaders_for(asked.steps * run.train.batch_size)
     title = f"{run.model.arch} on {dataset.name}"
     device = "the GPU" if torch.cuda.is_available() else "the CPU"
     print(f"{asked.steps} steps of {title}, on {device}", flush=True)

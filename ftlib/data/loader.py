@@ -163,9 +163,10 @@ def scored_batches(
     )
 
 
-def all_but_one_cpu() -> int:
-    """Loader processes where the driver itself reads: one for each CPU that it may use but one."""
-    return available_cpus() - 1
+def loaders_for(pictures: int) -> int:
+    """Loader processes where the driver itself reads `pictures`: none (a thread) for few, else one
+    for each CPU that it may use but one."""
+    return 0 if pictures <= FEW else available_cpus() - 1
 
 
 # --- sources ------------------------------------------------------------------------------------

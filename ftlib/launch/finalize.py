@@ -172,12 +172,10 @@ def score_test(outcome: Outcome, dataset: Dataset, say: Callable[[str], None]) -
             f"them where there is one: {again} --split test"
         )
         return None
-    from ftlib.data.loader import FEW, all_but_one_cpu
     from ftlib.report.evaluation import load, score_test
 
-    workers = 0 if count <= FEW else all_but_one_cpu()
     with _log_failure("the test split could not be scored"), gc_resumed():
-        return score_test(load(outcome.run_dir), dataset, workers=workers)
+        return score_test(load(outcome.run_dir), dataset)
     return None
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from ftlib import settings, storage
 from ftlib.config import Run
-from ftlib.data.loader import all_but_one_cpu
+from ftlib.data.loader import loaders_for
 from ftlib.data.shards import Dataset
 from ftlib.launch import cluster, summary
 from ftlib.launch.active_run import ActiveRun, LaunchOptions, open_run
@@ -91,7 +91,7 @@ def _probe(active: ActiveRun, options: LaunchOptions) -> TrainingResult:
         run_dir=prepared.run_dir,
         device=device,
         source=prepared.source,
-        loader_workers=all_but_one_cpu(),
+        loader_workers=loaders_for(len(prepared.dataset.split("train"))),
         fence=active.lease.fence,
         owner=active.lease.token,
     )

@@ -16,7 +16,7 @@ from torch import nn
 from ftlib import storage
 from ftlib.config import Run
 from ftlib.packaging.model_card import evaluation_size
-from ftlib.packaging.package import Program, export, save_program
+from ftlib.packaging.package import Program, export, serialized
 
 TOLERANCE = 1e-3
 """Largest difference of a logit, relative to the largest logit, that is taken for rounding."""
@@ -57,7 +57,7 @@ def write(
     eager = Program(model, run.data.mean, run.data.std)
     differences: dict[str, float] = {}
     if "torch" in formats:
-        save_program(program, out / "model.pt2")
+        storage.write_file(str(out / "model.pt2"), serialized(program))
         loaded = torch.export.load(str(out / "model.pt2")).module()
         differences["torch"] = compare(
             eager,

@@ -107,12 +107,12 @@ def export(model: nn.Module, run: Run) -> torch.export.ExportedProgram:
     return program
 
 
-def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Write an exported program by way of memory: on a full disk torch's own writer does not raise,
-    it ends the process. Raises StorageError."""
+def serialized(program: torch.export.ExportedProgram) -> bytes:
+    """An exported program as a file's bytes. On a full disk torch's own writer of files does not
+    raise, it ends the process."""
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
-    storage.write_file(str(path), buffer.getvalue())
+    return buffer.getvalue()
 
 
 def package(
@@ -146,11 +146,11 @@ def package(
     # Made beside its place, then moved there: what stands at `out` is whole.
     with _explained(out), _temporary_folder(out.parent) as folder:
         here, made = Path(folder), Path(folder) / "package"
-        save_program(export(model, run), here / "program.pt2")
+        (here / "program.pt2").write_bytes(serialized(export(model, run)))
         (here / "meta.json").write_text(json.dumps(meta, indent=1), "utf-8")
         weights = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         about = {"arch": run.model.arch, "classes": json.dumps(list(classes))}
-        storage.write_file(str(here / "model.safetensors"), save(weights, about))
+        (here / "model.safetensors").write_bytes(save(weights, about))
         with _quiet():
             mlflow.pyfunc.save_model(
                 path=str(made),

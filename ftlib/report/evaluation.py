@@ -11,7 +11,7 @@ import torch
 
 from ftlib.config import Run
 from ftlib.data import sampler
-from ftlib.data.loader import scored_batches
+from ftlib.data.loader import loaders_for, scored_batches
 from ftlib.data.shards import Dataset, Split
 from ftlib.report.calibration import Calibration, cross_fitted, held_out
 from ftlib.report.metrics import Floats, IntervalEstimate, Ints, TestSplit, scores
@@ -168,7 +168,7 @@ def score(
     size: int = 0,
     flip: bool = False,
     limit: int = 0,
-    workers: int = 0,
+    workers: int = -1,
     device: torch.device | None = None,
     calibration_data: Dataset | None = None,
 ) -> Scored:
@@ -178,7 +178,7 @@ def score(
         size: side of the input in pixels; 0 for the run's own.
         flip: average the logits with those of the mirrored pictures.
         limit: score at most so many pictures, evenly spread.
-        workers: loader processes; 0 loads in a thread.
+        workers: loader processes; 0 loads in a thread, -1 as `loaders_for` says.
         calibration_data: where the run's tuning split lies, if `dataset` is another one.
 
     The temperature comes from the tuning split where the run has one (and that is not itself what
@@ -237,14 +237,14 @@ CHOSEN_HERE = (
 
 
 def score_test(
-    loaded: LoadedModel, dataset: Dataset, *, workers: int = 0, device: torch.device | None = None
+    loaded: LoadedModel, dataset: Dataset, *, device: torch.device | None = None
 ) -> TestSplit:
     """Scores on all of `test` at the run's own size, in one pass: nothing is fitted or chosen."""
     predictor = _Predictor(
         loaded,
         size=loaded.run.eval_size,
         flip=False,
-        workers=workers,
+        workers=-1,
         device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
     labels, logits = predictor(*rows_of(loaded.run, dataset, "test"))
@@ -264,7 +264,8 @@ class _Predictor:
     def __call__(self, split: Split, rows: Ints) -> tuple[Ints, Floats]:
         """(labels int64[n], logits float32[n, C]) of the rows."""
         run = self.loaded.run
-        with scored_batches(run, split, rows, workers=self.workers, size=self.size) as batches:
+        workers = loaders_for(len(rows)) if self.workers < 0 else self.workers
+        with scored_batches(run, split, rows, workers=workers, size=self.size) as batches:
             try:
                 found = predict(
                     self.loaded.model.to(self.device),
