@@ -5,7 +5,9 @@
     python jobs/benchmark.py --what step,scaling --out bench --mlflow    # files and an MLflow run
     python jobs/benchmark.py --what sides --source FOLDER_OF_PICTURES    # which --max-side to use
     python jobs/benchmark.py --what accuracy --source FOLDER --size 32   # ftlib's and others' ops
-    python jobs/benchmark.py --what scale                                # up to a million rows
+    python jobs/benchmark.py --what pieces --source FOLDER               # of ftlib's transform
+    python jobs/benchmark.py --what cpu --arch resnet50 --step-size 224  # threads, bf16, compile
+    python jobs/benchmark.py --what scale                                # 1.3 million rows
     python jobs/benchmark.py --what serve --rounds 3                     # good and hostile clients
     python jobs/benchmark.py --what recipes --source FOLDER --size 32 --out bench  # accuracy
     python jobs/benchmark.py --what gpu --arch resnet50 --batch 256 --out bench    # `make gpu`
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from ftlib.benchmark.training import BenchmarkSettings
 
 WHAT = ("loader", "step", "scaling", "checkpoint", "startup")
-BY_NAME_ONLY = ("sides", "accuracy", "scale", "serve", "recipes", "gpu")
+BY_NAME_ONLY = ("pieces", "sides", "accuracy", "cpu", "scale", "serve", "recipes", "gpu")
 Pixels = Annotated[AtLeastOne, Metavar("PIXELS")]
 
 
@@ -43,7 +45,7 @@ Pixels = Annotated[AtLeastOne, Metavar("PIXELS")]
 class Options(ResultOptions):
     what: Annotated[tuple[str, ...], Common, Commas, Metavar("NAMES")] = ("all",)
     """One or more of loader, step, scaling, checkpoint and startup, or all of these; and, by name
-    only, sides, accuracy, scale, serve, recipes and gpu."""
+    only, pieces, sides, accuracy, cpu, scale, serve, recipes and gpu."""
     source: Annotated[str, Common, Metavar("FOLDER")] = ""
     """Pictures in class folders. By default generated ones of about 375 x 500 pixels."""
     rounds: Annotated[AtLeastOne, Common] = 5
@@ -53,7 +55,7 @@ class Options(ResultOptions):
     images: AtLeastOne = 512
     """Images per case and round of the loader."""
     size: Pixels = 224
-    """Side of the training input of loader, sides, accuracy, recipes and gpu."""
+    """Side of the training input of loader, pieces, sides, accuracy, recipes and gpu."""
     max_side: Pixels = 352
     """Longer side of the pictures that are encoded again."""
     workers: Count = 2
@@ -61,9 +63,9 @@ class Options(ResultOptions):
     only: Annotated[tuple[str, ...], Metavar("WORDS")] = ()
     """Only the loaders whose name contains one of these: --only timm 'ftlib Phase 2'."""
     arch: Annotated[str, Metavar("NAME")] = "resnet18"
-    """Model of the training steps, accuracy, recipes, gpu and serve."""
+    """Model of the training steps, accuracy, cpu, recipes, gpu and serve."""
     step_size: Pixels = 64
-    """Side of the pictures in the training steps and of serve's input."""
+    """Side of the pictures in the training steps, also cpu's, and of serve's input."""
     batch: AtLeastOne = 32
     """Images per training step."""
     steps: AtLeastOne = 8
@@ -136,6 +138,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure_all(name: str, asked: Options, scratch: Path) -> "list[Part]":
     """The tables of one part."""
+    if name == "scale":
+        from ftlib.benchmark import scale
+
+        return scale.benchmark(
+            scratch / name, workers=asked.workers, rounds=asked.rounds, say=show_progress
+        )
+    if name == "pieces":
+        from ftlib.benchmark import loader
+
+        return loader.pieces(
+            scratch / name,
+            Path(asked.source) if asked.source else None,
+            images=asked.images,
+            rounds=asked.rounds,
+            max_side=asked.max_side,
+            size=asked.size,
+            say=show_progress,
+        )
     if name != "gpu":
         return [measure(name, asked, scratch)]
     from ftlib.benchmark import gpu
@@ -153,12 +173,14 @@ def measure_all(name: str, asked: Options, scratch: Path) -> "list[Part]":
 
 def measure(name: str, asked: Options, scratch: Path) -> "Part":
     """Measure one part in `scratch`."""
-    from ftlib.benchmark import loader, pictures, scale, training
+    from ftlib.benchmark import loader, pictures, training
 
     source = Path(asked.source) if asked.source else None
     say: Callable[[str], None] = show_progress
-    if name == "scale":
-        return scale.benchmark(scratch / name, workers=asked.workers, say=say)
+    if name == "cpu":
+        from ftlib.benchmark.cpu_settings import cpu_settings
+
+        return cpu_settings(training_settings(asked), say)
     if name == "startup":
         from ftlib.benchmark.startup import startup
 

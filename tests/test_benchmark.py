@@ -1,7 +1,7 @@
 """The benchmark runs in its smallest form and its report is whole. No time is asserted.
 
-Modules of ftlib.benchmark: baselines, gpu, loader, measure, one_recipe, pictures, process_tree,
-recipes, show, small_run, startup, training, two_workers.
+Modules of ftlib.benchmark: baselines, cpu_settings, floor, gpu, loader, measure, one_recipe,
+pictures, process_tree, recipes, show, small_run, startup, training, two_workers.
 """
 
 import importlib.util
@@ -12,15 +12,30 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from ftlib.benchmark import gpu, loader, measure, pictures, recipes, scale, show, startup, training
+from ftlib.benchmark import (
+    cpu_settings,
+    floor,
+    gpu,
+    loader,
+    measure,
+    pictures,
+    recipes,
+    scale,
+    show,
+    startup,
+    training,
+)
 from ftlib.benchmark.measure import BenchmarkError, Case, Cost, Goal, by_turns, ratios
+from ftlib.data.augment import TrainTransform
 from ftlib.preparation.options import PrepareOptions
 
 JOB = Path(__file__).parents[1] / "jobs" / "benchmark.py"
@@ -51,9 +66,18 @@ def test_a_repeated_set_reads_as_a_prepared_one(tmp_path):
 
 def test_what_the_number_of_rows_costs_is_measured_in_its_smallest_form(tmp_path):
     scale.prepared(tmp_path / "files", tmp_path / "set", 200)
-    found = scale.measure(str(tmp_path / "set"), workers=0, batches=4)
+    found = scale.measure(str(tmp_path / "set"), workers=1, batches=(2, 4))
+    assert len(found["loader_mib"]) == len(found["training_mib"]) == 2 and found["loader_mib"][1]
     assert found["index_bytes"] > 200 * 32 and found["manifest_bytes"] > 500
     assert all(len(found[step]) == 2 for step in ("open", "shuffle", "first batch"))
+
+
+def test_loader_processes_are_compared_on_the_same_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(scale, "BATCHES", (2, 4))
+    dataset = scale.repeated(tmp_path / "set", 100)
+    part = scale.loader_processes(dataset, rounds=1, say=quiet, counts=(1, 2))
+    assert list(part.costs) == ["loader processes: 1", "loader processes: 2"]
+    assert len(part.notes) == 2 and all("MiB of its own" in note for note in part.notes)
 
 
 # --- measuring ---
@@ -261,6 +285,47 @@ def test_loader_processes_are_measured_and_ended(tmp_path):
     assert (
         len(psutil.Process().children(recursive=True)) <= before + 2
     )  # the fork server and the resource tracker stay
+
+
+@pytest.mark.parametrize("rules", [PrepareOptions(tiles=True), PrepareOptions(max_side=200)])
+def test_the_floor_makes_the_pixels_that_training_crops(tmp_path, rules):
+    loader.photos(tmp_path / "photos", 4)
+    dataset = loader.prepared(tmp_path / "photos", tmp_path / "set", rules)
+    augment = replace(loader.sized(loader.PLAIN, 64), flip=0.0)
+    split, transform = dataset.split("train"), TrainTransform(augment, 0)
+    made = floor.crops(dataset, augment, epochs=2)
+    wanted = [transform(split.image(row), epoch, row) for epoch in range(2) for row in range(4)]
+    lengths = [len(split.image(row)) for row in range(4)]
+    assert sum(len(crop.jpeg) for crop in made) < 1.8 * sum(lengths), "tiles were cut out"
+    alone = floor.Floor(made, 64)
+    for number, pixels in enumerate(wanted):
+        assert alone[[number]] == (None, [number])
+        assert np.array_equal(alone.out[number], pixels)
+
+
+def test_the_floor_is_measured_in_processes_and_pieces_sum_to_the_whole(tmp_path):
+    loader.photos(tmp_path / "photos", 4)
+    dataset = loader.prepared(tmp_path / "photos", tmp_path / "set", PrepareOptions(max_side=64))
+    augment = loader.sized(loader.PHASE2, 32)
+    with floor.opened(floor.crops(dataset, augment), 32, batch_size=3, workers=1)() as batches:
+        assert [next(batches) for _ in range(12)] == [3] * 12, "it goes on after the last crop"
+    part = floor.pieces("pieces", dataset, augment, 2, quiet)
+    *each, whole = part.costs.values()
+    for n in range(2):
+        assert sum(costs[n].cpu for costs in each) == pytest.approx(whole[n].cpu)
+
+
+def test_cpu_settings_in_their_smallest_form(job, monkeypatch, capsys):
+    monkeypatch.delitem(cpu_settings.CHOICES, "bf16, compiled")
+    monkeypatch.delitem(cpu_settings.CHOICES, "fp32, compiled")
+    monkeypatch.setattr(cpu_settings, "available_cpus", lambda: 2)
+    words = "--what cpu --arch shufflenet_v2_x0_5 --step-size 32 --batch 2 --steps 1 --rounds 1"
+    before = torch.get_num_threads()
+    job.main(words.split())
+    assert torch.get_num_threads() == before
+    text = capsys.readouterr().out
+    assert "bf16, threads: 2 / fp32, threads: 2" in text
+    assert "fp32, threads: 2 / fp32, threads: 1" in text
 
 
 def test_checkpoints_in_their_smallest_form(tmp_path):

@@ -54,7 +54,8 @@ class Endless(Sampler[int]):
             yield from random.permutation(self.n).tolist()
 
 
-def _one_thread(_: int) -> None:
+def one_thread(_: int) -> None:
+    """In a new process of a DataLoader."""
     torch.set_num_threads(1)
 
 
@@ -66,23 +67,29 @@ def dataloader(
     collate: Any = None,
 ) -> Opened:
     """torch's DataLoader as everybody uses it."""
-
-    @contextlib.contextmanager
-    def opened() -> Iterator[Iterator[int]]:
-        loader = DataLoader(
+    return endless(
+        lambda: DataLoader(
             Files(files, transform),
             batch_size,
             sampler=Endless(len(files)),
             num_workers=workers,
             prefetch_factor=AHEAD if workers else None,
-            worker_init_fn=_one_thread,
+            worker_init_fn=one_thread,
             collate_fn=collate,
         )
-        batches: Any = iter(loader)
+    )
+
+
+def endless(make: Callable[[], DataLoader[Any]]) -> Opened:
+    """The sizes of a DataLoader's batches, whose second part is as long as they are."""
+
+    @contextlib.contextmanager
+    def opened() -> Iterator[Iterator[int]]:
+        batches: Any = iter(make())
         try:
             yield (len(batch[1]) for batch in batches)
         finally:
-            if workers:
+            if hasattr(batches, "_shutdown_workers"):
                 batches._shutdown_workers()
 
     return opened

@@ -14,18 +14,22 @@ import hashlib
 import io
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
-from ftlib.benchmark.measure import Cost, Part
+from ftlib.benchmark.measure import Case, Cost, Part, by_turns, stream_cost
 from ftlib.config import Augment, Run, Train
+from ftlib.cpus import available_cpus
+from ftlib.data.loader import PREFETCH, Batches, train_batches
 from ftlib.data.shards import (
     FORMAT,
     INDEX,
@@ -39,19 +43,24 @@ from ftlib.data.shards import (
 
 Say = Callable[[str], None]
 
-ROWS = (10_000, 100_000, 1_000_000)
+ROWS = (10_000, 100_000, 1_300_000)
 PREPARED = 100_000
 """Most rows that are prepared from files: more would take longer than all the rest."""
 SIDE = 32
 BATCH = 32
-BATCHES = 200
-"""Batches that are loaded before the memory of the loader processes is read."""
+BATCHES = (200, 10_000)
+"""Batches that are loaded before memory is read, and read again."""
+PROCESSES = (1, 2, 8, 32)
+"""Loader processes that are compared."""
 CLASSES = 1000
 ROWS_PER_SHARD = 4096
 
 
-def benchmark(scratch: Path, *, workers: int, say: Say, rows: Sequence[int] = ROWS) -> Part:
-    """One row per step and size; the sizes in memory and on disk are in the notes."""
+def benchmark(
+    scratch: Path, *, workers: int, rounds: int, say: Say, rows: Sequence[int] = ROWS
+) -> list[Part]:
+    """One line per step and size, the sizes in memory and on disk in the notes; and what the number
+    of loader processes costs."""
     costs: dict[str, list[Cost]] = {}
     notes = []
     for count in rows:
@@ -66,12 +75,53 @@ def benchmark(scratch: Path, *, workers: int, say: Say, rows: Sequence[int] = RO
         found = _in_a_process(folder, workers)
         for step in ("open", "shuffle", "first batch"):
             costs[f"{step}, {count:,} rows"] = [Cost(*found[step])]
+        loaders = " and ".join(f"{mib:.1f}" for mib in found["loader_mib"])
+        training = " and ".join(f"{mib:.1f}" for mib in found["training_mib"])
         notes.append(
             f"{count:,} rows: manifest {found['manifest_bytes'] / 1024:,.0f} KiB, index "
-            f"{found['index_bytes'] / 2**20:,.1f} MiB; opening takes {found['open_mib']:.1f} MiB, "
-            f"a loader process {found['loader_mib']:.1f} MiB of its own (after {BATCHES} batches)"
+            f"{found['index_bytes'] / 2**20:,.1f} MiB; opening takes {found['open_mib']:.1f} MiB; "
+            f"a loader process has {loaders} MiB of its own, the training process {training} MiB, "
+            f"after {BATCHES[0]:,} and {BATCHES[1]:,} batches"
         )
-    return Part("Rows", "set", costs, [], notes)
+    smallest = Dataset.open(str(scratch / f"{rows[0]}-rows"))
+    sized = Part("Rows", "set", costs, [], notes)
+    return [sized, loader_processes(smallest, rounds=rounds, say=say)]
+
+
+def loader_processes(
+    dataset: Dataset, *, rounds: int, say: Say, counts: Sequence[int] = PROCESSES
+) -> Part:
+    """Tiny pictures through more and more processes, so that what the processes cost each other
+    shows: CPU and wall time of all per batch, memory, and the time per batch beyond what the work
+    takes on all CPUs."""
+    memory: dict[str, list[float]] = {}
+
+    def case(workers: int) -> Case:
+        name = f"loader processes: {workers}"
+
+        @contextmanager
+        def opened() -> Iterator[Iterator[int]]:
+            with _stream(dataset, np.arange(len(dataset.split("train"))), workers) as stream:
+                yield (len(batch.labels) for batch in stream)
+                memory[name] = _own_mib(stream.process_ids)
+
+        def run() -> Cost:
+            image = stream_cost(opened, BATCHES[0] * BATCH, PREFETCH * max(workers, 1) * BATCH)
+            return Cost(image.cpu * BATCH, image.wall * BATCH)
+
+        return Case(name, run)
+
+    part = by_turns(
+        "Loader processes", "batch", [case(n) for n in counts], goals=[], rounds=rounds, say=say
+    )
+    cpus = available_cpus()
+    for name, costs in part.costs.items():
+        beyond = statistics.median(c.wall - c.cpu / cpus for c in costs)
+        part.notes.append(
+            f"{name}: {1000 * beyond:.2f} ms per batch beyond the work of {cpus} CPUs; "
+            f"{statistics.median(memory[name]):.1f} MiB of its own per process"
+        )
+    return part
 
 
 def prepared(source: Path, out: Path, count: int) -> Cost:
@@ -158,12 +208,12 @@ def _jpegs(count: int = 64) -> list[bytes]:
 # --- one set ------------------------------------------------------------------------------------
 
 
-def measure(path: str, workers: int, batches: int = BATCHES) -> dict[str, Any]:
+def measure(path: str, workers: int, batches: Sequence[int] = BATCHES) -> dict[str, Any]:
     """What the set at `path` costs: step -> [CPU seconds, wall seconds], and sizes in bytes or MiB.
 
-    The CPU time is this process's; loader processes are not in it.
+    The CPU time is this process's; loader processes are not in it. `batches`: after how many
+    memory is read.
     """
-    from ftlib.data.loader import train_batches
     from ftlib.data.sampler import epoch_order, subset
 
     found: dict[str, Any] = {}
@@ -182,23 +232,35 @@ def measure(path: str, workers: int, batches: int = BATCHES) -> dict[str, Any]:
     epoch_order(0, 0, len(rows))
     step("shuffle", start, cpu)
 
-    train = Train(epochs=1000, batch_size=BATCH, microbatch_size=BATCH)
-    run = Run(augment=Augment(size=SIDE, color_jitter_p=0), train=train)
     start, cpu = time.perf_counter(), time.process_time()
-    with train_batches(
-        dataset, rows, run, rank=0, world=1, start_step=0, stop_step=batches, workers=workers
-    ) as stream:
+    found["loader_mib"], found["training_mib"] = [], []
+    with _stream(dataset, rows, workers) as stream:
         next(stream)
         step("first batch", start, cpu)
-        for _ in range(batches - 2):
-            next(stream)
-        found["loader_mib"] = max(
-            (psutil.Process(pid).memory_full_info().uss / 2**20 for pid in stream.process_ids),
-            default=0.0,
-        )
+        seen = 1
+        for count in batches:
+            for _ in range(count - seen):
+                next(stream)
+            seen = count
+            found["loader_mib"].append(max(_own_mib(stream.process_ids), default=0.0))
+            found["training_mib"] += _own_mib([me.pid])
     found["manifest_bytes"] = Path(path, MANIFEST).stat().st_size
     found["index_bytes"] = Path(path, "train.index.npy").stat().st_size
     return found
+
+
+def _stream(dataset: Dataset, rows: np.ndarray, workers: int) -> Batches:
+    """Endless batches of small pictures, without augmentation."""
+    train = Train(epochs=1000, batch_size=BATCH, microbatch_size=BATCH)
+    run = Run(augment=Augment(size=SIDE, color_jitter_p=0), train=train)
+    return train_batches(
+        dataset, rows, run, rank=0, world=1, start_step=0, stop_step=2**31, workers=workers
+    )
+
+
+def _own_mib(pids: Sequence[int]) -> list[float]:
+    """Memory that each process shares with no other."""
+    return [psutil.Process(pid).memory_full_info().uss / 2**20 for pid in pids]
 
 
 def _in_a_process(path: Path, workers: int) -> dict[str, Any]:
@@ -208,6 +270,4 @@ def _in_a_process(path: Path, workers: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from ftlib.data import loader  # noqa: F401  # imported before the memory is read
-
     print(json.dumps(measure(sys.argv[1], int(sys.argv[2]))))

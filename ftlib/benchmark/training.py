@@ -90,16 +90,20 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def training(s: BenchmarkSettings, run_dir: str = "", rank: int = 0, world: int = 1) -> Training:
-    """ftlib's loop on made-up pixels: a batch of `s.batch` images per worker, one microbatch
-    each."""
+def training(
+    s: BenchmarkSettings, run_dir: str = "", rank: int = 0, world: int = 1, **choices: Any
+) -> Training:
+    """ftlib's loop on made-up pixels: a batch of `s.batch` images per worker, one microbatch each.
+
+    `choices`: further settings of train.
+    """
     run = Run(
         data=Data(path="made-up"),
         augment=Augment(size=s.size),
         model=Model(arch=s.arch),
         loss=CrossEntropy(label_smoothing=0.1),
         optimizer=AdamW(lr=1e-4, weight_decay=1e-4),
-        train=Train(epochs=10_000, batch_size=s.batch * world, microbatch_size=s.batch),
+        train=Train(epochs=10_000, batch_size=s.batch * world, microbatch_size=s.batch, **choices),
         checkpoint=Checkpoint(every_seconds=0),
     )
     pictures: Any = Pictures()

@@ -124,7 +124,7 @@ class EvalTransform:
         else:
             rows, cols = int(self.short * height / width), self.short
         top, left = round((rows - self.size) / 2), round((cols - self.size) / 2)
-        image = decode(jpeg, _decoder_shrink(0.5 / scale))
+        image = decode(jpeg, decoder_shrink(0.5 / scale))
         y, x = image.shape[0] / rows, image.shape[1] / cols
         box = (left * x, top * y, (left + self.size) * x, (top + self.size) * y)
         image = np.asarray(
@@ -170,7 +170,7 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def _decoder_shrink(factor: float) -> int:
+def decoder_shrink(factor: float) -> int:
     """The largest reduction of the JPEG decoder (1, 2, 4 or 8) that is at most `factor`."""
     if factor < 2:
         return 1
@@ -189,7 +189,7 @@ def crop_and_resize(
     `out`, uint8[size, size, 3], may be used for the result. Raises DecodeError.
     """
     top, left, height, width = box
-    shrink = _decoder_shrink(min(height, width) / size)
+    shrink = decoder_shrink(min(height, width) / size)
     if tiles is not None and (part := tiles.cut(*box, shrink)) is not None:
         jpeg, top, left = part.jpeg, top - part.top, left - part.left
     image = decode(jpeg, shrink)
