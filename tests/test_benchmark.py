@@ -73,7 +73,7 @@ def test_what_the_number_of_rows_costs_is_measured_in_its_smallest_form(tmp_path
 
 
 def test_loader_processes_are_compared_on_the_same_pictures(tmp_path, monkeypatch):
-    monkeypatch.setattr(scale, "BATCHES", (2, 4))
+    monkeypatch.setattr(scale, "COMPARED", 2)
     dataset = scale.repeated(tmp_path / "set", 100)
     part = scale.loader_processes(dataset, rounds=1, say=quiet, counts=(1, 2))
     assert list(part.costs) == ["loader processes: 1", "loader processes: 2"]

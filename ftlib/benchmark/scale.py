@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,8 @@ BATCHES = (200, 10_000)
 """Batches that are loaded before memory is read, and read again."""
 PROCESSES = (1, 2, 8, 32)
 """Loader processes that are compared."""
+COMPARED = 2000
+"""Batches of each comparison: so many that what a process does first counts for little."""
 CLASSES = 1000
 ROWS_PER_SHARD = 4096
 
@@ -106,14 +109,15 @@ def loader_processes(
                 memory[name] = _own_mib(stream.process_ids)
 
         def run() -> Cost:
-            image = stream_cost(opened, BATCHES[0] * BATCH, PREFETCH * max(workers, 1) * BATCH)
+            image = stream_cost(opened, COMPARED * BATCH, PREFETCH * max(workers, 1) * BATCH)
             return Cost(image.cpu * BATCH, image.wall * BATCH)
 
         return Case(name, run)
 
-    part = by_turns(
-        "Loader processes", "batch", [case(n) for n in counts], goals=[], rounds=rounds, say=say
-    )
+    cases = [case(n) for n in counts]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's of more processes than CPUs
+        part = by_turns("Loader processes", "batch", cases, goals=[], rounds=rounds, say=say)
     cpus = available_cpus()
     for name, costs in part.costs.items():
         beyond = statistics.median(c.wall - c.cpu / cpus for c in costs)
