@@ -3,10 +3,13 @@
 Modules: cluster, signals.
 """
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+import textwrap
 import time
 from types import SimpleNamespace
 
@@ -82,6 +85,42 @@ def test_ray_s_processes_are_in_sessions_of_their_own():
     ray = SlowRay(late=0)
     own_ray.start(ray, include_dashboard=False)
     assert os.getsid(ray.left[0].pid) == ray.left[0].pid != os.getsid(0)
+
+
+def test_a_ray_of_one_s_own_starts_nothing_that_nobody_uses():
+    """No monitor, log monitor or API server, and none of the trainer's actors for Ray Datasets and
+    for resources that a dead controller has left."""
+    # Not in tmp_path: the paths of Ray's sockets have to be short.
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(STARTS)],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "RAY_TMPDIR": folder},
+        )
+    assert done.returncode == 0, done.stderr
+    commands, left_out = json.loads(done.stdout.splitlines()[-1])
+    words = " ".join(commands)
+    assert "gcs_server" in words and "raylet" in words
+    assert not [name for name in ("monitor.py", "dashboard.py") if name in words], words
+    assert left_out == ["DatasetsCallback", "PlacementGroupCleanerCallback"]
+
+
+STARTS = """
+    import json
+    import psutil
+    from ray.train.torch import TorchTrainer
+    from ftlib.launch import cluster, executor
+
+    cluster.connect()
+    made, ours = (
+        {type(c).__name__ for c in trainer(lambda: None)._create_default_callbacks()}
+        for trainer in (TorchTrainer, executor._without_helpers(TorchTrainer))
+    )
+    commands = [" ".join(c.cmdline()) for c in psutil.Process().children(recursive=True)]
+    print(json.dumps([commands, sorted(made - ours)]))
+"""
 
 
 def test_a_ray_process_that_ended_is_named(monkeypatch):
