@@ -242,6 +242,16 @@ def test_seed_mixing_and_dropout_each_change_the_weights(digits, tmp_path):
     assert len(set(hashes.values())) == len(hashes)
 
 
+@pytest.mark.parametrize(
+    ("matrix_units", "size", "wanted"),
+    [(True, 128, torch.bfloat16), (True, 127, torch.float32), (False, 224, torch.float32)],
+)
+def test_auto_is_bf16_on_cpus_with_matrix_units(monkeypatch, matrix_units, size, wanted):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: matrix_units)
+    run = recipe(**{"augment.size": size, "train.precision": "auto"})
+    assert loop.precision(run, torch.device("cpu")) == wanted
+
+
 def test_bf16_and_fp32_agree(digits, tmp_path):
     losses_of = {}
     for kind in ("fp32", "bf16"):
