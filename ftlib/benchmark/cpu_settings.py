@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ftlib.benchmark.measure import Case, Cost, Goal, Part, by_turns, timed
-from ftlib.benchmark.training import BenchmarkSettings, Say, training
+from ftlib.benchmark.measure import BenchmarkError, Case, Cost, Goal, Part, by_turns, timed
+from ftlib.benchmark.training import BenchmarkSettings, Say, device, training
 from ftlib.cpus import available_cpus
 from ftlib.launch.timing import constant_batches, run_steps
 
@@ -27,8 +27,10 @@ def cpu_settings(s: BenchmarkSettings, say: Say) -> Part:
     """ftlib's own step with each of CHOICES, on one thread and on as many as there are CPUs.
 
     The cases take turns step by step; the ratios are to fp32 on the same number of threads, and of
-    all threads to one.
+    all threads to one. Raises BenchmarkError where a GPU would be measured.
     """
+    if device().type != "cpu":
+        raise BenchmarkError("--what cpu: there is a GPU. Hide it with CUDA_VISIBLE_DEVICES=''")
     before = torch.get_num_threads()
     cases, goals = [], []
     counts = sorted({1, available_cpus()})
