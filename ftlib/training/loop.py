@@ -539,7 +539,7 @@ def precision(run: Run, device: torch.device) -> torch.dtype:
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
     # Measured: bf16 pays on CPUs with bf16 matrix units from 128 px on, and costs below. Without
-    # such units it doubles the time of depthwise convolutions (docs/performance.md).
+    # such units it slows down depthwise convolutions (docs/performance.md).
     pays = run.augment.size >= 128 and torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if pays else torch.float32
 
