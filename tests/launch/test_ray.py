@@ -40,7 +40,7 @@ def test_two_workers_killed_and_started_again_end_as_one_undisturbed(jobs, home)
 
     Its weights are those of one worker that nobody disturbed.
     """
-    strict = ("--cluster.strict-elastic", "--cluster.cpus-per-worker", "1", "--train.epochs", "40")
+    strict = ("--cluster.strict-elastic", "--cluster.cpus-per-worker", "1", "--train.epochs", "20")
     # One worker trains in the job's own process, two on a cluster.
     with jobs.started(*FLAGS, "--name", "whole", *strict) as whole:
         assert whole.wait(300) == 0, whole.log()
@@ -63,11 +63,9 @@ def test_two_workers_killed_and_started_again_end_as_one_undisturbed(jobs, home)
     assert after["mlflow"]["run_id"] == before["mlflow"]["run_id"] and after["launches"] == 2
     one, two = result(home, "whole"), result(home, "torn")
     for a, b in zip(one["history"], two["history"], strict=True):
-        assert (a["train/loss"], a["val/loss"], a["val/top1"]) == (
-            b["train/loss"],
-            b["val/loss"],
-            b["val/top1"],
-        )
+        assert (a["train/loss"], a["val/top1"]) == (b["train/loss"], b["val/top1"])
+        # Two workers add up what each has scored: the last of the six decimals may differ.
+        assert a["val/loss"] == pytest.approx(b["val/loss"], abs=1.5e-6)
     theirs = weights(home, "torn")
     assert all((value == theirs[name]).all() for name, value in weights(home, "whole").items())
     with jobs.started(*FLAGS, *longer) as again:
