@@ -37,6 +37,8 @@ AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 _processes: list[subprocess.Popen[bytes]] = []
 """Of the Ray that this process started last."""
+_agents: list[psutil.Process] = []
+"""Of that Ray, as `announcing` found them."""
 _announced = ""
 """The process of that Ray whose end was printed."""
 
@@ -115,14 +117,15 @@ def announcing(during: str) -> Iterator[None]:
 def _process_fds() -> dict[int, str]:
     """A pidfd for each living process that is needed -> its name."""
     found: list[psutil.Process] = []
+    _agents.clear()
     for started in _processes:
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(started.pid)
             if process.name() in NEEDED_TO_TRAIN:
                 found.append(process)
-                found += [child for child in process.children() if child.name() in AGENTS]
+                _agents.extend(child for child in process.children() if child.name() in AGENTS)
     fds = {}
-    for process in found:
+    for process in (*found, *_agents):
         with contextlib.suppress(OSError, psutil.Error):
             name = process.name().removeprefix("ray::")
             fds[os.pidfd_open(process.pid)] = name
@@ -143,10 +146,12 @@ def _announce(fds: dict[int, str], left: int, during: str) -> None:
 def end_processes() -> None:
     """Kill what is left of the Ray that this process started, with its children.
 
-    Where Ray has lost a process, its own shutdown then takes seconds instead of a minute.
+    Where Ray has lost a process, its own shutdown then takes seconds instead of a minute. Agents
+    whose raylet is gone are nobody's children, and may wait for a dead Ray before they end.
     """
-    family: list[psutil.Process] = []
+    family = _agents.copy()
     processes = _processes.copy()
+    _agents.clear()
     _processes.clear()
     for started in processes:
         with contextlib.suppress(psutil.Error):
@@ -167,6 +172,7 @@ def _in_sessions_of_their_own() -> Iterator[None]:
 
     services: Any = ray._private.services
     original = services.ConsolePopen
+    _agents.clear()
     _processes.clear()
 
     @functools.wraps(original, updated=())

@@ -123,6 +123,13 @@ STARTS = """
 """
 
 
+def test_agents_whose_raylet_is_gone_are_ended_too(monkeypatch):
+    agent = subprocess.Popen(SLEEP)
+    monkeypatch.setattr(own_ray, "_agents", [psutil.Process(agent.pid)])
+    own_ray.end_processes()
+    assert agent.wait(10) == -signal.SIGKILL and own_ray._agents == []
+
+
 def test_a_ray_process_that_ended_is_named(monkeypatch):
     live = subprocess.Popen(SLEEP)
     live.args = ["/x/gcs_server", "--flag"]

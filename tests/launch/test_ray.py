@@ -110,6 +110,9 @@ def test_a_signal_ends_with_a_checkpoint_and_a_killed_mlflow_run(
     assert "Traceback" not in process.log(), process.log()
 
 
+AGENTS = ("DashboardAgent", "RuntimeEnvAgent")
+
+
 def ray_processes(process, name):
     return [c for c in psutil.Process(process.pid).children() if name in c.name()]
 
@@ -123,13 +126,14 @@ def ends_without(name, jobs):
         (victim,) = (p for p in family if name in p.name())
         victim.kill()
         assert process.wait(60) == 1, process.log()
-        said = f"error: Ray's {name} has ended while the run was training"
-        assert process.log().count(said) == 1, process.log()
+        said = re.findall(r"error: Ray's (\w+) has ended while the run was training", process.log())
+        # They end together, so on a busy machine another one of them may be seen first.
+        assert len(said) == 1 and said[0] in {name, "raylet", *AGENTS}, process.log()
     _, alive = psutil.wait_procs(family, 30)
     assert alive == []
 
 
-@pytest.mark.parametrize("name", ["DashboardAgent", "RuntimeEnvAgent"])
+@pytest.mark.parametrize("name", AGENTS)
 def test_a_driver_that_ray_ends_from_within_has_said_why(jobs, home, name):
     """The raylet ends when one of its agents does, and Ray's client ends the driver at once."""
     ends_without(name, jobs)
