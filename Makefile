@@ -74,8 +74,11 @@ gpu:  ## Tests and benchmark of a GPU, in at most 9 minutes (SOURCE=PICTURES TIM
 	  print([torch.cuda.get_device_name(i) for i in range(n)] or "no GPU: the same on the CPU")'
 	timeout 230 $(GPU_PYTHON) -m pytest -v -m gpu tests; tests=$$?; \
 	PYTHONPATH=. timeout 300 $(GPU_PYTHON) jobs/benchmark.py --what gpu \
-	  --arch resnet50 --size 224 --batch 256 \
-	  --steps 20 --rounds 3 --workers $$(( $$(nproc) - 1 )) --out gpu \
+	  $$($(GPU_PYTHON) -c 'import torch; print( \
+	    "--arch resnet50 --size 224 --batch 256 --steps 20 --rounds 3" \
+	    if torch.cuda.is_available() else \
+	    "--arch resnet18 --size 32 --batch 4 --steps 2 --rounds 1")') \
+	  --workers $$(( $$(nproc) - 1 )) --out gpu \
 	  $(if $(SOURCE),--source $(SOURCE)) $(if $(TIMM),--timm $(TIMM)) && exit $$tests
 
 check: $(DEV_STAMP)  ## The gate: format, lint and types

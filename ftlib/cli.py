@@ -170,6 +170,8 @@ def _end_on_sigterm() -> None:
     """Let SIGTERM end the job through its `finally` blocks, as Ctrl-C does."""
 
     def end(number: int, frame: object) -> None:
+        # Not `print`: the signal may have come within one.
+        os.write(2, b"\nTerminated. The same command starts again or goes on.\n")
         raise SystemExit(128 + number)
 
     main_thread = threading.current_thread() is threading.main_thread()

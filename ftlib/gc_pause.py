@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from collections.abc import Iterator
+
+_lock = threading.Lock()
+_paused = _resumed = 0
+"""Blocks of each kind that are entered, in all threads: the collector is the whole process's."""
+_enabled = True
+"""Whether it was on before the first of them."""
 
 
 @contextlib.contextmanager
@@ -15,24 +22,33 @@ def gc_paused() -> Iterator[None]:
     are imported takes a quarter of the imports' time. Not for training (`gc_resumed`): tensors in a
     cycle would never be freed.
     """
-    enabled = gc.isenabled()
-    gc.disable()
+    _count(paused=1)
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        _count(paused=-1)
 
 
 @contextlib.contextmanager
 def gc_resumed() -> Iterator[None]:
-    """Garbage collection on within a block of `gc_paused`."""
-    paused = not gc.isenabled()
-    gc.enable()
+    """Garbage collection as it was before `gc_paused`, also where other threads have paused it."""
+    _count(resumed=1)
     try:
         yield
     finally:
-        if paused:
+        _count(resumed=-1)
+
+
+def _count(paused: int = 0, resumed: int = 0) -> None:
+    global _paused, _resumed, _enabled
+    with _lock:
+        if not _paused and not _resumed:
+            _enabled = gc.isenabled()
+        _paused += paused
+        _resumed += resumed
+        if _enabled and (not _paused or _resumed):
+            gc.enable()
+        else:
             gc.disable()
 
 

@@ -57,6 +57,18 @@ def test_collection_within_a_pause_goes_on_and_ends_with_the_block():
     assert gc.isenabled()
 
 
+def test_pauses_of_two_threads_that_overlap_end_with_the_last():
+    first, second = gc_paused(), gc_paused()
+    first.__enter__()
+    second.__enter__()
+    with gc_resumed():
+        assert gc.isenabled()
+    first.__exit__(None, None, None)
+    assert not gc.isenabled()
+    second.__exit__(None, None, None)
+    assert gc.isenabled()
+
+
 def test_lasting_objects_are_left_out_where_a_process_began_with_lasting_imports():
     done = in_a_process("""
         import gc

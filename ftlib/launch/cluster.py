@@ -65,6 +65,7 @@ def connect(*, dashboard: bool = False) -> bool:
     import ray
 
     if ray.is_initialized():
+        own_ray.forget_unless(ray.get_runtime_context().gcs_address)
         return False
     path = os.pathsep.join(
         dict.fromkeys([ROOT, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
@@ -74,7 +75,9 @@ def connect(*, dashboard: bool = False) -> bool:
     common: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     if address:
-        _join(ray, address, path, common)
+        with own_ray.without_handler_of_rays():
+            _join(ray, address, path, common)
+        own_ray.forget_unless(ray.get_runtime_context().gcs_address)
     else:
         # PYTHONPATH is not set by a runtime environment, for which Ray would not use the processes
         # that it has started beforehand.

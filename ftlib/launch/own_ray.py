@@ -39,6 +39,8 @@ _processes: list[subprocess.Popen[bytes]] = []
 """Of the Ray that this process started last."""
 _agents: list[psutil.Process] = []
 """Of that Ray, as `announcing` found them."""
+_address = ""
+"""Of that Ray's GCS."""
 _announced = ""
 """The process of that Ray whose end was printed."""
 
@@ -50,14 +52,19 @@ def start(ray: ModuleType, *, include_dashboard: bool, **settings: Any) -> None:
     What a failed attempt has started is ended before the next. Raises LaunchError.
     """
     folder = temporary_folder()
-    global _announced
+    global _address, _announced
     _announced = ""
     if folder is not None:
         settings["_temp_dir"] = folder
     for attempt in range(START_ATTEMPTS):
         try:
-            with _in_sessions_of_their_own(), _without_helpers(include_dashboard):
+            with (
+                _in_sessions_of_their_own(),
+                _without_helpers(include_dashboard),
+                without_handler_of_rays(),
+            ):
                 ray.init(address="local", include_dashboard=include_dashboard, **settings)
+            _address = ray.get_runtime_context().gcs_address
             return
         except BaseException as error:
             ray.shutdown()
@@ -74,8 +81,33 @@ def start(ray: ModuleType, *, include_dashboard: bool, **settings: Any) -> None:
 
 
 def is_here() -> bool:
-    """Whether this process has started a Ray of its own."""
+    """Whether this process has started a Ray of its own, and not left it for another."""
     return bool(_processes)
+
+
+def forget_unless(address: str) -> None:
+    """Where this process is connected to another Ray by now, whose GCS has this address, the one
+    that it started has ended by `ray.shutdown`, and nobody misses it."""
+    if address != _address:
+        _agents.clear()
+        _processes.clear()
+
+
+@contextlib.contextmanager
+def without_handler_of_rays() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM while Ray is initialized.
+
+    Ray's would end the process with exit code 15 where jobs end with 143.
+    """
+    import ray._private.utils
+
+    utils: Any = ray._private.utils
+    original = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = original
 
 
 def gone() -> str:

@@ -12,10 +12,10 @@ from typing import Any
 
 import psutil
 
-from ftlib.gc_pause import lasting_imports
+from ftlib.gc_pause import gc_paused
 
 # Workers and their controller import torch here, before anything else of ftlib's.
-with lasting_imports():
+with gc_paused():
     from ray.train.torch import TorchConfig
 
 

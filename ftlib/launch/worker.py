@@ -20,7 +20,7 @@ from ray.train import Checkpoint, UserCallback
 from ftlib import settings, storage
 from ftlib.config import Run
 from ftlib.data.fork_server import LoaderProcessError
-from ftlib.gc_pause import lasting_objects
+from ftlib.gc_pause import lasting_imports
 from ftlib.launch.driver_actor import Channel, DriverLogHandler, StopSignals
 from ftlib.launch.source_version import check_version, source_version
 from ftlib.storage import StorageError
@@ -37,7 +37,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any]:
     Returns the training's result; an interrupted one returns {"interrupted": message}. An error
     that a restart would only repeat is reported to the driver before it is raised.
     """
-    with contextlib.nullcontext() if config["local"] else lasting_objects():
+    with contextlib.nullcontext() if config["local"] else lasting_imports():
         import torch
 
         from ftlib.data.fetch_ahead import warm_up

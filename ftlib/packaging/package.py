@@ -104,6 +104,8 @@ def export(model: nn.Module, run: Run) -> torch.export.ExportedProgram:
         dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
     )
     program.example_inputs = None  # they would be written as a pickle
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it names this machine's folders
     return program
 
 

@@ -46,6 +46,9 @@ class SlowRay:
     def shutdown(self):
         self.calls.append("shutdown")
 
+    def get_runtime_context(self):
+        return SimpleNamespace(gcs_address="127.0.0.1:1")
+
 
 @pytest.fixture(autouse=True)
 def no_processes():
@@ -121,6 +124,18 @@ STARTS = """
     commands = [" ".join(c.cmdline()) for c in psutil.Process().children(recursive=True)]
     print(json.dumps([commands, sorted(made - ours)]))
 """
+
+
+def test_a_ray_that_was_left_for_another_is_not_missed():
+    own_ray.start(SlowRay(late=0), include_dashboard=False)
+    own_ray.end_processes()
+    own_ray.start(SlowRay(late=0), include_dashboard=False)
+    own_ray.forget_unless("127.0.0.1:1")
+    assert own_ray.is_here() and own_ray.gone() == ""
+    left = list(own_ray._processes)
+    own_ray.forget_unless("10.0.0.1:1")
+    assert not own_ray.is_here()
+    own_ray._processes.extend(left)  # for the fixture to end
 
 
 def test_agents_whose_raylet_is_gone_are_ended_too(monkeypatch):

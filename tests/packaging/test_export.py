@@ -78,7 +78,7 @@ def test_a_full_disk_is_an_error_that_leaves_nothing_half_written(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     first, second = done.stdout.splitlines()
     assert "export/model.pt2: the file would be larger than is allowed here" in first
-    assert "program.pt2: the file would be larger than is allowed here" in second
+    assert "/package: the file would be larger than is allowed here" in second
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
     assert not (tmp_path / "package").exists()
 
