@@ -1,5 +1,8 @@
 """Workers exchange gradients over the card of their node's address, not over the loopback."""
 
+import subprocess
+import sys
+
 import psutil
 import pytest
 import ray
@@ -41,3 +44,10 @@ def test_gloo_is_told_the_card(monkeypatch, before, after):
     torch_network._choose_card()
     assert os.environ["GLOO_SOCKET_IFNAME"] == after
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+
+
+def test_what_a_driver_imports_for_a_cluster_keeps_nothing_of_its_callers():
+    """The caller may be a notebook, whose objects the collector must go on to free."""
+    code = "import gc; import ftlib.launch.torch_network; print(gc.get_freeze_count())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "0", done.stderr
