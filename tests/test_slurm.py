@@ -39,7 +39,7 @@ def stop(number, frame):
     sys.exit(128 + number)
 signal.signal(signal.SIGTERM, stop)
 print("training", os.environ["RAY_ADDRESS"], *sys.argv[1:], flush=True)
-while not re.search("ray start .*--address", open(os.environ["LOG"]).read()):
+while not re.search("^ray start .*--address", open(os.environ["LOG"]).read(), re.MULTILINE):
     time.sleep(0.05)
 time.sleep(float(os.environ.get("JOB_SECONDS", "60")))
 sys.exit(int(os.environ.get("JOB_EXIT", "0")))
