@@ -127,15 +127,17 @@ def benchmark(
     batch = min(32, len(files))
     phase2, plain = sized(PHASE2, size), sized(PLAIN, size)
 
+    def dataloader_case(name: str, opened: baselines.Opened) -> Case:
+        return Case(name, lambda: stream_cost(opened, images, baselines.AHEAD * workers * batch))
+
     def torch_case(
         name: str, names: list[Path], transform: Callable[[int], Callable[[Path], object]]
     ) -> Case:
-        opened = baselines.dataloader(names, transform(size), batch, workers)
-        return Case(name, lambda: stream_cost(opened, images, baselines.AHEAD * workers * batch))
+        return dataloader_case(name, baselines.dataloader(names, transform(size), batch, workers))
 
     def floor_case(name: str, dataset: Dataset) -> Case:
-        opened = floor.opened(floor.crops(dataset, plain), size, batch, workers)
-        return Case(name, lambda: stream_cost(opened, images, baselines.AHEAD * workers * batch))
+        made = floor.crops(dataset, plain)
+        return dataloader_case(name, floor.opened(made, size, batch, workers))
 
     our_case = partial(ours, batch=batch, workers=workers, images=images)
     making: dict[str, Callable[[], Case]] = {

@@ -278,7 +278,6 @@ def open_run(prepared: PreparedRun, options: LaunchOptions) -> Iterator[ActiveRu
             placement, can_grow = _local_placement(prepared), False
         else:
             placement, can_grow = _cluster_placement(prepared)
-        # After ray.init, which installs handlers of its own.
         stack.enter_context(Signals(raise_at_once=True))
         if not options.local:
             preflight.check_nodes(run_dir, prepared.dataset.path)

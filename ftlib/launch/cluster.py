@@ -75,7 +75,7 @@ def connect(*, dashboard: bool = False) -> bool:
     common: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     if address:
-        with own_ray.without_handler_of_rays():
+        with own_ray.keeping_sigterm_handler():
             _join(ray, address, path, common)
         own_ray.forget_unless(ray.get_runtime_context().gcs_address)
     else:

@@ -61,7 +61,7 @@ def start(ray: ModuleType, *, include_dashboard: bool, **settings: Any) -> None:
             with (
                 _in_sessions_of_their_own(),
                 _without_helpers(include_dashboard),
-                without_handler_of_rays(),
+                keeping_sigterm_handler(),
             ):
                 ray.init(address="local", include_dashboard=include_dashboard, **settings)
             _address = ray.get_runtime_context().gcs_address
@@ -86,15 +86,19 @@ def is_here() -> bool:
 
 
 def forget_unless(address: str) -> None:
-    """Where this process is connected to another Ray by now, whose GCS has this address, the one
-    that it started has ended by `ray.shutdown`, and nobody misses it."""
+    """Forget the Ray started here where this process is connected to another one by now, whose GCS
+    is at `address`: `ray.shutdown` has ended it, which is no fault."""
     if address != _address:
-        _agents.clear()
-        _processes.clear()
+        _forget()
+
+
+def _forget() -> None:
+    _agents.clear()
+    _processes.clear()
 
 
 @contextlib.contextmanager
-def without_handler_of_rays() -> Iterator[None]:
+def keeping_sigterm_handler() -> Iterator[None]:
     """Keep this process's handler of SIGTERM while Ray is initialized.
 
     Ray's would end the process with exit code 15 where jobs end with 143.
@@ -147,7 +151,7 @@ def announcing(during: str) -> Iterator[None]:
 
 
 def _process_fds() -> dict[int, str]:
-    """A pidfd for each living process that is needed -> its name."""
+    """A pidfd for each living process that is needed -> its name. Remembers the agents."""
     found: list[psutil.Process] = []
     _agents.clear()
     for started in _processes:
@@ -181,10 +185,8 @@ def end_processes() -> None:
     Where Ray has lost a process, its own shutdown then takes seconds instead of a minute. Agents
     whose raylet is gone are nobody's children, and may wait for a dead Ray before they end.
     """
-    family = _agents.copy()
-    processes = _processes.copy()
-    _agents.clear()
-    _processes.clear()
+    family, processes = _agents.copy(), _processes.copy()
+    _forget()
     for started in processes:
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(started.pid)
@@ -204,8 +206,7 @@ def _in_sessions_of_their_own() -> Iterator[None]:
 
     services: Any = ray._private.services
     original = services.ConsolePopen
-    _agents.clear()
-    _processes.clear()
+    _forget()
 
     @functools.wraps(original, updated=())
     def popen(*args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:

@@ -27,8 +27,7 @@ def grace_seconds() -> float:
 class Signals:
     """Catches SIGTERM and SIGINT while it is entered, in the main thread.
 
-    In another thread (a trial's) it does nothing. Enter it after ray.init, which installs a handler
-    of its own.
+    In another thread (a trial's) it does nothing.
 
     Args:
         on_first: called within the handler at the first signal; must only set something.
